@@ -1,0 +1,178 @@
+"""Branch, LowRank, AdaptedLinear, inject: a frozen linear map plus thin low-rank changes.
+
+    y = W x + b + sum_k up_k (down_k x)
+
+Finished branches are folded into the weight, so only the live ones cost anything. The pristine base is kept, and the
+folded weight is always computed anew from it and the factors, in float32 and in the order the branches were finished:
+folding gives the same bits however often it is done, and can be undone.
+
+Shape letters: o outputs, i inputs, r rank.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Branch(nn.Module, ABC):
+    """A parametrised low-rank change of one linear map. A subclass says only how its two factors arise.
+
+    It is built from named tensors, those that are trained and those that are not; saving and restoring a branch is
+    therefore the same code for all of them.
+    """
+
+    def __init__(self, *, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
+        for name, value in trained.items():
+            self.register_parameter(name, nn.Parameter(value.detach().float().clone()))
+        for name, value in (frozen or {}).items():
+            self.register_buffer(name, value.detach().float().clone())
+
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """up (o, r) and down (r, i), float32: the change of the weight is up @ down."""
+
+    def trained(self) -> dict[str, Tensor]:
+        return dict(self.named_parameters())
+
+    def frozen(self) -> dict[str, Tensor]:
+        return dict(self.named_buffers())
+
+
+class LowRank(Branch):
+    """LoRA (Hu et al., ICLR 2022) without a scale: its trained or frozen tensors are `up` (o, r) and `down` (r, i)."""
+
+    up: Tensor
+    down: Tensor
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.up, self.down
+
+    @classmethod
+    def fresh(cls, d_out: int, d_in: int, rank: int, generator: torch.Generator) -> "LowRank":
+        """LoRA's start: up zero, down uniform with variance 1 / (3 d_in) (Kaiming-uniform, a = sqrt 5). Both trained."""
+        bound = d_in**-0.5
+        down_ri = torch.empty(rank, d_in).uniform_(-bound, bound, generator=generator)
+        return cls(trained={"up": torch.zeros(d_out, rank), "down": down_ri})
+
+
+class Rows(NamedTuple):
+    """Which outputs of a linear map a branch changes: start (included) to stop (excluded)."""
+
+    start: int
+    stop: int
+
+
+class Finished(NamedTuple):
+    """The factors of a branch that is no longer trained, in float32."""
+
+    rows: Rows
+    up_or: Tensor
+    down_ri: Tensor
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear map with branches. Its weight is held in the compute precision, its branches in float32.
+
+    Names of branches are unique within one map. `live` are those in training, `finished` those folded.
+    """
+
+    weight_oi: Tensor
+    bias_o: Tensor | None
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.base_oi = linear.weight.detach().float().clone()
+        self.register_buffer("weight_oi", self.base_oi.to(dtype), persistent=False)
+        bias = None if linear.bias is None else linear.bias.detach().to(dtype).clone()
+        self.register_buffer("bias_o", bias, persistent=False)
+        self.finished: dict[str, Finished] = {}
+        self.live = nn.ModuleDict()
+        self.rows: dict[str, Rows] = {}
+        self._folding_live = False
+
+    @property
+    def d_out(self) -> int:
+        return self.base_oi.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        return self.base_oi.shape[1]
+
+    def add(self, name: str, branch: Branch, rows: Rows | None = None) -> None:
+        """Put a branch to work on these output rows (all of them if not said). Raises ValueError on a name in use or
+        factors of the wrong shape."""
+        rows = rows or Rows(0, self.d_out)
+        if name in self.live or name in self.finished:
+            raise ValueError(f"branch {name!r} exists already")
+        up_or, down_ri = branch.factors()
+        wanted = (rows.stop - rows.start, self.d_in)
+        if (up_or.shape[0], down_ri.shape[1]) != wanted or up_or.shape[1] != down_ri.shape[0]:
+            raise ValueError(f"branch {name!r} maps {tuple(up_or.shape)} x {tuple(down_ri.shape)}, the layer {wanted}")
+        self.live[name] = branch
+        self.rows[name] = rows
+
+    def finish(self, name: str) -> None:
+        """End the training of a live branch: keep its factors and fold them."""
+        branch = self.live.pop(name)
+        assert isinstance(branch, Branch)
+        up_or, down_ri = (factor.detach().float().clone() for factor in branch.factors())
+        self.finished[name] = Finished(self.rows.pop(name), up_or, down_ri)
+        self.refold()
+
+    def refold(self, *, with_live: bool = False) -> None:
+        """Compute the weight in use from the base and the factors: W_0 + sum_k up_k down_k in float32, then rounded."""
+        changes = list(self.finished.values())
+        if with_live:
+            changes += [Finished(self.rows[n], *b.factors()) for n, b in self.live.items() if isinstance(b, Branch)]
+        with torch.no_grad():
+            weight_oi = self.base_oi.clone()
+            for rows, up_or, down_ri in changes:
+                weight_oi[rows.start : rows.stop] += up_or @ down_ri
+            self.weight_oi = weight_oi.to(self.weight_oi.dtype)
+        self._folding_live = with_live
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight_oi, self.bias_o)
+        if self._folding_live:
+            return y
+        for name, branch in self.live.items():
+            assert isinstance(branch, Branch)
+            rows = self.rows[name]
+            up_or, down_ri = branch.factors()
+            change = F.linear(F.linear(x, down_ri.to(x.dtype)), up_or.to(x.dtype))
+            if rows != (0, self.d_out):
+                change = F.pad(change, (rows.start, self.d_out - rows.stop))
+            y = y + change
+        return y
+
+
+@contextmanager
+def all_folded(layers: Mapping[str, AdaptedLinear]) -> Iterator[None]:
+    """While open, live branches are folded too, so that a forward costs what the bare backbone costs. No gradients."""
+    for layer in layers.values():
+        layer.refold(with_live=True)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.refold()
+
+
+def inject(module: nn.Module, path: str, dtype: torch.dtype = torch.float32) -> AdaptedLinear:
+    """Replace the linear map at this path (as in `module.get_submodule`) by an adapted one, and return that.
+
+    Raises TypeError where the path does not lead to an nn.Linear.
+    """
+    linear = module.get_submodule(path)
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"{path} is a {type(linear).__name__}, only nn.Linear can be adapted")
+    adapted = AdaptedLinear(linear, dtype)
+    parent, _, leaf = path.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, adapted)
+    return adapted

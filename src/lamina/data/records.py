@@ -1,0 +1,258 @@
+"""What every source of data comes to: undecoded items, and for each a class, a split and a domain.
+
+Shape letters: n items.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lamina import chance
+from lamina.errors import ConfigError, DataError
+from lamina.types import SPLITS, Ints
+
+Kind = Literal["image", "text"]
+Payload: TypeAlias = bytes | NDArray[np.uint8] | str
+
+SPLIT_NAMES = {
+    "train": 0,
+    "training": 0,
+    "val": 1,
+    "valid": 1,
+    "validation": 1,
+    "dev": 1,
+    "test": 2,
+    "testing": 2,
+}
+"""How people name the three splits, in lower case, and the position in SPLITS each means."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which column of a table holds what."""
+
+    image: str = "image"
+    """Encoded images: binary, or the {bytes, path} pairs of Hugging Face datasets."""
+    text: str = "text"
+    label: str = "label"
+    """Class ids (0, 1, ...) or class names."""
+    domain: str = "domain"
+    """The domain of each row. May be missing: then all rows are of one domain."""
+    split: str = "split"
+    """train, val or test. May be missing: then file names tell, or else a seeded share of each class is the test."""
+
+
+class Items(Protocol):
+    """The payloads of a source, by row."""
+
+    def read(self, i: int) -> Payload:
+        """The raw payload of row i. Raises OSError if its file cannot be read."""
+        ...
+
+    def where(self, i: int) -> str:
+        """What a user would call row i: a path, or a file and a row."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Source:
+    """Labelled items, not yet decoded.
+
+    labels_n: class ids; splits_n: 0 train, 1 val, 2 test; domains_n: domain ids. `fingerprint` is a hash of the kind,
+    names, labels, splits, domains and contents (for folders: relative paths and sizes), and of no machine's paths.
+    """
+
+    kind: Kind
+    name: str
+    items: Items
+    labels_n: Ints
+    splits_n: Ints
+    domains_n: Ints
+    class_names: tuple[str, ...]
+    domain_names: tuple[str, ...]
+    fingerprint: str
+    stamp: str = ""
+    """For folders, a hash of the times of change: a decoded copy is current only while it stays the same."""
+
+    def __len__(self) -> int:
+        return len(self.labels_n)
+
+    def read(self, i: int) -> Payload:
+        """The raw payload of row i: encoded bytes, pixels (h, w) or (h, w, 3) uint8, or text."""
+        return self.items.read(i)
+
+    def where(self, i: int) -> str:
+        """What a user would call row i, for messages."""
+        return self.items.where(i)
+
+
+def split_of(name: str) -> int | None:
+    """The split a name means, as a position in SPLITS, or None."""
+    return SPLIT_NAMES.get(name.strip().lower())
+
+
+def split_in_file_name(stem: str) -> int | None:
+    """The split a file name such as `train-00-of-05` begins with, or None."""
+    return split_of(re.split(r"[-_.]", stem, maxsplit=1)[0])
+
+
+def label_ids(
+    values: Sequence[Any], names: tuple[str, ...] | None, where: Callable[[int], str]
+) -> tuple[Ints, tuple[str, ...]]:
+    """Class ids (n,) and class names, from a column of ids or of names.
+
+    Known `names` fix the ids. Otherwise the distinct values, in ascending order, are the classes.
+
+    Raises DataError naming the first row whose label is missing, unknown, out of range or of another type.
+    """
+    if names is not None and (doubled := [name for name, times in Counter(names).items() if times > 1]):
+        raise DataError(f"class name {doubled[0]!r} is listed more than once: give every class a name of its own")
+    textual = bool(len(values)) and isinstance(next((v for v in values if v is not None), None), str)
+    wanted: type = str if textual else Integral
+    for row, value in enumerate(values):
+        if value is None:
+            raise DataError(f"{where(row)} has no label. Remove the row, or label it")
+        if not isinstance(value, wanted) or isinstance(value, bool | np.bool_):
+            raise DataError(
+                f"{where(row)} has the label {value!r} ({type(value).__name__}); allowed are class ids (0, 1, ...) or"
+                " class names, one or the other throughout"
+            )
+    if textual:
+        known = names if names is not None else tuple(sorted(set(values)))
+        place = {name: k for k, name in enumerate(known)}
+        for row, value in enumerate(values):
+            if value not in place:
+                raise DataError(
+                    f"{where(row)} has the label {value!r}, which is none of the {len(known)} class names"
+                    f" ({_some(known)}). Correct the label or the list of names"
+                )
+        return np.array([place[value] for value in values], np.int64), known
+    labels_n = np.array([int(value) for value in values], np.int64)
+    limit = len(names) if names is not None else None
+    wrong = np.flatnonzero((labels_n < 0) | (labels_n >= limit) if limit is not None else labels_n < 0)
+    if len(wrong):
+        row = int(wrong[0])
+        allowed = f"0 to {limit - 1}, one for each class name" if limit is not None else "0 or more"
+        raise DataError(
+            f"{where(row)} has the label {labels_n[row]}; allowed is {allowed}."
+            " Correct the label, or leave unlabelled rows out"
+        )
+    if names is not None:
+        return labels_n, names
+    distinct, ids_n = np.unique(labels_n, return_inverse=True)
+    return ids_n.astype(np.int64), tuple(map(str, distinct))
+
+
+def split_ids(values: Sequence[Any], where: Callable[[int], str]) -> Ints:
+    """Positions in SPLITS (n,), from names or positions. Raises DataError naming the first row with neither."""
+    found = [split_of(value) if isinstance(value, str) else value for value in values]
+    for row, split in enumerate(found):
+        if not isinstance(split, Integral) or not 0 <= int(split) < len(SPLITS):
+            raise DataError(
+                f"{where(row)} has the split {values[row]!r}; allowed are {', '.join(SPLIT_NAMES)}."
+                " Rename it, or leave the row out"
+            )
+    return np.array(found, np.int64)
+
+
+def domain_ids(
+    values: Sequence[Any], names: tuple[str, ...] | None, where: Callable[[int], str]
+) -> tuple[Ints, tuple[str, ...]]:
+    """Domain ids (n,) and names, in the order of `names` if they cover all, else of first appearance.
+
+    Raises DataError naming the first row without a domain.
+    """
+    for row, value in enumerate(values):
+        if value is None:
+            raise DataError(f"{where(row)} has no domain. Name one, or remove the column of domains")
+    found = tuple(dict.fromkeys(map(str, values)))
+    if names is not None and set(names) >= set(found):
+        found = tuple(name for name in names if name in set(found))
+    place = {name: k for k, name in enumerate(found)}
+    return np.array([place[str(value)] for value in values], np.int64), found
+
+
+def hold_out(labels_n: Ints, domains_n: Ints, splits_n: Ints, fraction: float) -> Ints:
+    """Splits (n,) in which a seeded share of the training rows of every class and domain has become the test.
+
+    At least one row of each class and domain goes to either side, where there are two. No generator is involved.
+    """
+    splits_n = splits_n.copy()
+    for domain, label in np.unique(np.stack([domains_n, labels_n], 1), axis=0):
+        rows_m = np.flatnonzero((labels_n == label) & (domains_n == domain) & (splits_n == 0))
+        if len(rows_m) < 2:
+            continue
+        held = min(max(round(len(rows_m) * fraction), 1), len(rows_m) - 1)
+        order_m = chance.permutation(len(rows_m), chance.seed_of("lamina.data.hold_out"), int(domain), int(label))
+        splits_n[rows_m[order_m[:held]]] = 2
+    return splits_n
+
+
+def build(
+    *,
+    kind: Kind,
+    name: str,
+    items: Items,
+    labels_n: Ints,
+    class_names: tuple[str, ...],
+    splits_n: Ints | None,
+    contents: Iterable[bytes | memoryview],
+    domains_n: Ints | None = None,
+    domain_names: tuple[str, ...] = ("all",),
+    test_fraction: float = 0.2,
+    stamp: str = "",
+) -> Source:
+    """The source of these rows. Where no row is marked as test, `test_fraction` of the training rows becomes the test.
+
+    contents: one buffer per row, hashed into the fingerprint. Raises DataError if there are no rows, or none to train
+    on; ConfigError if the fraction is not in (0, 1).
+    """
+    if not 0 < test_fraction < 1:
+        raise ConfigError(f"data.test_fraction is {test_fraction}; allowed is more than 0 and less than 1, such as 0.2")
+    n = len(labels_n)
+    if n == 0:
+        raise DataError(f"{name} holds no items. Point at a source with at least one labelled item in each class")
+    domains_n = np.zeros(n, np.int64) if domains_n is None else domains_n
+    splits_n = np.zeros(n, np.int64) if splits_n is None else splits_n
+    if not (splits_n == 0).any():
+        present = ", ".join(SPLITS[k] for k in np.unique(splits_n))
+        raise DataError(f"{name} holds no training items, only {present}. Add items whose split is train")
+    if not (splits_n == 2).any():
+        splits_n = hold_out(labels_n, domains_n, splits_n, test_fraction)
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (kind, *class_names, "", *domain_names, ""):
+        _feed(digest, part.encode())
+    for ids_n in (labels_n, splits_n, domains_n):
+        _feed(digest, ids_n.astype("<i8").tobytes())
+    for content in contents:
+        _feed(digest, content)
+    return Source(
+        kind=kind,
+        name=name,
+        items=items,
+        labels_n=labels_n,
+        splits_n=splits_n,
+        domains_n=domains_n,
+        class_names=class_names,
+        domain_names=domain_names,
+        fingerprint=digest.hexdigest(),
+        stamp=stamp,
+    )
+
+
+def _feed(digest: "hashlib.blake2b", content: bytes | memoryview) -> None:
+    # The length goes first, so that moving a byte from one item to the next changes the hash.
+    digest.update(len(content).to_bytes(8, "little"))
+    digest.update(content)
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(repr(name) for name in names[:most])
+    return shown if len(names) <= most else f"{shown}, ..."

@@ -1,0 +1,206 @@
+"""Learner: backbone, adapted layers and head, the only object a method may touch.
+
+Shape letters: b batch, t tokens, d width of the backbone, r rows of the head, o i outputs and inputs of a linear map.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamina import adapters
+from lamina.adapters import AdaptedLinear, Branch, Finished, Rows
+from lamina.backbones import Backbone, Site
+from lamina.errors import ConfigError
+from lamina.head import Head, Row
+from lamina.moments import recording
+from lamina.types import Batch
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place where a branch can go: one role (say, the keys) of one block."""
+
+    site: Site
+    layer: AdaptedLinear
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    @property
+    def group(self) -> str:
+        """Slots of one group read the same input."""
+        return self.site.group
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(*self.site.rows) if self.site.rows else Rows(0, self.layer.d_out)
+
+    @property
+    def d_in(self) -> int:
+        return self.layer.d_in
+
+    @property
+    def d_out(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    def add(self, name: str, branch: Branch) -> None:
+        self.layer.add(f"{self.site.role}:{name}", branch, self.rows)
+
+    def live(self) -> dict[str, Branch]:
+        prefix = f"{self.site.role}:"
+        return {n[len(prefix) :]: b for n, b in self.layer.live.items() if n.startswith(prefix) and isinstance(b, Branch)}
+
+    def finished(self) -> dict[str, Finished]:
+        prefix = f"{self.site.role}:"
+        return {n[len(prefix) :]: f for n, f in self.layer.finished.items() if n.startswith(prefix)}
+
+    def finish(self, name: str) -> None:
+        self.layer.finish(f"{self.site.role}:{name}")
+
+
+class Learner:
+    """backbone: frozen, its adapted maps replaced in place. slots: by name, in the order of the backbone. head: grows.
+
+    targets: roles to adapt; blocks: which blocks (all if None); dtype: precision of the frozen weights.
+    Raises ConfigError where no place of the backbone fits.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        targets: Sequence[str] = ("k", "v"),
+        blocks: Sequence[int] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        wanted = set(range(backbone.blocks) if blocks is None else blocks)
+        sites = [site for site in backbone.sites if site.role in targets and site.block in wanted]
+        missing = set(targets) - {site.role for site in sites}
+        if missing or not wanted <= set(range(backbone.blocks)):
+            raise ConfigError(
+                f"backbone {backbone.name!r} has blocks 0 to {backbone.blocks - 1} with roles "
+                f"{sorted({s.role for s in backbone.sites})}; targets {list(targets)} in blocks {sorted(wanted)} do not fit. "
+                f"Change backbone.targets or backbone.blocks."
+            )
+        self.backbone = backbone
+        self.dtype = dtype
+        self.layers: dict[str, AdaptedLinear] = {}
+        for path in dict.fromkeys(site.path for site in sites):
+            self.layers[path] = adapters.inject(backbone.module, path, dtype)
+        backbone.module.to(dtype)
+        self.slots = {site.name: Slot(site, self.layers[site.path]) for site in sites}
+        self.head = Head(backbone.width)
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.head.rows
+
+    def features(self, batch: Batch) -> Tensor:
+        """What the backbone makes of each example, (b, d) float32."""
+        inputs = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
+        features_bd: Tensor = self.backbone.features(inputs).float()
+        return features_bd
+
+    def task_logits(self, batch: Batch, task: str) -> Tensor:
+        """Scores of this task's own rows only, (b, rows of the task)."""
+        logits: Tensor = self.head.block(task)(self.features(batch))
+        return logits
+
+    def groups(self) -> dict[str, list[Slot]]:
+        """Slots that read the same input, by the name of that input."""
+        found: dict[str, list[Slot]] = {}
+        for slot in self.slots.values():
+            found.setdefault(slot.group, []).append(slot)
+        return found
+
+    def input_moments(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """Uncentred second moment E[x x^T] of the input of each group over all (real) tokens of one pass, (d, d) float64.
+        Live branches take part, folded."""
+        modules = {group: slots[0].layer for group, slots in self.groups().items()}
+        with self.folded(), recording(modules) as record:
+            for batch in batches:
+                record.mask_bt = batch.inputs.get("attention_mask")
+                self.features(batch)
+        return {group: moment.mean_dd for group, moment in record.moments.items()}
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """While open, a forward costs what the bare backbone costs, and there are no gradients."""
+        with adapters.all_folded(self.layers), torch.no_grad():
+            yield
+
+    def finish(self, name: str) -> None:
+        """End the training of this branch wherever it is live: fold it and keep its factors."""
+        for slot in self.slots.values():
+            if name in slot.live():
+                slot.finish(name)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Every parameter that learns, by a name that says where it is: `block0.k/task-01/up`, `head/task-01/weight`."""
+        found: dict[str, nn.Parameter] = {}
+        for slot in self.slots.values():
+            for name, branch in slot.live().items():
+                found |= {f"{slot.name}/{name}/{p}": v for p, v in branch.named_parameters() if v.requires_grad}
+        for task, block in zip(self.head.tasks, self.head.blocks, strict=True):
+            found |= {f"head/{task}/{p}": v for p, v in block.named_parameters() if v.requires_grad}
+        return found
+
+    def stored_parameters(self) -> int:
+        """Numbers kept beside the bare backbone: factors of all branches and rows of the head."""
+        return sum(tensor.numel() for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was learnt, by name. With `outline()` it is enough to rebuild the learner from the bare backbone."""
+        found: dict[str, Tensor] = {}
+        for slot in self.slots.values():
+            for name, (_, up_or, down_ri) in slot.finished().items():
+                found |= {f"finished/{slot.name}/{name}/up": up_or, f"finished/{slot.name}/{name}/down": down_ri}
+            for name, branch in slot.live().items():
+                for part, value in (branch.trained() | branch.frozen()).items():
+                    found[f"live/{slot.name}/{name}/{part}"] = value.detach()
+        for task, block in zip(self.head.tasks, self.head.blocks, strict=True):
+            found |= {f"head/{task}/{part}": value.detach() for part, value in block.named_parameters()}
+        return found
+
+    def outline(self) -> dict[str, Any]:
+        """What the tensors do not say: the order of things, and what is trained. Plain JSON."""
+        return {
+            "slots": {
+                slot.name: {
+                    "finished": list(slot.finished()),
+                    "live": {n: {"trained": [*b.trained()], "frozen": [*b.frozen()]} for n, b in slot.live().items()},
+                }
+                for slot in self.slots.values()
+            },
+            "head": [
+                {
+                    "task": task,
+                    "classes": [row.label for row in self.rows if row.task == task],
+                    "trained": all(p.requires_grad for p in block.parameters()),
+                }
+                for task, block in zip(self.head.tasks, self.head.blocks, strict=True)
+            ],
+        }
+
+    def restore(self, outline: Mapping[str, Any], tensors: Mapping[str, Tensor], branch_type: type[Branch]) -> None:
+        """Rebuild from what `outline` and `tensors` gave. The learner must be new. Raises KeyError on a missing tensor."""
+        for name, saved in outline["slots"].items():
+            slot = self.slots[name]
+            for branch in saved["finished"]:
+                key = f"finished/{name}/{branch}"
+                slot.layer.finished[f"{slot.site.role}:{branch}"] = Finished(
+                    slot.rows, tensors[f"{key}/up"].clone(), tensors[f"{key}/down"].clone()
+                )
+            for branch, parts in saved["live"].items():
+                values = {kind: {p: tensors[f"live/{name}/{branch}/{p}"] for p in names} for kind, names in parts.items()}
+                slot.add(branch, branch_type(trained=values["trained"], frozen=values["frozen"]))
+        for block in outline["head"]:
+            made = self.head.add(block["task"], block["classes"])
+            made.load_state_dict({part: tensors[f"head/{block['task']}/{part}"] for part in ("weight", "bias")})
+            made.requires_grad_(block["trained"])
+        for layer in self.layers.values():
+            layer.refold()

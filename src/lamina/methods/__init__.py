@@ -1,0 +1,14 @@
+"""The methods, one file each. To add one: its file, and a line here."""
+
+from typing import Any
+
+from lamina.methods.base import Method
+from lamina.methods.finetune import Finetune
+from lamina.methods.inflora import InfLoRA
+from lamina.methods.prototype import Prototype
+
+METHODS: dict[str, type[Method[Any]]] = {
+    "inflora": InfLoRA,
+    "finetune": Finetune,
+    "prototype": Prototype,
+}

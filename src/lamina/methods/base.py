@@ -1,0 +1,168 @@
+"""What a paper adds, and nothing else: the interface every method implements.
+
+The engine calls, for each task of the stream and in this order: `begin` once; then for every batch `loss`, and around
+the optimiser's step `after_backward` and `after_step`; then `end` once; and `predict` whenever it evaluates. A method
+keeps what must survive a crash in `memory`, a flat dict of tensors, and in the learner. `begin` and `end` may be run
+again from their start after a crash, so they depend on nothing but the learner, the memory and the task.
+
+Shape letters: b batch, r rows of the head.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from lamina.adapters import Branch, LowRank
+from lamina.learner import Learner
+from lamina.types import Batch, Task
+
+Scenario = Literal["class", "domain", "task", "mixed"]
+SCENARIOS: tuple[Scenario, ...] = ("class", "domain", "task", "mixed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Departure:
+    """Where this code differs from the paper's text, or the released code does, and the switch that decides it."""
+
+    what: str
+    whose: Literal["ours", "released code"]
+    switch: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """Where a method comes from."""
+
+    title: str
+    authors: str
+    venue: str
+    link: str
+    departures: tuple[Departure, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a method asks of its user."""
+
+    horizon: bool = False
+    """It is better for knowing the number of tasks in advance."""
+    stored_samples: int = 0
+    """Training examples kept per class."""
+    growth: str
+    """How what it keeps grows with the number of tasks, in words."""
+
+
+class MethodConfig(BaseModel):
+    """Base of every method's settings: frozen, strict, a sentence per field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Pass(Protocol):
+    """One pass over the training examples of the current task, in a fixed order."""
+
+    def __call__(self, *, augmented: bool) -> Iterator[Batch]:
+        """augmented: with the training transform; otherwise with that of evaluation."""
+        ...
+
+
+C = TypeVar("C", bound=MethodConfig)
+
+
+class Method(ABC, Generic[C]):
+    """Subclasses state the class attributes, and override what their paper changes."""
+
+    name: ClassVar[str]
+    advice: ClassVar[str]
+    """One line on when to choose it."""
+    paper: ClassVar[Paper]
+    needs: ClassVar[Needs]
+    config_type: ClassVar[type[MethodConfig]]
+    scenarios: ClassVar[tuple[Scenario, ...]] = SCENARIOS
+    branch_type: ClassVar[type[Branch]] = LowRank
+    trains: ClassVar[bool] = True
+    """False for a method without gradient steps: the engine goes from `begin` straight to `end`."""
+
+    def __init__(self, config: C, horizon: int | None = None) -> None:
+        """horizon: how many tasks the stream has, None where it is open-ended."""
+        self.config = config
+        self.horizon = horizon
+        self.memory: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
+        """Prepare for a task: add rows to the head, and branches."""
+
+    def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
+        """What a training step descends. Unless a method says otherwise: cross-entropy over the task's own rows."""
+        return local_cross_entropy(learner, batch, task)
+
+    def after_backward(self, learner: Learner) -> None:  # noqa: B027 - nothing to do is a fine answer
+        """After the gradients are there, before the optimiser's step."""
+
+    def after_step(self, learner: Learner) -> None:  # noqa: B027 - nothing to do is a fine answer
+        """After the optimiser's step."""
+
+    @abstractmethod
+    def end(self, learner: Learner, task: Task, batches: Pass) -> None:
+        """Consolidate a learnt task: finish branches, update the memory."""
+
+    def predict(self, learner: Learner, batch: Batch) -> Tensor:
+        """Scores of all rows of the head, (b, r) float32. The score of one example never depends on the others."""
+        scores_br: Tensor = learner.head(learner.features(batch))
+        return scores_br
+
+    @abstractmethod
+    def memory_bound(self, learner: Learner) -> int:
+        """Upper bound, in bytes, of what `memory` holds after the tasks learnt so far."""
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(value.numel() * value.element_size() for value in self.memory.values())
+
+
+def row_labels(task: Task, labels_b: Tensor) -> Tensor:
+    """Positions (b,) of class ids among the task's own rows."""
+    order = torch.full((max(task.classes) + 1,), -1)
+    order[list(task.classes)] = torch.arange(len(task.classes))
+    return order[labels_b]
+
+
+def local_cross_entropy(learner: Learner, batch: Batch, task: Task) -> Tensor:
+    """Cross-entropy over the rows of the current task only; the rows of older tasks are neither computed nor trained."""
+    return F.cross_entropy(learner.task_logits(batch, task.name), row_labels(task, batch.labels_b))
+
+
+def describe(method: type[Method[Any]]) -> dict[str, Any]:
+    """A method as plain data: for `lamina methods` and for the record of a run."""
+    return {
+        "name": method.name,
+        "title": method.paper.title,
+        "authors": method.paper.authors,
+        "venue": method.paper.venue,
+        "link": method.paper.link,
+        "departures": [
+            f"{d.what} ({d.whose}{f'; switch: {d.switch}' if d.switch else ''})" for d in method.paper.departures
+        ],
+        "advice": method.advice,
+        "scenarios": list(method.scenarios),
+        "horizon": method.needs.horizon,
+        "stored_samples": method.needs.stored_samples,
+        "growth": method.needs.growth,
+        "settings": {
+            name: {
+                "default": field.get_default(),
+                "type": str(field.annotation).replace("typing.", "")
+                if not isinstance(field.annotation, type)
+                else field.annotation.__name__,
+                "what": field.description or "",
+            }
+            for name, field in method.config_type.model_fields.items()
+        },
+    }

@@ -1,0 +1,214 @@
+"""InfLoRA: interference-free low-rank adaptation (Liang & Li, CVPR 2024, arXiv 2404.00228).
+
+    e = W_{t-1} h + A_t B_t h                               only A_t learns                                   (eq. 1)
+    B_t = the r main directions of the new task's inputs, freed of the old tasks' inputs                (eqs. 6 to 8)
+    DualGPM keeps those old inputs, as a basis of their span or of its complement, whichever is smaller
+
+A step on A_t alone is the full-weight step projected onto the rows of B_t (proposition 1). These rows are orthogonal to
+the inputs of old tasks, so A_t B_t h = 0 for every old input h, exactly where h lies in the kept span.
+
+    paper   here                          shape
+    B_t     down_ri (frozen)              (r, i)      the released code calls it lora_A
+    A_t     up_or   (trained, starts 0)   (o, r)      the released code calls it lora_B
+    H_t     never kept; moment_dd = H_t H_t^T / n     (d, d)
+    M_t     Subspace.basis_dk, kind "old"             (d, k)      in memory as `<group>/old`
+    M_t^⊥   Subspace.basis_dk, kind "free"            (d, k)      in memory as `<group>/free`
+    ε       epsilon
+
+Equation numbers are the paper's. What the released code (liangyanshuo/InfLoRA, e08b00e) does differently decides the
+published numbers, so it is the default here, each behind a switch: see `InfLoRA.paper.departures`.
+
+Shape letters: d = i inputs of a layer, o outputs, r rank, k columns of a basis.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lamina.adapters import LowRank
+from lamina.learner import Learner
+from lamina.linalg import complement, keep_span, remove_span, sorted_eigh, steps_to_reach, top_eigenvectors
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass
+from lamina.types import Task
+
+Source = Literal["released", "paper"]
+
+
+class InfLoRAConfig(MethodConfig):
+    rank: int = Field(10, ge=1)
+    """r: rank of the change each task adds to every adapted map."""
+    epsilon: float = Field(0.95, gt=0, le=1)
+    """ε: share of the inputs' energy that counts as the old tasks' space after the first task."""
+    growing_threshold: bool = True
+    """Raise ε linearly towards 1 over the stream. Without a known number of tasks it stays at epsilon."""
+    horizon: int | None = Field(None, ge=1)
+    """The number of tasks ε grows over. Not set: the length of the stream; an open-ended stream keeps ε constant."""
+    row_norm: float = Field(3**-0.5, gt=0)
+    """Length of the rows of B_t. 1/sqrt(3) is the released code's, 1 the paper's; it scales the step by its square."""
+    spectrum: Source = "released"
+    """Main directions of the freed inputs from P C C P (released) or P C P (paper, eq. 8). C = moment, P = projector."""
+    criterion: Source = "released"
+    """Energy that ε is a share of: squared eigenvalues of the moment (released) or the eigenvalues (paper, after GPM)."""
+    augmented_moments: bool = True
+    """Take the moments over randomly augmented training images, as the released code does; otherwise over plain ones."""
+
+
+class Subspace(NamedTuple):
+    """The input space of the old tasks. kind says what the orthonormal columns of basis_dk (d, k) span."""
+
+    kind: Literal["old", "free"]
+    basis_dk: Tensor
+
+    @property
+    def old_dimension(self) -> int:
+        d, k = self.basis_dk.shape
+        return k if self.kind == "old" else d - k
+
+    def project_out_old(self, matrix_do: Tensor) -> Tensor:
+        """What is left of the columns of X (d, o) outside the old tasks' space (eq. 6 for "old", eq. 7 for "free")."""
+        return (remove_span if self.kind == "old" else keep_span)(matrix_do, self.basis_dk)
+
+
+class InfLoRA(Method[InfLoRAConfig]):
+    name = "inflora"
+    advice = "Many tasks, no stored samples, constant memory: new tasks are kept out of the old ones' input space."
+    paper = Paper(
+        title="InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning",
+        authors="Liang & Li",
+        venue="CVPR 2024",
+        link="https://arxiv.org/abs/2404.00228",
+        departures=(
+            Departure(
+                what="ε is a share of the squared eigenvalues of the moment, not of the inputs' energy",
+                whose="released code",
+                switch="criterion",
+            ),
+            Departure(
+                what="ε grows linearly with the task, which needs the number of tasks",
+                whose="released code",
+                switch="growing_threshold, horizon",
+            ),
+            Departure(what="rows of B_t have length 1/sqrt(3)", whose="released code", switch="row_norm"),
+            Departure(
+                what="B_t from the singular vectors of the projected moment, not of the projected inputs",
+                whose="released code",
+                switch="spectrum",
+            ),
+            Departure(
+                what="moments over randomly augmented images, so that B_t and M_t are random",
+                whose="released code",
+                switch="augmented_moments",
+            ),
+            Departure(
+                what="finished branches are folded into the weight, as the paper says; the released code keeps them all",
+                whose="ours",
+            ),
+            Departure(
+                what="where no input direction is free any more, rows of B_t are zero; the released code takes arbitrary "
+                "directions, which may lie in the old space",
+                whose="ours",
+            ),
+            Departure(
+                what="a first task that needs over half of all directions is stored by its complement; the released code "
+                "labels it so but stores the span",
+                whose="ours",
+            ),
+        ),
+    )
+    needs = Needs(horizon=True, growth="at most d/2 directions of d numbers per adapted input, however many the tasks")
+    config_type = InfLoRAConfig
+
+    def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
+        config = self.config
+        learner.head.freeze()
+        learner.head.add(task.name, task.classes)
+        moments = learner.input_moments(batches(augmented=config.augmented_moments))
+        for group, slots in learner.groups().items():
+            down_ri = config.row_norm * main_directions(moments[group], self.old(group), config.rank, config.spectrum).T
+            for slot in slots:
+                up_or = torch.zeros(slot.d_out, config.rank)
+                slot.add(task.name, LowRank(trained={"up": up_or}, frozen={"down": down_ri}))  # eq. 1
+
+    def end(self, learner: Learner, task: Task, batches: Pass) -> None:
+        learner.finish(task.name)
+        learner.head.freeze()
+        learnt = int(self.memory.get("tasks", torch.tensor(0)))
+        epsilon = self.threshold(learnt)
+        for group, moment_dd in learner.input_moments(batches(augmented=self.config.augmented_moments)).items():
+            space = extend(self.old(group), moment_dd, epsilon, self.config.criterion)
+            self.memory.pop(f"{group}/old", None)
+            self.memory.pop(f"{group}/free", None)
+            self.memory[f"{group}/{space.kind}"] = space.basis_dk.float().contiguous()
+        self.memory["tasks"] = torch.tensor(learnt + 1)
+
+    def old(self, group: str) -> Subspace | None:
+        """The old tasks' input space of this group; None before the first task has ended."""
+        if f"{group}/old" in self.memory:
+            return Subspace("old", self.memory[f"{group}/old"].double())
+        if f"{group}/free" in self.memory:
+            return Subspace("free", self.memory[f"{group}/free"].double())
+        return None
+
+    def threshold(self, learnt: int) -> float:
+        horizon = self.config.horizon or self.horizon
+        return growing_threshold(self.config.epsilon, learnt, horizon if self.config.growing_threshold else None)
+
+    def memory_bound(self, learner: Learner) -> int:
+        widths = [slots[0].d_in for slots in learner.groups().values()]
+        return sum(4 * d * ((d + 1) // 2) for d in widths) + 8
+
+
+def growing_threshold(epsilon: float, learnt: int, horizon: int | None) -> float:
+    """ε_t = ε + (1 - ε) t / T with t = 0 for the first task (released code). Beyond the horizon the last value holds;
+    without one, ε is constant."""
+    return epsilon if horizon is None else epsilon + (1 - epsilon) * min(learnt, horizon - 1) / horizon
+
+
+def main_directions(moment_dd: Tensor, old: Subspace | None, rank: int, spectrum: Source) -> Tensor:
+    """The r main directions of the new task's inputs outside the old space, orthonormal columns (d, r) (eqs. 6 to 8).
+    Fewer free directions than r leave columns of zeros."""
+    energy_dd = moment_dd @ moment_dd if spectrum == "released" else moment_dd
+    if old is None:
+        return top_eigenvectors(energy_dd, rank)
+    freed_dd = old.project_out_old(old.project_out_old(energy_dd).T)
+    floor = 1e-12 * energy_dd.diagonal().max().item()
+    directions_dr = top_eigenvectors(freed_dd, rank)
+    return directions_dr * (torch.einsum("dr,de,er->r", directions_dr, freed_dd, directions_dr) > floor)
+
+
+def extend(old: Subspace | None, moment_dd: Tensor, epsilon: float, criterion: Source) -> Subspace:
+    """DualGPM: the old space after one more task with this input moment (section 3.3 and the released update_DualGPM).
+
+    The least number of further directions is added for which the span holds a share ε of the energy (after the first
+    task one fewer, as in the released code). Whichever is smaller of the span and its complement is kept, except that
+    a complement is never turned back.
+    """
+    d = len(moment_dd)
+    energy_dd = moment_dd @ moment_dd if criterion == "released" else moment_dd
+    total = energy_dd.trace().item()
+    if old is None:
+        values_d, vectors_dd = sorted_eigh(energy_dd)
+        basis_dk = vectors_dd[:, : max(1, int((values_d.cumsum(0) / total < epsilon).sum()))]
+    elif old.kind == "old":
+        rest_dd = old.project_out_old(old.project_out_old(energy_dd).T)
+        values_d, vectors_dd = sorted_eigh(rest_dd)
+        room = d - old.basis_dk.shape[1]
+        added = steps_to_reach(values_d[:room] / total, 1 - rest_dd.trace().item() / total, epsilon)
+        basis_dk = torch.cat([old.basis_dk, vectors_dd[:, :added]], 1)
+    else:
+        # In the coordinates of the free space: its directions that the new task fills are given up, the others stay free.
+        free_kk = old.basis_dk.T @ energy_dd @ old.basis_dk
+        values_k, vectors_kk = sorted_eigh(free_kk)
+        taken = steps_past(values_k / total, free_kk.trace().item() / total, 1 - epsilon)
+        return Subspace("free", old.basis_dk @ vectors_kk[:, taken:])
+    return Subspace("old", basis_dk) if basis_dk.shape[1] <= d / 2 else Subspace("free", complement(basis_dk))
+
+
+def steps_past(shares_k: Tensor, free_share: float, allowed: float) -> int:
+    """How many of the values must leave the free space until the energy left in it is below `allowed`."""
+    if free_share < allowed:
+        return 0
+    left_k = free_share - torch.cumsum(shares_k, 0)
+    return min(int((left_k >= allowed).sum().item()) + 1, len(shares_k))

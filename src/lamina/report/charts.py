@@ -1,0 +1,246 @@
+"""Inline SVG as pure functions of numbers.
+
+Colours are CSS variables of the page (--s0 … --s5 for runs, --accent for the run at hand, --heat for the matrix), so
+one drawing serves the light and the dark theme. Nothing depends on colour alone: lines also differ by marker and dash.
+Text is drawn at 12 units in drawings 440 units wide, which stays legible on a phone.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup, escape
+
+COLOURS = 6
+DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "13 4")
+MARKERS = (
+    "M-3.4 0a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0-6.8 0",
+    "M-3-3h6v6h-6z",
+    "M0-4.2L4.2 3.2h-8.4z",
+    "M0-4.6L4.6 0L0 4.6L-4.6 0z",
+    "M0 4.2L4.2-3.2h-8.4z",
+    "M-1.3-4h2.6v2.7h2.7v2.6h-2.7v2.7h-2.6v-2.7h-2.7v-2.6h2.7z",
+)
+WIDTH, HEIGHT = 440.0, 250.0
+LABELS = 12
+"""Most lines that get a label at their end; more could not be told apart there."""
+NUMBERED = 15
+"""Most tasks for which the matrix has room for numbers in its cells."""
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One line. `style` picks colour, marker and dash; None is the thin neutral line of one task among many."""
+
+    name: str
+    points: Sequence[Point]
+    style: int | None = None
+    accent: bool = False
+    """Use the colour of the run whose section this is, instead of the colour of `style`."""
+    label: str | None = None
+    """Short name written at the end of the line."""
+    markers: bool = True
+
+
+def tag(name: str, *children: str, **attributes: Any) -> Markup:
+    """An element. Attributes named with `_` get `-`; None is left out; floats are rounded to a tenth."""
+
+    def text(value: Any) -> Markup:
+        return escape(f"{round(value, 1):g}" if isinstance(value, float) else value)
+
+    pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None)
+    opening = Markup("").join(Markup(' {}="{}"').format(key, text(value)) for key, value in pairs)
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), opening, Markup("").join(children))
+
+
+def clip(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round positions (1, 2 or 5 times a power of ten) inside [low, high], at most `most` of them."""
+    if high <= low:
+        return [low]
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(s * power for s in (1, 2, 5, 10, 20) if math.floor(high / (s * power)) - math.ceil(low / (s * power)) < most)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions near the wanted ones, in the same order, at least `gap` apart and within [low, high] if they fit."""
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    placed = [0.0] * len(wanted)
+    floor = low
+    for i in order:
+        placed[i] = max(wanted[i], floor)
+        floor = placed[i] + gap
+    ceiling = high
+    for i in reversed(order):
+        placed[i] = min(placed[i], ceiling)
+        ceiling = placed[i] - gap
+    return placed
+
+
+def colour(style: int | None, accent: bool = False) -> str:
+    if accent:
+        return "--c:var(--accent)"
+    return "--c:var(--soft)" if style is None else f"--c:var(--s{style % COLOURS})"
+
+
+def marker(style: int, x: float, y: float, tooltip: str | None = None) -> Markup:
+    # (style + style // COLOURS): the seventh run repeats the first colour, but not with the same marker.
+    inside = [tag("title", escape(tooltip))] if tooltip else []
+    path = MARKERS[(style + style // COLOURS) % len(MARKERS)]
+    return tag("path", *inside, class_="m", d=path, transform=f"translate({x:.1f} {y:.1f})")
+
+
+def dash(style: int) -> str | None:
+    return DASHES[(style + style // COLOURS) % len(DASHES)] or None
+
+
+def key(style: int) -> Markup:
+    """The sample of a line that stands in a legend."""
+    line = tag("path", class_="l", d="M1 7H33", stroke_dasharray=dash(style))
+    return tag("svg", line, marker(style, 17, 7), width=34, height=14, aria_hidden="true", style=colour(style))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The plotting area in drawing units, and the range of the data in it."""
+
+    x_range: Point
+    y_range: Point
+    right: float = WIDTH - 12
+    left: float = 38.0
+    top: float = 26.0
+    bottom: float = HEIGHT - 38
+
+    def x(self, value: float) -> float:
+        low, high = self.x_range
+        return self.left + (self.right - self.left) * ((value - low) / (high - low) if high > low else 0.5)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_range
+        return self.bottom - (self.bottom - self.top) * ((value - low) / (high - low) if high > low else 0.5)
+
+    def axes(self, x_name: str, y_name: str, whole_x: bool = True) -> list[Markup]:
+        parts = [tag("text", escape(y_name), class_="a", x=2, y=12)]
+        for value in ticks(*self.y_range):
+            y = self.y(value)
+            parts.append(tag("path", class_="g", d=f"M{self.left:g} {y:.1f}H{self.right:g}"))
+            parts.append(tag("text", f"{value:g}".replace("-", "−"), class_="t e", x=self.left - 6, y=y + 4))
+        for value in ticks(*self.x_range, 8):
+            if not whole_x or value == int(value):
+                parts.append(tag("text", f"{value:g}", class_="t c", x=self.x(value), y=self.bottom + 16))
+        middle = (self.left + self.right) / 2
+        return [*parts, tag("text", escape(x_name), class_="a c", x=middle, y=self.bottom + 33)]
+
+
+def drawing(title: str, description: str, parts: Sequence[str], width: float, height: float, **attributes: Any) -> Markup:
+    named = (tag("title", escape(title)), tag("desc", escape(description)))
+    return tag("svg", *named, *parts, viewBox=f"0 0 {width:g} {height:g}", role="img", **attributes)
+
+
+def lines(
+    title: str,
+    description: str,
+    series: Sequence[Series],
+    *,
+    x_name: str,
+    y_name: str,
+    x_range: Point,
+    y_range: Point,
+    write: Callable[[float], str],
+    whole_x: bool = True,
+    marks: Sequence[float] = (),
+) -> Markup:
+    """A line chart. write: the text of one value in its tooltip; marks: x positions of faint upright lines."""
+    series = [s for s in series if s.points]
+    labelled = [s for s in series if s.label] if len(series) <= LABELS + 1 else []
+    gutter = max((len(clip(s.label or "", 15)) for s in labelled), default=0) * 6.6 + (16 if labelled else 0)
+    frame = Frame(x_range, y_range, right=WIDTH - 12 - gutter)
+    parts = frame.axes(x_name, y_name, whole_x)
+    parts += [tag("path", class_="g b", d=f"M{frame.x(x):.1f} {frame.top:g}V{frame.bottom:g}") for x in marks]
+    heights = spread([frame.y(s.points[-1][1]) for s in labelled], 13.5, frame.top, frame.bottom)
+    ends = dict(zip((id(s) for s in labelled), heights, strict=True))
+    for s in series:
+        at = [(frame.x(x), frame.y(y)) for x, y in s.points]
+        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
+        thin = s.style is None
+        drawn = [
+            tag("path", tag("title", escape(s.name)), class_="l thin" if thin else "l", d=path,
+                stroke_dasharray=None if s.style is None else dash(s.style))
+        ]  # fmt: skip
+        if s.style is None:
+            drawn.append(tag("circle", class_="m", cx=at[0][0], cy=at[0][1], r=1.8))
+        elif s.markers:
+            for (x, y), (px, py) in zip(s.points, at, strict=True):
+                drawn.append(marker(s.style, px, py, f"{s.name}, {x_name} {x:g}: {write(y)}"))
+        if id(s) in ends and s.label:
+            y = ends[id(s)]
+            if abs(y - at[-1][1]) > 3 or at[-1][0] < frame.right - 3:
+                leader = f"M{at[-1][0] + 5:.1f} {at[-1][1]:.1f}L{frame.right + 8:.1f} {y:.1f}"
+                drawn.append(tag("path", class_="leader", d=leader))
+            drawn.append(tag("text", escape(clip(s.label, 15)), class_="label", x=frame.right + 10, y=y + 4))
+        parts.append(tag("g", *drawn, style=colour(s.style, s.accent)))
+    return drawing(title, description, parts, WIDTH, HEIGHT, class_="chart")
+
+
+def drops(
+    title: str, description: str, rows: Sequence[tuple[str, float | None, float]], *, y_range: Point, y_name: str
+) -> Markup:
+    """For each task its tooltip, the best value it had (an open ring, if any) and its last value (a dot), joined."""
+    frame = Frame((0.5, len(rows) + 0.5), y_range)
+    parts = frame.axes("task", y_name)
+    for number, (tooltip, best, last) in enumerate(rows, start=1):
+        x, y = frame.x(number), frame.y(last)
+        inside = [tag("title", escape(tooltip))]
+        if best is not None:
+            inside.append(tag("path", class_="l", d=f"M{x:.1f} {frame.y(best):.1f}V{y:.1f}"))
+            inside.append(tag("circle", class_="ring", cx=x, cy=frame.y(best), r=3.4))
+        inside.append(tag("circle", class_="m", cx=x, cy=y, r=3.0))
+        parts.append(tag("g", *inside, style=colour(None, accent=True)))
+    return drawing(title, description, parts, WIDTH, HEIGHT, class_="chart")
+
+
+def heat_map(
+    title: str,
+    description: str,
+    value_tt: Sequence[Sequence[float]],
+    tooltip: Callable[[int, int], str],
+    names: Sequence[str],
+    low: float,
+) -> Markup:
+    """A square matrix of percentages, nan where empty; the deeper the hue the higher, from `low` to 100.
+
+    The hue stops short of where text would fade, so the numbers need no second colour in either theme.
+    """
+    size = len(value_tt)
+    numbered = size <= NUMBERED
+    wide, high = (48.0, 28.0) if numbered else (19.0, 19.0)
+    left, top = 62.0, 40.0
+    parts = [
+        tag("text", "on task", class_="a", x=left + 2, y=14),
+        tag("text", "after task", class_="a", x=0, y=top - 7),
+    ]
+    for i in range(size):
+        named = tag("title", escape(f"task {i + 1}: {names[i]}"))
+        parts.append(tag("text", named, str(i + 1), class_="t c", x=left + (i + 0.5) * wide, y=top - 7))
+        parts.append(tag("text", named, str(i + 1), class_="t e", x=left - 8, y=top + (i + 0.5) * high + 4))
+        for j in range(size):
+            value = value_tt[i][j]
+            if math.isnan(value):
+                continue
+            x, y = left + j * wide, top + i * high
+            opacity = f"{0.06 + 0.94 * (value - low) / (100 - low):.2f}" if low < 100 else "1"
+            cell = tag("rect", tag("title", escape(tooltip(i, j))), x=x, y=y, width=wide - 2, height=high - 2,
+                       fill_opacity=opacity)  # fmt: skip
+            parts.append(cell)
+            if numbered:
+                parts.append(tag("text", f"{value:.1f}", class_="n", x=x + wide / 2 - 1, y=y + high / 2 + 3))
+    width, height = max(left + size * wide, 120.0), top + size * high
+    return drawing(title, description, parts, width, height, width=width, height=height, class_="heat")

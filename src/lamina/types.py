@@ -1,0 +1,109 @@
+"""The frozen nouns everything speaks: Batch, Examples, LabelledData, Task.
+
+Shape letters used here: n examples, b batch, c channels, h w pixels, t tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ints = NDArray[np.int64]
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+class Augment(NamedTuple):
+    """Names one random augmentation of every sample: it is a function of (seed, epoch, sample), never of any state."""
+
+    seed: int
+    epoch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Some examples, ready for a backbone.
+
+    `inputs` holds `pixel_values` (b, c, h, w) float32 already normalised for the backbone, or `input_ids` and
+    `attention_mask` (b, t) int64. `labels_b` are class ids: positions in the dataset's list of class names. `task` is
+    the name of the task the examples are from, and is None wherever a learner must not know it.
+    """
+
+    inputs: Mapping[str, Tensor]
+    labels_b: Tensor
+    task: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels_b)
+
+
+class Table(Protocol):
+    """Where the inputs of a dataset lie, decoded once (pixels) or tokenised once (text)."""
+
+    def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:
+        """The inputs of these rows. With `augment`, the training transform, drawn for (seed, epoch, row); without, the
+        evaluation transform. What one row gives never depends on the other rows (padding of texts aside)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled examples of one split of one task: rows of a table, and their class ids."""
+
+    table: Table
+    rows_n: Ints
+    labels_n: Ints
+
+    def __len__(self) -> int:
+        return len(self.rows_n)
+
+    def batch(self, positions: Ints, augment: Augment | None = None) -> Batch:
+        import torch
+
+        return Batch(
+            inputs=self.table.inputs(self.rows_n[positions], augment),
+            labels_b=torch.from_numpy(self.labels_n[positions]),
+        )
+
+    def select(self, keep: Ints | NDArray[np.bool_]) -> "Examples":
+        return Examples(self.table, self.rows_n[keep], self.labels_n[keep])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledData:
+    """A whole dataset, ready to be cut into tasks.
+
+    labels_n: class id of every row; splits_n: 0 train, 1 val, 2 test (positions in SPLITS); domains_n: domain id of
+    every row (all 0 where there is one domain). `fingerprint` changes whenever a file, label or split does.
+    """
+
+    kind: Literal["image", "text"]
+    name: str
+    table: Table
+    labels_n: Ints
+    splits_n: Ints
+    domains_n: Ints
+    class_names: tuple[str, ...]
+    domain_names: tuple[str, ...]
+    fingerprint: str
+    skipped: tuple[str, ...] = ()
+    """Damaged items left out because the user asked to skip them: where each one was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One task of a stream: new classes, known classes in a new domain, or both."""
+
+    name: str
+    classes: tuple[int, ...]
+    """Class ids, in the order of this task's rows in the head."""
+    train: Examples
+    val: Examples
+    test: Examples
+    domain: str | None = None
+
+    def split(self, name: Split) -> Examples:
+        return {"train": self.train, "val": self.val, "test": self.test}[name]
