@@ -75,7 +75,9 @@ def raw_bert(seed: int = 0, width: int = 32, blocks: int = 2, vocabulary: int = 
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return scatter(BertModel(config, add_pooling_layer=False)).eval()
+        model = scatter(BertModel(config, add_pooling_layer=False)).eval()
+        model.embeddings.word_embeddings.weight.data.mul_(4)  # words, not positions, tell texts apart
+        return model
 
 
 def tiny_vit(seed: int = 0, size: int = 16, width: int = 32, blocks: int = 3, patch: int = 8) -> Backbone:
@@ -250,13 +252,14 @@ def tiny_images(n: int = 96, classes: int = 4, domains: int = 1, size: int = 16,
 def tiny_texts(
     n: int = 96, classes: int = 4, domains: int = 1, length: int = 8, vocabulary: int = 60, seed: int = 0
 ) -> LabelledData:
-    """Texts of 3 to `length` tokens; half of their words belong to their class. Id 0 is padding, 1 starts a text."""
+    """Texts of 3 to `length` tokens; 7 in 10 of their words belong to their class. Id 0 is padding, 1 starts a text."""
     generator = torch.Generator().manual_seed(seed_of("texts", seed))
-    own = (vocabulary - 2) // (classes + 1)
+    own = 3  # words of each class; the others are common
+    first = vocabulary - own * classes
     labels_n = torch.arange(n) % classes
-    common_nt = torch.randint(2, 2 + own, (n, length), generator=generator)
-    topic_nt = torch.randint(0, own, (n, length), generator=generator) + 2 + own * (1 + labels_n[:, None])
-    ids_nt = torch.where(torch.rand(n, length, generator=generator) < 0.5, topic_nt, common_nt)
+    common_nt = torch.randint(2, first, (n, length), generator=generator)
+    topic_nt = torch.randint(0, own, (n, length), generator=generator) + first + own * labels_n[:, None]
+    ids_nt = torch.where(torch.rand(n, length, generator=generator) < 0.7, topic_nt, common_nt)
     ids_nt[:, 0] = 1
     lengths_n = torch.randint(3, length + 1, (n, 1), generator=generator)
     mask_nt = (torch.arange(length)[None] < lengths_n).long()

@@ -1,0 +1,30 @@
+"""Continual learning of pre-trained transformers with low-rank adapters. See docs/reading-order.md.
+
+Importing this imports no torch; the names below are loaded when they are first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "AccuracyMatrix": "lamina.metrics",
+    "Backbone": "lamina.backbones",
+    "Batch": "lamina.types",
+    "Branch": "lamina.adapters",
+    "LaminaError": "lamina.errors",
+    "Learner": "lamina.learner",
+    "LowRank": "lamina.adapters",
+    "METHODS": "lamina.methods",
+    "Method": "lamina.methods.base",
+    "Stream": "lamina.streams",
+    "Task": "lamina.types",
+}
+__all__ = ["__version__", *sorted(_WHERE)]  # noqa: PLE0604 - the names are strings
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'lamina' has no attribute {name!r}")

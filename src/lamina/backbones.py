@@ -98,9 +98,7 @@ class Backbone:
         """
         if self.image is not None and inputs["pixel_values"].shape[-2:] != (self.image.size, self.image.size):
             got = "x".join(map(str, inputs["pixel_values"].shape[-2:]))
-            raise BackboneError(
-                f"{self.name} takes {self.image.size} px images, got {got}; resize, or load image_size="
-            )
+            raise BackboneError(f"{self.name} takes {self.image.size} px images, got {got}; resize them")
         return self.forward(self.module, inputs)
 
 
@@ -221,7 +219,8 @@ def load(
     if architecture.kind == "image":
         chosen: Pooling = "cls" if pooling == "auto" else pooling
         size = _resize_positions(module, image_size or config.image_size, name)
-        image = _image_input(size, mean, std, folder, settings, architecture)
+        found_mean, found_std = _normalisation(folder, settings, architecture)
+        image = ImageInput(size, _three("mean", mean or found_mean), _three("std", std or found_std))
         forward = partial(_image_features, pooling=chosen, patches=(size // config.patch_size) ** 2)
     else:
         chosen = _text_pooling(folder, name) if pooling == "auto" else pooling
@@ -293,9 +292,7 @@ def _locate(name: str) -> tuple[Path, list[Path]]:
     if path.is_dir():
         return path, _weight_files(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise BackboneError(
-            f"no backbone {name!r}: give 'nano', an existing folder or .safetensors file, or owner/name"
-        )
+        raise BackboneError(f"no backbone {name!r}: give 'nano', a folder, a .safetensors file, or owner/name")
     folder = _download(name)
     return folder, _weight_files(folder)
 
@@ -413,9 +410,7 @@ def _build(
         raise BackboneError(f"{name}: config.json and weights do not make a {arch.model}: {error}") from error
     if found["mismatched_keys"]:
         wrong = [f"{k} (expected {list(e)}, found {list(f)})" for k, f, e in sorted(found["mismatched_keys"])]
-        raise BackboneError(
-            f"{name}: wrong shape for {_some(wrong)}; config.json and the weights do not belong together"
-        )
+        raise BackboneError(f"{name}: wrong shape for {_some(wrong)}; config.json is not the one of these weights")
     if found["missing_keys"] or found["error_msgs"]:
         wrong = [*sorted(found["missing_keys"]), *found["error_msgs"]]
         raise BackboneError(f"{name}: the weights lack {_some(wrong)}; the file is incomplete or of another model")
@@ -438,37 +433,28 @@ def _resize_positions(module: Any, size: int | Sequence[int], name: str) -> int:
     if after != before:
         positions_pd = embeddings.position_embeddings.detach()[0]
         special_pd, grid_pd = positions_pd[: -(before**2)], positions_pd[-(before**2) :]
-        grid_dhw = grid_pd.T.reshape(-1, before, before)
-        grid_dhw = nn.functional.interpolate(grid_dhw[None], size=(after, after), mode="bicubic", align_corners=False)[
-            0
-        ]
-        embeddings.position_embeddings = nn.Parameter(torch.cat([special_pd, grid_dhw.flatten(1).T])[None])
+        old_1dhw = grid_pd.T.reshape(1, -1, before, before)
+        new_1dhw = nn.functional.interpolate(old_1dhw, size=(after, after), mode="bicubic", align_corners=False)
+        embeddings.position_embeddings = nn.Parameter(torch.cat([special_pd, new_1dhw[0].flatten(1).T])[None])
     config.image_size = size
     embeddings.image_size = embeddings.patch_embeddings.image_size = (size, size)
     embeddings.patch_embeddings.num_patches = after**2
     return size
 
 
-def _image_input(
-    size: int,
-    mean: Triple | None,
-    std: Triple | None,
-    folder: Path,
-    settings: Mapping[str, Any],
-    default: _Architecture,
-) -> ImageInput:
-    """Normalisation: as asked; else as preprocessor_config.json or timm's config say; else the architecture's."""
+def _normalisation(folder: Path, settings: Mapping[str, Any], arch: _Architecture) -> tuple[Triple, Triple]:
+    """Mean and std as preprocessor_config.json or timm's config say; else those usual for the architecture."""
     processor, timm = _read_json(folder / "preprocessor_config.json"), settings.get("pretrained_cfg", {})
-    if processor.get("do_normalize", True):
-        found = (processor.get("image_mean") or timm.get("mean"), processor.get("image_std") or timm.get("std"))
-    else:
-        found = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    values = [mean or found[0] or default.mean, std or found[1] or default.std]
-    for label, value in zip(("mean", "std"), values, strict=True):
-        if len(value) != 3 or (label == "std" and min(value) <= 0):
-            raise BackboneError(f"image {label} must be three numbers, one per channel (std above 0), not {value!r}")
-    (m0, m1, m2), (s0, s1, s2) = values
-    return ImageInput(size, (float(m0), float(m1), float(m2)), (float(s0), float(s1), float(s2)))
+    if not processor.get("do_normalize", True):
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean = processor.get("image_mean") or timm.get("mean") or arch.mean
+    return mean, processor.get("image_std") or timm.get("std") or arch.std
+
+
+def _three(label: str, values: Sequence[float]) -> Triple:
+    if len(values) != 3 or (label == "std" and min(values) <= 0):
+        raise BackboneError(f"image {label} must be three numbers, one per channel (std above 0), not {values!r}")
+    return float(values[0]), float(values[1]), float(values[2])
 
 
 def _text_pooling(folder: Path, name: str) -> Pooling:
@@ -508,12 +494,12 @@ def _from_timm(
     `attn.qkv` (3 d, d) is cut in q, k, v. The names given are the long-standing ones of ViT files, which every version
     of transformers converts. Raises BackboneError for the variants with more parts (layer scale, registers, q/k norm).
     """
-    missing = [key for key in _TIMM_TOP if key not in tensors]
+    missing = [key for key in (*_TIMM_TOP, "blocks.0.mlp.fc1.weight") if key not in tensors]
     if missing:
-        raise BackboneError(
-            f"{name}: the weights lack {_some(missing)}; only timm's plain ViT with a class token is read"
-        )
-    renamed, ignored, unknown = {}, [], []
+        raise BackboneError(f"{name}: the weights lack {_some(missing)}; of timm's models only the plain ViT is read")
+    renamed: dict[str, Tensor] = {}
+    ignored: list[str] = []
+    unknown: list[str] = []
     for key, tensor in tensors.items():
         if key in _TIMM_TOP:
             renamed[_TIMM_TOP[key]] = tensor
@@ -526,15 +512,15 @@ def _from_timm(
                 renamed[f"encoder.layer.{block}.{_TIMM_BLOCK[part]}.{end}"] = tensor
             else:
                 unknown.append(key)
-        elif key.startswith(("head.", "pre_logits.")):
-            ignored.append(key)
         else:
-            unknown.append(key)
+            (ignored if key.startswith(("head.", "pre_logits.")) else unknown).append(key)
     if unknown:
         raise BackboneError(f"{name}: {_some(sorted(unknown))} belong to a ViT variant that is not supported")
     width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
     heads = settings.get("num_heads") or settings.get("model_args", {}).get("num_heads")
-    heads = heads or _TIMM_HEADS.get(width, max(width // 64, 1))
+    heads = heads or _TIMM_HEADS.get(width, 0 if width % 64 else width // 64)
+    if not heads:
+        raise BackboneError(f"{name}: width {width} does not tell the number of heads; put num_heads in config.json")
     grid = round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
     config = {
         "model_type": "vit",

@@ -38,62 +38,63 @@ DEFINITIONS: dict[str, str] = {
 class AccuracyMatrix:
     """Counts of right answers: row i after learning task i, column j on the test data of task j.
 
-    correct_tt, total_tt: (T, T) int64. total is 0 where nothing was measured (usually above the diagonal).
+    correct_ij, total_ij: (tasks learnt, tasks measured) int64, at least as many columns as rows. total is 0 where
+    nothing was measured, which is usual above the diagonal.
     """
 
-    correct_tt: Ints
-    total_tt: Ints
+    correct_ij: Ints
+    total_ij: Ints
 
     def __post_init__(self) -> None:
-        shapes_agree = self.correct_tt.shape == self.total_tt.shape and self.correct_tt.ndim == 2
-        if not shapes_agree or self.correct_tt.shape[0] != self.correct_tt.shape[1]:
-            raise ValueError(f"counts must be two equal square arrays, got {self.correct_tt.shape} {self.total_tt.shape}")
-        if (self.correct_tt < 0).any() or (self.correct_tt > self.total_tt).any():
+        shape = self.correct_ij.shape
+        if shape != self.total_ij.shape or len(shape) != 2 or shape[1] < shape[0]:
+            raise ValueError(f"counts must have one shape with columns for all rows, got {shape} and {self.total_ij.shape}")
+        if (self.correct_ij < 0).any() or (self.correct_ij > self.total_ij).any():
             raise ValueError("each count of right answers must lie between 0 and its total")
 
     @classmethod
-    def empty(cls, tasks: int = 0) -> "AccuracyMatrix":
-        return cls(np.zeros((tasks, tasks), np.int64), np.zeros((tasks, tasks), np.int64))
+    def empty(cls) -> "AccuracyMatrix":
+        return cls(np.zeros((0, 0), np.int64), np.zeros((0, 0), np.int64))
 
     @property
     def tasks(self) -> int:
-        return len(self.correct_tt)
+        """How many tasks have been learnt."""
+        return len(self.correct_ij)
 
     @property
-    def accuracy_tt(self) -> Floats:
-        """(T, T) float64; nan where nothing was measured."""
-        with np.errstate(invalid="ignore"):
-            return np.where(self.total_tt > 0, self.correct_tt / np.maximum(self.total_tt, 1), np.nan)
+    def accuracy_ij(self) -> Floats:
+        """a[i, j], float64; nan where nothing was measured."""
+        return np.where(self.total_ij > 0, self.correct_ij / np.maximum(self.total_ij, 1), np.nan)
 
     def with_row(self, counts: dict[int, tuple[int, int]]) -> "AccuracyMatrix":
         """The matrix one task later. counts: for each measured task j, (right answers, examples)."""
-        size = self.tasks + 1
-        if max(counts, default=0) >= size:
-            raise ValueError(f"row {self.tasks} cannot hold task {max(counts)}: learn the tasks in between first")
-        correct, total = np.zeros((size, size), np.int64), np.zeros((size, size), np.int64)
-        correct[:-1, :-1], total[:-1, :-1] = self.correct_tt, self.total_tt
+        rows = self.tasks + 1
+        columns = max([rows, self.correct_ij.shape[1], *(j + 1 for j in counts)])
+        correct, total = np.zeros((rows, columns), np.int64), np.zeros((rows, columns), np.int64)
+        correct[:-1, : self.correct_ij.shape[1]] = self.correct_ij
+        total[:-1, : self.total_ij.shape[1]] = self.total_ij
         for j, (right, seen) in counts.items():
             correct[-1, j], total[-1, j] = right, seen
         return AccuracyMatrix(correct, total)
 
     def as_dict(self) -> dict[str, Any]:
-        return {"correct": self.correct_tt.tolist(), "total": self.total_tt.tolist()}
+        return {"correct": self.correct_ij.tolist(), "total": self.total_ij.tolist()}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "AccuracyMatrix":
-        tasks = len(record["correct"])
-        counts = (np.array(record[key], np.int64).reshape(tasks, tasks) for key in ("correct", "total"))
-        return cls(*counts)
+        rows = len(record["correct"])
+        correct, total = (np.array(record[key], np.int64).reshape(rows, -1 if rows else 0) for key in ("correct", "total"))
+        return cls(correct, total)
 
 
 def incremental_accuracy(matrix: AccuracyMatrix) -> Floats:
     """ACC_i for every i: mean over j <= i of a[i, j]. Shape (T,)."""
-    return np.array([matrix.accuracy_tt[i, : i + 1].mean() for i in range(matrix.tasks)])
+    return np.array([matrix.accuracy_ij[i, : i + 1].mean() for i in range(matrix.tasks)])
 
 
 def incremental_accuracy_weighted(matrix: AccuracyMatrix) -> Floats:
     """ACC_i counted over examples: right answers on tasks j <= i over their number. Shape (T,)."""
-    correct, total = np.tril(matrix.correct_tt).sum(1), np.tril(matrix.total_tt).sum(1)
+    correct, total = np.tril(matrix.correct_ij).sum(1), np.tril(matrix.total_ij).sum(1)
     return correct / np.maximum(total, 1)
 
 
@@ -115,7 +116,7 @@ def average_accuracy_weighted(matrix: AccuracyMatrix) -> float:
 
 def forgetting_after(matrix: AccuracyMatrix) -> Floats:
     """Forgetting if the stream had ended at each task i; 0 for the first. Shape (T,)."""
-    a = matrix.accuracy_tt
+    a = matrix.accuracy_ij
     drops = [0.0]
     for i in range(1, matrix.tasks):
         best = [np.nanmax(a[j:i, j]) for j in range(i)]
@@ -125,7 +126,7 @@ def forgetting_after(matrix: AccuracyMatrix) -> Floats:
 
 def forgetting_by_task(matrix: AccuracyMatrix) -> Floats:
     """For each task j: best accuracy before the last model minus the last accuracy; nan for the last task. Shape (T,)."""
-    a, last = matrix.accuracy_tt, matrix.tasks - 1
+    a, last = matrix.accuracy_ij, matrix.tasks - 1
     return np.array([np.nanmax(a[j:last, j]) - a[last, j] if j < last else np.nan for j in range(matrix.tasks)])
 
 
@@ -136,19 +137,19 @@ def forgetting(matrix: AccuracyMatrix) -> float:
 
 def backward_transfer(matrix: AccuracyMatrix) -> float:
     """0 for a single task."""
-    a, last = matrix.accuracy_tt, matrix.tasks - 1
+    a, last = matrix.accuracy_ij, matrix.tasks - 1
     return float(np.mean(a[last, :last] - np.diag(a)[:last])) if last > 0 else 0.0
 
 
 def forward_transfer(matrix: AccuracyMatrix, chance_t: Floats) -> float:
     """chance_t: accuracy of guessing on each task, shape (T,). nan unless a[j-1, j] was measured for every j > 0."""
-    a = matrix.accuracy_tt
+    a = matrix.accuracy_ij
     gains = [a[j - 1, j] - chance_t[j] for j in range(1, matrix.tasks)]
     return float(np.mean(gains)) if gains else math.nan
 
 
 def learning_accuracy(matrix: AccuracyMatrix) -> float:
-    return float(np.diag(matrix.accuracy_tt).mean())
+    return float(np.diag(matrix.accuracy_ij).mean())
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:

@@ -1,0 +1,91 @@
+"""From what the user points at to labelled data: sources, decoded pixels, tokens, transforms, and the audit."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from lamina.data.audit import Audit, audit, render
+from lamina.data.pixels import decode_once, default_cache
+from lamina.data.sources import Columns, Source, from_arrays, open_source
+from lamina.data.tokens import TokenTable, tokenise_once
+from lamina.data.transforms import ImageTransform, PixelTable
+from lamina.errors import ConfigError, DataError
+from lamina.types import Ints, LabelledData, Table
+
+__all__ = [
+    "Audit",
+    "Columns",
+    "ImageTransform",
+    "PixelTable",
+    "Source",
+    "TokenTable",
+    "audit",
+    "default_cache",
+    "from_arrays",
+    "load_images",
+    "load_texts",
+    "open_source",
+    "render",
+]
+
+
+def load_images(
+    source: Source,
+    transform: ImageTransform,
+    *,
+    cache: Path | None = None,
+    store_px: int | None = None,
+    on_damaged: Literal["error", "skip"] = "error",
+    progress: Callable[[int, int], None] | None = None,
+) -> LabelledData:
+    """The images of a source, decoded once, behind a transform. Rows are 0..n-1 of the images that are kept.
+
+    cache: where decoded images are kept, `default_cache()` if None. store_px: the largest short side kept; if None,
+    twice the transform's size (at least 64), so that a random crop of a quarter of the area still needs no enlarging.
+
+    Raises DataError for texts, for a damaged image unless on_damaged is skip, and if skipping leaves none to train on;
+    ConfigError for an on_damaged or store_px that is not allowed.
+    """
+    if source.kind != "image":
+        raise DataError(f"{source.name} holds texts, where images are needed. Use a text backbone, or other data")
+    if on_damaged not in ("error", "skip"):
+        raise ConfigError(f"data.on_damaged is {on_damaged!r}; allowed are error and skip")
+    store_px = max(64, 2 * transform.size) if store_px is None else store_px
+    if store_px < 1:
+        raise ConfigError(f"data.store_px is {store_px}; allowed is 1 or more")
+    store, keep = decode_once(
+        source, store_px=store_px, cache=cache or default_cache(), on_damaged=on_damaged, progress=progress
+    )
+    if not (source.splits_n[keep] == 0).any():
+        raise DataError(f"no training image of {source.name} can be decoded; `lamina data check SOURCE` lists them")
+    return _labelled(source, PixelTable(store, transform), keep, store.skipped)
+
+
+def load_texts(source: Source, tokenizer: Path | str, *, max_length: int = 128) -> LabelledData:
+    """The texts of a source, tokenised once. Rows are those of the source.
+
+    Raises DataError for images and if there is no tokenizer; ConfigError for a max_length that is not allowed.
+    """
+    if source.kind != "text":
+        raise DataError(f"{source.name} holds images, where texts are needed. Use an image backbone, or other data")
+    return _labelled(source, tokenise_once(source, tokenizer, max_length), np.arange(len(source)), ())
+
+
+def _labelled(source: Source, table: Table, keep: Ints, skipped: tuple[str, ...]) -> LabelledData:
+    left_out = np.setdiff1d(np.arange(len(source)), keep)
+    told = source.fingerprint.encode() + left_out.astype("<i8").tobytes()
+    return LabelledData(
+        kind=source.kind,
+        name=source.name,
+        table=table,
+        labels_n=source.labels_n[keep],
+        splits_n=source.splits_n[keep],
+        domains_n=source.domains_n[keep],
+        class_names=source.class_names,
+        domain_names=source.domain_names,
+        fingerprint=hashlib.blake2b(told, digest_size=16).hexdigest(),
+        skipped=skipped,
+    )

@@ -89,6 +89,7 @@ def open_parquet(files: list[Path], *, name: str, kind: Kind | None, columns: Co
 
     readme = _readme(files[0].parent / "README.json")
     wanted = (columns.image, columns.text, columns.label, columns.domain, columns.split, PROVENANCE)
+    payloads = [column for of, column in (("image", columns.image), ("text", columns.text)) if kind in (None, of)]
     parts = []
     names: tuple[str, ...] | None = None
     for file in files:
@@ -96,10 +97,9 @@ def open_parquet(files: list[Path], *, name: str, kind: Kind | None, columns: Co
             schema = pq.read_schema(file)
             names = names or _names_in_schema(schema, columns.label)
             present = [column for column in schema.names if column in wanted]
-            if columns.label in present:
-                table = pq.read_table(file, columns=present, memory_map=True)
-            else:
-                table = schema.empty_table()
+            # Where a column is missing, an empty table with all of them lets the message list what there is.
+            complete = columns.label in present and any(payload in present for payload in payloads)
+            table = pq.read_table(file, columns=present, memory_map=True) if complete else schema.empty_table()
         except (pa.ArrowException, OSError) as error:
             raise DataError(
                 f"{file} cannot be read as Parquet ({_line(error)}). Fetch or write the file again"
@@ -192,7 +192,7 @@ def from_parts(
     test_fraction: float,
 ) -> Source:
     """A source of the rows of these tables, one after another. Raises DataError naming the first wrong row."""
-    kind = kind or ("image" if columns.image in parts[0].table.column_names else "text")
+    kind = kind or _kind(parts[0], columns)
     payload = columns.image if kind == "image" else columns.text
     for part in parts:
         _require(part, payload, kind)
@@ -252,6 +252,18 @@ def _from_datasets(
         class_names=tuple(names) if names else None,
         domain_names=None,
         test_fraction=test_fraction,
+    )
+
+
+def _kind(part: Part, columns: Columns) -> Kind:
+    if columns.image in part.table.column_names:
+        return "image"
+    if columns.text in part.table.column_names:
+        return "text"
+    raise DataError(
+        f"{part.name} has neither a column {columns.image!r} of images nor a column {columns.text!r} of texts. Its"
+        f" columns: {', '.join(part.table.column_names) or 'none'}. Say which one it is with"
+        " --set data.columns.image=NAME or --set data.columns.text=NAME"
     )
 
 

@@ -2,7 +2,7 @@
 
 Colours are CSS variables of the page (--s0 … --s5 for runs, --accent for the run at hand, --heat for the matrix), so
 one drawing serves the light and the dark theme. Nothing depends on colour alone: lines also differ by marker and dash.
-Text is drawn at 12 units in drawings 440 units wide, which stays legible on a phone.
+Text is drawn at 12 units in drawings 400 units wide, which stays legible on a phone.
 """
 
 import math
@@ -10,21 +10,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup, escape
+from numpy.typing import NDArray
 
 COLOURS = 6
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "13 4")
 MARKERS = (
-    "M-3.4 0a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0-6.8 0",
+    "M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0",
     "M-3-3h6v6h-6z",
     "M0-4.2L4.2 3.2h-8.4z",
     "M0-4.6L4.6 0L0 4.6L-4.6 0z",
     "M0 4.2L4.2-3.2h-8.4z",
     "M-1.3-4h2.6v2.7h2.7v2.6h-2.7v2.7h-2.6v-2.7h-2.7v-2.6h2.7z",
 )
-WIDTH, HEIGHT = 440.0, 250.0
+WIDTH, HEIGHT = 400.0, 236.0
 LABELS = 12
 """Most lines that get a label at their end; more could not be told apart there."""
+LETTERS = 18
+"""Most letters of such a label."""
 NUMBERED = 15
 """Most tasks for which the matrix has room for numbers in its cells."""
 
@@ -57,7 +61,9 @@ def tag(name: str, *children: str, **attributes: Any) -> Markup:
 
 
 def clip(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+    """Cut in the middle: the ends of names, where seeds and numbers stand, tell runs apart."""
+    tail = length // 2 - 1
+    return text if len(text) <= length else text[: length - tail - 1].rstrip() + "…" + text[-tail:]
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
@@ -65,7 +71,8 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     if high <= low:
         return [low]
     power = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(s * power for s in (1, 2, 5, 10, 20) if math.floor(high / (s * power)) - math.ceil(low / (s * power)) < most)
+    steps = (power * s for s in (1, 2, 5, 10, 20))
+    step = next(s for s in steps if math.floor(high / s) - math.ceil(low / s) < most)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -102,10 +109,10 @@ def dash(style: int) -> str | None:
     return DASHES[(style + style // COLOURS) % len(DASHES)] or None
 
 
-def key(style: int) -> Markup:
+def key(style: int, accent: bool = False) -> Markup:
     """The sample of a line that stands in a legend."""
     line = tag("path", class_="l", d="M1 7H33", stroke_dasharray=dash(style))
-    return tag("svg", line, marker(style, 17, 7), width=34, height=14, aria_hidden="true", style=colour(style))
+    return tag("svg", line, marker(style, 17, 7), width=34, height=14, aria_hidden="true", style=colour(style, accent))
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,8 @@ class Frame:
         return [*parts, tag("text", escape(x_name), class_="a c", x=middle, y=self.bottom + 33)]
 
 
-def drawing(title: str, description: str, parts: Sequence[str], width: float, height: float, **attributes: Any) -> Markup:
+def drawing(title: str, description: str, parts: Sequence[str], **attributes: Any) -> Markup:
+    width, height = attributes.get("width", WIDTH), attributes.get("height", HEIGHT)
     named = (tag("title", escape(title)), tag("desc", escape(description)))
     return tag("svg", *named, *parts, viewBox=f"0 0 {width:g} {height:g}", role="img", **attributes)
 
@@ -161,7 +169,7 @@ def lines(
     """A line chart. write: the text of one value in its tooltip; marks: x positions of faint upright lines."""
     series = [s for s in series if s.points]
     labelled = [s for s in series if s.label] if len(series) <= LABELS + 1 else []
-    gutter = max((len(clip(s.label or "", 15)) for s in labelled), default=0) * 6.6 + (16 if labelled else 0)
+    gutter = max((len(clip(s.label or "", LETTERS)) for s in labelled), default=0) * 6.6 + (16 if labelled else 0)
     frame = Frame(x_range, y_range, right=WIDTH - 12 - gutter)
     parts = frame.axes(x_name, y_name, whole_x)
     parts += [tag("path", class_="g b", d=f"M{frame.x(x):.1f} {frame.top:g}V{frame.bottom:g}") for x in marks]
@@ -169,7 +177,7 @@ def lines(
     ends = dict(zip((id(s) for s in labelled), heights, strict=True))
     for s in series:
         at = [(frame.x(x), frame.y(y)) for x, y in s.points]
-        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
+        path = "M" + "L".join(f"{round(x, 1):g} {round(y, 1):g}" for x, y in at)
         thin = s.style is None
         drawn = [
             tag("path", tag("title", escape(s.name)), class_="l thin" if thin else "l", d=path,
@@ -179,15 +187,15 @@ def lines(
             drawn.append(tag("circle", class_="m", cx=at[0][0], cy=at[0][1], r=1.8))
         elif s.markers:
             for (x, y), (px, py) in zip(s.points, at, strict=True):
-                drawn.append(marker(s.style, px, py, f"{s.name}, {x_name} {x:g}: {write(y)}"))
+                drawn.append(marker(s.style, px, py, f"{s.name}, {x:g}: {write(y)}"))
         if id(s) in ends and s.label:
             y = ends[id(s)]
             if abs(y - at[-1][1]) > 3 or at[-1][0] < frame.right - 3:
                 leader = f"M{at[-1][0] + 5:.1f} {at[-1][1]:.1f}L{frame.right + 8:.1f} {y:.1f}"
                 drawn.append(tag("path", class_="leader", d=leader))
-            drawn.append(tag("text", escape(clip(s.label, 15)), class_="label", x=frame.right + 10, y=y + 4))
+            drawn.append(tag("text", escape(clip(s.label, LETTERS)), class_="label", x=frame.right + 10, y=y + 4))
         parts.append(tag("g", *drawn, style=colour(s.style, s.accent)))
-    return drawing(title, description, parts, WIDTH, HEIGHT, class_="chart")
+    return drawing(title, description, parts, class_="chart")
 
 
 def drops(
@@ -196,6 +204,7 @@ def drops(
     """For each task its tooltip, the best value it had (an open ring, if any) and its last value (a dot), joined."""
     frame = Frame((0.5, len(rows) + 0.5), y_range)
     parts = frame.axes("task", y_name)
+    drawn: list[Markup] = []
     for number, (tooltip, best, last) in enumerate(rows, start=1):
         x, y = frame.x(number), frame.y(last)
         inside = [tag("title", escape(tooltip))]
@@ -203,44 +212,51 @@ def drops(
             inside.append(tag("path", class_="l", d=f"M{x:.1f} {frame.y(best):.1f}V{y:.1f}"))
             inside.append(tag("circle", class_="ring", cx=x, cy=frame.y(best), r=3.4))
         inside.append(tag("circle", class_="m", cx=x, cy=y, r=3.0))
-        parts.append(tag("g", *inside, style=colour(None, accent=True)))
-    return drawing(title, description, parts, WIDTH, HEIGHT, class_="chart")
+        drawn.append(tag("g", *inside))
+    parts.append(tag("g", *drawn, style=colour(None, accent=True)))
+    return drawing(title, description, parts, class_="chart")
 
 
 def heat_map(
     title: str,
     description: str,
-    value_tt: Sequence[Sequence[float]],
+    value_ij: NDArray[np.float64],
     tooltip: Callable[[int, int], str],
     names: Sequence[str],
     low: float,
 ) -> Markup:
-    """A square matrix of percentages, nan where empty; the deeper the hue the higher, from `low` to 100.
+    """A matrix of percentages, nan where empty; the deeper the hue the higher, from `low` to 100.
 
-    The hue stops short of where text would fade, so the numbers need no second colour in either theme.
+    The hue stops short of where text would fade, so the numbers need no second colour in either theme. What lies above
+    the diagonal, measured before the task was learnt, is only outlined.
     """
-    size = len(value_tt)
-    numbered = size <= NUMBERED
+    rows, columns = value_ij.shape
+    numbered = columns <= NUMBERED
     wide, high = (48.0, 28.0) if numbered else (19.0, 19.0)
     left, top = 62.0, 40.0
     parts = [
         tag("text", "on task", class_="a", x=left + 2, y=14),
         tag("text", "after task", class_="a", x=0, y=top - 7),
     ]
-    for i in range(size):
-        named = tag("title", escape(f"task {i + 1}: {names[i]}"))
-        parts.append(tag("text", named, str(i + 1), class_="t c", x=left + (i + 0.5) * wide, y=top - 7))
-        parts.append(tag("text", named, str(i + 1), class_="t e", x=left - 8, y=top + (i + 0.5) * high + 4))
-        for j in range(size):
-            value = value_tt[i][j]
-            if math.isnan(value):
-                continue
-            x, y = left + j * wide, top + i * high
-            opacity = f"{0.06 + 0.94 * (value - low) / (100 - low):.2f}" if low < 100 else "1"
-            cell = tag("rect", tag("title", escape(tooltip(i, j))), x=x, y=y, width=wide - 2, height=high - 2,
-                       fill_opacity=opacity)  # fmt: skip
-            parts.append(cell)
+    for j in range(columns):
+        named = tag("title", escape(f"task {j + 1}: {names[j]}"))
+        parts.append(tag("text", named, str(j + 1), class_="t c", x=left + (j + 0.5) * wide, y=top - 7))
+    learnt: list[Markup] = []
+    ahead: list[Markup] = []
+    numbers: list[Markup] = []
+    for i in range(rows):
+        parts.append(tag("text", str(i + 1), class_="t e", x=left - 8, y=top + (i + 0.5) * high + 4))
+        for j in map(int, np.flatnonzero(~np.isnan(value_ij[i]))):
+            value, x, y = float(value_ij[i, j]), left + j * wide, top + i * high
+            depth = f"{0.06 + 0.94 * max(0.0, value - low) / (100 - low):.2f}"
+            outline = f"M{x:g} {y:g}h{wide - 2:g}v{high - 2:g}h{2 - wide:g}z"
+            hover = tag("title", escape(tooltip(i, j)))
+            if j <= i:
+                learnt.append(tag("path", hover, d=outline, opacity=depth))
+            else:
+                ahead.append(tag("path", hover, d=outline))
             if numbered:
-                parts.append(tag("text", f"{value:.1f}", class_="n", x=x + wide / 2 - 1, y=y + high / 2 + 3))
-    width, height = max(left + size * wide, 120.0), top + size * high
-    return drawing(title, description, parts, width, height, width=width, height=height, class_="heat")
+                numbers.append(tag("text", f"{value:.1f}", x=x + wide / 2 - 1, y=y + high / 2 + 3))
+    parts += [tag("g", *group, class_=name) for group, name in ((learnt, "h"), (ahead, "u"), (numbers, "n"))]
+    width, height = max(left + columns * wide, 120.0), top + rows * high
+    return drawing(title, description, parts, width=width, height=height, class_="heat")

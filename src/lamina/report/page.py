@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 import yaml
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, Template
 
 from lamina import metrics
 from lamina.errors import RunError
 from lamina.metrics import DEFINITIONS, AccuracyMatrix
 from lamina.report import charts
 from lamina.report.charts import Series
+from lamina.report.text import count, interval, known, number, percent, plain, points, scaled, seconds, signed
 
 RECORD_FORMAT = 1
 """The value of "format" in the records this version reads."""
 REQUIRED = ("name", "method", "stream", "matrix")
-DASH = "–"
 LOSS_POINTS = 160
 """Most points drawn of a loss curve; longer ones are averaged over equal stretches."""
 TITLES = {
@@ -39,7 +39,7 @@ TITLES = {
     "learning_accuracy": "Learning accuracy",
     "backward_transfer": "Backward transfer",
     "forward_transfer": "Forward transfer",
-    "task_id_accuracy": "Task told right",
+    "task_id_accuracy": "Task recognised",
 }
 IN_POINTS = ("forgetting", "backward_transfer", "forward_transfer")
 PHASES = {
@@ -50,61 +50,6 @@ PHASES = {
     "evaluate": "evaluating",
     "checkpoint": "saving checkpoints",
 }
-
-
-# --- numbers as text ---------------------------------------------------------------------------------------------
-
-
-def known(value: Any) -> bool:
-    return value is not None and not (isinstance(value, float) and math.isnan(value))
-
-
-def signed(text: str) -> str:
-    """With a real minus sign, and without one on a zero."""
-    return text.replace("-", "−") if any(c in "123456789" for c in text) else text.replace("-", "")
-
-
-def percent(share: float | None, digits: int = 1) -> str:
-    return signed(f"{100 * share:.{digits}f} %") if share is not None and known(share) else DASH
-
-
-def points(share: float | None) -> str:
-    """A difference of two accuracies."""
-    return signed(f"{100 * share:.1f}") + " points" if share is not None and known(share) else DASH
-
-
-def interval(correct: int, total: int) -> str:
-    low, high = metrics.wilson_interval(correct, total)
-    return f"{100 * low:.1f} to {100 * high:.1f} %" if total else DASH
-
-
-def seconds(value: float | None) -> str:
-    if value is None or not known(value):
-        return DASH
-    return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.1f} h"
-
-
-def scaled(value: float | None, unit: str = "") -> str:
-    """Three figures and a decimal prefix: 4.05 M, 120 kB."""
-    if value is None or not known(value):
-        return DASH
-    power = next((p for p in (4, 3, 2, 1) if abs(value) >= 999.5 * 1000 ** (p - 1)), 0)
-    number = f"{value:g}" if power == 0 else f"{value / 1000**power:#.3g}".rstrip(".")
-    prefix = ("", "k", "M", "G", "T")[power] if unit else ("", "k", "M", "billion", "trillion")[power]
-    return f"{number} {prefix}{unit}".rstrip()
-
-
-def number(value: Any, digits: int = 3) -> str:
-    return signed(f"{value:.{digits}g}") if known(value) and isinstance(value, int | float) else DASH
-
-
-def count(how_many: int, thing: str) -> str:
-    plural = thing if how_many == 1 else thing[:-2] + "sses" if thing.endswith("ss") else thing + "s"
-    return f"{how_many} {plural.replace('sssses', 'sses')}"
-
-
-def plain(value: Any) -> str:
-    return DASH if not known(value) or value == "" else str(value)
 
 
 # --- what is shown of one run ------------------------------------------------------------------------------------
@@ -163,10 +108,12 @@ def sentences(run: Mapping[str, Any], matrix: AccuracyMatrix, values: Mapping[st
     text = f"{run['method']['name']} learns {count(len(tasks), 'task')}{order}, {within}{source}{start}. "
     if not matrix.tasks:
         return text + "No task has been learnt yet."
-    weighted, mean = percent(values["final_accuracy_weighted"]), percent(values["final_accuracy"])
-    same = "" if weighted == mean else f" ({mean} when every task counts the same)"
+    weighted, mean = values["final_accuracy_weighted"] or 0.0, values["final_accuracy"] or 0.0
+    agree = abs(weighted - mean) < 0.0005  # then say it once, without two roundings of one number
+    right = percent(mean) if agree else percent(weighted)
+    same = "" if agree else f" ({percent(mean)} when every task counts the same)"
     so_far = f"So far, after {matrix.tasks} of" if matrix.tasks < len(tasks) else "After"
-    text += f"{so_far} {count(len(tasks), 'task')} it answers {weighted} of {kind} right{same}; "
+    text += f"{so_far} {count(len(tasks), 'task')} it answers {right} of {kind} right{same}; "
     lost = values["forgetting"]
     if matrix.tasks == 1 or lost is None:
         return text + "with one task there is nothing to forget."
@@ -179,22 +126,22 @@ def heat_map(run: Mapping[str, Any], matrix: AccuracyMatrix, low: float) -> str:
     names = task_names(run, matrix)
 
     def tooltip(i: int, j: int) -> str:
-        right, total = int(matrix.correct_tt[i, j]), int(matrix.total_tt[i, j])
-        share = f"{percent(right / total)}, {right} of {total} right, 95 % interval {interval(right, total)}"
-        return f"after task {i + 1}, on task {j + 1} ({names[j]}): {share}"
+        right, total = int(matrix.correct_ij[i, j]), int(matrix.total_ij[i, j])
+        of = f"{right} of {total}; 95 %: {interval(right, total)}"
+        return f"task {j + 1} after task {i + 1}: {percent(right / total)} ({of})"
 
-    size = matrix.tasks
-    description = f"{size} by {size} matrix of accuracies in percent; the last row is {last_row(matrix)}."
-    return charts.heat_map("Accuracy matrix", description, 100 * matrix.accuracy_tt, tooltip, names, low)  # type: ignore[arg-type]
+    rows, columns = matrix.correct_ij.shape
+    description = f"{rows} by {columns} matrix of accuracies in percent; the last row is {last_row(matrix)}."
+    return charts.heat_map("Accuracy matrix", description, 100 * matrix.accuracy_ij, tooltip, names, low)
 
 
 def last_row(matrix: AccuracyMatrix) -> str:
-    return ", ".join(f"{100 * a:.1f}" for a in matrix.accuracy_tt[-1])
+    return ", ".join(f"{100 * a:.1f}" for a in matrix.accuracy_ij[-1, : matrix.tasks])
 
 
 def task_names(run: Mapping[str, Any], matrix: AccuracyMatrix) -> list[str]:
     names = [str(t["name"]) for t in run["stream"]["tasks"]]
-    return names + [f"task {i + 1}" for i in range(len(names), matrix.tasks)]
+    return names + [f"task {j + 1}" for j in range(len(names), matrix.correct_ij.shape[1])]
 
 
 def numbered(values: Iterable[float]) -> list[charts.Point]:
@@ -206,15 +153,19 @@ def percent_text(value: float) -> str:
     return signed(f"{value:.1f} %")
 
 
-def curves(run: Mapping[str, Any], matrix: AccuracyMatrix, style: int, low: float) -> list[dict[str, str]]:
+def curves(run: Mapping[str, Any], matrix: AccuracyMatrix, low: float) -> list[dict[str, Any]]:
     """The small drawings of one run: accuracy after each task, each task over time, what each task lost."""
     names, last = task_names(run, matrix), matrix.tasks - 1
-    a, span = matrix.accuracy_tt, {"x_range": (1, matrix.tasks), "y_range": (low, 100), "x_name": "tasks learnt"}
+    a = matrix.accuracy_ij
+    span: dict[str, Any] = {"x_range": (1, matrix.tasks), "y_range": (low, 100), "x_name": "tasks learnt"}
     acc = metrics.incremental_accuracy(matrix)
-    both = [
-        Series(name="over examples", points=numbered(metrics.incremental_accuracy_weighted(matrix)), style=1),
-        Series(name="mean over tasks", points=numbered(acc), style=0, accent=True),
-    ]
+    weighted = metrics.incremental_accuracy_weighted(matrix)
+    both = [Series(name="mean over tasks", points=numbered(acc), style=0, accent=True)]
+    legend: list[tuple[str, str]] = []
+    agree = bool(np.nanmax(np.abs(weighted - acc), initial=0.0) < 0.0005)
+    if not agree:
+        legend = [(charts.key(0, accent=True), "mean over tasks"), (charts.key(1), "over examples")]
+        both.insert(0, Series(name="over examples", points=numbered(weighted), style=1))
     tasks = [
         Series(
             name=f"task {j + 1} ({names[j]}): {percent(a[j, j])} when learnt, {percent(a[last, j])} at the end",
@@ -230,14 +181,15 @@ def curves(run: Mapping[str, Any], matrix: AccuracyMatrix, style: int, low: floa
         best = None if math.isnan(lost) else end + 100 * float(lost)
         past = "just learnt" if best is None else f"best before {best:.1f} %, forgot {points(float(lost))}"
         rows.append((f"task {j + 1} ({names[j]}): {percent_text(end)} at the end, {past}", best, end))
+    numbers = " to its number at the end" if matrix.tasks <= charts.LABELS else " (hover it for its name)"
     y_name, what = "accuracy, %", f"of {run['name']} after each of {matrix.tasks} tasks"
     ends = f"from {percent(acc[0])} after the first to {percent(acc[-1])} after the last task"
     return [
         {
             "title": "Accuracy after each task",
-            "legend": [(charts.key(0), "mean over tasks"), (charts.key(1), "over examples")],
+            "legend": legend,
             "note": "ACC_i: accuracy after task i on all tasks learnt so far, with every task counting the same or"
-            " every example counting the same.",
+            " every example counting the same" + (" (here the two agree)." if agree else "."),
             "svg": charts.lines(
                 "Accuracy after each task", f"ACC_i {what}, {ends}", both, y_name=y_name, write=percent_text, **span
             ),
@@ -245,8 +197,7 @@ def curves(run: Mapping[str, Any], matrix: AccuracyMatrix, style: int, low: floa
         {
             "title": "Each task over time",
             "legend": [],
-            "note": "One thin line per task, from the dot where it was learnt to its number at the end; the heavy line"
-            " is their mean.",
+            "note": f"One thin line per task, from the dot where it was learnt{numbers}; the heavy line is their mean.",
             "svg": charts.lines(
                 "Each task over time", f"Accuracy on each task {what}", [*tasks, mean], y_name=y_name,
                 write=percent_text, **span,
@@ -258,7 +209,7 @@ def curves(run: Mapping[str, Any], matrix: AccuracyMatrix, style: int, low: floa
             "note": "Ring: best accuracy on the task before the last one was learnt. Dot: accuracy at the end. The line"
             " between them is what was forgotten (or gained, where the dot is higher).",
             "svg": charts.drops(
-                "What each task lost", "; ".join(r[0] for r in rows), rows, y_range=(low, 100), y_name=y_name
+                "What each task lost", f"Best and last accuracy {what}", rows, y_range=(low, 100), y_name=y_name
             ),
         },
     ]  # fmt: skip
@@ -289,78 +240,22 @@ def loss_curve(run: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"title": "Training loss", "legend": [], "note": note, "svg": svg}
 
 
-def cost_view(cost: Mapping[str, Any]) -> dict[str, Any]:
+def phases(cost: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """What each phase is, its seconds and its share of the total; what is in no phase is called other."""
     spent = {k: v for k, v in (cost.get("seconds") or {}).items() if k != "total" and known(v)}
     total = (cost.get("seconds") or {}).get("total") or sum(spent.values())
     if total - sum(spent.values()) > 0.05:
         spent["other"] = total - sum(spent.values())
-    inference = cost.get("inference_cost")
-    return {
-        "phases": [(PHASES.get(k, k), seconds(v), v / total if total else 0.0) for k, v in spent.items()],
-        "total": seconds(total or None),
-        "rows": [
-            ("Training steps", plain(cost.get("steps"))),
-            ("Training speed", number(cost.get("train_examples_per_second")) + " examples/s"
-             if known(cost.get("train_examples_per_second")) else DASH),
-            ("Time outside training", percent(cost.get("outside_training_share"))),
-            ("Peak memory", scaled(cost["peak_memory_mb"] * 1e6, "B") if known(cost.get("peak_memory_mb")) else DASH),
-            ("Trainable parameters", scaled(cost.get("trainable_parameters"))),
-            ("Stored parameters", scaled(cost.get("stored_parameters"))),
-            ("Memory kept between tasks", scaled(cost.get("memory_bytes"), "B")),
-            ("Inference cost", f"{inference:.2f} × the bare backbone" if known(inference) else DASH),
-        ],
-    }  # fmt: skip
+    return [(PHASES.get(k, k), v, v / total if total else 0.0) for k, v in spent.items()]
 
 
-def facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What it ran on."""
-    stream, backbone, code = run["stream"], run.get("backbone") or {}, run.get("code") or {}
-    version = " ".join(["lamina", plain(code.get("version"))])
-    rows = [
-        ("Started", plain(run.get("created"))),
-        ("Data", plain(stream.get("data"))),
-        ("Scenario", plain(stream.get("scenario"))),
-        ("Stream fingerprint", plain(stream.get("fingerprint"))),
-        ("Backbone", plain(backbone.get("name"))),
-        ("Backbone hash", plain(backbone.get("hash"))),
-        ("Code", version + (f", commit {code['commit']}" if code.get("commit") else "")),
-    ]
-    return rows + [(k.replace("_", " ").capitalize(), plain(v)) for k, v in (run.get("machine") or {}).items()]
+def share(row: Mapping[str, Any]) -> float | None:
+    return row["correct"] / row["total"] if row["total"] else None
 
 
-def lineage(run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    learnt = {row["task"]: row for row in run.get("lineage") or []}
-    rows = []
-    for i, task in enumerate(run["stream"]["tasks"], start=1):
-        row = learnt.get(task["name"], {})
-        rows.append(
-            {
-                "number": i,
-                "name": task["name"] + (f" ({task['domain']})" if task.get("domain") else ""),
-                "classes": [str(c) for c in task["classes"]],
-                "cells": [
-                    plain(row.get("learnt")).replace("T", " ").replace("Z", " UTC"),
-                    plain(row.get("steps")),
-                    f"{number(row.get('loss_first'))} → {number(row.get('loss_last'))}" if row else DASH,
-                    seconds(row.get("seconds")),
-                    f"{percent(row.get('accuracy_when_learnt'))} → {percent(row.get('accuracy_at_end'))}"
-                    if row
-                    else DASH,
-                    percent(row.get("negative_flips")),
-                ],
-            }
-        )
-    return rows
-
-
-def class_rows(run: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """Name, task, right of total, accuracy, interval; worst first, those without examples last."""
-    rows = sorted(run.get("classes") or [], key=lambda c: c["correct"] / c["total"] if c["total"] else 2.0)
-    return [
-        (plain(c["name"]), plain(c.get("task")), f"{c['correct']} of {c['total']}",
-         percent(c["correct"] / c["total"] if c["total"] else None), interval(c["correct"], c["total"]))
-        for c in rows
-    ]  # fmt: skip
+def by_accuracy(row: Mapping[str, Any]) -> float:
+    """Orders classes worst first, those without examples last."""
+    return row["correct"] / row["total"] if row["total"] else 2.0
 
 
 def run_view(run: Mapping[str, Any], label: str, style: int, low: float) -> dict[str, Any]:
@@ -368,12 +263,13 @@ def run_view(run: Mapping[str, Any], label: str, style: int, low: float) -> dict
     values = figures(run, matrix)
     notes = {}
     if matrix.tasks:
-        right, total = int(matrix.correct_tt[-1].sum()), int(matrix.total_tt[-1].sum())
+        right, total = (int(m[-1, : matrix.tasks].sum()) for m in (matrix.correct_ij, matrix.total_ij))
         notes["final_accuracy_weighted"] = f"{right} of {total}, 95 % interval {interval(right, total)}"
     shown = [(TITLES[k], figure_text(k, v), DEFINITIONS[k], notes.get(k, "")) for k, v in values.items()]
-    drawings = curves(run, matrix, style, low) if matrix.tasks > 1 else []
+    drawings = curves(run, matrix, low) if matrix.tasks > 1 else []
     loss = loss_curve(run)
     planned = len(run["stream"]["tasks"])
+    learnt = {row["task"]: row for row in run.get("lineage") or []}
     link = str(method.get("link") or "")
     return {
         "label": label,
@@ -384,13 +280,16 @@ def run_view(run: Mapping[str, Any], label: str, style: int, low: float) -> dict
         "headline": shown[:4],
         "further": shown[4:],
         "heat_map": heat_map(run, matrix, low) if matrix.tasks else None,
-        "numbered": matrix.tasks <= charts.NUMBERED,
+        "numbered": matrix.correct_ij.shape[1] <= charts.NUMBERED,
+        "ahead": bool(np.triu(matrix.total_ij, 1).any()),
         "curves": drawings + ([loss] if loss else []),
-        "classes": class_rows(run),
-        "cost": cost_view(run.get("cost") or {}),
-        "config": yaml.safe_dump(run.get("config") or {}, sort_keys=False, allow_unicode=True).strip(),
-        "lineage": lineage(run),
-        "facts": facts(run),
+        "classes": sorted(run.get("classes") or [], key=by_accuracy),
+        "cost": run.get("cost") or {},
+        "phases": phases(run.get("cost") or {}),
+        "config": yaml.safe_dump(dict(run.get("config") or {}), sort_keys=False, allow_unicode=True).strip(),
+        "lineage": [(task, learnt.get(task["name"], {})) for task in run["stream"]["tasks"]],
+        "facts": {key: run.get(key) or {} for key in ("stream", "backbone", "code", "machine")},
+        "created": run.get("created"),
         "skipped": [str(s) for s in run.get("skipped") or []],
         "method": {
             "title": plain(method.get("title") or method.get("name")),
@@ -415,10 +314,10 @@ COLUMNS = (
 )
 
 
-def comparison(runs: Sequence[Mapping[str, Any]], names: Sequence[str], low: float) -> dict[str, Any]:
+def comparison(runs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
     """The table, sorted by final accuracy with unfinished runs last, and the overlaid curves."""
     matrices = [AccuracyMatrix.from_dict(r["matrix"]) for r in runs]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i, (run, matrix) in enumerate(zip(runs, matrices, strict=True)):
         cost, planned = run.get("cost") or {}, len(run["stream"]["tasks"])
         values = figures(run, matrix) | {k: cost.get(k) for _, k, _ in COLUMNS[5:]}
@@ -446,23 +345,25 @@ def comparison(runs: Sequence[Mapping[str, Any]], names: Sequence[str], low: flo
                 row["best"][column] = row["texts"][column] in winning
     longest = max(m.tasks for m in matrices)
     drawings = []
-    for title, key, function in (
-        ("Accuracy after each task", "average_accuracy", metrics.incremental_accuracy),
-        ("Forgetting after each task", "forgetting", metrics.forgetting_after),
+    for title, function, note in (
+        ("Accuracy after each task", metrics.incremental_accuracy, "ACC_i: mean over tasks j <= i of a[i, j]."),
+        ("Forgetting after each task", metrics.forgetting_after, "Forgetting, had the stream ended at that task."),
     ):
         series = [
             Series(name=name, points=numbered(function(m)), style=i, label=name)
             for i, (name, m) in enumerate(zip(names, matrices, strict=True))
         ]
         heights = [y for s in series for _, y in s.points]
-        forgot = key == "forgetting"
-        bounds = (min(0.0, *heights), max(1.0, *heights)) if forgot else (low, 100.0)
+        forgot = function is metrics.forgetting_after
+        lowest = min([100.0 if not forgot else 0.0, *heights])
+        bounds = (lowest, max(1.0, *heights)) if forgot else (min(90.0, 10 * math.floor(lowest / 10)), 100.0)
+        write_value: Callable[[float], str] = (lambda v: signed(f"{v:.1f}")) if forgot else percent_text
         final = "; ".join(f"{s.name} ends at {s.points[-1][1]:.1f}" for s in series if s.points)
         svg = charts.lines(
             title, final, series, x_name="tasks learnt", y_name="points" if forgot else "accuracy, %",
-            x_range=(1, longest), y_range=bounds, write=lambda v, f=forgot: signed(f"{v:.1f}{'' if f else ' %'}"),
+            x_range=(1, longest), y_range=bounds, write=write_value,
         ) if longest > 1 else ""  # fmt: skip
-        drawings.append({"title": title, "svg": svg, "legend": [], "note": DEFINITIONS[key]})
+        drawings.append({"title": title, "svg": svg, "legend": [], "note": note})
     streams = {r["stream"].get("fingerprint") for r in runs}
     return {
         "columns": [title for title, _, _ in COLUMNS],
@@ -489,8 +390,9 @@ def lead(finished: Sequence[Mapping[str, Any]]) -> str:
 
 def floor_of(runs: Sequence[Mapping[str, Any]]) -> float:
     """Where all accuracy scales of the page start: the lowest measured accuracy, down to a multiple of ten."""
-    matrices = [AccuracyMatrix.from_dict(r["matrix"]) for r in runs]
-    lowest = min((float(np.nanmin(m.accuracy_tt)) for m in matrices if m.total_tt.any()), default=0.0)
+    matrices = (AccuracyMatrix.from_dict(r["matrix"]) for r in runs)
+    learnt = [m.accuracy_ij[np.tril(m.total_ij > 0)] for m in matrices]  # above the diagonal: not learnt yet
+    lowest = min((float(a.min()) for a in learnt if a.size), default=0.0)
     return min(90.0, math.floor(10 * lowest + 1e-9) * 10.0)
 
 
@@ -500,7 +402,9 @@ def floor_of(runs: Sequence[Mapping[str, Any]]) -> float:
 @cache
 def template() -> Template:
     source = files("lamina.report").joinpath("template.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {f.__name__: f for f in (percent, points, seconds, scaled, number, plain, share)}
+    environment.globals |= {"interval": interval}
     return environment.from_string(source)
 
 
@@ -513,7 +417,7 @@ def render(runs: Sequence[Mapping[str, Any]], title: str | None = None) -> str:
     on = f" on {', '.join(data)}" if data else ""
     return template().render(
         title=title or (f"{names[0]}{on}" if len(runs) == 1 else f"{len(runs)} runs{on}"),
-        compare=comparison(runs, names, low) if len(runs) > 1 else None,
+        compare=comparison(runs, names) if len(runs) > 1 else None,
         runs=[run_view(run, name, i, low) for i, (run, name) in enumerate(zip(runs, names, strict=True))],
         low=f"{low:g}",
         colours=range(charts.COLOURS),

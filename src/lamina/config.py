@@ -1,0 +1,338 @@
+"""What a run is told: frozen, strict, every error at once, each with the nearest name and the line it stands on."""
+
+import difflib
+import hashlib
+import json
+import types as python_types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lamina.errors import ConfigError
+
+Role = Literal["q", "k", "v", "out", "fc1", "fc2"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Columns(Section):
+    image: str = "image"
+    """Column with encoded images."""
+    text: str = "text"
+    """Column with texts."""
+    label: str = "label"
+    """Column with class ids or names."""
+    domain: str = "domain"
+    """Column with the domain, if any."""
+    split: str = "split"
+    """Column saying train, val or test, if any."""
+
+
+class DataConfig(Section):
+    source: str = "digits"
+    """A folder of class folders, a Parquet file or folder of them, a CSV file, a saved datasets folder, `hf:owner/name`,
+    or `digits` (scikit-learn's handwritten digits)."""
+    kind: Literal["auto", "image", "text"] = "auto"
+    """What the examples are."""
+    columns: Columns = Columns()
+    """Names of the columns, where they are not the usual ones."""
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+    """Share held out for testing where the source has no split of its own."""
+    per_class: int | None = Field(None, ge=1)
+    """Use at most this many training examples of each class (in each domain)."""
+    on_damaged: Literal["error", "skip"] = "error"
+    """What to do about an unreadable image: stop and name it, or leave it out and record it."""
+    cache: str | None = None
+    """Folder of decoded images. Not set: lamina's folder in the user's cache directory."""
+    evaluate: Literal["resize", "resize-crop"] = "resize"
+    """Test images: squeezed to the input size, or short side to 256/224 of it and the centre cut out."""
+    augment: Literal["crop-flip", "crop", "none"] = "crop-flip"
+    """Training images: random resized crop and horizontal flip, crop alone (digits and letters do not flip), or neither."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Least and largest share of the image a random crop covers."""
+    max_length: int = Field(128, ge=2)
+    """Longest text, in tokens; the rest is cut off."""
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1] <= 1:
+            raise ValueError("must be two numbers with 0 < least <= largest <= 1")
+        return value
+
+
+class PlanConfig(Section):
+    name: str
+    """Name of the task."""
+    classes: tuple[str, ...] = Field(min_length=1)
+    """Class names in it."""
+    domains: tuple[str, ...] | None = None
+    """Domains it draws from; all if not said."""
+
+
+class StreamConfig(Section):
+    scenario: Literal["class", "domain", "task", "mixed"] = "class"
+    """New classes in each task; the same classes in a new domain; new classes with the task told when testing; or a plan."""
+    tasks: int = Field(10, ge=1)
+    """How many tasks the classes are split into (class and task scenarios)."""
+    order_seed: int | None = None
+    """Draws the order of the classes; not set: the dataset's own order."""
+    domains: tuple[str, ...] | None = None
+    """The domains in the order they arrive (domain scenario); not set: the dataset's order."""
+    plan: tuple[PlanConfig, ...] | None = None
+    """The tasks one by one (mixed scenario)."""
+    joined: bool = False
+    """All tasks as one: the ceiling."""
+    validation: float = Field(0.0, ge=0, lt=1)
+    """Share of the training examples held out for validation, where the source has no validation split."""
+
+
+class BackboneConfig(Section):
+    name: str = "nano"
+    """`nano` (embedded), a folder or file with weights, or a hub name."""
+    image_size: int | None = Field(None, ge=1)
+    """Side of the input in pixels; not set: what the backbone was trained at."""
+    pooling: Literal["auto", "cls", "mean"] = "auto"
+    """Which output is the feature; auto: the class token for images, the mean over tokens for texts."""
+    mean: tuple[float, float, float] | None = None
+    """Pixel mean the inputs are normalised with; not set: what the weights' own files say."""
+    std: tuple[float, float, float] | None = None
+    """Pixel deviation the inputs are normalised with."""
+    targets: tuple[Role, ...] = Field(("k", "v"), min_length=1)
+    """Which linear maps of each block get adapters."""
+    blocks: tuple[int, ...] | None = None
+    """Which blocks, counted from 0; not set: all."""
+
+
+class TrainingConfig(Section):
+    epochs: int = Field(10, ge=1)
+    """Passes over each task's training data."""
+    batch_size: int = Field(64, ge=1)
+    """Examples in a step; the last batch of an epoch may be smaller."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """Adam (0.9, 0.999), AdamW, or SGD with momentum. Started afresh with every task."""
+    lr: float = Field(5e-4, gt=0)
+    """Learning rate of the adapters."""
+    head_lr: float | None = Field(None, gt=0)
+    """Learning rate of the head; not set: the adapters'."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Weight decay, as the optimiser defines it."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of SGD."""
+    schedule: Literal["constant", "cosine", "quarter-cosine", "step"] = "quarter-cosine"
+    """Of the learning rate over the epochs of a task: constant; half a cosine to 0; a quarter of one (InfLoRA's released
+    code); or times gamma at each milestone."""
+    milestones: tuple[int, ...] = ()
+    """Epochs at which `step` multiplies by gamma."""
+    gamma: float = Field(0.1, gt=0)
+    """Factor of `step`."""
+    clip: float | None = Field(None, gt=0)
+    """Largest norm of the gradient; not set: no limit."""
+
+
+class EvaluationConfig(Section):
+    split: Literal["test", "val"] = "test"
+    """What the accuracy matrix is measured on. Choose settings on val, never on test."""
+    batch_size: int = Field(250, ge=1)
+    """Examples in a batch when nothing is trained."""
+    unseen: bool = False
+    """Also measure tasks not learnt yet (above the diagonal), which forward transfer needs."""
+
+
+class RunConfig(Section):
+    """Everything that decides the result of a run."""
+
+    method: dict[str, Any] = Field(default_factory=lambda: {"name": "inflora"})
+    """`name` and the method's own settings; `lamina methods NAME` lists them."""
+    backbone: BackboneConfig = BackboneConfig()
+    """The pre-trained model."""
+    data: DataConfig = DataConfig()
+    """The examples."""
+    stream: StreamConfig = StreamConfig()
+    """How they are cut into tasks."""
+    training: TrainingConfig = TrainingConfig()
+    """How a task is learnt."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """How accuracy is measured."""
+    seed: int = Field(0, ge=0)
+    """Of initial weights, order of batches and augmentation. Not of the class order, see stream.order_seed."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the frozen weights; auto: bf16 where this processor is measured to be faster with it. Adapters and head: fp32."""
+    threads: int | None = Field(None, ge=1)
+    """Threads of the processor; not set: PyTorch's choice. Recorded, since it can change the last bits."""
+    checkpoint_seconds: float = Field(30.0, ge=0)
+    """Save at least this often within a task. Every phase of a task is saved anyway."""
+
+
+def load(
+    file: Path | None,
+    overrides: Iterable[tuple[str, Any]] = (),
+    *,
+    method_settings: Mapping[str, type[BaseModel]],
+) -> RunConfig:
+    """The configuration from a YAML file, with `key.path` = value on top. method_settings: the settings of each method.
+
+    The result's `method` holds every setting of the method with its default filled in.
+    Raises ConfigError listing every error: where it stands, the value, what is allowed, and the nearest name.
+    """
+    raw: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    if file is not None:
+        raw, lines = _read_yaml(file)
+    for key, value in overrides:
+        _put(raw, key, value)
+    problems: list[str] = []
+    settings: dict[str, Any] = {}
+    method = raw.pop("method", {"name": "inflora"})
+    method = {"name": method} if isinstance(method, str) else method
+    if not isinstance(method, dict):
+        problems.append(f"method = {method!r}: must be a name, or a name and settings")
+    elif (name := method.get("name", "inflora")) not in list(method_settings):
+        problems.append(_unknown("method.name", name, method_settings, "methods"))
+    else:
+        given = {key: value for key, value in method.items() if key != "name"}
+        try:
+            settings = {"name": name} | method_settings[name](**given).model_dump(mode="json")
+        except ValidationError as error:
+            problems += [_explain(e, "method", method_settings[name]) for e in error.errors()]
+    try:
+        config = RunConfig(**raw, method=settings)
+    except ValidationError as error:
+        problems = [_explain(e, "", RunConfig) for e in error.errors()] + problems
+    if problems:
+        where = f" in {file}" if file else ""
+        raise ConfigError(
+            f"{len(problems)} error{'s' * (len(problems) > 1)}{where}:\n"
+            + "\n".join(f"  {_with_line(problem, lines)}" for problem in problems)
+        )
+    return config
+
+
+def fingerprint(config: RunConfig) -> str:
+    """A hash of every setting that decides the result. Not of how often to save, nor of where data, cache and weights
+    lie: streams and backbones have fingerprints of their own content."""
+    record = config.model_dump(mode="json")
+    del record["checkpoint_seconds"], record["data"]["cache"], record["data"]["source"], record["backbone"]["name"]
+    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def to_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`key.path=value`, the value read as YAML. Raises ConfigError where there is no `=`."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text!r}: write it as key=value, for example --set training.lr=0.001")
+    try:
+        return key.strip(), _number(yaml.safe_load(value))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text!r}: the value is not YAML: {error}") from error
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; everyone means a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(part) for key, part in value.items()}
+    return [_numbers(part) for part in value] if isinstance(value, list) else _number(value)
+
+
+def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The content, and the line of every key by its dotted path."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not YAML: {error}") from error
+    if content is None:
+        return {}, {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: must hold keys and values, not a {type(content).__name__}")
+    lines: dict[str, int] = {}
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                lines[f"{path}{key.value}"] = key.start_mark.line + 1
+                walk(value, f"{path}{key.value}.")
+
+    walk(tree, "")
+    return _numbers(content), lines
+
+
+def _put(raw: dict[str, Any], key: str, value: Any) -> None:
+    *parents, leaf = key.split(".")
+    for part in parents:
+        child = raw.get(part)
+        if part == "method" and isinstance(child, str):
+            child = {"name": child}
+        raw[part] = dict(child) if isinstance(child, dict) else {}
+        raw = raw[part]
+    raw[leaf] = value
+
+
+def _unknown(where: str, value: object, allowed: Iterable[str], noun: str) -> str:
+    names = list(allowed)
+    near = difflib.get_close_matches(str(value), names, 1, 0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{where} = {value!r}: not one of the {noun}: {', '.join(names)}.{hint}"
+
+
+def _explain(error: Any, prefix: str, model: type[BaseModel]) -> str:
+    path = [str(part) for part in error["loc"]]
+    where = ".".join([prefix, *path] if prefix else path)
+    if error["type"] == "extra_forbidden":
+        names = list(_fields_at(model, path[:-1]))
+        near = difflib.get_close_matches(path[-1], names, 1, 0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return f"{where} = {error['input']!r}: no such setting. There are: {', '.join(names)}.{hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "literal_error":
+        near = difflib.get_close_matches(str(error["input"]), _quoted(message), 1, 0.5)
+        message += f". Did you mean {near[0]!r}?" if near else ""
+    return f"{where} = {error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _quoted(message: str) -> list[str]:
+    return message.split("'")[1::2]
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> Iterable[str]:
+    for part in path:
+        if part.isdigit():
+            continue
+        inner = _model_in(model.model_fields[part].annotation)
+        if inner is None:
+            return ()
+        model = inner
+    return model.model_fields
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and not isinstance(annotation, python_types.GenericAlias):
+        return annotation if issubclass(annotation, BaseModel) else None
+    return next((found for part in typing.get_args(annotation) if (found := _model_in(part))), None)
+
+
+def _with_line(problem: str, lines: Mapping[str, int]) -> str:
+    key = problem.partition(" = ")[0]
+    return f"line {lines[key]}: {problem}" if key in lines else problem

@@ -1,0 +1,205 @@
+"""What is wrong with a dataset, found before hours are spent on it: damage, leaks, conflicting labels, thin classes."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from lamina.data.pixels import Damage, Progress, decode, each
+from lamina.data.records import Kind, Payload, Source
+from lamina.types import SPLITS, Ints
+
+_EXAMPLES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeats:
+    """Groups of items with the same content: how many groups, how many items in them, and the first few of them."""
+
+    groups: int
+    items: int
+    examples: tuple[tuple[str, ...], ...]
+    """Each item as its place, split, class and (if there are several) domain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What `audit` found. Items are called what `Source.where` calls them."""
+
+    name: str
+    kind: Kind
+    items: int
+    class_names: tuple[str, ...]
+    domain_names: tuple[str, ...]
+    per_split: dict[str, int]
+    per_domain: dict[str, dict[str, int]]
+    """Domain, then split, to items."""
+    per_class: dict[str, dict[str, int]]
+    """Class, then split, to items."""
+    damaged: tuple[str, ...]
+    """Images that cannot be decoded and why, or texts that are empty."""
+    repeats: Repeats
+    """Same content more than once, wherever."""
+    leaks: Repeats
+    """Same content in more than one split."""
+    conflicts: Repeats
+    """Same content with more than one class: a wrong label, or one item in two tasks of a class-incremental stream."""
+    shared: Repeats
+    """Same content in more than one domain."""
+    few: dict[str, int]
+    """Classes with fewer than the wanted number of training items, and how many they have."""
+    untested: tuple[str, ...]
+    """Classes with no test items."""
+    min_per_class: int
+
+    @property
+    def problems(self) -> list[str]:
+        """One sentence for each kind of problem, most serious first; empty if there is none."""
+        what = "image" if self.kind == "image" else "text"
+        few, untested = len(self.few), len(self.untested)
+        found = [
+            (len(self.damaged), f"{_count(len(self.damaged), what)} damaged or empty"),
+            (self.leaks.groups, f"{_count(self.leaks.groups, what)} in more than one split: tests will look too good"),
+            (
+                self.conflicts.groups,
+                f"{_count(self.conflicts.groups, what)} in more than one class: one label is wrong",
+            ),
+            (self.shared.groups, f"{_count(self.shared.groups, what)} in more than one domain: their tasks overlap"),
+            (few, f"{_count(few, 'class')} with fewer than {self.min_per_class} training items: {_list(self.few)}"),
+            (untested, f"{_count(untested, 'class')} without test items: {_list(self.untested)}"),
+        ]
+        return [sentence for count, sentence in found if count]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as what JSON can hold."""
+        return {**asdict(self), "problems": self.problems}
+
+
+def audit(source: Source, *, min_per_class: int = 5, progress: Progress | None = None) -> Audit:
+    """Reads and decodes every item of a source. Damage is reported, never raised.
+
+    Images are the same if their decoded pixels are; texts, if they are after folding case and white space.
+    """
+    contents: list[bytes | Damage] = list(each(source, _content, progress))
+    damaged = tuple(
+        f"{source.where(row)}: {content.reason}" for row, content in enumerate(contents) if isinstance(content, Damage)
+    )
+    rows_by_content: dict[bytes, list[int]] = defaultdict(list)
+    for row, content in enumerate(contents):
+        if not isinstance(content, Damage):
+            rows_by_content[content].append(row)
+    groups = [np.array(rows) for rows in rows_by_content.values() if len(rows) > 1]
+    labels_n, splits_n, domains_n = source.labels_n, source.splits_n, source.domains_n
+    per_class = _table(source.class_names, labels_n, splits_n)
+    # A damaged item teaches and tests nothing.
+    whole_n = np.array([not isinstance(content, Damage) for content in contents])
+    usable = _table(source.class_names, labels_n[whole_n], splits_n[whole_n])
+    return Audit(
+        name=source.name,
+        kind=source.kind,
+        items=len(source),
+        class_names=source.class_names,
+        domain_names=source.domain_names,
+        per_split={name: int((splits_n == k).sum()) for k, name in enumerate(SPLITS)},
+        per_domain=_table(source.domain_names, domains_n, splits_n),
+        per_class=per_class,
+        damaged=damaged,
+        repeats=_repeats(groups, source),
+        leaks=_repeats(_differing(groups, splits_n), source),
+        conflicts=_repeats(_differing(groups, labels_n), source),
+        shared=_repeats(_differing(groups, domains_n), source),
+        few={name: counts["train"] for name, counts in usable.items() if counts["train"] < min_per_class},
+        untested=tuple(name for name, counts in usable.items() if counts["test"] == 0),
+        min_per_class=min_per_class,
+    )
+
+
+def render(found: Audit) -> str:
+    """The audit as plain text for a terminal."""
+    splits = [name for name in SPLITS if found.per_split[name]]
+    lines = [
+        f"{found.name}: {_count(found.items, found.kind)}, {_count(len(found.class_names), 'class')},"
+        f" {_count(len(found.domain_names), 'domain')}",
+        "",
+        *_columns("split", {name: {"items": found.per_split[name]} for name in splits}, ["items"]),
+    ]
+    if len(found.domain_names) > 1:
+        lines += ["", *_columns("domain", found.per_domain, splits)]
+    sizes = sorted((counts["train"], name) for name, counts in found.per_class.items())
+    lines += [
+        "",
+        f"training items per class: {sizes[0][0]} ({sizes[0][1]}) to {sizes[-1][0]} ({sizes[-1][1]}),"
+        f" median {sizes[len(sizes) // 2][0]}",
+        f"repeated items: {found.repeats.items} in {_count(found.repeats.groups, 'group')}",
+    ]
+    problems = found.problems
+    lines += ["", _count(len(problems), "problem") + (":" if problems else "")]
+    lines += [f"- {sentence}" for sentence in problems]
+    if found.damaged:
+        lines += ["", "damaged:", *(f"  {where}" for where in found.damaged)]
+    for title, repeats in (
+        ("in more than one split", found.leaks),
+        ("in more than one class", found.conflicts),
+        ("in more than one domain", found.shared),
+    ):
+        if repeats.groups:
+            shown = f"{len(repeats.examples)} of {repeats.groups}" if repeats.groups > _EXAMPLES else "all"
+            lines += ["", f"{title} ({shown}):", *("  " + "\n    = ".join(group) for group in repeats.examples)]
+    return "\n".join(lines) + "\n"
+
+
+def _content(payload: Payload) -> bytes:
+    if isinstance(payload, str):
+        text = " ".join(payload.casefold().split())
+        if not text:
+            raise ValueError("the text is empty")
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    pixels = decode(payload)
+    return hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest()
+
+
+def _table(names: tuple[str, ...], ids_n: Ints, splits_n: Ints) -> dict[str, dict[str, int]]:
+    counts = np.bincount(ids_n * len(SPLITS) + splits_n, minlength=len(names) * len(SPLITS)).reshape(-1, len(SPLITS))
+    return {
+        name: {split: int(count) for split, count in zip(SPLITS, row, strict=True)}
+        for name, row in zip(names, counts, strict=True)
+    }
+
+
+def _differing(groups: list[Ints], ids_n: Ints) -> list[Ints]:
+    return [rows for rows in groups if len(np.unique(ids_n[rows])) > 1]
+
+
+def _repeats(groups: list[Ints], source: Source) -> Repeats:
+    def told(row: int) -> str:
+        names = [SPLITS[source.splits_n[row]], source.class_names[source.labels_n[row]]]
+        if len(source.domain_names) > 1:
+            names.append(source.domain_names[source.domains_n[row]])
+        return f"{source.where(row)} [{', '.join(names)}]"
+
+    return Repeats(
+        groups=len(groups),
+        items=sum(len(rows) for rows in groups),
+        examples=tuple(tuple(told(int(row)) for row in rows[:_EXAMPLES]) for rows in groups[:_EXAMPLES]),
+    )
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def _list(names: Iterable[str]) -> str:
+    shown = list(names)
+    return ", ".join(shown[:_EXAMPLES]) + (", ..." if len(shown) > _EXAMPLES else "")
+
+
+def _columns(title: str, rows: dict[str, dict[str, int]], columns: Sequence[str]) -> list[str]:
+    wide = max(len(title), *(len(name) for name in rows))
+    head = f"{title:<{wide}}" + "".join(f"{column:>9}" for column in columns)
+    return [
+        head,
+        *(f"{name:<{wide}}" + "".join(f"{row[column]:>9}" for column in columns) for name, row in rows.items()),
+    ]

@@ -1,0 +1,157 @@
+"""Checkpoints: directories of safetensors and JSON that are whole or absent, whenever the machine stops.
+
+    folder/
+      000042/              the highest number is the newest: the rename below is what makes it so
+        NAME.json          plain data
+        NAME.safetensors   one file per group of tensors
+        manifest.json      sha256 and size of every other file
+
+Saving: write under a temporary name, fsync every file, then the manifest, then the directory; rename; fsync the folder.
+The two newest are kept. Loading verifies every file; if the newest is damaged it is named and the one before is used.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lamina.errors import CheckpointError
+
+KEEP = 2
+MANIFEST = "manifest.json"
+_NUMBERED = re.compile(r"\d{6}")
+
+
+class Loaded(NamedTuple):
+    number: int
+    documents: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+    damaged: list[str]
+    """What was found damaged on the way to this one, in words."""
+
+
+def save(
+    folder: Path,
+    documents: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    on_step: Callable[[str], None] = lambda _: None,
+) -> Path:
+    """Write the next checkpoint and return its directory. documents: JSON by name; tensors: groups of them by name.
+    on_step is called between the steps, for tests of faults."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = max(_numbers(folder), default=0) + 1
+    final = folder / f"{number:06d}"
+    temporary = folder / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    on_step("made the temporary directory")
+    for name, content in documents.items():
+        write_json(temporary / f"{name}.json", content)
+    for name, group in tensors.items():
+        save_file({key: value.contiguous() for key, value in group.items()}, temporary / f"{name}.safetensors")
+        on_step(f"wrote {name}")
+    files = sorted(path.name for path in temporary.iterdir())
+    for name in files:
+        _fsync(temporary / name)
+    manifest = {name: {"sha256": sha256(temporary / name), "bytes": (temporary / name).stat().st_size} for name in files}
+    write_json(temporary / MANIFEST, manifest)
+    _fsync(temporary / MANIFEST)
+    _fsync(temporary)
+    on_step("wrote the manifest")
+    os.rename(temporary, final)
+    _fsync(folder)
+    on_step("renamed")
+    for old in sorted(_numbers(folder))[:-KEEP]:
+        shutil.rmtree(folder / f"{old:06d}")
+    return final
+
+
+def load_newest(folder: Path) -> Loaded | None:
+    """The newest whole checkpoint, or None where none was ever written. Leftovers of interrupted saves are ignored.
+
+    Raises CheckpointError where there are checkpoints but every one is damaged, naming what is wrong with each.
+    """
+    damaged: list[str] = []
+    for number in sorted(_numbers(folder), reverse=True):
+        try:
+            return Loaded(number, *load(folder / f"{number:06d}"), damaged)
+        except CheckpointError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise CheckpointError("no checkpoint is whole:\n  " + "\n  ".join(damaged))
+    return None
+
+
+def load(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Documents and tensors of one checkpoint, verified against its manifest.
+
+    Raises CheckpointError naming the file that is missing or does not fit."""
+    manifest = read_json(directory / MANIFEST)
+    for name, expected in manifest.items():
+        path = directory / name
+        if Path(name).name != name:
+            raise CheckpointError(f"{directory / MANIFEST} names {name!r}, which is not a file in its own directory")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; {MANIFEST} lists it")
+        if sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}")
+    documents, tensors = {}, {}
+    for name in manifest:
+        if name.endswith(".json"):
+            documents[name.removesuffix(".json")] = read_json(directory / name)
+        elif name.endswith(".safetensors"):
+            try:
+                tensors[name.removesuffix(".safetensors")] = load_file(directory / name)
+            except safetensors.SafetensorError as error:
+                raise CheckpointError(f"{directory / name} is damaged: {error}") from error
+    return documents, tensors
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Raises CheckpointError naming the file where it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a small file so that a reader, or a crash, finds the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _fsync(temporary)
+    os.replace(temporary, path)
+    _fsync(path.parent)
+
+
+def _numbers(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return [int(path.name) for path in folder.iterdir() if path.is_dir() and _NUMBERED.fullmatch(path.name)]
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

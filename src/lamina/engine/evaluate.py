@@ -1,0 +1,57 @@
+"""Measure a learner on one task's examples: what it answers, what it would answer if told the task, and which task it
+takes each example to be from.
+
+Shape letters: n examples, b batch, r rows of the head, c classes.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lamina.head import class_scores
+from lamina.learner import Learner
+from lamina.methods.base import Method
+from lamina.types import Batch, Ints
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Of one model on the examples of one task, in the order of the data. Shapes (n,)."""
+
+    labels_n: Ints
+    classes_n: Ints
+    """Class id answered, the task unknown."""
+    known_task_n: Ints
+    """Class id answered if the task were told; -1 where that task has no rows yet."""
+    right_task_n: Ints
+    """1 where the winning row belongs to the example's own task."""
+
+    @property
+    def correct(self) -> int:
+        return int((self.classes_n == self.labels_n).sum())
+
+    @property
+    def correct_known_task(self) -> int:
+        return int((self.known_task_n == self.labels_n).sum())
+
+
+def answers(learner: Learner, method: Method[Any], batches: Iterable[Batch], task: str) -> Answers:
+    """Runs folded. Only after the method has answered are its scores compared with the task's name and the labels."""
+    classes = list(dict.fromkeys(row.label for row in learner.rows))
+    own_r = torch.tensor([row.task == task for row in learner.rows])
+    label_r = torch.tensor([row.label for row in learner.rows])
+    class_c = torch.tensor(classes)
+    found: list[tuple[Ints, ...]] = []
+    with learner.folded():
+        for batch in batches:
+            scores_br = method.predict(learner, batch)
+            classes_b = class_c[class_scores(scores_br, learner.rows, classes).argmax(1)]
+            known_b = torch.full_like(classes_b, -1)
+            if own_r.any():
+                known_b = label_r[scores_br.masked_fill(~own_r, -torch.inf).argmax(1)]
+            right_b = own_r[scores_br.argmax(1)].long()
+            found.append(tuple(t.numpy() for t in (batch.labels_b, classes_b, known_b, right_b)))
+    return Answers(*(np.concatenate(column) for column in zip(*found, strict=True)))

@@ -1,0 +1,307 @@
+"""The engine: a state machine over (task, phase, step) that can be stopped anywhere and goes on to the same bits.
+
+    begin ──> train ──> end ──> evaluate ──> begin of the next task ──> ... ──> done
+              step 0..n
+
+After every phase, and within `train` after a given time, everything that matters is saved. `begin`, `end` and `evaluate`
+depend only on what was saved before them, so an interrupted one is simply done again from its start. Nothing random has
+a state: order, augmentation and initial weights are functions of (seed, task, epoch, step, sample).
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lamina.config import EvaluationConfig, TrainingConfig
+from lamina.engine import checkpoint, optim
+from lamina.engine.evaluate import Answers, answers
+from lamina.engine.order import in_order, positions_of_step, set_torch_seed, steps_per_epoch
+from lamina.errors import CheckpointError, MethodError, TrainingError
+from lamina.learner import Learner
+from lamina.methods.base import Method, Pass
+from lamina.metrics import AccuracyMatrix, negative_flips
+from lamina.streams import Stream
+from lamina.types import Augment, Batch, Examples, Task
+
+Phase = Literal["begin", "train", "end", "evaluate", "done"]
+MOMENTS_EPOCH = {"begin": -1, "end": -2}
+"""Augmentation in passes that are not training: epochs of their own."""
+LOSS_POINTS = 40
+"""How many losses of a task are recorded."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop, and its state is saved
+    """Raised out of `Loop.run` after a request to stop."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is. step counts the training steps done in this task."""
+
+    task: int = 0
+    phase: Phase = "begin"
+    step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something a watcher may show: what is being done, and how far it is."""
+
+    task: int
+    phase: Phase
+    done: int = 0
+    total: int = 0
+    loss: float | None = None
+    accuracy: float | None = None
+    seconds: float = 0.0
+    note: str | None = None
+    """Something worth saying once, for example that a damaged checkpoint was passed over."""
+
+
+class Loop:
+    """Takes a learner and a method through a stream.
+
+    identity: fingerprints of configuration, stream and weights; a checkpoint with other ones is refused.
+    on_event: called with every step and at the end of every phase. should_stop: asked between steps and batches.
+    Raises MethodError where the method does not fit the scenario of the stream.
+    """
+
+    def __init__(
+        self,
+        *,
+        learner: Learner,
+        method: Method[Any],
+        stream: Stream,
+        training: TrainingConfig,
+        evaluation: EvaluationConfig,
+        seed: int,
+        checkpoints: Path,
+        checkpoint_seconds: float = 30.0,
+        identity: Mapping[str, str] | None = None,
+        on_event: Callable[[Event], None] = lambda _: None,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_save: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        if stream.scenario not in method.scenarios:
+            raise MethodError(
+                f"method {method.name!r} does not fit a {stream.scenario}-incremental stream; it is made for "
+                f"{', '.join(method.scenarios)}. `lamina methods` shows which methods fit."
+            )
+        self.learner, self.method, self.stream = learner, method, stream
+        self.training, self.evaluation, self.seed = training, evaluation, seed
+        self.checkpoints, self.checkpoint_seconds = checkpoints, checkpoint_seconds
+        self.identity = dict(identity or {})
+        self.on_event, self.should_stop, self.on_save = on_event, should_stop, on_save
+        self.position = Position()
+        self.matrix, self.known_task = AccuracyMatrix.empty(), AccuracyMatrix.empty()
+        self.right_task: list[list[int]] = []
+        self.last_answers: dict[str, Tensor] = {}
+        self.lineage: list[dict[str, Any]] = []
+        self.losses: list[tuple[int, int, float]] = []
+        self.clock: dict[str, Any] = {"seconds": {}, "tasks": {}, "examples": 0}
+        self._optimizer_state: dict[str, Tensor] = {}
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    # -- the state machine ------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Go on from the position to the end of the stream. Raises Interrupted when asked to stop, TrainingError where
+        the loss is not finite."""
+        phases: dict[Phase, Callable[[Task], Position]] = {
+            "begin": self._begin,
+            "train": self._train,
+            "end": self._end,
+            "evaluate": self._evaluate,
+        }
+        while self.position.phase != "done":
+            phase, task = self.position.phase, self.stream[self.position.task]
+            started = time.perf_counter()
+            following = phases[phase](task)
+            if phase != "train":  # which keeps its own time, so that little of it is lost in a crash
+                self._spend(phase, time.perf_counter() - started)
+            self._tell(phase, done=1, total=1, seconds=time.perf_counter() - started)
+            self.position = following
+            self.save()
+
+    def _begin(self, task: Task) -> Position:
+        set_torch_seed(self.seed, "begin", self.position.task)
+        self.method.begin(self.learner, task, self._pass("begin", task))
+        self.lineage.append(
+            {
+                "task": task.name,
+                "trainable_parameters": sum(p.numel() for p in self.learner.trainable().values()),
+                "steps": self._steps(task) if self.method.trains else 0,
+            }
+        )
+        return Position(self.position.task, "train" if self.method.trains else "end")
+
+    def _train(self, task: Task) -> Position:
+        parameters = self.learner.trainable()
+        self._optimizer = optim.make_optimizer(parameters, self.training)
+        optim.restore_optimizer(self._optimizer, parameters, self._optimizer_state)
+        per_epoch, steps = steps_per_epoch(len(task.train), self.training.batch_size), self._steps(task)
+        since = time.perf_counter()
+        for step in range(self.position.step, steps):
+            stopping = self.should_stop()
+            if stopping or time.perf_counter() - since >= self.checkpoint_seconds:
+                self._spend("train", time.perf_counter() - since)
+                self.save()
+                since = time.perf_counter()
+            if stopping:
+                raise Interrupted
+            epoch = step // per_epoch
+            optim.set_rate(self._optimizer, optim.rate_factor(self.training, epoch))
+            loss = self._step(task, step, epoch, parameters)
+            self.position = Position(self.position.task, "train", step + 1)
+            if step % max(1, steps // LOSS_POINTS) == 0 or step == steps - 1:
+                self.losses.append((self.position.task, step, loss))
+            self._tell("train", done=step + 1, total=steps, loss=loss)
+        self._spend("train", time.perf_counter() - since)
+        self._optimizer, self._optimizer_state = None, {}
+        return Position(self.position.task, "end", steps)
+
+    def _step(self, task: Task, step: int, epoch: int, parameters: Mapping[str, Tensor]) -> float:
+        """One training step; its loss."""
+        assert self._optimizer is not None
+        size = self.training.batch_size
+        positions = positions_of_step(len(task.train), size, step, seed=self.seed, task=self.position.task)
+        batch = task.train.batch(positions, Augment(self.seed, epoch))
+        set_torch_seed(self.seed, "step", self.position.task, step)
+        loss = self.method.loss(self.learner, batch, task)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value} in task {task.name!r} at step {step + 1}. The last good state is in "
+                f"{self.checkpoints}. A smaller training.lr (now {self.training.lr}) or training.clip=1 usually helps."
+            )
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.method.after_backward(self.learner)
+        if self.training.clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters.values(), self.training.clip)
+        self._optimizer.step()
+        self.method.after_step(self.learner)
+        self.clock["examples"] += len(batch)
+        return value
+
+    def _end(self, task: Task) -> Position:
+        set_torch_seed(self.seed, "end", self.position.task)
+        self.method.end(self.learner, task, self._pass("end", task))
+        return Position(self.position.task, "evaluate")
+
+    def _evaluate(self, task: Task) -> Position:
+        now = self.position.task
+        measured = range(len(self.stream) if self.evaluation.unseen else now + 1)
+        found = {j: self._answers(self.stream[j]) for j in measured}
+        self.matrix = self.matrix.with_row({j: (a.correct, len(a.labels_n)) for j, a in found.items()})
+        self.known_task = self.known_task.with_row(
+            {j: (a.correct_known_task, len(a.labels_n)) for j, a in found.items()}
+        )
+        self.right_task.append([int(found[j].right_task_n.sum()) for j in range(now + 1)])
+        old = [(self.last_answers[str(j)].numpy(), found[j]) for j in range(now)]
+        flips = [negative_flips(before, a.classes_n, a.labels_n) for before, a in old]
+        self.lineage[now] |= {
+            "negative_flips": sum(flips) / len(flips) if flips else None,
+            "accuracy_when_learnt": found[now].correct / max(len(found[now].labels_n), 1),
+            "stored_parameters": self.learner.stored_parameters(),
+            "memory_bytes": self.method.memory_bytes,
+        }
+        self.last_answers = {str(j): torch.from_numpy(a.classes_n) for j, a in found.items()}
+        self._tell("evaluate", accuracy=float(self.matrix.accuracy_ij[now, : now + 1].mean()))
+        if now + 1 == len(self.stream):
+            return Position(now, "done")
+        return Position(now + 1, "begin")
+
+    # -- passes over data -------------------------------------------------------------------------------------------
+
+    def _pass(self, phase: Literal["begin", "end"], task: Task) -> Pass:
+        def batches(*, augmented: bool) -> Iterator[Batch]:
+            augment = Augment(self.seed, MOMENTS_EPOCH[phase]) if augmented else None
+            return self._batches(phase, task.train, augment)
+
+        return batches
+
+    def _batches(self, phase: Phase, examples: Examples, augment: Augment | None = None) -> Iterator[Batch]:
+        done = 0
+        for positions in in_order(len(examples), self.evaluation.batch_size):
+            if self.should_stop():
+                raise Interrupted
+            yield examples.batch(positions, augment)
+            done += len(positions)
+            self._tell(phase, done=done, total=len(examples))
+
+    def _answers(self, task: Task) -> Answers:
+        return answers(self.learner, self.method, self._batches("evaluate", task.split(self.evaluation.split)), task.name)
+
+    def _steps(self, task: Task) -> int:
+        return self.training.epochs * steps_per_epoch(len(task.train), self.training.batch_size)
+
+    # -- what survives a crash --------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        started = time.perf_counter()
+        optimizer_state = self._optimizer_state
+        if self._optimizer is not None:
+            optimizer_state = optim.optimizer_tensors(self._optimizer, self.learner.trainable())
+        state = {
+            "position": asdict(self.position),
+            "identity": self.identity,
+            "matrix": self.matrix.as_dict(),
+            "known_task": self.known_task.as_dict(),
+            "right_task": self.right_task,
+            "lineage": self.lineage,
+            "losses": self.losses,
+            "outline": self.learner.outline(),
+        }
+        tensors = {
+            "learner": self.learner.tensors(),
+            "memory": self.method.memory,
+            "optimizer": optimizer_state,
+            "answers": self.last_answers,
+        }
+        checkpoint.save(self.checkpoints, {"state": state, "clock": self.clock}, tensors, self.on_save)
+        self._spend("checkpoint", time.perf_counter() - started)
+
+    def restore(self) -> None:
+        """Go to the newest whole checkpoint, if there is one, and tell what was damaged on the way. The learner and the
+        method must be new. Raises CheckpointError where none is whole, or where it belongs to
+        another configuration, stream, or backbone.
+        """
+        loaded = checkpoint.load_newest(self.checkpoints)
+        if loaded is None:
+            return
+        state, tensors = loaded.documents["state"], loaded.tensors
+        for what, value in self.identity.items():
+            if state["identity"].get(what) != value:
+                raise CheckpointError(
+                    f"checkpoint {loaded.number} in {self.checkpoints} was made with another {what} "
+                    f"({state['identity'].get(what)}, now {value}). Restore what changed, or start a new run."
+                )
+        self.learner.restore(state["outline"], tensors["learner"], self.method.branch_type)
+        self.method.memory = dict(tensors["memory"])
+        self.position = Position(**state["position"])
+        self.matrix = AccuracyMatrix.from_dict(state["matrix"])
+        self.known_task = AccuracyMatrix.from_dict(state["known_task"])
+        self.right_task, self.lineage = state["right_task"], state["lineage"]
+        self.losses = [(task, step, loss) for task, step, loss in state["losses"]]
+        self.last_answers, self._optimizer_state = tensors["answers"], tensors["optimizer"]
+        self.clock = loaded.documents["clock"]
+        for damage in loaded.damaged:
+            self._tell(self.position.phase, note=f"{damage}. Going on from checkpoint {loaded.number}, which is whole.")
+
+    # -- watching ---------------------------------------------------------------------------------------------------
+
+    def _tell(self, phase: Phase, **facts: Any) -> None:
+        self.on_event(Event(task=self.position.task, phase=phase, **facts))
+
+    def _spend(self, phase: str, seconds: float) -> None:
+        self.clock["seconds"][phase] = self.clock["seconds"].get(phase, 0.0) + seconds
+        if phase == "train":
+            task = str(self.position.task)
+            self.clock["tasks"][task] = self.clock["tasks"].get(task, 0.0) + seconds

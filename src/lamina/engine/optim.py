@@ -1,0 +1,58 @@
+"""Optimisers and learning-rate schedules of the papers, started afresh with every task."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lamina.config import TrainingConfig
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """Two groups: the head (names starting with `head/`) and everything else, each with its base rate as `base_lr`."""
+    head = [p for name, p in parameters.items() if name.startswith("head/")]
+    rest = [p for name, p in parameters.items() if not name.startswith("head/")]
+    head_lr = config.head_lr if config.head_lr is not None else config.lr
+    groups = [
+        {"params": params, "lr": lr, "base_lr": lr} for params, lr in ((rest, config.lr), (head, head_lr)) if params
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, betas=(0.9, 0.999), weight_decay=config.weight_decay)
+
+
+def rate_factor(config: TrainingConfig, epoch: int) -> float:
+    """What the base rate is multiplied by in this epoch of a task (0-based)."""
+    last = max(config.epochs - 1, 1)
+    if config.schedule == "cosine":
+        return (1 + math.cos(math.pi * epoch / config.epochs)) / 2
+    if config.schedule == "quarter-cosine":  # InfLoRA's utils/schedulers.py: cos(99 pi e / (200 (K - 1)))
+        return math.cos(99 * math.pi * epoch / (200 * last))
+    if config.schedule == "step":
+        return config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+    return 1.0
+
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimiser's state by parameter name: `exp_avg:block0.k/task-01/up`."""
+    return {
+        f"{kind}:{name}": value.detach()
+        for name, parameter in parameters.items()
+        for kind, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
+    for key, value in tensors.items():
+        kind, _, name = key.partition(":")
+        optimizer.state[parameters[name]][kind] = value.clone()

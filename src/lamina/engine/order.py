@@ -1,0 +1,38 @@
+"""The order of everything is a function of (seed, task, epoch, step), so resuming needs integers and no generator state."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from lamina import chance
+from lamina.types import Ints
+
+
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    return -(-examples // batch_size)
+
+
+def positions_of_step(examples: int, batch_size: int, step: int, *, seed: int, task: int) -> Ints:
+    """Positions of the examples of one training step (counted over all epochs of the task). The last batch of an epoch
+    may be smaller; every epoch has an order of its own."""
+    epoch, batch = divmod(step, steps_per_epoch(examples, batch_size))
+    return _order_of_epoch(examples, seed, task, epoch)[batch * batch_size : (batch + 1) * batch_size]
+
+
+@lru_cache(maxsize=2)
+def _order_of_epoch(examples: int, seed: int, task: int, epoch: int) -> Ints:
+    return chance.permutation(examples, seed, task, epoch)
+
+
+def in_order(examples: int, batch_size: int) -> Iterator[Ints]:
+    """Positions of the batches of one pass in the order of the data."""
+    order_n = np.arange(examples)
+    for start in range(0, examples, batch_size):
+        yield order_n[start : start + batch_size]
+
+
+def set_torch_seed(*parts: int | str) -> None:
+    """Seed PyTorch's global generator for one piece of work (a phase, or a step), named by `parts`."""
+    torch.manual_seed(chance.seed_of(*parts))

@@ -1,0 +1,422 @@
+"""A run: one method on one stream, in a directory of its own that can be killed, resumed, evaluated and reported.
+
+    DIR/
+      config.json        every setting
+      environment.json   what was decided or found at the start: precision, threads, machine, versions
+      checkpoints/       see engine/checkpoint.py
+      events.jsonl       a line per finished phase
+      results.json       the record of the finished run
+      report.html        the same for people
+      lock               held by the process at work
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from lamina import __version__, backbones, data, metrics, report, streams
+from lamina import config as configuration
+from lamina.backbones import Backbone
+from lamina.config import RunConfig
+from lamina.engine import checkpoint, precision
+from lamina.engine.evaluate import answers
+from lamina.engine.loop import Event, Loop
+from lamina.engine.order import in_order
+from lamina.errors import CheckpointError, ConfigError, RunError
+from lamina.learner import Learner
+from lamina.methods import METHODS
+from lamina.methods.base import Method, describe
+from lamina.streams import Stream
+from lamina.types import LabelledData, Split
+
+FORMAT = 1
+Watch = Callable[[Stream, Event], None]
+
+
+def load_config(file: Path | None, overrides: list[tuple[str, Any]]) -> RunConfig:
+    """The configuration of a run from a YAML file and settings on top. Raises ConfigError naming every error."""
+    types = {name: method.config_type for name, method in METHODS.items()}
+    return configuration.load(file, overrides, method_settings=types)
+
+
+def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
+    """Run in a new directory, from the start to the end, and return the record.
+
+    Raises RunError where the directory holds something already, DataError, BackboneError, ConfigError or MethodError
+    where the run cannot begin (nothing is left behind then), Interrupted when asked to stop by SIGINT or SIGTERM.
+    """
+    if out.exists() and any(out.iterdir()):
+        remedy = "`lamina resume` goes on with it" if (out / "config.json").exists() else "it is not a run"
+        raise RunError(f"{out} is not empty ({remedy}). Choose another directory with --out, or remove it.")
+    setup = _Setup(config, None)
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        checkpoint.replace_text(out / "environment.json", json.dumps(setup.environment, indent=1) + "\n")
+        config = _with_whole_paths(config)
+        checkpoint.replace_text(out / "config.json", config.model_dump_json(indent=1) + "\n")
+        return _work(setup, out, watch)
+
+
+def resume(out: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
+    """Go on with a run from its newest whole checkpoint; a finished one returns its record at once.
+
+    Raises RunError where the directory is not a run or in use, CheckpointError where its state is damaged or belongs to
+    other data, weights or settings.
+    """
+    with _locked(out):
+        config, environment = _saved(out)
+        if (out / "results.json").exists():
+            return report.read_record(out)
+        return _work(_Setup(config, environment), out, watch)
+
+
+def evaluate(out: Path, split: Split = "test") -> list[dict[str, Any]]:
+    """Measure the newest model of a run on each task it has learnt: names, counts of right answers, and of examples."""
+    config, environment = _saved(out)
+    setup = _Setup(config, environment)
+    loop = setup.loop(out)
+    loop.restore()
+    learnt = {row.task for row in loop.learner.rows}
+    found = []
+    for task in setup.stream:
+        examples = task.split(split)
+        if task.name in learnt and len(examples):
+            batches = (examples.batch(p) for p in in_order(len(examples), config.evaluation.batch_size))
+            answer = answers(loop.learner, loop.method, batches, task.name)
+            found.append(
+                {
+                    "task": task.name,
+                    "correct": answer.correct,
+                    "correct_known_task": answer.correct_known_task,
+                    "total": len(examples),
+                }
+            )
+    if not found:
+        raise RunError(f"{out}: no task is learnt yet, or none has {split} examples. `lamina resume {out}` goes on.")
+    return found
+
+
+class _Setup:
+    """Everything a run needs, made from its configuration. environment: what an earlier process decided, if any."""
+
+    def __init__(self, config: RunConfig, environment: dict[str, Any] | None) -> None:
+        started = time.perf_counter()
+        self.config = config
+        self.method = METHODS[config.method["name"]]
+        settings = {key: value for key, value in config.method.items() if key != "name"}
+        self.settings = self.method.config_type(**settings)
+        self.backbone = backbones.load(
+            config.backbone.name,
+            image_size=config.backbone.image_size,
+            pooling=config.backbone.pooling,
+            mean=config.backbone.mean,
+            std=config.backbone.std,
+        )
+        self.backbone_parameters = sum(p.numel() for p in self.backbone.module.parameters())
+        self.data = load_data(config, self.backbone)
+        self.stream = make_stream(config, self.data)
+        if config.evaluation.split == "val" and not all(len(task.val) for task in self.stream):
+            raise ConfigError(
+                "evaluation.split = 'val': the data has no validation split. Hold one out, for example with "
+                "--set stream.validation=0.2"
+            )
+        self.environment = environment or _environment(config, self.backbone.width)
+        torch.set_num_threads(self.environment["threads"])
+        self.seconds = time.perf_counter() - started
+
+    def loop(self, out: Path, **watching: Any) -> Loop:
+        config = self.config
+        dtype = precision.DTYPES[self.environment["precision"]]
+        learner = Learner(self.backbone, config.backbone.targets, config.backbone.blocks, dtype)
+        method: Method[Any] = self.method(self.settings, len(self.stream))
+        return Loop(
+            learner=learner,
+            method=method,
+            stream=self.stream,
+            training=config.training,
+            evaluation=config.evaluation,
+            seed=config.seed,
+            checkpoints=out / "checkpoints",
+            checkpoint_seconds=config.checkpoint_seconds,
+            identity={
+                "configuration": configuration.fingerprint(config),
+                "stream": self.stream.fingerprint,
+                "backbone": self.backbone.hash,
+            },
+            **watching,
+        )
+
+
+def load_data(config: RunConfig, backbone: Backbone) -> LabelledData:
+    """The labelled data a configuration names, as this backbone takes it."""
+    section = config.data
+    source = data.open_source(
+        section.source,
+        kind=section.kind,
+        columns=data.Columns(**section.columns.model_dump()),
+        test_fraction=section.test_fraction,
+    )
+    if source.kind != backbone.kind:
+        raise ConfigError(
+            f"data.source = {section.source!r} holds {source.kind}s, and backbone {backbone.name!r} takes {backbone.kind}s. "
+            f"Choose a backbone or data to match."
+        )
+    if backbone.image is None:
+        assert backbone.tokenizer is not None
+        return data.load_texts(source, backbone.tokenizer, max_length=section.max_length)
+    transform = data.ImageTransform(
+        size=backbone.image.size,
+        mean=backbone.image.mean,
+        std=backbone.image.std,
+        evaluate=section.evaluate,
+        train=section.augment,
+        scale=section.crop_scale,
+    )
+    cache = Path(section.cache).expanduser() if section.cache else None
+    return data.load_images(source, transform, cache=cache, on_damaged=section.on_damaged)
+
+
+def make_stream(config: RunConfig, labelled: LabelledData) -> Stream:
+    """The stream a configuration describes. Raises DataError where the data cannot be cut so."""
+    section = config.stream
+    if section.scenario == "mixed":
+        if section.plan is None:
+            raise ConfigError("stream.scenario = 'mixed' needs stream.plan: a list of tasks with name, classes, domains.")
+        plan = streams.named_plan(labelled, [(p.name, p.classes, p.domains) for p in section.plan])
+    elif section.scenario == "domain":
+        plan = streams.domain_plan(labelled, section.domains)
+    else:
+        plan = streams.class_plan(labelled, section.tasks, section.order_seed)
+    stream = streams.make_stream(
+        labelled, plan, section.scenario, per_class=config.data.per_class, validation=section.validation
+    )
+    return stream.joined() if section.joined else stream
+
+
+def _work(setup: _Setup, out: Path, watch: Watch) -> dict[str, Any]:
+    started = time.perf_counter()
+    seconds_so_far: dict[str, float] = {}
+
+    def on_event(event: Event) -> None:
+        if event.seconds:
+            with (out / "events.jsonl").open("a", encoding="utf-8") as log:
+                record = dataclasses.asdict(event) | {"time": _now(), "task": setup.stream[event.task].name}
+                log.write(json.dumps(record) + "\n")
+        watch(setup.stream, event)
+
+    with _stop_on_signals() as should_stop:
+        loop = setup.loop(out, on_event=on_event, should_stop=should_stop)
+        loop.restore()
+        seconds_so_far = loop.clock["seconds"]
+        seconds_so_far["load"] = seconds_so_far.get("load", 0.0) + setup.seconds + time.perf_counter() - started
+        loop.run()
+    record = _record(setup, loop)
+    checkpoint.replace_text(out / "results.json", json.dumps(record, indent=1) + "\n")
+    report.write([record], out / "report.html")
+    return record
+
+
+def _record(setup: _Setup, loop: Loop) -> dict[str, Any]:
+    """What `results.json` holds."""
+    config, stream, learner = setup.config, setup.stream, loop.learner
+    seconds = {phase: round(value, 3) for phase, value in loop.clock["seconds"].items()}
+    total, train = sum(seconds.values()), seconds.get("train", 0.0)
+    for index, entry in enumerate(loop.lineage):
+        of_task = [loss for task, _, loss in loop.losses if task == index]
+        entry |= {
+            "classes": [stream.class_names[c] for c in stream[index].classes],
+            "loss_first": of_task[0] if of_task else None,
+            "loss_last": of_task[-1] if of_task else None,
+            "seconds": loop.clock["tasks"].get(str(index)),
+            "accuracy_at_end": float(loop.matrix.accuracy_ij[-1, index]),
+        }
+    shares = [
+        sum(right) / sum(int(n) for n in loop.matrix.total_ij[i, : i + 1]) for i, right in enumerate(loop.right_task)
+    ]
+    return {
+        "format": FORMAT,
+        "name": config.method["name"] + ("-joined" if config.stream.joined else ""),
+        "created": _now(),
+        "method": describe(setup.method),
+        "config": config.model_dump(mode="json"),
+        "stream": {
+            "scenario": {"mixed": "mixed"}.get(stream.scenario, f"{stream.scenario}-incremental"),
+            "fingerprint": stream.fingerprint,
+            "data": stream.data_name,
+            "kind": stream.kind,
+            "tasks": [
+                {
+                    "name": task.name,
+                    "classes": [stream.class_names[c] for c in task.classes],
+                    "domain": task.domain,
+                    **{split: len(task.split(split)) for split in ("train", "val", "test")},
+                }
+                for task in stream
+            ],
+        },
+        "backbone": {
+            "name": setup.backbone.name,
+            "hash": setup.backbone.hash,
+            "parameters": setup.backbone_parameters,
+            "kind": setup.backbone.kind,
+        },
+        "machine": setup.environment,
+        "code": {"version": __version__, "commit": setup.environment["commit"]},
+        "matrix": loop.matrix.as_dict(),
+        "oracle": loop.known_task.as_dict(),
+        "task_id_accuracy": shares,
+        "metrics": metrics.summary(loop.matrix)
+        | {"final_accuracy_oracle": metrics.final_accuracy(loop.known_task), "task_id_accuracy": shares[-1]},
+        "classes": _class_counts(setup, loop),
+        "cost": {
+            "seconds": seconds | {"total": round(total, 3)},
+            "steps": sum(entry["steps"] for entry in loop.lineage),
+            "train_examples_per_second": loop.clock["examples"] / train if train else None,
+            "outside_training_share": 1 - train / total if total else None,
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 2**20),
+            "trainable_parameters": loop.lineage[-1]["trainable_parameters"],
+            "stored_parameters": learner.stored_parameters(),
+            "memory_bytes": loop.method.memory_bytes,
+        },
+        "lineage": loop.lineage,
+        "losses": [[sum(entry["steps"] for entry in loop.lineage[:task]) + step, loss] for task, step, loss in loop.losses],
+        "skipped": list(setup.data.skipped),
+    }
+
+
+def _class_counts(setup: _Setup, loop: Loop) -> list[dict[str, Any]]:
+    """For every class: examples of it in all tasks, and how many the last model answered right."""
+    counts: dict[int, list[int]] = {}
+    for j in range(loop.matrix.tasks):
+        labels = setup.stream[j].split(setup.config.evaluation.split).labels_n
+        for label, answer in zip(labels.tolist(), loop.last_answers[str(j)].tolist(), strict=True):
+            right, total = counts.get(label, [0, 0])
+            counts[label] = [right + (label == answer), total + 1]
+    first_task = {label: task.name for task in reversed(setup.stream.tasks) for label in task.classes}
+    return [
+        {"name": setup.stream.class_names[c], "task": first_task[c], "correct": counts[c][0], "total": counts[c][1]}
+        for c in sorted(counts)
+    ]
+
+
+def _saved(out: Path) -> tuple[RunConfig, dict[str, Any]]:
+    if not (out / "config.json").is_file():
+        raise RunError(f"{out} is not a run: it has no config.json. `lamina run --out {out}` starts one.")
+    try:
+        content = checkpoint.read_json(out / "config.json")
+        return load_config(None, list(content.items())), checkpoint.read_json(out / "environment.json")
+    except (CheckpointError, ConfigError) as error:
+        raise RunError(f"{out}: its settings cannot be read: {error}") from error
+
+
+def _with_whole_paths(config: RunConfig) -> RunConfig:
+    """Paths as seen from anywhere, so that a run can be resumed from another working directory."""
+
+    def whole(name: str) -> str:
+        return str(Path(name).expanduser().resolve()) if name != "nano" and Path(name).expanduser().exists() else name
+
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"source": whole(config.data.source)}),
+            "backbone": config.backbone.model_copy(update={"name": whole(config.backbone.name)}),
+        }
+    )
+
+
+def _environment(config: RunConfig, width: int) -> dict[str, Any]:
+    """What this machine is, and what was decided for it. A resumed run keeps these decisions, wherever it resumes."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return {
+        "precision": precision.resolve(config.precision, width),
+        "threads": torch.get_num_threads(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lamina": __version__,
+        "commit": _commit(),
+        "started": _now(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this code runs from, None where it is installed without one."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists() or shutil.which("git") is None:
+        return None
+    found = subprocess.run(["git", "-C", str(folder), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the run directory. The system frees the lock when the process ends, however it ends. Raises RunError naming
+    the holder."""
+    if not out.is_dir():
+        raise RunError(f"{out} is not a run: there is no such directory. `lamina run --out {out}` starts one.")
+    with (out / "lock").open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise RunError(
+                f"{out} is in use by {lock.read().strip() or 'another process'}. Wait for it, or stop it first."
+            ) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()} since {_now()}\n")
+        lock.flush()
+        yield
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """While open, SIGINT and SIGTERM ask for a stop (a second SIGINT kills at once); the function tells if one came."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def ask(number: int, _: object) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
