@@ -21,7 +21,7 @@ _WHERE = {
     "Stream": "lamina.streams",
     "Task": "lamina.types",
 }
-__all__ = ["__version__", *sorted(_WHERE)]  # noqa: PLE0604 - the names are strings
+__all__ = ["__version__", *sorted(_WHERE)]
 
 
 def __getattr__(name: str) -> Any:

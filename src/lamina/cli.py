@@ -59,14 +59,18 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _top(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the three runs and the report.")] = Path("demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the three runs and the report.")] = Path(
+        "demo"
+    ),
 ) -> None:
     """Learn handwritten digits two at a time, in three ways, and compare them in one report. Offline, about a minute.
 
@@ -75,7 +79,9 @@ def demo(
     """
     from lamina import report, run
 
-    print("1,797 handwritten digits of scikit-learn, 5 tasks of 2 digits, on the embedded backbone; old digits never come back.")
+    print(
+        "1,797 handwritten digits of scikit-learn, 5 tasks of 2 digits, on the embedded backbone; old digits never come back."
+    )
     records = []
     for method in DEMO_METHODS:
         config = run.load_config(None, [*DEMO_SETTINGS.items(), ("method", method)])
@@ -91,9 +97,13 @@ def run_command(
     method: Annotated[str | None, typer.Option("--method", "-m", help="`lamina methods` lists them.")] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", "-d", help="Folder of class folders, Parquet or CSV file(s), `hf:owner/name`, or `digits`."),
+        typer.Option(
+            "--data", "-d", help="Folder of class folders, Parquet or CSV file(s), `hf:owner/name`, or `digits`."
+        ),
     ] = None,
-    backbone: Annotated[str | None, typer.Option("--backbone", "-b", help="`nano`, a folder or file, or a hub name.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option("--backbone", "-b", help="`nano`, a folder or file, or a hub name.")
+    ] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the input in pixels.")] = None,
     scenario: Annotated[str | None, typer.Option("--scenario", "-s", help="class, domain, task or mixed.")] = None,
     tasks: Annotated[int | None, typer.Option("--tasks", "-t", help="Split the classes into this many tasks.")] = None,
@@ -102,8 +112,12 @@ def run_command(
     epochs: Annotated[int | None, typer.Option(help="Passes over each task's data.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the adapters.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of initial weights, batches and augmentation.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: key.path=value. Repeatable.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Directory of the run. Default: runs/DATA-METHOD-SEED.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any setting: key.path=value. Repeatable.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Directory of the run. Default: runs/DATA-METHOD-SEED.")
+    ] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print every setting as YAML and stop.")] = False,
 ) -> None:
     """Learn a stream of tasks with one method, in a directory that can be killed and resumed.
@@ -183,7 +197,9 @@ def evaluate(
 @app.command("report")
 def report_command(
     directories: Annotated[list[Path], typer.Argument(help="Directories of finished runs; several are compared.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write. Default: report.html in the only run, or here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write. Default: report.html in the only run, or here.")
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page about one run, or comparing several."""
     from lamina import report
@@ -194,7 +210,9 @@ def report_command(
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="One method, with its paper and settings.")] = None) -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, with its paper and settings.")] = None,
+) -> None:
     """List the methods, or show one: its paper, where it fits, what it needs, its settings."""
     from lamina.errors import ConfigError
     from lamina.methods import METHODS
@@ -205,7 +223,9 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method, with it
             print(f"{facts['name']}\n    {facts['advice']}\n    {facts['authors']}, {facts['venue']}: {facts['title']}")
             print(f"    fits: {', '.join(facts['scenarios'])}-incremental streams")
             needs = "the number of tasks helps it" if facts["horizon"] else "no number of tasks"
-            print(f"    needs: {needs}; {facts['stored_samples']} stored samples per class; it keeps {facts['growth']}\n")
+            print(
+                f"    needs: {needs}; {facts['stored_samples']} stored samples per class; it keeps {facts['growth']}\n"
+            )
         return
     if name not in METHODS:
         import difflib
@@ -214,7 +234,9 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method, with it
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"no method {name!r}. There are: {', '.join(METHODS)}.{hint}")
     facts = describe(METHODS[name])
-    print(f"{facts['name']}: {facts['title']}\n{facts['authors']}, {facts['venue']}, {facts['link']}\n\n{facts['advice']}\n")
+    print(
+        f"{facts['name']}: {facts['title']}\n{facts['authors']}, {facts['venue']}, {facts['link']}\n\n{facts['advice']}\n"
+    )
     print("Settings (give them as --set method.NAME=VALUE, or under `method:` in YAML):")
     for key, setting in facts["settings"].items():
         print(f"  {key} = {setting['default']}\n      {' '.join(setting['what'].split())}")
@@ -229,7 +251,9 @@ def data_check(
     source: Annotated[str, typer.Argument(help="What `lamina run --data` would be given.")],
     kind: Annotated[str, typer.Option(help="auto, image or text.")] = "auto",
     min_per_class: Annotated[int, typer.Option(help="Name classes with fewer training examples than this.")] = 5,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="data.columns.label=..., data.test_fraction=...")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="data.columns.label=..., data.test_fraction=...")
+    ] = None,
 ) -> None:
     """Audit data: classes, counts per split, damaged files, exact duplicates across splits and tasks, scarce classes.
 
@@ -240,7 +264,9 @@ def data_check(
 
     overrides = [configuration.parse_override(text) for text in settings or []]
     section = configuration.load(
-        None, [("data.source", source), ("data.kind", kind), *overrides], method_settings={"inflora": configuration.Section}
+        None,
+        [("data.source", source), ("data.kind", kind), *overrides],
+        method_settings={"inflora": configuration.Section},
     ).data
     found = data.audit(
         data.open_source(

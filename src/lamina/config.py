@@ -3,7 +3,6 @@
 import difflib
 import hashlib
 import json
-import types as python_types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -328,7 +327,7 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> Iterable[str]:
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and not isinstance(annotation, python_types.GenericAlias):
+    if isinstance(annotation, type) and not typing.get_args(annotation):
         return annotation if issubclass(annotation, BaseModel) else None
     return next((found for part in typing.get_args(annotation) if (found := _model_in(part))), None)
 

@@ -53,7 +53,9 @@ class Slot:
 
     def live(self) -> dict[str, Branch]:
         prefix = f"{self.site.role}:"
-        return {n[len(prefix) :]: b for n, b in self.layer.live.items() if n.startswith(prefix) and isinstance(b, Branch)}
+        return {
+            n[len(prefix) :]: b for n, b in self.layer.live.items() if n.startswith(prefix) and isinstance(b, Branch)
+        }
 
     def finished(self) -> dict[str, Finished]:
         prefix = f"{self.site.role}:"
@@ -196,7 +198,9 @@ class Learner:
                     slot.rows, tensors[f"{key}/up"].clone(), tensors[f"{key}/down"].clone()
                 )
             for branch, parts in saved["live"].items():
-                values = {kind: {p: tensors[f"live/{name}/{branch}/{p}"] for p in names} for kind, names in parts.items()}
+                values = {
+                    kind: {p: tensors[f"live/{name}/{branch}/{p}"] for p in names} for kind, names in parts.items()
+                }
                 slot.add(branch, branch_type(trained=values["trained"], frozen=values["frozen"]))
         for block in outline["head"]:
             made = self.head.add(block["task"], block["classes"])

@@ -4,6 +4,7 @@ Shape letters: d size of the space, k columns of a basis, r rank, n samples, o o
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -22,7 +23,8 @@ def top_eigenvectors(symmetric_dd: Tensor, rank: int, relative_floor: float = 1e
     values_d, vectors_dd = sorted_eigh(symmetric_dd)
     alive_r = (values_d[:rank] > relative_floor * values_d[0]).to(vectors_dd.dtype)
     found = vectors_dd[:, :rank] * alive_r
-    return torch.nn.functional.pad(found, (0, rank - found.shape[1]))
+    padded: Tensor = F.pad(found, (0, rank - found.shape[1]))
+    return padded
 
 
 def remove_span(matrix_do: Tensor, basis_dk: Tensor) -> Tensor:
@@ -37,7 +39,7 @@ def keep_span(matrix_do: Tensor, basis_dk: Tensor) -> Tensor:
 
 def complement(basis_dk: Tensor) -> Tensor:
     """An orthonormal basis (d, d-k) of everything orthogonal to the orthonormal columns of Q (d, k)."""
-    full_dd, _ = torch.linalg.qr(basis_dk, mode="complete")
+    full_dd: Tensor = torch.linalg.qr(basis_dk, mode="complete")[0]
     return full_dd[:, basis_dk.shape[1] :]
 
 

@@ -48,7 +48,9 @@ class AccuracyMatrix:
     def __post_init__(self) -> None:
         shape = self.correct_ij.shape
         if shape != self.total_ij.shape or len(shape) != 2 or shape[1] < shape[0]:
-            raise ValueError(f"counts must have one shape with columns for all rows, got {shape} and {self.total_ij.shape}")
+            raise ValueError(
+                f"counts must have one shape with columns for all rows, got {shape} and {self.total_ij.shape}"
+            )
         if (self.correct_ij < 0).any() or (self.correct_ij > self.total_ij).any():
             raise ValueError("each count of right answers must lie between 0 and its total")
 
@@ -64,7 +66,8 @@ class AccuracyMatrix:
     @property
     def accuracy_ij(self) -> Floats:
         """a[i, j], float64; nan where nothing was measured."""
-        return np.where(self.total_ij > 0, self.correct_ij / np.maximum(self.total_ij, 1), np.nan)
+        shares: Floats = np.where(self.total_ij > 0, self.correct_ij / np.maximum(self.total_ij, 1), np.nan)
+        return shares
 
     def with_row(self, counts: dict[int, tuple[int, int]]) -> "AccuracyMatrix":
         """The matrix one task later. counts: for each measured task j, (right answers, examples)."""
@@ -83,7 +86,9 @@ class AccuracyMatrix:
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "AccuracyMatrix":
         rows = len(record["correct"])
-        correct, total = (np.array(record[key], np.int64).reshape(rows, -1 if rows else 0) for key in ("correct", "total"))
+        correct, total = (
+            np.array(record[key], np.int64).reshape(rows, -1 if rows else 0) for key in ("correct", "total")
+        )
         return cls(correct, total)
 
 
@@ -95,7 +100,8 @@ def incremental_accuracy(matrix: AccuracyMatrix) -> Floats:
 def incremental_accuracy_weighted(matrix: AccuracyMatrix) -> Floats:
     """ACC_i counted over examples: right answers on tasks j <= i over their number. Shape (T,)."""
     correct, total = np.tril(matrix.correct_ij).sum(1), np.tril(matrix.total_ij).sum(1)
-    return correct / np.maximum(total, 1)
+    shares: Floats = correct / np.maximum(total, 1)
+    return shares
 
 
 def final_accuracy(matrix: AccuracyMatrix) -> float:

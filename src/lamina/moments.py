@@ -19,7 +19,9 @@ class SecondMoment:
     count: int = 0
 
     def add(self, inputs_btd: Tensor, mask_bt: Tensor | None) -> None:
-        rows_nd = inputs_btd.detach().reshape(-1, inputs_btd.shape[-1]) if mask_bt is None else inputs_btd[mask_bt.bool()]
+        rows_nd = (
+            inputs_btd.detach().reshape(-1, inputs_btd.shape[-1]) if mask_bt is None else inputs_btd[mask_bt.bool()]
+        )
         rows_nd = rows_nd.detach().float()
         product_dd = (rows_nd.T @ rows_nd).double()
         self.sum_dd = product_dd if self.sum_dd is None else self.sum_dd + product_dd

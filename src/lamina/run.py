@@ -1,13 +1,13 @@
 """A run: one method on one stream, in a directory of its own that can be killed, resumed, evaluated and reported.
 
-    DIR/
-      config.json        every setting
-      environment.json   what was decided or found at the start: precision, threads, machine, versions
-      checkpoints/       see engine/checkpoint.py
-      events.jsonl       a line per finished phase
-      results.json       the record of the finished run
-      report.html        the same for people
-      lock               held by the process at work
+DIR/
+  config.json        every setting
+  environment.json   what was decided or found at the start: precision, threads, machine, versions
+  checkpoints/       see engine/checkpoint.py
+  events.jsonl       a line per finished phase
+  results.json       the record of the finished run
+  report.html        the same for people
+  lock               held by the process at work
 """
 
 import dataclasses
@@ -198,7 +198,9 @@ def make_stream(config: RunConfig, labelled: LabelledData) -> Stream:
     section = config.stream
     if section.scenario == "mixed":
         if section.plan is None:
-            raise ConfigError("stream.scenario = 'mixed' needs stream.plan: a list of tasks with name, classes, domains.")
+            raise ConfigError(
+                "stream.scenario = 'mixed' needs stream.plan: a list of tasks with name, classes, domains."
+            )
         plan = streams.named_plan(labelled, [(p.name, p.classes, p.domains) for p in section.plan])
     elif section.scenario == "domain":
         plan = streams.domain_plan(labelled, section.domains)
@@ -290,13 +292,16 @@ def _record(setup: _Setup, loop: Loop) -> dict[str, Any]:
             "steps": sum(entry["steps"] for entry in loop.lineage),
             "train_examples_per_second": loop.clock["examples"] / train if train else None,
             "outside_training_share": 1 - train / total if total else None,
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 2**20),
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            / (1024 if sys.platform != "darwin" else 2**20),
             "trainable_parameters": loop.lineage[-1]["trainable_parameters"],
             "stored_parameters": learner.stored_parameters(),
             "memory_bytes": loop.method.memory_bytes,
         },
         "lineage": loop.lineage,
-        "losses": [[sum(entry["steps"] for entry in loop.lineage[:task]) + step, loss] for task, step, loss in loop.losses],
+        "losses": [
+            [sum(entry["steps"] for entry in loop.lineage[:task]) + step, loss] for task, step, loss in loop.losses
+        ],
         "skipped": list(setup.data.skipped),
     }
 
@@ -373,7 +378,9 @@ def _commit() -> str | None:
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists() or shutil.which("git") is None:
         return None
-    found = subprocess.run(["git", "-C", str(folder), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    found = subprocess.run(
+        ["git", "-C", str(folder), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
     return found.stdout.strip() or None
 
 

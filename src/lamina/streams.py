@@ -18,7 +18,7 @@ import numpy as np
 
 from lamina import chance
 from lamina.errors import DataError
-from lamina.types import Examples, Ints, LabelledData, Split, Task
+from lamina.types import SPLITS, Examples, Ints, LabelledData, Split, Task
 
 Scenario = Literal["class", "domain", "task", "mixed"]
 
@@ -101,7 +101,9 @@ def domain_plan(data: LabelledData, domains: Sequence[str] | None = None) -> tup
     return tuple(plan)
 
 
-def named_plan(data: LabelledData, plan: Sequence[tuple[str, Sequence[str], Sequence[str] | None]]) -> tuple[PlannedTask, ...]:
+def named_plan(
+    data: LabelledData, plan: Sequence[tuple[str, Sequence[str], Sequence[str] | None]]
+) -> tuple[PlannedTask, ...]:
     """A plan from names: (task, classes, domains or None for all). Raises DataError naming each unknown class or domain."""
     class_id = {name: i for i, name in enumerate(data.class_names)}
     domain_id = {name: i for i, name in enumerate(data.domain_names)}
@@ -144,7 +146,7 @@ def make_stream(
     val_rows = np.flatnonzero(data.splits_n == 1)
     if validation > 0 and len(val_rows) == 0:
         train_rows, val_rows = _hold_out(data, train_rows, validation)
-    chosen = {"train": train_rows, "val": val_rows, "test": np.flatnonzero(data.splits_n == 2)}
+    chosen: dict[Split, Ints] = {"train": train_rows, "val": val_rows, "test": np.flatnonzero(data.splits_n == 2)}
     owner = np.full(len(data.labels_n), -1)
     tasks = []
     for position, planned in enumerate(plan):
@@ -152,23 +154,31 @@ def make_stream(
         if planned.domains is not None:
             belongs &= np.isin(data.domains_n, planned.domains)
         parts = {split: rows[belongs[rows]] for split, rows in chosen.items()}
-        for split in ("train", "test"):
-            if len(parts[split]) == 0:
-                raise DataError(f"task {planned.name!r} of {data.name!r} has no {split} example: nothing could be {split}ed on.")
+        for split in SPLITS:
+            if split != "val" and len(parts[split]) == 0:
+                raise DataError(
+                    f"task {planned.name!r} of {data.name!r} has no {split} example: nothing could be {split}ed on."
+                )
         taken = owner[parts["train"]]
         if (taken >= 0).any():
             other = plan[int(taken[taken >= 0][0])].name
-            raise DataError(f"tasks {other!r} and {planned.name!r} share training examples; give each its own classes or domain.")
+            raise DataError(
+                f"tasks {other!r} and {planned.name!r} share training examples; give each its own classes or domain."
+            )
         owner[parts["train"]] = position
         tasks.append(
             Task(
                 name=planned.name,
                 classes=planned.classes,
                 domain=" + ".join(data.domain_names[d] for d in planned.domains) if planned.domains else None,
-                **{split: Examples(data.table, rows, data.labels_n[rows]) for split, rows in parts.items()},
+                train=Examples(data.table, parts["train"], data.labels_n[parts["train"]]),
+                val=Examples(data.table, parts["val"], data.labels_n[parts["val"]]),
+                test=Examples(data.table, parts["test"], data.labels_n[parts["test"]]),
             )
         )
-    fingerprint = _hash(data.fingerprint, [[t.name, t.classes, *(t.split(s).rows_n.tolist() for s in chosen)] for t in tasks])
+    fingerprint = _hash(
+        data.fingerprint, [[t.name, t.classes, *(t.split(s).rows_n.tolist() for s in SPLITS)] for t in tasks]
+    )
     return Stream(
         tasks=tuple(tasks),
         scenario=scenario,

@@ -61,7 +61,9 @@ def save(
     files = sorted(path.name for path in temporary.iterdir())
     for name in files:
         _fsync(temporary / name)
-    manifest = {name: {"sha256": sha256(temporary / name), "bytes": (temporary / name).stat().st_size} for name in files}
+    manifest = {
+        name: {"sha256": sha256(temporary / name), "bytes": (temporary / name).stat().st_size} for name in files
+    }
     write_json(temporary / MANIFEST, manifest)
     _fsync(temporary / MANIFEST)
     _fsync(temporary)

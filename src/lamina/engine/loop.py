@@ -36,7 +36,7 @@ LOSS_POINTS = 40
 """How many losses of a task are recorded."""
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop, and its state is saved
+class Interrupted(Exception):
     """Raised out of `Loop.run` after a request to stop."""
 
 
@@ -237,7 +237,9 @@ class Loop:
             self._tell(phase, done=done, total=len(examples))
 
     def _answers(self, task: Task) -> Answers:
-        return answers(self.learner, self.method, self._batches("evaluate", task.split(self.evaluation.split)), task.name)
+        return answers(
+            self.learner, self.method, self._batches("evaluate", task.split(self.evaluation.split)), task.name
+        )
 
     def _steps(self, task: Task) -> int:
         return self.training.epochs * steps_per_epoch(len(task.train), self.training.batch_size)

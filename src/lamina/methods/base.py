@@ -103,10 +103,10 @@ class Method(ABC, Generic[C]):
         """What a training step descends. Unless a method says otherwise: cross-entropy over the task's own rows."""
         return local_cross_entropy(learner, batch, task)
 
-    def after_backward(self, learner: Learner) -> None:  # noqa: B027 - nothing to do is a fine answer
+    def after_backward(self, learner: Learner) -> None:
         """After the gradients are there, before the optimiser's step."""
 
-    def after_step(self, learner: Learner) -> None:  # noqa: B027 - nothing to do is a fine answer
+    def after_step(self, learner: Learner) -> None:
         """After the optimiser's step."""
 
     @abstractmethod

@@ -57,7 +57,9 @@ class Prototype(Method[PrototypeConfig]):
                 counts_c += torch.bincount(positions_b, minlength=len(task.classes))
         if (counts_c == 0).any():
             empty = [c for c, n in zip(task.classes, counts_c, strict=True) if n == 0]
-            raise DataError(f"task {task.name!r} has no training example of class ids {empty}: a mean needs at least one")
+            raise DataError(
+                f"task {task.name!r} has no training example of class ids {empty}: a mean needs at least one"
+            )
         weight_cd, bias_c = as_linear(sums_cd / counts_c[:, None], self.config.metric)
         block.load_state_dict({"weight": weight_cd.float(), "bias": bias_c.float()})
         learner.head.freeze()

@@ -1,0 +1,224 @@
+"""The table of methods, and the small worlds their laws are checked in.
+
+A method is in the library when it has a row here. A row says which settings make it small, what may move while it
+trains, and how what it keeps grows; `test_methods.py` holds every law against every row.
+
+Shape letters: d width, r rank.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.tiny import tiny_bert, tiny_fused_vit, tiny_images, tiny_texts, tiny_vit
+
+from lamina.config import EvaluationConfig, TrainingConfig
+from lamina.engine import checkpoint
+from lamina.engine.loop import Interrupted, Loop
+from lamina.learner import Learner
+from lamina.methods import METHODS
+from lamina.methods.base import Method
+from lamina.streams import PlannedTask, Scenario, Stream, class_plan, domain_plan, make_stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What a method declares of itself, as the laws need it."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    moves: tuple[str, ...]
+    """Patterns (whole names) of the learner's tensors that training moves; `TASK` stands for the current task. Each must
+    be met, and nothing else may move."""
+    random: bool
+    """Whether the seed of a run changes what is learnt."""
+    stored: Callable[[Learner, int], int]
+    """Numbers kept beside the backbone after so many tasks."""
+    remembers: bool
+    """Whether `memory` holds anything after a task."""
+
+
+def head_numbers(learner: Learner) -> int:
+    return len(learner.rows) * (learner.backbone.width + 1)
+
+
+def adapter_numbers(learner: Learner, rank: int) -> int:
+    return sum(rank * (slot.d_in + slot.d_out) for slot in learner.slots.values())
+
+
+CASES: dict[str, Case] = {
+    "inflora": Case(
+        settings={"rank": 3, "epsilon": 0.9},
+        moves=("live/.*/TASK/up", "head/TASK/weight", "head/TASK/bias"),
+        random=True,
+        stored=lambda learner, tasks: tasks * adapter_numbers(learner, 3) + head_numbers(learner),
+        remembers=True,
+    ),
+    "finetune": Case(
+        settings={"rank": 3},
+        moves=("live/.*/shared/up", "live/.*/shared/down", "head/TASK/weight", "head/TASK/bias"),
+        random=True,
+        stored=lambda learner, _: adapter_numbers(learner, 3) + head_numbers(learner),
+        remembers=False,
+    ),
+    "prototype": Case(
+        moves=(),
+        random=False,
+        stored=lambda learner, _: head_numbers(learner),
+        remembers=False,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """A backbone, which of its maps are adapted, a scenario, and the precision of the frozen weights."""
+
+    backbone: str
+    scenario: Scenario
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        return f"{self.backbone}-{self.scenario}" + ("-bf16" if self.dtype == torch.bfloat16 else "")
+
+
+BACKBONES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
+    "vit": (lambda: tiny_vit(blocks=2), ("k", "v")),
+    "fused_vit": (lambda: tiny_fused_vit(blocks=2), ("q", "v", "out")),
+    "bert": (lambda: tiny_bert(blocks=1), ("q", "k", "v", "out", "fc1", "fc2")),
+}
+CLASSES, DOMAINS = 6, 3
+HOME = World("vit", "class")
+"""Where laws are checked that do not depend on the backbone or the scenario."""
+WORLDS = (
+    HOME,
+    World("vit", "domain"),
+    World("vit", "mixed"),
+    World("vit", "task"),
+    World("vit", "class", torch.bfloat16),
+    World("fused_vit", "class"),
+    World("fused_vit", "domain"),
+    World("bert", "class"),
+    World("bert", "mixed"),
+)
+MIXED = (
+    PlannedTask(name="new classes", classes=(0, 1, 2), domains=(0,)),
+    PlannedTask(name="more classes", classes=(4, 3), domains=None),
+    PlannedTask(name="a known class in a new domain, and a new one", classes=(1, 5), domains=(2,)),
+)
+TRAINING = TrainingConfig(epochs=2, batch_size=16, lr=0.02, head_lr=0.05, schedule="cosine")
+EVALUATION = EvaluationConfig(batch_size=14)
+
+
+@cache
+def stream(kind: str, scenario: Scenario) -> Stream:
+    """Three tasks of 12 to 48 training examples, so that the last batch of an epoch is smaller than the others."""
+    data = (tiny_images if kind == "image" else tiny_texts)(CLASSES * DOMAINS * 6, CLASSES, DOMAINS)
+    plan: Sequence[PlannedTask] = {
+        "domain": lambda: domain_plan(data),
+        "mixed": lambda: MIXED,
+        "class": lambda: class_plan(data, 3, order_seed=4),
+        "task": lambda: class_plan(data, 3),
+    }[scenario]()
+    return make_stream(data, plan, scenario, per_class=4)
+
+
+def make_method(name: str, horizon: int | None = 3) -> Method[Any]:
+    method = METHODS[name]
+    return method(method.config_type(**CASES[name].settings), horizon)
+
+
+def make_loop(name: str, world: World, folder: Path, *, seed: int = 0, seconds: float = 1e9, **watch: Any) -> Loop:
+    """A loop as a new process would have it; generators are left in a state of no meaning, which must not matter."""
+    make, targets = BACKBONES[world.backbone]
+    backbone = make()
+    learner = Learner(backbone, targets, dtype=world.dtype)
+    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
+    return Loop(
+        learner=learner,
+        method=make_method(name),
+        stream=stream(backbone.kind, world.scenario),
+        training=TRAINING,
+        evaluation=EVALUATION,
+        seed=seed,
+        checkpoints=folder,
+        checkpoint_seconds=seconds,
+        **watch,
+    )
+
+
+def state(directory: Path) -> dict[str, str]:
+    """Hashes of everything a checkpoint holds but the clock: learner, memory, optimiser, answers, matrix, losses, order."""
+    manifest = checkpoint.read_json(directory / checkpoint.MANIFEST)
+    return {name: entry["sha256"] for name, entry in manifest.items() if name != "clock.json"}
+
+
+def newest(folder: Path) -> Path:
+    return max(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+@dataclass(frozen=True)
+class Trail:
+    """One unbroken run, and every state it saved: after every phase and before every step of training."""
+
+    name: str
+    world: World
+    loop: Loop
+    saved: tuple[Path, ...]
+    at: tuple[dict[str, Any], ...]
+    """Position (task, phase, step) of each saved state."""
+
+    @property
+    def stream(self) -> Stream:
+        return self.loop.stream
+
+    def tensors(self, index: int) -> dict[str, dict[str, torch.Tensor]]:
+        return checkpoint.load(self.saved[index])[1]
+
+    def index(self, **position: Any) -> int:
+        """The last saved state at this position."""
+        return max(i for i, at in enumerate(self.at) if position.items() <= at.items())
+
+    def resumed(self, index: int, folder: Path, **watch: Any) -> Loop:
+        """A new process that finds this state on disk."""
+        shutil.copytree(self.saved[index], folder / self.saved[index].name, copy_function=os.link)
+        loop = make_loop(self.name, self.world, folder, **watch)
+        loop.restore()
+        return loop
+
+
+def walk(name: str, world: World, folder: Path) -> Trail:
+    keep, checkpoint.KEEP = checkpoint.KEEP, 10**6
+    try:
+        loop = make_loop(name, world, folder, seconds=0.0)
+        loop.run()
+    finally:
+        checkpoint.KEEP = keep
+    saved = tuple(sorted(path for path in folder.iterdir() if not path.name.startswith(".")))
+    at = tuple(checkpoint.read_json(path / "state.json")["position"] for path in saved)
+    return Trail(name, world, loop, saved, at)
+
+
+def run_in_pieces(start: Callable[[int], Loop], most: int = 500) -> tuple[Loop, int]:
+    """Start process after process until one comes to the end; that one's loop, and how many there were."""
+    for number in range(most):
+        loop = start(number)
+        loop.restore()
+        try:
+            loop.run()
+        except (Killed, Interrupted):
+            continue
+        return loop, number + 1
+    raise AssertionError(f"{most} processes did not come to the end: no progress is made")
+
+
+class Killed(BaseException):
+    """The process is gone; nothing of ours may catch this."""
+
+
+def other_labels(batch: Any) -> Any:
+    return replace(batch, labels_b=(batch.labels_b + 1) % CLASSES)

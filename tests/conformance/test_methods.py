@@ -1,0 +1,481 @@
+"""What a method is: every law here holds for every method of the library, on every kind of backbone and stream."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.conformance.cases import (
+    CASES,
+    HOME,
+    WORLDS,
+    Killed,
+    Trail,
+    World,
+    make_loop,
+    make_method,
+    newest,
+    other_labels,
+    run_in_pieces,
+    state,
+    stream,
+    walk,
+)
+from torch import Tensor
+
+from lamina.engine import checkpoint
+from lamina.engine.evaluate import answers
+from lamina.engine.order import set_torch_seed
+from lamina.errors import MethodError
+from lamina.head import class_scores
+from lamina.methods import METHODS
+from lamina.methods.base import SCENARIOS, describe
+from lamina.types import Batch
+
+on_every_method = pytest.mark.parametrize("name", [name for name in METHODS if name in CASES])
+in_every_world = pytest.mark.parametrize("world", WORLDS, ids=str)
+in_fp32 = pytest.mark.parametrize("world", [w for w in WORLDS if w.dtype == torch.float32], ids=str)
+
+Walks = Callable[[str, World], Trail]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_waiting_for_the_disk():
+    """Power cuts have their own tests (tests/unit/test_checkpoint.py); here the processes die, not the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def trail(tmp_path_factory: pytest.TempPathFactory) -> Walks:
+    """One unbroken run per method and world, shared by all laws: they read it and leave it as it is."""
+    walked: dict[tuple[str, World], Trail] = {}
+
+    def find(name: str, world: World) -> Trail:
+        if world.scenario not in METHODS[name].scenarios:
+            pytest.skip(f"{name} does not fit {world.scenario}-incremental streams")
+        if (name, world) not in walked:
+            walked[name, world] = walk(name, world, tmp_path_factory.mktemp("trail"))
+        return walked[name, world]
+
+    return find
+
+
+def everything(trail: Trail) -> Batch:
+    """The test examples of all tasks, as the engine would hand them over."""
+    examples = trail.stream.joined()[0].test
+    return examples.batch(np.arange(len(examples)))
+
+
+def scores(loop: Any, batch: Batch) -> Tensor:
+    with loop.learner.folded():
+        return loop.method.predict(loop.learner, batch)
+
+
+# ------------------------------------------------------------------------------------------------ the table and the record
+
+
+def test_every_method_has_a_row_in_the_table():
+    missing = sorted(METHODS.keys() ^ CASES.keys())
+    assert not missing, f"{missing}: every method of lamina.methods.METHODS needs a row in tests/conformance/cases.py"
+
+
+@on_every_method
+def test_it_is_one_file_that_bears_its_name(name: str):
+    method = METHODS[name]
+    assert method.name == name
+    assert method.__module__ == f"lamina.methods.{name}"
+    assert method.config_type.__module__ == method.__module__
+
+
+@on_every_method
+def test_every_setting_is_explained_has_a_default_and_cannot_be_changed(name: str):
+    config_type = METHODS[name].config_type
+    for setting, field in config_type.model_fields.items():
+        assert field.description, f"{setting} of {name} has no sentence under it"
+        assert field.description.strip().endswith("."), f"{setting} of {name}: write a whole sentence"
+        assert not field.is_required(), f"{setting} of {name} has no default"
+    config = config_type()
+    for setting in config_type.model_fields:
+        with pytest.raises(ValueError, match="frozen"):
+            setattr(config, setting, 1)
+    with pytest.raises(ValueError, match="no_such_setting"):
+        config_type(no_such_setting=1)
+
+
+@on_every_method
+def test_its_record_is_complete_and_plain_json(name: str):
+    method, facts = METHODS[name], describe(METHODS[name])
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts.keys() >= {"name", "title", "authors", "venue", "link", "advice", "scenarios", "growth", "settings"}
+    for fact in ("title", "authors", "venue", "advice", "growth"):
+        assert facts[fact].strip(), f"{name} says nothing as its {fact}"
+        assert "\n" not in facts[fact]
+    assert re.fullmatch(r"https://\S+", facts["link"])
+    assert re.search(r"\b(19|20)\d\d\b", facts["venue"]), "a venue has a year"
+    assert facts["scenarios"]
+    assert set(facts["scenarios"]) <= set(SCENARIOS)
+    assert facts["stored_samples"] >= 0
+    for departure in method.paper.departures:
+        assert departure.what.strip()
+        for switch in (departure.switch or "").split(", "):
+            assert not switch or switch in facts["settings"], f"{name} has no setting {switch!r}"
+
+
+@on_every_method
+def test_an_unfit_scenario_is_refused_with_what_would_fit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Narrow(METHODS[name]):  # type: ignore[misc]
+        scenarios = ("domain",)
+
+    monkeypatch.setitem(METHODS, name, Narrow)
+    with pytest.raises(MethodError, match=rf"{name!r} does not fit a class-incremental stream; .* for domain\."):
+        make_loop(name, HOME, tmp_path)
+    make_loop(name, World("vit", "domain"), tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------- what may move
+
+
+@in_every_world
+@on_every_method
+def test_frozen_weights_stay_bit_for_bit(name: str, world: World, trail: Walks, tmp_path: Path):
+    before, after = make_loop(name, world, tmp_path).learner, trail(name, world).loop.learner
+    parameters, buffers = dict(before.backbone.module.named_parameters()), dict(before.backbone.module.named_buffers())
+    own = {n for n in parameters if ".live." not in n}
+    assert own
+    assert own <= dict(after.backbone.module.named_parameters()).keys()
+    for parameter, value in after.backbone.module.named_parameters():
+        if parameter in own:
+            assert torch.equal(value, parameters[parameter]), parameter
+            assert not value.requires_grad, parameter
+            assert value.grad is None, parameter
+    for buffer, value in after.backbone.module.named_buffers():
+        folded = buffer.endswith("weight_oi") or ".live." in buffer
+        assert folded or torch.equal(value, buffers[buffer]), buffer
+    assert after.layers
+    for path, layer in after.layers.items():
+        assert torch.equal(layer.base_oi, before.layers[path].base_oi), path
+        assert torch.equal(layer.bias_o, before.layers[path].bias_o), path
+
+
+@in_every_world
+@on_every_method
+def test_training_moves_what_is_declared_and_nothing_else(name: str, world: World, trail: Walks):
+    found = trail(name, world)
+    for number, task in enumerate(found.stream):
+        if not METHODS[name].trains:
+            assert not any(at["phase"] == "train" for at in found.at)
+            continue
+        before = found.tensors(
+            min(i for i, at in enumerate(found.at) if (at["task"], at["phase"]) == (number, "train"))
+        )
+        after = found.tensors(found.index(task=number, phase="end"))
+        assert before["learner"].keys() == after["learner"].keys(), "training neither adds nor removes"
+        moved = {key for key, value in after["learner"].items() if not torch.equal(value, before["learner"][key])}
+        allowed = [pattern.replace("TASK", re.escape(task.name)) for pattern in CASES[name].moves]
+        strays = {key for key in moved if not any(re.fullmatch(pattern, key) for pattern in allowed)}
+        assert not strays, f"training {task.name!r} moved {sorted(strays)}"
+        for pattern in allowed:
+            meant = {key for key in after["learner"] if re.fullmatch(pattern, key)}
+            assert meant, f"there is nothing like {pattern}"
+            assert meant <= moved, f"training {task.name!r} did not move {sorted(meant - moved)}"
+
+
+@in_every_world
+@on_every_method
+def test_what_is_finished_never_changes(name: str, world: World, trail: Walks):
+    """The factors of a finished branch, and the rows of a finished task."""
+    found, kept = trail(name, world), {}
+    for number, task in enumerate(found.stream):
+        for at in ("evaluate", "begin"):
+            last = number + (at == "begin")
+            if any((p["task"], p["phase"]) == (last, at) for p in found.at):
+                now = found.tensors(found.index(task=last, phase=at))["learner"]
+                for key, value in kept.items():
+                    assert torch.equal(now[key], value), key
+        mine = ("finished/", f"head/{task.name}/")
+        now = found.tensors(found.index(task=number, phase="evaluate"))["learner"]
+        kept |= {key: value for key, value in now.items() if key.startswith(mine)}
+    assert len(kept) >= 2 * len(found.stream)
+    last = found.loop.learner.tensors()
+    assert all(torch.equal(last[key], value) for key, value in kept.items())
+
+
+# ------------------------------------------------------------------------------------------------------ stopping and going on
+
+
+@in_every_world
+@on_every_method
+def test_every_saved_state_leads_to_the_next_one(name: str, world: World, trail: Walks, tmp_path: Path):
+    """A new process that finds state k on disk comes to state k + 1 bit for bit: every phase boundary, every step."""
+    found = trail(name, world)
+    phases = {(at["task"], at["phase"]) for at in found.at}
+    wanted = {(t, p) for t in range(3) for p in ("train", "end", "evaluate") if METHODS[name].trains or p != "train"}
+    assert phases == wanted | {(1, "begin"), (2, "begin"), (2, "done")}
+    for index in range(len(found.saved) - 1):
+        target, folder = found.index(**found.at[index]) + 1, tmp_path / str(index)
+
+        def stop_when_there(_: str, folder: Path = folder, target: int = target) -> None:
+            if (
+                not newest(folder).name.endswith(".tmp")
+                and checkpoint.read_json(newest(folder) / "state.json")["position"] == (found.at[target])
+            ):
+                raise Killed
+
+        if target >= len(found.saved):
+            continue
+        loop = found.resumed(
+            index, folder, seconds=0.0, on_save=lambda what, stop=stop_when_there: _renamed(what, stop)
+        )
+        with pytest.raises(Killed):
+            loop.run()
+        assert state(newest(folder)) == state(found.saved[target]), f"from {found.at[index]} to {found.at[target]}"
+
+
+def _renamed(what: str, then: Callable[[str], None]) -> None:
+    if what == "renamed":
+        then(what)
+
+
+@on_every_method
+def test_a_run_resumed_from_anywhere_ends_in_the_same_bits(name: str, trail: Walks, tmp_path: Path):
+    """Without the help of any further saved state: whatever the unbroken run carried in memory alone would show."""
+    found = trail(name, HOME)
+    for index in range(len(found.saved) - 1):
+        loop = found.resumed(index, tmp_path / str(index))
+        loop.run()
+        assert state(newest(tmp_path / str(index))) == state(found.saved[-1]), f"resumed from {found.at[index]}"
+
+
+@on_every_method
+def test_asked_to_stop_again_and_again_it_ends_in_the_same_bits(name: str, trail: Walks, tmp_path: Path):
+    """Between steps and inside passes over the data: what was half done is done again from its start."""
+    found = trail(name, HOME)
+
+    def process(number: int) -> Any:
+        asked = iter(range(10**6))
+        return make_loop(name, HOME, tmp_path, should_stop=lambda: next(asked) >= 6 + number % 5)
+
+    loop, processes = run_in_pieces(process)
+    assert processes > 3
+    assert state(newest(tmp_path)) == state(found.saved[-1])
+    assert loop.matrix.as_dict() == found.loop.matrix.as_dict()
+
+
+@on_every_method
+def test_killed_at_any_moment_again_and_again_it_ends_in_the_same_bits(name: str, trail: Walks, tmp_path: Path):
+    """While saving, between steps, and at the end of passes; saving after every step."""
+    found = trail(name, HOME)
+
+    def process(number: int) -> Any:
+        moments = iter(range(10**6))
+
+        def perhaps(_: object) -> None:
+            if next(moments) == 9 + number % 13:
+                raise Killed
+
+        return make_loop(name, HOME, tmp_path, seconds=0.0, on_save=perhaps, on_event=perhaps)
+
+    _, processes = run_in_pieces(process)
+    assert processes > 3
+    assert state(newest(tmp_path)) == state(found.saved[-1])
+
+
+@on_every_method
+def test_begin_and_end_can_be_done_twice(name: str, trail: Walks, tmp_path: Path):
+    """From one saved state, each gives the same learner and memory, whatever was done half-way before."""
+    found = trail(name, HOME)
+    for number, phase in ((0, "begin"), (1, "begin"), (1, "end")):
+        results = []
+        for attempt in range(2):
+            if (number, phase) == (0, "begin"):
+                loop = make_loop(name, HOME, tmp_path / "nothing")
+            else:
+                index = found.index(task=number, phase=phase)
+                loop = found.resumed(index, tmp_path / f"{number}{phase}{attempt}")
+            task = found.stream[number]
+            set_torch_seed(0, phase, number)
+            getattr(loop.method, phase)(loop.learner, task, loop._pass(phase, task))
+            results.append(loop.learner.tensors() | {f"memory/{k}": v for k, v in loop.method.memory.items()})
+        first, second = results
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first), f"{phase} of task {number}"
+
+
+@in_every_world
+@on_every_method
+def test_a_saved_learner_predicts_the_same_bits(name: str, world: World, trail: Walks, tmp_path: Path):
+    found = trail(name, world)
+    loop = found.resumed(len(found.saved) - 1, tmp_path)
+    ours, saved = loop.learner.tensors(), found.loop.learner.tensors()
+    assert ours.keys() == saved.keys()
+    assert all(torch.equal(ours[key], saved[key]) for key in saved)
+    assert loop.learner.outline() == found.loop.learner.outline()
+    batch = everything(found)
+    assert torch.equal(scores(loop, batch), scores(found.loop, batch))
+
+
+# ------------------------------------------------------------------------------------------------------------------- chance
+
+
+@in_every_world
+@on_every_method
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
+    name: str, world: World, trail: Walks, tmp_path: Path
+):
+    found = trail(name, world)
+    make_loop(name, world, tmp_path / "same").run()
+    assert state(newest(tmp_path / "same")) == state(found.saved[-1])
+    other = make_loop(name, world, tmp_path / "other", seed=1)
+    other.run()
+    mine, theirs = found.loop.learner.tensors(), other.learner.tensors()
+    assert mine.keys() == theirs.keys()
+    equal = [torch.equal(mine[key], theirs[key]) for key in mine]
+    assert (not any(equal)) if CASES[name].random else all(equal)
+
+
+# ---------------------------------------------------------------------------------------------------------------- prediction
+
+
+@in_fp32
+@on_every_method
+def test_a_prediction_does_not_depend_on_the_rest_of_its_batch(name: str, world: World, trail: Walks):
+    found = trail(name, world)
+    examples = found.stream.joined()[0].test
+    n = len(examples)
+    together_nr = scores(found.loop, examples.batch(np.arange(n)))
+    assert together_nr.shape == (n, len(found.loop.learner.rows))
+    assert together_nr.dtype == torch.float32
+    alone_nr = torch.cat([scores(found.loop, examples.batch(np.array([i]))) for i in range(n)])
+    order = np.random.default_rng(0).permutation(n)
+    permuted_nr = torch.empty_like(together_nr)
+    permuted_nr[order] = scores(found.loop, examples.batch(order))
+    for other_nr in (alone_nr, permuted_nr):
+        torch.testing.assert_close(other_nr, together_nr, atol=1e-5, rtol=1e-5)
+        assert torch.equal(other_nr.argmax(1), together_nr.argmax(1))
+
+
+@in_fp32
+@on_every_method
+def test_folding_changes_the_cost_and_not_the_answer(name: str, world: World, trail: Walks, tmp_path: Path):
+    """In the middle of a task, where a branch is live and has moved; and after the last."""
+    found = trail(name, world)
+    for index in (found.index(task=1, phase="end"), len(found.saved) - 1):
+        loop = found.resumed(index, tmp_path / str(index))
+        batch = everything(found)
+        weights = {path: layer.weight_oi.clone() for path, layer in loop.learner.layers.items()}
+        with torch.no_grad():
+            unfolded_br = loop.method.predict(loop.learner, batch)
+        folded_br = scores(loop, batch)
+        torch.testing.assert_close(folded_br, unfolded_br, atol=1e-4, rtol=1e-4)
+        assert all(torch.equal(layer.weight_oi, weights[path]) for path, layer in loop.learner.layers.items()), "undone"
+
+
+@in_every_world
+@on_every_method
+def test_prediction_is_told_neither_the_task_nor_the_label(
+    name: str, world: World, trail: Walks, monkeypatch: pytest.MonkeyPatch
+):
+    found = trail(name, world)
+    seen: list[Batch] = []
+    inner = found.loop.method.predict
+    monkeypatch.setattr(
+        found.loop.method, "predict", lambda learner, batch: (seen.append(batch), inner(learner, batch))[1]
+    )
+    for task in found.stream:
+        answers(found.loop.learner, found.loop.method, [task.test.batch(np.arange(len(task.test)))], task.name)
+        found.loop._answers(task)
+    assert len(seen) >= 2 * len(found.stream)
+    assert all(batch.task is None for batch in seen)
+    monkeypatch.undo()
+    batch = everything(found)
+    assert torch.equal(scores(found.loop, batch), scores(found.loop, other_labels(batch)))
+    assert torch.equal(scores(found.loop, batch), scores(found.loop, replace(batch, labels_b=-1 - batch.labels_b)))
+
+
+@in_every_world
+@on_every_method
+def test_answers_are_the_best_rows(name: str, world: World, trail: Walks):
+    """The matrix's last row, counted again by hand from the scores."""
+    found = trail(name, world)
+    rows = found.loop.learner.rows
+    assert [row.label for row in rows] == [label for task in found.stream for label in task.classes]
+    for number, task in enumerate(found.stream):
+        examples = task.test
+        scores_nr = scores(found.loop, examples.batch(np.arange(len(examples))))
+        best = [rows[int(r)].label for r in scores_nr.argmax(1)]
+        assert found.loop.matrix.correct_ij[-1, number] == sum(
+            a == b for a, b in zip(best, examples.labels_n, strict=True)
+        )
+        own = [
+            max((s, row.label) for s, row in zip(line, rows, strict=True) if row.task == task.name)[1]
+            for line in scores_nr
+        ]
+        assert found.loop.known_task.correct_ij[-1, number] == sum(
+            a == b for a, b in zip(own, examples.labels_n, strict=True)
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------------- growth
+
+
+@in_every_world
+@on_every_method
+def test_it_keeps_what_it_declares(name: str, world: World, trail: Walks, tmp_path: Path):
+    found, case = trail(name, world), CASES[name]
+    for number in range(len(found.stream)):
+        index = found.index(task=number, phase="evaluate")
+        loop = found.resumed(index, tmp_path / str(number))
+        learner, method = loop.learner, loop.method
+        assert method.memory_bytes <= method.memory_bound(learner), f"memory after task {number + 1}"
+        assert (method.memory_bytes > 0) == case.remembers
+        assert learner.stored_parameters() == case.stored(learner, number + 1)
+        assert len(learner.rows) == sum(len(task.classes) for task in found.stream.tasks[: number + 1])
+        assert not any(value.requires_grad for block in learner.head.blocks for value in block.parameters())
+        after = found.loop.lineage[number]
+        assert (after["stored_parameters"], after["memory_bytes"]) == (learner.stored_parameters(), method.memory_bytes)
+
+
+@on_every_method
+def test_every_task_trains_as_many_parameters_as_the_first(name: str, trail: Walks):
+    lineage = trail(name, HOME).loop.lineage
+    assert [entry["task"] for entry in lineage] == [task.name for task in stream("image", "class")]
+    assert len({entry["trainable_parameters"] for entry in lineage}) == 1
+    assert (lineage[0]["trainable_parameters"] > 0) == METHODS[name].trains
+
+
+@on_every_method
+def test_it_works_on_a_stream_without_a_known_end(name: str, tmp_path: Path):
+    loop = make_loop(name, HOME, tmp_path)
+    loop.method = make_method(name, horizon=None)
+    loop.run()
+    assert loop.matrix.tasks == 3
+
+
+@on_every_method
+def test_it_learns(name: str, trail: Walks):
+    """The tasks are easy when the task is told; a method that does nothing would be at chance, one half."""
+    known = trail(name, HOME).loop.known_task.accuracy_ij
+    assert np.nanmean(np.diag(known)) >= 0.75
+
+
+@on_every_method
+def test_scores_of_classes_are_the_largest_of_their_rows(name: str, trail: Walks):
+    found = trail(name, World("vit", "domain"))
+    rows, batch = found.loop.learner.rows, everything(found)
+    scores_br = scores(found.loop, batch)
+    classes = sorted({row.label for row in rows})
+    by_hand = torch.stack(
+        [
+            torch.stack([s for s, row in zip(line, rows, strict=True) if row.label == c]).max()
+            for line in scores_br
+            for c in classes
+        ]
+    ).view(len(scores_br), -1)
+    assert torch.equal(class_scores(scores_br, rows, classes), by_hand)

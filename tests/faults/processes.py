@@ -1,0 +1,195 @@
+"""Real `lamina` processes, stopped at chosen moments of their work.
+
+A moment is chosen by looking at what the process has on disk. To be sure of it, the process is halted (SIGSTOP), looked
+at again, and only then killed: what is asserted about a kill is what was true when it happened.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lamina.engine import checkpoint
+
+Lamina = subprocess.Popen[str]
+SMALL = {
+    "data.source": "digits",
+    "data.per_class": 16,
+    "backbone.image_size": 32,
+    "stream.tasks": 3,
+    "training.epochs": 3,
+    "training.batch_size": 16,
+    "evaluation.batch_size": 16,
+    "precision": "fp32",
+    "threads": 1,
+}
+"""A real run of four seconds: three tasks, 24 to 36 steps each but for the start-up."""
+LEARNT = ("learner.safetensors", "memory.safetensors", "answers.safetensors", "state.json")
+"""The files of a checkpoint that hold what was learnt and measured; clock.json holds seconds."""
+PHASES = ("begin", "train", "end", "evaluate")
+ORDER = (*PHASES, "done")
+SAVED_FILES = 7
+"""Files of a checkpoint, the manifest included."""
+
+
+def start(*arguments: object) -> Lamina:
+    """A `lamina` process at work."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "lamina.cli", *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def finish(process: Lamina, seconds: float = 120) -> tuple[int, str, str]:
+    """Wait for its end: exit code, standard output, standard error. It does not outlive a failure of this."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def lamina(*arguments: object) -> tuple[int, str, str]:
+    """One command from start to end."""
+    return finish(start(*arguments))
+
+
+def small_run(out: Path, method: str, **settings: object) -> list[str]:
+    """The arguments of a small run."""
+    given = SMALL | {"method": method} | settings
+    return ["run", *(f"--set={key}={value}" for key, value in given.items()), f"--out={out}"]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Where a run is, by what is on disk: its newest checkpoint, and the one being written, if any."""
+
+    number: int
+    """Of the newest checkpoint, 0 where there is none yet."""
+    task: int
+    phase: str
+    step: int
+    saving: int | None
+    """How many files the checkpoint being written has so far."""
+
+
+def look(out: Path) -> Sight | None:
+    """None where the run has not got as far as its settings, or where the disk changed while it was read."""
+    folder = out / "checkpoints"
+    if not (out / "config.json").exists():
+        return None
+    if not folder.exists():
+        return Sight(0, 0, "begin", 0, None)
+    try:
+        names = os.listdir(folder)
+        number = max((int(name) for name in names if re.fullmatch(r"\d{6}", name)), default=0)
+        saving = next((len(os.listdir(folder / name)) for name in names if name.endswith(".tmp")), None)
+        if not number:
+            return Sight(0, 0, "begin", 0, saving)
+        position = json.loads((folder / f"{number:06d}" / "state.json").read_text())["position"]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return Sight(number, position["task"], position["phase"], position["step"], saving)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When to strike: in a phase of a task, from a step on, or while the checkpoint made there has so many files."""
+
+    task: int
+    phase: str
+    step: int = 0
+    files: int | None = None
+    delay: float = 0.0
+    """Seconds of work after that."""
+
+    def has_come(self, sight: Sight) -> bool:
+        here = (sight.task, sight.phase) == (self.task, self.phase) and sight.step >= self.step
+        return here and sight.saving == self.files
+
+    def is_over(self, sight: Sight) -> bool:
+        return (sight.task, ORDER.index(sight.phase)) > (self.task, ORDER.index(self.phase))
+
+
+def halt_at(process: Lamina, out: Path, moment: Moment, seconds: float = 60) -> Sight | None:
+    """Halt the process at a moment, and say where it is. None where it went past it, and goes on."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None:
+        assert time.monotonic() < deadline, f"{out} never came to {moment}: {look(out)}"
+        sight = look(out)
+        if sight is not None and moment.is_over(sight):
+            return None
+        if sight is None or not moment.has_come(sight):
+            time.sleep(0.0002)
+            continue
+        process.send_signal(signal.SIGSTOP)
+        changed = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if changed is None or changed.si_code != os.CLD_STOPPED:
+            return None
+        sight = look(out)
+        if sight is not None and moment.has_come(sight):
+            return sight
+        process.send_signal(signal.SIGCONT)
+    return None
+
+
+def kill_at(process: Lamina, out: Path, moment: Moment) -> Sight | None:
+    """Kill the process at a moment, and say where it was. None where it went past it, and goes on or is at its end."""
+    if halt_at(process, out, moment) is None:
+        return None
+    if moment.delay:
+        process.send_signal(signal.SIGCONT)
+        time.sleep(moment.delay)
+    process.kill()
+    code, _, _ = finish(process)
+    return look(out) if code == -signal.SIGKILL else None
+
+
+def kill_and_resume(out: Path, arguments: list[str], moments: list[Moment]) -> list[Sight]:
+    """A run that is killed at each of the moments it is met at, and resumed each time, until it is finished. Where it
+    was each time."""
+    kills: list[Sight] = []
+    process = start(*arguments)
+    for moment in moments:
+        sight = kill_at(process, out, moment)
+        if sight is None:
+            continue
+        kills.append(sight)
+        loaded = checkpoint.load_newest(out / "checkpoints")
+        assert (loaded.number if loaded else 0) == sight.number, "a checkpoint that has its name is whole"
+        assert not (out / "results.json").exists()
+        process = start("resume", out)
+    code, _, err = finish(process)
+    assert code == 0, err
+    return kills
+
+
+def newest(out: Path) -> Path:
+    return max(path for path in (out / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def assert_same_bits(out: Path, reference: Path) -> None:
+    """The last checkpoints of two finished runs hold the same bytes, and the records the same numbers."""
+    for name in LEARNT:
+        assert (newest(out) / name).read_bytes() == (newest(reference) / name).read_bytes(), f"{name} differs"
+    record, expected = (json.loads((path / "results.json").read_text()) for path in (out, reference))
+    for key in ("matrix", "oracle", "metrics", "losses", "classes", "task_id_accuracy"):
+        assert record[key] == expected[key]
+    assert (out / "report.html").is_file()
+
+
+def copy_unfinished(reference: Path, out: Path) -> Path:
+    """A finished run as it was just before its record was written."""
+    shutil.copytree(reference, out)
+    (out / "results.json").unlink()
+    return out

@@ -1,0 +1,34 @@
+"""Asked to stop, a run saves, says how to go on, and goes on to the same bits."""
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.faults.processes import Moment, assert_same_bits, finish, halt_at, lamina, look, small_run, start
+
+
+def test_sigterm_and_sigint(tmp_path: Path, unbroken: Callable[[str], Path]) -> None:
+    out = tmp_path / "run"
+    moments = [(signal.SIGTERM, Moment(0, "train", 4)), (signal.SIGINT, Moment(1, "evaluate"))]
+    arguments = small_run(out, "inflora", checkpoint_seconds=0.05)
+    for number, moment in moments:
+        process = start(*arguments)
+        sight = halt_at(process, out, moment)
+        assert sight is not None
+        process.send_signal(number)
+        process.send_signal(signal.SIGCONT)
+        code, _, err = finish(process)
+        assert code == 130
+        assert f"lamina resume {out}" in err
+        assert "Traceback" not in err
+        now = look(out)
+        assert now is not None
+        assert now.saving is None
+        assert (now.task, now.phase) == (sight.task, sight.phase)
+        if moment.phase == "train":
+            assert now.number > sight.number, "what was learnt until then is saved"
+            assert now.step > sight.step
+        arguments = ["resume", str(out)]
+    code, _, err = lamina("resume", out)
+    assert code == 0, err
+    assert_same_bits(out, unbroken("inflora"))
