@@ -20,6 +20,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -162,7 +163,7 @@ def adapted_by_peft(backbone: Backbone, adapters: int) -> nn.Module:
 
 
 @contextmanager
-def merged_adapters(model: nn.Module):  # noqa: ANN201
+def merged_adapters(model: nn.Module):
     model.merge_adapter()
     try:
         yield
@@ -218,7 +219,9 @@ VARIANTS: dict[str, tuple[str, Maker]] = {
     ),
     "peft-task10": ("PEFT, fp32, ten active adapters, one trained", peft_variant("fp32", TASKS)),
 }
-LIKE_FOR_LIKE = {  # ratio: (faster if above 1, than this one, phase)
+QUICK_VARIANTS = ("lamina-fp32", "lamina-bf16", "inflora-fp32", "peft-fp32", "peft-autocast", "peft-bf16", "head")
+QUICK_MEMORY = ("lamina-fp32", "peft-fp32")
+LIKE_FOR_LIKE = {  # how many times as fast the first is as the second, in this phase
     "train_fp32": ("lamina-fp32", "peft-fp32", "train"),
     "train_bf16_over_peft_fp32": ("lamina-bf16", "peft-fp32", "train"),
     "train_bf16_over_peft_autocast": ("lamina-bf16", "peft-autocast", "train"),
@@ -405,23 +408,23 @@ def page(found: Mapping[str, Any]) -> str:
 
 def head_part(found: Mapping[str, Any]) -> str:
     about = found["machine"]
-    bf16 = ", ".join(about["bf16_instructions"]) or "none"
-    return f"""# Speed and memory
-
-Made by `{found["command"]}` on {found["date"]}; do not edit. Machine: {about["processor"]}, {about["cores"]} cores,
-{about["threads"]} threads, {about["memory_gb"]} GB, {about["system"]}, processor without a GPU; instructions for bf16: {bf16}.
-Python {about["python"]}, torch {about["torch"]}, transformers {about["transformers"]}, PEFT {about["peft"]}, lamina {about["lamina"]}.
-
-Backbone `nano` (ViT, width 192, 9 blocks, patches of 8 px) at {found["pixels"]} px, batch {BATCH}, rank {RANK} on k and v of every block. A
-training step is forward, reading the loss, backward and Adam's step on a batch that is ready. Evaluation is forward
-without gradients over {EVALUATION_BATCHES} batches of {BATCH}, with folding (lamina) or merging (PEFT) before it, and undoing it after, counted in."""
+    return "# Speed and memory\n\n" + paragraphs(
+        f"Made by `{found['command']}` on {found['date']}; do not edit. Machine: {about['processor']}, {about['cores']} "
+        f"cores, {about['threads']} threads, {about['memory_gb']} GB, {about['system']}, no GPU used; bf16 instructions: "
+        f"{', '.join(about['bf16_instructions']) or 'none'}. Python {about['python']}, torch {about['torch']}, transformers "
+        f"{about['transformers']}, PEFT {about['peft']}, lamina {about['lamina']}.",
+        f"Backbone `nano` (ViT, width 192, 9 blocks, patches of 8 px) at {found['pixels']} px, batch {BATCH}, rank {RANK} on "
+        "k and v of every block. A training step is forward, reading the loss, backward and Adam's step, on a batch that is "
+        f"ready. Evaluation is forward without gradients over {EVALUATION_BATCHES} batches of {BATCH}; folding (lamina) or "
+        "merging (PEFT) before it, and undoing that after it, count.",
+    )
 
 
 def speed_part(found: Mapping[str, Any]) -> str:
     rows = [
-        "| variant | training images/s | against PEFT fp32 | evaluation images/s | against PEFT fp32 | peak memory MB |"
+        "| variant | training images/s | against PEFT fp32 | evaluation images/s | against PEFT fp32 | peak memory MB |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
-    rows.append("|---|---:|---:|---:|---:|---:|")
     for name, entry in found["variants"].items():
         if not name.endswith("-task10"):
             train, evaluate = entry["train"], entry["evaluate"]
@@ -430,17 +433,33 @@ def speed_part(found: Mapping[str, Any]) -> str:
                 f"| {VARIANTS[name][0]} | {train['images_per_second']:.0f} | {spread(train['ratio'])} "
                 f"| {evaluate['images_per_second']:.0f} | {spread(evaluate['ratio'])} | {memory} |"
             )
-    idle = found["idle_memory_mb"]
-    return (
-        "\n".join(rows)
-        + f"""
-
-A ratio above 1 means faster than PEFT in fp32; in brackets the quartiles over {found["rounds"]} rounds. Both train the same module;
-lamina's `finetune` trains both factors, as PEFT does, and is the one to compare. `inflora` trains one of the two. Of the
-two bf16 rivals, autocast keeps the weights in fp32 and casts them at every use; the other one holds them in bf16, as
-lamina does. bf16 rounds the frozen weights and activations; what that does to accuracy is not measured here. Memory is the
-peak of a whole process, {idle:.0f} MB of which the libraries and the loaded backbone take before anything is computed."""
+    explanation = paragraphs(
+        f"A ratio above 1 means faster than PEFT in fp32; in brackets the quartiles over {found['rounds']} rounds. All "
+        "variants run the same transformers model. lamina's `finetune` trains both factors, as PEFT does, and is the one to compare; "
+        "`inflora` trains one of the two. Of the two bf16 rivals, autocast keeps the weights in fp32 and casts them as they "
+        "are used; the other holds them in bf16, as lamina does. The merged variants of PEFT train like the unmerged ones. "
+        "What bf16 does to accuracy is not measured here. Memory is the peak of a whole process; libraries and the loaded "
+        f"backbone take {found['idle_memory_mb']:.0f} MB of it before anything is computed."
     )
+    ratios = [
+        "| like for like: how many times as fast | ratio |",
+        "|---|---:|",
+        *(
+            f"| {describe(*LIKE_FOR_LIKE[key])} | {spread(value)} |"
+            for key, value in found["ratios"].items()
+            if "task10" not in key
+        ),
+    ]
+    return "\n".join(rows) + "\n\n" + explanation + "\n\n" + "\n".join(ratios)
+
+
+def describe(fast: str, slow: str, phase: str) -> str:
+    doing = {"train": "training", "evaluate": "evaluation"}[phase]
+    return f"{doing}: {VARIANTS[fast][0]}, over {VARIANTS[slow][0]}"
+
+
+def paragraphs(*texts: str) -> str:
+    return "\n\n".join(textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False) for text in texts)
 
 
 def spread(quartiles: Sequence[float]) -> str:
@@ -457,42 +476,38 @@ def task_part(found: Mapping[str, Any]) -> str:
     ]
     if not all(key in ratios for _, key in lines):
         return ""
-    rows = "\n".join(f"| {what} | {spread([1 / r for r in reversed(ratios[key])])} |" for what, key in lines)
-    return f"""## The tenth task
-
-| variant | time of a training step in task 10, over task 1 |
-|---|---:|
-{rows}
-
-lamina folds a finished task's adapter into the frozen weight. PEFT is used here as it would be without merging, all ten adapters
-active; merging them by hand before the next task would avoid the cost there too."""
+    rows = [f"| {what} | {spread([1 / r for r in reversed(ratios[key])])} |" for what, key in lines]
+    table = "\n".join(["| variant | time of a training step in task 10, over that in task 1 |", "|---|---:|", *rows])
+    explanation = paragraphs(
+        "lamina folds the adapter of a finished task into the frozen weight. PEFT is used as it is without merging, all ten "
+        "adapters active; merging each one by hand before the next task would avoid the cost there too."
+    )
+    return f"## The tenth task\n\n{table}\n\n{explanation}"
 
 
 def rest_part(found: Mapping[str, Any]) -> str:
-    lines = [
-        "## Around the steps",
+    texts = [
         f"Input pipeline: {found['pipeline_images_per_second']:.0f} images/s from decoded 32 px images to normalised "
-        f"{found['pixels']} px batches with random\nresized crop and flip, in the training process.",
+        f"{found['pixels']} px batches with random resized crop and flip, in the process that trains."
     ]
-    whole = found["run"]
-    if whole:
-        total = whole["seconds"]["total"]
-        phases = ", ".join(f"{phase} {value:.0f} s" for phase, value in whole["seconds"].items() if phase != "total")
+    if whole := found["run"]:
+        seconds = whole["seconds"]
+        phases = ", ".join(f"{phase} {value:.0f} s" for phase, value in seconds.items() if phase != "total")
         settings = ", ".join(f"{key} = {value}" for key, value in whole["settings"].items())
-        lines.append(
+        texts.append(
             f"A whole run on {whole['data']} ({settings}; otherwise the defaults; precision {whole['precision']}): "
-            f"{total:.0f} s for {whole['steps']}\nsteps, of which {100 * whole['outside_training_share']:.1f} % outside training "
-            f"({phases}).\nTraining includes making the batches: {whole['train_examples_per_second']:.0f} images/s. "
-            "Evaluation is on all tasks learnt so far after every task.\nThe images had been decoded before, which took "
-            f"{whole['decoding_seconds']:.0f} s and happens once per dataset."
+            f"{seconds['total']:.0f} s for {whole['steps']} steps, of which {100 * whole['outside_training_share']:.1f} % "
+            f"outside training ({phases}). Training includes making the batches: {whole['train_examples_per_second']:.0f} "
+            "images/s. Evaluation is on the test images of all tasks learnt so far, after every task. The images had been "
+            f"decoded before, which took {whole['decoding_seconds']:.0f} s and happens once for a dataset."
         )
-    return "\n\n".join(lines)
+    return "## Around the steps\n\n" + paragraphs(*texts)
 
 
 def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     quick, pixels = arguments.quick, arguments.pixels
-    names = [name for name in VARIANTS if not quick or "task10" not in name]
-    measured_for_memory = ["lamina-fp32", "lamina-bf16", "peft-fp32"] if quick else names
+    names = list(QUICK_VARIANTS if quick else VARIANTS)
+    measured_for_memory = QUICK_MEMORY if quick else names
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "cache"
         memory = {name: measure_memory(name, pixels) for name in ("idle", *measured_for_memory)}

@@ -214,7 +214,7 @@ class TextTable:
     ids_nt: Tensor
     mask_nt: Tensor
 
-    def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:  # noqa: ARG002
+    def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:
         index = torch.from_numpy(np.asarray(rows, np.int64))
         return {"input_ids": self.ids_nt[index], "attention_mask": self.mask_nt[index]}
 

@@ -101,6 +101,19 @@ class Backbone:
             raise BackboneError(f"{self.name} takes {self.image.size} px images, got {got}; resize them")
         return self.forward(self.module, inputs)
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Hold the frozen weights in this precision.
+
+        On a processor, PyTorch's fused attention is slow to differentiate in bf16 (half of a training step at 17 to 65
+        tokens), so there the attention of transformers' models is spelt out in matrix products instead.
+        """
+        from transformers import PreTrainedModel
+
+        self.module.to(dtype)
+        if isinstance(self.module, PreTrainedModel):
+            on_processor = self.module.device.type == "cpu"
+            self.module.set_attn_implementation("eager" if on_processor and dtype == torch.bfloat16 else "sdpa")
+
 
 # ---------------------------------------------------------------------------------------------- architectures
 

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ Role = Literal["q", "k", "v", "out", "fc1", "fc2"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Columns(Section):
@@ -163,7 +164,7 @@ class RunConfig(Section):
     """Of initial weights, order of batches and augmentation. Not of the class order, see stream.order_seed."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the frozen weights; auto: bf16 where this processor is measured to be faster with it. Adapters and head: fp32."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     """Threads of the processor; not set: PyTorch's choice. Recorded, since it can change the last bits."""
     checkpoint_seconds: float = Field(30.0, ge=0)
     """Save at least this often within a task. Every phase of a task is saved anyway."""
@@ -186,6 +187,7 @@ def load(
         raw, lines = _read_yaml(file)
     for key, value in overrides:
         _put(raw, key, value)
+        lines[key] = 0  # it does not stand in the file
     problems: list[str] = []
     settings: dict[str, Any] = {}
     method = raw.pop("method", {"name": "inflora"})
@@ -197,11 +199,11 @@ def load(
     else:
         given = {key: value for key, value in method.items() if key != "name"}
         try:
-            settings = {"name": name} | method_settings[name](**given).model_dump(mode="json")
+            settings = {"name": name} | method_settings[name].model_validate(given).model_dump(mode="json")
         except ValidationError as error:
             problems += [_explain(e, "method", method_settings[name]) for e in error.errors()]
     try:
-        config = RunConfig(**raw, method=settings)
+        config = RunConfig.model_validate(raw | {"method": settings})
     except ValidationError as error:
         problems = [_explain(e, "", RunConfig) for e in error.errors()] + problems
     if problems:
@@ -222,7 +224,7 @@ def fingerprint(config: RunConfig) -> str:
 
 
 def to_yaml(config: RunConfig) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -231,33 +233,31 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise ConfigError(f"--set {text!r}: write it as key=value, for example --set training.lr=0.001")
     try:
-        return key.strip(), _number(yaml.safe_load(value))
+        return key.strip(), yaml.load(value, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {text!r}: the value is not YAML: {error}") from error
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text; everyone means a number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads a plain 1e-3 as text; everyone means a number. What stands in quotes stays text."""
 
 
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _numbers(part) for key, part in value.items()}
-    return [_numbers(part) for part in value] if isinstance(value, list) else _number(value)
+class _Dumper(yaml.SafeDumper):
+    """Puts in quotes what `_Loader` would take for a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The content, and the line of every key by its dotted path."""
     try:
         text = file.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.load(text, Loader=_Loader)
+        tree = yaml.compose(text, Loader=_Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
@@ -269,13 +269,17 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
     lines: dict[str, int] = {}
 
     def walk(node: Any, path: str) -> None:
+        inner: list[tuple[str, Any, Any]] = []
         if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                lines[f"{path}{key.value}"] = key.start_mark.line + 1
-                walk(value, f"{path}{key.value}.")
+            inner = [(key.value, key, value) for key, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            inner = [(str(i), value, value) for i, value in enumerate(node.value)]
+        for name, start, value in inner:
+            lines[f"{path}{name}"] = start.start_mark.line + 1
+            walk(value, f"{path}{name}.")
 
     walk(tree, "")
-    return _numbers(content), lines
+    return content, lines
 
 
 def _put(raw: dict[str, Any], key: str, value: Any) -> None:
@@ -333,5 +337,8 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _with_line(problem: str, lines: Mapping[str, int]) -> str:
+    """With the line of the setting, or, where it is missing, of what it is missing from."""
     key = problem.partition(" = ")[0]
-    return f"line {lines[key]}: {problem}" if key in lines else problem
+    while key and key not in lines:
+        key = key.rpartition(".")[0]
+    return f"line {lines[key]}: {problem}" if lines.get(key) else problem

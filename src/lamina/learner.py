@@ -93,7 +93,7 @@ class Learner:
         self.layers: dict[str, AdaptedLinear] = {}
         for path in dict.fromkeys(site.path for site in sites):
             self.layers[path] = adapters.inject(backbone.module, path, dtype)
-        backbone.module.to(dtype)
+        backbone.cast(dtype)
         self.slots = {site.name: Slot(site, self.layers[site.path]) for site in sites}
         self.head = Head(backbone.width)
 

@@ -47,6 +47,8 @@ from lamina.streams import Stream
 from lamina.types import LabelledData, Split
 
 FORMAT = 1
+LEFTOVERS = frozenset({"lock", "environment.json", ".environment.json.tmp", ".config.json.tmp"})
+"""What a run that was killed before it had begun may leave: no obstacle to a new one."""
 Watch = Callable[[Stream, Event], None]
 
 
@@ -62,16 +64,19 @@ def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None) -> dict
     Raises RunError where the directory holds something already, DataError, BackboneError, ConfigError or MethodError
     where the run cannot begin (nothing is left behind then), Interrupted when asked to stop by SIGINT or SIGTERM.
     """
-    if out.exists() and any(out.iterdir()):
-        remedy = "`lamina resume` goes on with it" if (out / "config.json").exists() else "it is not a run"
-        raise RunError(f"{out} is not empty ({remedy}). Choose another directory with --out, or remove it.")
+    _refuse_used(out)
+    config = _with_whole_paths(config)
     setup = _Setup(config, None)
-    out.mkdir(parents=True, exist_ok=True)
+    loop = setup.loop(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{out} cannot be made ({error.strerror}). Choose another directory with --out.") from error
     with _locked(out):
+        _refuse_used(out)  # by a run that began meanwhile
         checkpoint.replace_text(out / "environment.json", json.dumps(setup.environment, indent=1) + "\n")
-        config = _with_whole_paths(config)
         checkpoint.replace_text(out / "config.json", config.model_dump_json(indent=1) + "\n")
-        return _work(setup, out, watch)
+        return _work(setup, loop, out, watch)
 
 
 def resume(out: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
@@ -80,11 +85,13 @@ def resume(out: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
     Raises RunError where the directory is not a run or in use, CheckpointError where its state is damaged or belongs to
     other data, weights or settings.
     """
+    _refuse_other(out)
     with _locked(out):
         config, environment = _saved(out)
         if (out / "results.json").exists():
             return report.read_record(out)
-        return _work(_Setup(config, environment), out, watch)
+        setup = _Setup(config, environment)
+        return _work(setup, setup.loop(out), out, watch)
 
 
 def evaluate(out: Path, split: Split = "test") -> list[dict[str, Any]]:
@@ -117,7 +124,7 @@ class _Setup:
     """Everything a run needs, made from its configuration. environment: what an earlier process decided, if any."""
 
     def __init__(self, config: RunConfig, environment: dict[str, Any] | None) -> None:
-        started = time.perf_counter()
+        self.started = time.perf_counter()
         self.config = config
         self.method = METHODS[config.method["name"]]
         settings = {key: value for key, value in config.method.items() if key != "name"}
@@ -139,9 +146,8 @@ class _Setup:
             )
         self.environment = environment or _environment(config, self.backbone.width)
         torch.set_num_threads(self.environment["threads"])
-        self.seconds = time.perf_counter() - started
 
-    def loop(self, out: Path, **watching: Any) -> Loop:
+    def loop(self, out: Path) -> Loop:
         config = self.config
         dtype = precision.DTYPES[self.environment["precision"]]
         learner = Learner(self.backbone, config.backbone.targets, config.backbone.blocks, dtype)
@@ -160,7 +166,6 @@ class _Setup:
                 "stream": self.stream.fingerprint,
                 "backbone": self.backbone.hash,
             },
-            **watching,
         )
 
 
@@ -212,10 +217,7 @@ def make_stream(config: RunConfig, labelled: LabelledData) -> Stream:
     return stream.joined() if section.joined else stream
 
 
-def _work(setup: _Setup, out: Path, watch: Watch) -> dict[str, Any]:
-    started = time.perf_counter()
-    seconds_so_far: dict[str, float] = {}
-
+def _work(setup: _Setup, loop: Loop, out: Path, watch: Watch) -> dict[str, Any]:
     def on_event(event: Event) -> None:
         if event.seconds:
             with (out / "events.jsonl").open("a", encoding="utf-8") as log:
@@ -224,14 +226,14 @@ def _work(setup: _Setup, out: Path, watch: Watch) -> dict[str, Any]:
         watch(setup.stream, event)
 
     with _stop_on_signals() as should_stop:
-        loop = setup.loop(out, on_event=on_event, should_stop=should_stop)
+        loop.on_event, loop.should_stop = on_event, should_stop
         loop.restore()
-        seconds_so_far = loop.clock["seconds"]
-        seconds_so_far["load"] = seconds_so_far.get("load", 0.0) + setup.seconds + time.perf_counter() - started
+        seconds = loop.clock["seconds"]
+        seconds["load"] = seconds.get("load", 0.0) + time.perf_counter() - setup.started
         loop.run()
     record = _record(setup, loop)
-    checkpoint.replace_text(out / "results.json", json.dumps(record, indent=1) + "\n")
     report.write([record], out / "report.html")
+    checkpoint.replace_text(out / "results.json", json.dumps(record, indent=1) + "\n")  # last: it says that all is done
     return record
 
 
@@ -321,9 +323,24 @@ def _class_counts(setup: _Setup, loop: Loop) -> list[dict[str, Any]]:
     ]
 
 
-def _saved(out: Path) -> tuple[RunConfig, dict[str, Any]]:
+def _refuse_used(out: Path) -> None:
+    """Raises RunError where something is in the way of a new run."""
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file. Choose a directory with --out.")
+    if out.is_dir() and any(path.name not in LEFTOVERS for path in out.iterdir()):
+        remedy = "`lamina resume` goes on with it" if (out / "config.json").exists() else "it is not a run"
+        raise RunError(f"{out} is not empty ({remedy}). Choose another directory with --out, or remove it.")
+
+
+def _refuse_other(out: Path) -> None:
+    """Raises RunError for what is not the directory of a run."""
     if not (out / "config.json").is_file():
-        raise RunError(f"{out} is not a run: it has no config.json. `lamina run --out {out}` starts one.")
+        lacks = "it has no config.json" if out.is_dir() else "there is no such directory"
+        raise RunError(f"{out} is not a run: {lacks}. `lamina run --out {out}` starts one.")
+
+
+def _saved(out: Path) -> tuple[RunConfig, dict[str, Any]]:
+    _refuse_other(out)
     try:
         content = checkpoint.read_json(out / "config.json")
         return load_config(None, list(content.items())), checkpoint.read_json(out / "environment.json")
@@ -392,8 +409,6 @@ def _now() -> str:
 def _locked(out: Path) -> Iterator[None]:
     """Hold the run directory. The system frees the lock when the process ends, however it ends. Raises RunError naming
     the holder."""
-    if not out.is_dir():
-        raise RunError(f"{out} is not a run: there is no such directory. `lamina run --out {out}` starts one.")
     with (out / "lock").open("a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

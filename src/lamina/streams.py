@@ -193,12 +193,12 @@ def _limit(data: LabelledData, rows: Ints, per_class: int | None) -> Ints:
     """At most `per_class` rows of each (class, domain), chosen by a hash of the row."""
     if per_class is None:
         return rows
-    return np.sort(np.concatenate([part[:per_class] for part in _shuffled_cells(data, rows)]))
+    return np.sort(np.concatenate([rows[:0], *(part[:per_class] for part in _shuffled_cells(data, rows))]))
 
 
 def _hold_out(data: LabelledData, rows: Ints, share: float) -> tuple[Ints, Ints]:
     """(training rows, held-out rows), stratified over (class, domain)."""
-    kept, held = [], []
+    kept, held = [rows[:0]], [rows[:0]]
     for part in _shuffled_cells(data, rows):
         count = min(max(1, round(share * len(part))), len(part) - 1)
         held.append(part[:count])

@@ -3,9 +3,9 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from lamina.engine import checkpoint
 from lamina.engine.evaluate import answers
+from lamina.engine.loop import Loop, Position
 from lamina.engine.order import set_torch_seed
 from lamina.errors import MethodError
 from lamina.head import class_scores
@@ -73,12 +74,12 @@ def everything(trail: Trail) -> Batch:
     return examples.batch(np.arange(len(examples)))
 
 
-def scores(loop: Any, batch: Batch) -> Tensor:
+def scores(loop: Loop, batch: Batch) -> Tensor:
     with loop.learner.folded():
         return loop.method.predict(loop.learner, batch)
 
 
-# ------------------------------------------------------------------------------------------------ the table and the record
+# -------------------------------------------------------------------------------------- the table and the record
 
 
 def test_every_method_has_a_row_in_the_table():
@@ -139,7 +140,7 @@ def test_an_unfit_scenario_is_refused_with_what_would_fit(name: str, tmp_path: P
     make_loop(name, World("vit", "domain"), tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------------- what may move
+# ------------------------------------------------------------------------------------------------- what may move
 
 
 @in_every_world
@@ -193,21 +194,20 @@ def test_what_is_finished_never_changes(name: str, world: World, trail: Walks):
     """The factors of a finished branch, and the rows of a finished task."""
     found, kept = trail(name, world), {}
     for number, task in enumerate(found.stream):
-        for at in ("evaluate", "begin"):
-            last = number + (at == "begin")
-            if any((p["task"], p["phase"]) == (last, at) for p in found.at):
-                now = found.tensors(found.index(task=last, phase=at))["learner"]
-                for key, value in kept.items():
-                    assert torch.equal(now[key], value), key
-        mine = ("finished/", f"head/{task.name}/")
         now = found.tensors(found.index(task=number, phase="evaluate"))["learner"]
-        kept |= {key: value for key, value in now.items() if key.startswith(mine)}
+        assert all(torch.equal(now[key], value) for key, value in kept.items())
+        kept |= {k: v for k, v in now.items() if k.startswith(("finished/", f"head/{task.name}/"))}
     assert len(kept) >= 2 * len(found.stream)
     last = found.loop.learner.tensors()
     assert all(torch.equal(last[key], value) for key, value in kept.items())
 
 
-# ------------------------------------------------------------------------------------------------------ stopping and going on
+# ----------------------------------------------------------------------------------------- stopping and going on
+
+
+def die_when_saved_beyond(loop: Loop, start: Position, what: str) -> None:
+    if what == "renamed" and loop.position != start:
+        raise Killed
 
 
 @in_every_world
@@ -218,29 +218,16 @@ def test_every_saved_state_leads_to_the_next_one(name: str, world: World, trail:
     phases = {(at["task"], at["phase"]) for at in found.at}
     wanted = {(t, p) for t in range(3) for p in ("train", "end", "evaluate") if METHODS[name].trains or p != "train"}
     assert phases == wanted | {(1, "begin"), (2, "begin"), (2, "done")}
-    for index in range(len(found.saved) - 1):
-        target, folder = found.index(**found.at[index]) + 1, tmp_path / str(index)
-
-        def stop_when_there(_: str, folder: Path = folder, target: int = target) -> None:
-            if (
-                not newest(folder).name.endswith(".tmp")
-                and checkpoint.read_json(newest(folder) / "state.json")["position"] == (found.at[target])
-            ):
-                raise Killed
-
-        if target >= len(found.saved):
+    for index, at in enumerate(found.at[:-1]):
+        if found.at[index + 1] == at:  # saved twice: at the end of a phase, and before the first step of the next
             continue
-        loop = found.resumed(
-            index, folder, seconds=0.0, on_save=lambda what, stop=stop_when_there: _renamed(what, stop)
-        )
+        folder = tmp_path / str(index)
+        loop = found.resumed(index, folder, seconds=0.0)
+        assert asdict(loop.position) == at
+        loop.on_save = partial(die_when_saved_beyond, loop, loop.position)
         with pytest.raises(Killed):
             loop.run()
-        assert state(newest(folder)) == state(found.saved[target]), f"from {found.at[index]} to {found.at[target]}"
-
-
-def _renamed(what: str, then: Callable[[str], None]) -> None:
-    if what == "renamed":
-        then(what)
+        assert state(newest(folder)) == state(found.saved[index + 1]), f"from {at} to {found.at[index + 1]}"
 
 
 @on_every_method
@@ -258,12 +245,12 @@ def test_asked_to_stop_again_and_again_it_ends_in_the_same_bits(name: str, trail
     """Between steps and inside passes over the data: what was half done is done again from its start."""
     found = trail(name, HOME)
 
-    def process(number: int) -> Any:
+    def process(number: int) -> Loop:
         asked = iter(range(10**6))
-        return make_loop(name, HOME, tmp_path, should_stop=lambda: next(asked) >= 6 + number % 5)
+        return make_loop(name, HOME, tmp_path, should_stop=lambda: next(asked) >= 4 + number % 4)
 
     loop, processes = run_in_pieces(process)
-    assert processes > 3
+    assert processes > 1
     assert state(newest(tmp_path)) == state(found.saved[-1])
     assert loop.matrix.as_dict() == found.loop.matrix.as_dict()
 
@@ -273,7 +260,7 @@ def test_killed_at_any_moment_again_and_again_it_ends_in_the_same_bits(name: str
     """While saving, between steps, and at the end of passes; saving after every step."""
     found = trail(name, HOME)
 
-    def process(number: int) -> Any:
+    def process(number: int) -> Loop:
         moments = iter(range(10**6))
 
         def perhaps(_: object) -> None:
@@ -321,7 +308,7 @@ def test_a_saved_learner_predicts_the_same_bits(name: str, world: World, trail: 
     assert torch.equal(scores(loop, batch), scores(found.loop, batch))
 
 
-# ------------------------------------------------------------------------------------------------------------------- chance
+# -------------------------------------------------------------------------------------------------------- chance
 
 
 @in_every_world
@@ -336,11 +323,14 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
     other.run()
     mine, theirs = found.loop.learner.tensors(), other.learner.tensors()
     assert mine.keys() == theirs.keys()
-    equal = [torch.equal(mine[key], theirs[key]) for key in mine]
-    assert (not any(equal)) if CASES[name].random else all(equal)
+    equal = {key: torch.equal(mine[key], theirs[key]) for key in mine}
+    if not CASES[name].random:
+        assert all(equal.values())
+    else:  # a frozen factor may be a function of the data alone
+        assert not any(same for key, same in equal.items() if not key.endswith("/down"))
 
 
-# ---------------------------------------------------------------------------------------------------------------- prediction
+# ---------------------------------------------------------------------------------------------------- prediction
 
 
 @in_fp32
@@ -422,7 +412,7 @@ def test_answers_are_the_best_rows(name: str, world: World, trail: Walks):
         )
 
 
-# -------------------------------------------------------------------------------------------------------------------- growth
+# -------------------------------------------------------------------------------------------------------- growth
 
 
 @in_every_world
@@ -460,9 +450,10 @@ def test_it_works_on_a_stream_without_a_known_end(name: str, tmp_path: Path):
 
 @on_every_method
 def test_it_learns(name: str, trail: Walks):
-    """The tasks are easy when the task is told; a method that does nothing would be at chance, one half."""
-    known = trail(name, HOME).loop.known_task.accuracy_ij
-    assert np.nanmean(np.diag(known)) >= 0.75
+    """What it was trained on, when the task is told; a method that does nothing would be at chance, one half."""
+    loop, task = trail(name, HOME).loop, stream("image", "class")[-1]
+    found = answers(loop.learner, loop.method, [task.train.batch(np.arange(len(task.train)))], task.name)
+    assert found.correct_known_task / len(task.train) >= 0.8
 
 
 @on_every_method

@@ -97,14 +97,18 @@ def load(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
 
     Raises CheckpointError naming the file that is missing or does not fit."""
     manifest = read_json(directory / MANIFEST)
+    if not isinstance(manifest, dict) or not all(
+        isinstance(entry, dict) and entry.keys() == {"sha256", "bytes"} for entry in manifest.values()
+    ):
+        raise CheckpointError(f"{directory / MANIFEST} is damaged: it must give sha256 and bytes of every file")
     for name, expected in manifest.items():
         path = directory / name
         if Path(name).name != name:
             raise CheckpointError(f"{directory / MANIFEST} names {name!r}, which is not a file in its own directory")
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; {MANIFEST} lists it")
-        if sha256(path) != expected["sha256"]:
-            raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}")
+        if sha256(path) != expected["sha256"] or path.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{path} is damaged: its sha256 or size is not the one in {MANIFEST}")
     documents, tensors = {}, {}
     for name in manifest:
         if name.endswith(".json"):

@@ -50,7 +50,8 @@ class InfLoRAConfig(MethodConfig):
     spectrum: Source = "released"
     """Main directions of the freed inputs from P C C P (released) or P C P (paper, eq. 8). C = moment, P = projector."""
     criterion: Source = "released"
-    """Energy that ε is a share of: squared eigenvalues of the moment (released) or the eigenvalues (paper, after GPM)."""
+    """Energy that ε is a share of: squared eigenvalues of the moment, and one direction fewer after the first task
+    (released), or the eigenvalues (paper, after GPM)."""
     augmented_moments: bool = True
     """Take the moments over randomly augmented training images, as the released code does; otherwise over plain ones."""
 
@@ -82,6 +83,11 @@ class InfLoRA(Method[InfLoRAConfig]):
         departures=(
             Departure(
                 what="ε is a share of the squared eigenvalues of the moment, not of the inputs' energy",
+                whose="released code",
+                switch="criterion",
+            ),
+            Departure(
+                what="after the first task one direction fewer than ε asks for is kept, but at least one",
                 whose="released code",
                 switch="criterion",
             ),
@@ -182,15 +188,16 @@ def extend(old: Subspace | None, moment_dd: Tensor, epsilon: float, criterion: S
     """DualGPM: the old space after one more task with this input moment (section 3.3 and the released update_DualGPM).
 
     The least number of further directions is added for which the span holds a share ε of the energy (after the first
-    task one fewer, as in the released code). Whichever is smaller of the span and its complement is kept, except that
-    a complement is never turned back.
+    task one fewer, but at least one, where the criterion is the released code's). Whichever is smaller of the span and
+    its complement is kept, except that a complement is never turned back.
     """
     d = len(moment_dd)
     energy_dd = moment_dd @ moment_dd if criterion == "released" else moment_dd
     total = energy_dd.trace().item()
     if old is None:
         values_d, vectors_dd = sorted_eigh(energy_dd)
-        basis_dk = vectors_dd[:, : max(1, int((values_d.cumsum(0) / total < epsilon).sum()))]
+        short = int((values_d.cumsum(0) / total < epsilon).sum())
+        basis_dk = vectors_dd[:, : max(1, short) if criterion == "released" else short + 1]
     elif old.kind == "old":
         rest_dd = old.project_out_old(old.project_out_old(energy_dd).T)
         values_d, vectors_dd = sorted_eigh(rest_dd)

@@ -1,0 +1,250 @@
+"""The command as people use it: its help, its settings in and out, and runs on folders of images and on texts."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.end_to_end.conftest import QUICK, Command, paint
+from tests.tiny import raw_bert
+
+from lamina import config as configuration
+from lamina import run
+
+COMMANDS = ("demo", "run", "resume", "evaluate", "report", "methods", "data")
+RECORD = (
+    *("format", "name", "created", "method", "config", "stream", "backbone", "machine", "code", "matrix", "oracle"),
+    *("task_id_accuracy", "metrics", "classes", "cost", "lineage", "losses", "skipped"),
+)
+"""The keys of results.json."""
+
+
+def plain(text: str) -> str:
+    """Without colours and frames, its lines joined."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]", " ", text).split())
+
+
+# -- help -------------------------------------------------------------------------------------------------------------
+
+
+def test_help_and_version_import_nothing_heavy() -> None:
+    for flag in ("--help", "--version"):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "lamina.cli", flag], capture_output=True, text=True, check=True
+        )
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "import time:" in line}
+        assert "typer" in imported
+        assert not {name.partition(".")[0] for name in imported} & {"torch", "transformers", "numpy", "pydantic", "PIL"}
+        assert done.stdout.strip()
+
+
+def test_version(lamina: Command) -> None:
+    from lamina import __version__
+
+    assert lamina("--version").out.strip() == f"lamina {__version__}"
+
+
+def test_the_top_says_where_to_start(lamina: Command) -> None:
+    for arguments in (["--help"], []):
+        said = lamina(*arguments)
+        shown = plain(said.out + said.err)
+        assert "lamina demo" in shown
+        assert all(command in shown for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "data check"])
+def test_every_command_explains_itself(lamina: Command, command: str) -> None:
+    said = lamina(*command.split(), "--help")
+    assert said.code == 0
+    shown = plain(said.out)
+    assert f"lamina {command}" in shown
+    explained = shown.split("Options")[0].split("Arguments")[0].split("Commands")[0]
+    assert len(explained.split()) > 8, "a usage line and at least a sentence"
+    if command == "run":
+        assert shown.count("lamina run") >= 3, "examples"
+
+
+def test_methods(lamina: Command) -> None:
+    listed = lamina("methods").out
+    assert re.findall(r"^\w+$", listed, re.MULTILINE)[:2] == ["inflora", "finetune"]
+    assert "fits: class" in listed
+    one = lamina("methods", "inflora").out
+    for part in ("InfLoRA", "CVPR", "rank = 10", "Departures from the paper"):
+        assert part in one
+    assert "Did you mean 'inflora'?" in lamina.refused("methods", "inflra")
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--method", "finetune", "--tasks", "5", "--lr", "1e-3", "--seed", "7"),
+        ("--scenario", "domain", "--set", "stream.domains=[photo, sketch]", "--set", "data.crop_scale=[0.5, 1]"),
+        ("--set", "stream.scenario=mixed", "--set", "stream.plan=[{name: a, classes: ['1', '2']}]", "--joined"),
+        (
+            "--set",
+            "method.epsilon=0.97",
+            "--set",
+            "backbone.mean=[0.1, 0.2, 0.3]",
+            "--set",
+            "training.weight_decay=1e-4",
+        ),
+    ],
+)
+def test_printed_settings_fed_back_are_the_same(lamina: Command, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    printed = lamina("run", *arguments, "--print-config").out
+    (tmp_path / "run.yaml").write_text(printed)
+    again = lamina("run", "run.yaml", "--print-config").out
+    assert again == printed
+    given = [arguments[i + 1] for i, flag in enumerate(arguments) if flag == "--set"]
+    for text in given:
+        key, _ = configuration.parse_override(text)
+        assert f"{key.rpartition('.')[2]}:" in printed
+    first = run.load_config(tmp_path / "run.yaml", [])
+    changed = run.load_config(tmp_path / "run.yaml", [("seed", first.seed + 1)])
+    assert configuration.fingerprint(first) == configuration.fingerprint(run.load_config(tmp_path / "run.yaml", []))
+    assert configuration.fingerprint(first) != configuration.fingerprint(changed)
+    assert not (tmp_path / "runs").exists(), "printing runs nothing"
+
+
+def test_flags_go_over_the_file_and_set_over_flags(lamina: Command, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("training:\n  lr: 1\n  epochs: 3\nmethod: finetune\nseed: 5\n")
+    printed = lamina("run", "run.yaml", "--lr", "2", "--set", "training.lr=3", "--seed", "6", "--print-config").out
+    (tmp_path / "all.yaml").write_text(printed)
+    found = run.load_config(tmp_path / "all.yaml", [])
+    assert (found.training.lr, found.training.epochs, found.seed) == (3, 3, 6)
+    assert found.method["name"] == "finetune"
+
+
+# -- a run on a folder of images --------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_images_from_data_to_report(lamina: Command, tmp_path: Path) -> None:
+    paint(tmp_path / "photos", 4, 10)
+    cache = tmp_path / "decoded"
+    said = lamina("run", "--data", "photos", "--tasks", 2, "--set", f"data.cache={cache}", "--out", "run", *QUICK)
+    assert said.code == 0
+    assert "task 2/2 learnt" in said.err
+    assert str(Path("run") / "results.json") in said.out
+    assert str(tmp_path / "run" / "report.html") in said.out
+    assert len(list(cache.glob("*/pixels.npy"))) == 1, "images are decoded once, where we said"
+
+    record = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert tuple(record) == RECORD
+    assert record["matrix"]["total"] == [[4, 0], [4, 4]]
+    assert [task["classes"] for task in record["stream"]["tasks"]] == [["class0", "class1"], ["class2", "class3"]]
+    assert record["config"]["data"]["source"] == str(tmp_path / "photos")
+    assert 0 <= record["metrics"]["final_accuracy"] <= 1
+    assert record["skipped"] == []
+    phases = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    expected = [(f"task-0{task}", phase) for task in (1, 2) for phase in ("begin", "train", "end", "evaluate")]
+    assert [(event["task"], event["phase"]) for event in phases] == expected
+    assert_self_contained(tmp_path / "run" / "report.html")
+
+    measured = lamina("evaluate", "run")
+    assert measured.code == 0
+    right, total = record["matrix"]["correct"][1], record["matrix"]["total"][1]
+    for task, correct, count in zip(("task-01", "task-02"), right, total, strict=True):
+        assert re.search(rf"{task}\s+{correct / count:.1%}\s.*\s{count}\s", measured.out)
+    assert lamina("evaluate", "run", "--split", "train").code == 0
+    assert "no task is learnt yet, or none has val examples" in lamina.refused("evaluate", "run", "--split", "val")
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != "lock"}
+    again = lamina("resume", "run")
+    assert again.code == 0
+    assert again.out == said.out
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "a finished run is not touched"
+
+    other = lamina("run", "--data", "photos", "--tasks", 2, "--method", "finetune", "--out", "other", *QUICK)
+    assert other.code == 0
+    compared = lamina("report", "run", "other", "--out", "both.html")
+    assert compared.code == 0
+    assert str(tmp_path / "both.html") in compared.out
+    page = (tmp_path / "both.html").read_text()
+    assert "inflora" in page
+    assert "finetune" in page
+    assert_self_contained(tmp_path / "both.html")
+
+
+def assert_self_contained(page: Path) -> None:
+    """Nothing is fetched when it is opened: no script, and no address but those a reader may click on."""
+    text = page.read_text(encoding="utf-8")
+    assert "default-src 'none'" in text
+    assert not re.search(r"<script|<link|<iframe|@import|\ssrc=[\"']?(?!data:)|url\((?![\"']?(#|data:))", text, re.I)
+    for address in re.finditer(r"https?://", text):
+        before = text[max(0, address.start() - 60) : address.start()]
+        assert re.search(r"<a [^>]*href=\"$|xmlns(:\w+)?=\"$", before), before
+
+
+def test_the_same_command_twice_gives_the_same_numbers(lamina: Command, tmp_path: Path, photos: Path) -> None:
+    records = []
+    for out in ("one", "two"):
+        assert lamina("run", "--data", photos, "--tasks", 2, "--out", out, *QUICK).code == 0
+        records.append(json.loads((tmp_path / out / "results.json").read_text()))
+    for key in ("matrix", "oracle", "losses", "metrics"):
+        assert records[0][key] == records[1][key]
+
+
+# -- the audit --------------------------------------------------------------------------------------------------------
+
+
+def test_data_check(lamina: Command, tmp_path: Path) -> None:
+    good = paint(tmp_path / "good", 3, 10)
+    said = lamina("data", "check", good)
+    assert said.code == 0
+    assert "30 images, 3 classes" in said.out
+    assert "0 problems" in said.out
+    bad = paint(tmp_path / "bad", 3, 10)
+    (bad / "class1" / "4.png").write_bytes(b"not an image")
+    (bad / "class2" / "copy.png").write_bytes((bad / "class0" / "0.png").read_bytes())
+    said = lamina("data", "check", bad)
+    assert said.code == 1
+    assert str(bad / "class1" / "4.png") in said.out
+    assert "in more than one class" in said.out
+    assert str(bad / "class2" / "copy.png") in said.out
+    assert "does not exist" in lamina.refused("data", "check", "nowhere")
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+TOPICS = {
+    "sport": ["ball", "goal", "team", "match", "score"],
+    "food": ["bread", "salt", "soup", "oven", "taste"],
+    "space": ["star", "moon", "orbit", "comet", "probe"],
+    "music": ["song", "drum", "choir", "chord", "opera"],
+}
+
+
+def test_a_stream_of_texts(lamina: Command, tmp_path: Path) -> None:
+    from transformers import BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "of", *(w for ws in TOPICS.values() for w in ws)]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    raw_bert(vocabulary=len(words)).save_pretrained(tmp_path / "bert")
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    draw = np.random.default_rng(0)
+    rows = [
+        " ".join(draw.choice(own if draw.random() < 0.7 else words[5:8]) for _ in range(draw.integers(3, 12)))
+        + f",{topic}"
+        for topic, own in TOPICS.items()
+        for _ in range(30)
+    ]
+    (tmp_path / "mail.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    said = lamina(
+        *("run", "--data", "mail.csv", "--backbone", "bert", "--tasks", 2, "--epochs", 8, "--out", "run"),
+        *("--set=precision=fp32", "--set=threads=1", "--set=data.max_length=16", "--set=training.batch_size=8"),
+        *("--lr=0.005", "--set=method.rank=4"),
+    )
+    assert said.code == 0, said.err
+    record = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert record["stream"]["kind"] == "text"
+    assert record["backbone"]["kind"] == "text"
+    assert record["metrics"]["final_accuracy"] > 0.5, "four topics, told by their words"
+    measured = lamina("evaluate", "run")
+    assert f"mean over tasks: {record['metrics']['final_accuracy']:.1%}" in measured.out

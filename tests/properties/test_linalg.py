@@ -1,0 +1,104 @@
+"""Subspaces: what the functions promise, for any basis and any symmetric matrix.
+
+Shape letters: d size of the space, k columns of a basis, r rank.
+"""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lamina import linalg
+
+often = settings(deadline=None, max_examples=40, derandomize=True)
+SIZES = st.integers(1, 9)
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+
+
+def basis(seed: int, d: int, k: int) -> Tensor:
+    return torch.linalg.qr(random(seed, d, d))[0][:, :k]
+
+
+def with_rank(seed: int, d: int, k: int) -> Tensor:
+    factors_dk = basis(seed, d, k) * (1 + torch.arange(k, dtype=torch.float64))
+    return factors_dk @ factors_dk.T
+
+
+@st.composite
+def spaces(draw: st.DrawFn) -> tuple[Tensor, int, int]:
+    d = draw(SIZES)
+    k = draw(st.integers(0, d))
+    return basis(draw(SEEDS), d, k), d, k
+
+
+@often
+@given(spaces(), SEEDS)
+def test_kept_and_removed_parts_add_up_and_are_orthogonal(space: tuple[Tensor, int, int], seed: int):
+    basis_dk, d, _ = space
+    matrix_do = random(seed, d, 3)
+    kept, removed = linalg.keep_span(matrix_do, basis_dk), linalg.remove_span(matrix_do, basis_dk)
+    close(kept + removed, matrix_do)
+    close(linalg.keep_span(kept, basis_dk), kept)
+    close(linalg.remove_span(removed, basis_dk), removed)
+    close(kept.T @ removed, torch.zeros(3, 3, dtype=torch.float64))
+    close(basis_dk.T @ removed, torch.zeros(basis_dk.shape[1], 3, dtype=torch.float64))
+
+
+@often
+@given(spaces())
+def test_a_complement_completes_the_space(space: tuple[Tensor, int, int]):
+    basis_dk, d, k = space
+    rest = linalg.complement(basis_dk)
+    assert rest.shape == (d, d - k)
+    whole_dd = torch.cat([basis_dk, rest], 1)
+    close(whole_dd.T @ whole_dd, torch.eye(d, dtype=torch.float64))
+    close(linalg.keep_span(torch.eye(d, dtype=torch.float64), rest), torch.eye(d) - basis_dk @ basis_dk.T)
+
+
+@often
+@given(SIZES, SEEDS)
+def test_eigenvalues_come_sorted_and_rebuild_the_matrix(d: int, seed: int):
+    half_dd = random(seed, d, d)
+    values_d, vectors_dd = linalg.sorted_eigh(half_dd @ half_dd.T)
+    assert (values_d >= 0).all()
+    assert (values_d.diff() <= 0).all()
+    close(vectors_dd @ vectors_dd.T, torch.eye(d, dtype=torch.float64))
+    close(vectors_dd * values_d @ vectors_dd.T, half_dd @ half_dd.T)
+
+
+@often
+@given(st.integers(2, 9), SEEDS, st.data())
+def test_top_eigenvectors_hold_the_most_energy_and_are_zero_where_there_is_none(d: int, seed: int, data: st.DataObject):
+    k, rank = data.draw(st.integers(1, d)), data.draw(st.integers(1, d + 2))
+    matrix_dd = with_rank(seed, d, k)
+    top_dr = linalg.top_eigenvectors(matrix_dd, rank)
+    assert top_dr.shape == (d, rank)
+    found = min(rank, k)
+    close(top_dr[:, found:], torch.zeros(d, rank - found, dtype=torch.float64))
+    close(top_dr[:, :found].T @ top_dr[:, :found], torch.eye(found, dtype=torch.float64))
+    largest = torch.linalg.eigvalsh(matrix_dd).flip(0)[:found]
+    close(torch.diag(top_dr[:, :found].T @ matrix_dd @ top_dr[:, :found]), largest)
+
+
+def test_a_matrix_without_energy_has_no_directions():
+    assert torch.count_nonzero(linalg.top_eigenvectors(torch.zeros(4, 4), 2)) == 0
+    assert linalg.top_eigenvectors(torch.zeros(4, 4), 2).shape == (4, 2)
+
+
+@often
+@given(st.lists(st.integers(0, 20), max_size=8), st.integers(0, 40), st.integers(-5, 120))
+def test_steps_to_reach_is_the_loop_it_stands_for(values: list[int], start: int, goal: int):
+    reached, steps = start, 0
+    while reached < goal and steps < len(values):
+        reached += values[steps]
+        steps += 1
+    assert linalg.steps_to_reach(torch.tensor(values, dtype=torch.float64), start, goal) == steps

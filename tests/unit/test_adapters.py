@@ -1,0 +1,171 @@
+"""Adapted layers: folding is exact to repeat and to undo, branches touch their own rows, and what does not fit is refused.
+
+Shape letters: o outputs, i inputs, r rank, b batch.
+"""
+
+import pytest
+import torch
+from tests.tiny import noise
+from torch import Tensor, nn
+
+from lamina.adapters import AdaptedLinear, LowRank, Rows, all_folded, inject
+
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+def linear(o: int = 6, i: int = 5, bias: bool = True) -> nn.Linear:
+    made = nn.Linear(i, o, bias).requires_grad_(False)
+    made.weight.copy_(noise((o, i), "weight"))
+    if bias:
+        made.bias.copy_(noise((o,), "bias"))
+    return made
+
+
+def low_rank(key: str, o: int = 6, i: int = 5, rank: int = 2) -> LowRank:
+    return LowRank(trained={"up": noise((o, rank), key, "up")}, frozen={"down": noise((rank, i), key, "down")})
+
+
+def product(branch: LowRank) -> Tensor:
+    up_or, down_ri = branch.factors()
+    return (up_or @ down_ri).detach()
+
+
+@BOTH
+def test_an_adapted_layer_without_branches_is_the_layer(dtype: torch.dtype):
+    layer, plain = AdaptedLinear(linear(), dtype), linear().to(dtype)
+    x_bi = noise((7, 5), "x").to(dtype)
+    assert torch.equal(layer(x_bi), plain(x_bi))
+    assert (layer.d_out, layer.d_in) == (6, 5)
+    assert layer.base_oi.dtype == torch.float32
+    assert torch.equal(layer.base_oi, linear().weight)
+    assert list(layer.parameters()) == []
+    assert AdaptedLinear(linear(bias=False)).bias_o is None
+
+
+@BOTH
+def test_folding_gives_the_same_bits_however_often_and_is_undone(dtype: torch.dtype):
+    layer = AdaptedLinear(linear(), dtype)
+    for key in "abc":
+        layer.add(key, low_rank(key))
+        layer.finish(key)
+    weight_oi = layer.weight_oi.clone()
+    expected_oi = linear().weight + 0
+    for key in "abc":
+        expected_oi = expected_oi + product(low_rank(key))
+    assert torch.equal(weight_oi, expected_oi.to(dtype)), "from the pristine base, in float32, then rounded"
+    layer.add("live", low_rank("d"))
+    for _ in range(3):
+        with all_folded({"layer": layer}):
+            assert torch.equal(layer.weight_oi, (expected_oi + product(low_rank("d"))).to(dtype))
+        assert torch.equal(layer.weight_oi, weight_oi)
+        layer.refold()
+        assert torch.equal(layer.weight_oi, weight_oi)
+    with pytest.raises(RuntimeError, match="inside"), all_folded({"layer": layer}):
+        raise RuntimeError("inside")
+    assert torch.equal(layer.weight_oi, weight_oi)
+    assert torch.equal(layer.base_oi, linear().weight)
+    layer.live.pop("live")
+    layer.finished.clear()
+    layer.refold()
+    assert torch.equal(layer.weight_oi, linear().weight.to(dtype)), "without its branches it is the base again"
+
+
+def test_the_forward_is_the_sum_over_branches_live_or_finished():
+    layer, x_bi = AdaptedLinear(linear()), noise((7, 5), "x")
+    changes = [low_rank("a"), low_rank("b", rank=3)]
+    layer.add("a", changes[0])
+    layer.add("b", changes[1])
+    expected_bo = x_bi @ (linear().weight + product(changes[0]) + product(changes[1])).T + linear().bias
+    torch.testing.assert_close(layer(x_bi), expected_bo)
+    with all_folded({"layer": layer}):
+        torch.testing.assert_close(layer(x_bi), expected_bo)
+    layer.finish("a")
+    torch.testing.assert_close(layer(x_bi), expected_bo)
+    assert list(layer.live) == ["b"]
+    layer.finish("b")
+    torch.testing.assert_close(layer(x_bi), expected_bo)
+    assert list(layer.finished) == ["a", "b"]
+
+
+def test_a_branch_on_some_rows_changes_no_other():
+    layer, x_bi = AdaptedLinear(linear()), noise((7, 5), "x")
+    before_bo = layer(x_bi)
+    layer.add("k", low_rank("k", o=2), Rows(2, 4))
+    branch = low_rank("k", o=2)
+    expected_bo = before_bo.clone()
+    expected_bo[:, 2:4] += x_bi @ product(branch).T
+    torch.testing.assert_close(layer(x_bi), expected_bo)
+    assert torch.equal(layer(x_bi)[:, [0, 1, 4, 5]], before_bo[:, [0, 1, 4, 5]])
+    layer.finish("k")
+    torch.testing.assert_close(layer(x_bi), expected_bo)
+    assert torch.equal(layer.weight_oi[[0, 1, 4, 5]], linear().weight[[0, 1, 4, 5]])
+
+
+def test_gradients_reach_what_is_trained_and_nothing_else():
+    layer = AdaptedLinear(linear())
+    layer.add("a", low_rank("a"))
+    layer.add("b", LowRank.fresh(6, 5, 2, torch.Generator().manual_seed(0)))
+    layer(noise((3, 5), "x")).square().sum().backward()
+    gradients = {name: value.grad is not None for name, value in layer.named_parameters()}
+    assert gradients == {"live.a.up": True, "live.b.up": True, "live.b.down": True}
+    assert not layer.weight_oi.requires_grad
+
+
+def test_a_branch_keeps_a_copy_in_float32():
+    up_or, down_ri = noise((6, 2), "u").bfloat16(), noise((2, 5), "d").bfloat16()
+    branch = LowRank(trained={"up": up_or}, frozen={"down": down_ri})
+    up_or.zero_()
+    assert torch.count_nonzero(branch.up) > 0
+    assert (branch.up.dtype, branch.down.dtype) == (torch.float32, torch.float32)
+    assert ([*branch.trained()], [*branch.frozen()]) == (["up"], ["down"])
+    assert [name for name, _ in branch.named_parameters()] == ["up"]
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "rows"),
+    [((5, 2), (2, 5), None), ((6, 2), (2, 6), None), ((6, 2), (3, 5), None), ((6, 2), (2, 5), Rows(0, 3))],
+    ids=["outputs", "inputs", "ranks", "rows"],
+)
+def test_wrong_shapes_are_refused(up: tuple, down: tuple, rows: Rows | None):
+    layer = AdaptedLinear(linear())
+    branch = LowRank(trained={"up": torch.zeros(up), "down": torch.zeros(down)})
+    with pytest.raises(ValueError, match=r"branch 'a' maps \(\d, 2\) x \([23], \d\), the layer \(\d, 5\)"):
+        layer.add("a", branch, rows)
+    assert len(layer.live) == 0
+
+
+def test_a_name_is_used_once():
+    layer = AdaptedLinear(linear())
+    layer.add("a", low_rank("a"))
+    with pytest.raises(ValueError, match="'a' exists already"):
+        layer.add("a", low_rank("a"))
+    layer.finish("a")
+    with pytest.raises(ValueError, match="'a' exists already"):
+        layer.add("a", low_rank("a"))
+
+
+def test_a_fresh_branch_is_loras_start():
+    """up zero; down uniform in +-1/sqrt(d_in), so with variance 1/(3 d_in); a function of the generator."""
+    fresh = [LowRank.fresh(8, 400, 50, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.count_nonzero(fresh[0].up) == 0
+    assert fresh[0].up.shape == (8, 50)
+    down_ri = fresh[0].down.detach()
+    assert down_ri.shape == (50, 400)
+    assert down_ri.abs().max() <= 400**-0.5
+    assert down_ri.abs().max() > 0.99 * 400**-0.5
+    n = down_ri.numel()
+    assert abs(down_ri.mean()) < 5 * (1 / 1200 / n) ** 0.5
+    assert down_ri.var() == pytest.approx(1 / 1200, rel=5 * (0.8 / n) ** 0.5)
+    assert torch.equal(down_ri, fresh[1].down)
+    assert not torch.equal(down_ri, fresh[2].down)
+    assert [*fresh[0].trained()] == ["up", "down"]
+
+
+def test_injection_replaces_a_linear_map_in_place():
+    module = nn.Sequential(nn.ModuleDict({"inner": linear()}), nn.ReLU())
+    adapted = inject(module, "0.inner")
+    assert module[0]["inner"] is adapted
+    with pytest.raises(TypeError, match=r"1 is a ReLU, only nn.Linear can be adapted"):
+        inject(module, "1")
+    with pytest.raises(TypeError, match=r"0.inner is a AdaptedLinear"):
+        inject(module, "0.inner")

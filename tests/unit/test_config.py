@@ -1,0 +1,233 @@
+"""Configuration: strict, every error at once with its line and the nearest name, and a fingerprint of what counts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lamina.config import RunConfig, Section, fingerprint, load, parse_override, to_yaml
+from lamina.errors import ConfigError
+from lamina.methods import METHODS
+
+SETTINGS = {name: method.config_type for name, method in METHODS.items()}
+
+
+def read(folder: Path, text: str, *overrides: str) -> RunConfig:
+    file = folder / "run.yaml"
+    file.write_text(text)
+    return load(file, [parse_override(text) for text in overrides], method_settings=SETTINGS)
+
+
+def given(*overrides: tuple[str, Any]) -> RunConfig:
+    return load(None, overrides, method_settings=SETTINGS)
+
+
+def problems(folder: Path, text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as refused:
+        read(folder, text, *overrides)
+    first, *found = str(refused.value).splitlines()
+    assert first == f"{len(found)} error{'s' * (len(found) > 1)} in {folder / 'run.yaml'}:"
+    return [line.strip() for line in found]
+
+
+@pytest.mark.parametrize("section", Section.__subclasses__(), ids=lambda section: section.__name__)
+def test_every_setting_is_explained_and_sections_are_frozen_and_strict(section: type[Section]):
+    for name, field in section.model_fields.items():
+        assert field.description, f"{section.__name__}.{name} has no sentence under it"
+    assert section.model_config["frozen"]
+    assert section.model_config["extra"] == "forbid"
+
+
+def test_nothing_said_is_a_complete_run():
+    config = given()
+    assert config.method == {"name": "inflora"} | SETTINGS["inflora"]().model_dump(mode="json")
+    assert config.training.lr == 5e-4
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3
+
+
+def test_what_is_written_is_read_back(tmp_path: Path):
+    config = given(("method.rank", 3), ("stream.scenario", "domain"), ("data.crop_scale", [0.5, 1]), ("seed", 4))
+    assert read(tmp_path, to_yaml(config)) == config
+    assert list(yaml.safe_load(to_yaml(config))) == list(RunConfig.model_fields)
+    assert read(tmp_path, "") == given()
+
+
+def test_all_errors_at_once_each_with_its_line_and_the_nearest_name(tmp_path: Path):
+    found = problems(
+        tmp_path,
+        """\
+seed: -1
+method:
+  name: inflora
+  rnk: 3
+  epsilon: 2
+trainig: {epochs: 3}
+training:
+  epochs: many
+  lr: 1e-3
+  schedule: cosin
+
+backbone: {targets: [k, w]}
+data:
+  crop_scale: [0.5, 0.1]
+  columns:
+    lable: x
+stream:
+  plan:
+    - {name: a, classes: [x]}
+    - name: b
+      clases: [x]
+""",
+    )
+    expected = [
+        "line 1: seed = -1: input should be greater than or equal to 0",
+        "line 4: method.rnk = 3: no such setting. There are: rank, .* Did you mean 'rank'?",
+        "line 5: method.epsilon = 2: input should be less than or equal to 1",
+        "line 6: trainig = {'epochs': 3}: no such setting. There are: method, .* Did you mean 'training'?",
+        "line 8: training.epochs = 'many': input should be a valid integer, .*",
+        "line 10: training.schedule = 'cosin': input should be 'constant', .* Did you mean 'cosine'?",
+        "line 12: backbone.targets.1 = 'w': input should be 'q', 'k', 'v', 'out', 'fc1' or 'fc2'",
+        "line 14: data.crop_scale = [0.5, 0.1]: must be two numbers with 0 < least <= largest <= 1",
+        "line 16: data.columns.lable = 'x': no such setting. There are: image, .* Did you mean 'label'?",
+        "line 20: stream.plan.1.classes = .*: field required",
+        "line 21: stream.plan.1.clases = ['x']: no such setting. .* Did you mean 'classes'?",
+    ]
+    assert len(found) == len(expected), found
+    found.sort(key=lambda line: (int(line.split()[1][:-1]), line))
+    for line, pattern in zip(found, expected, strict=True):
+        start, _, end = pattern.partition(".*")
+        assert line.startswith(start), line
+        assert line.endswith(end), line
+
+
+def test_an_unknown_method_is_answered_with_the_nearest(tmp_path: Path):
+    expected = "method.name = 'infloro': not one of the methods: inflora, finetune, prototype. Did you mean 'inflora'?"
+    assert problems(tmp_path, "\nmethod: {name: infloro}") == [f"line 2: {expected}"]
+    assert problems(tmp_path, "method: infloro") == [f"line 1: {expected}"]
+    assert problems(tmp_path, "method: [1]") == ["line 1: method = [1]: must be a name, or a name and settings"]
+
+
+@pytest.mark.parametrize(
+    "text", ["3: 4", "method: {2: 3}", "training: 3", "training: null", "training: [1]", "seed: {a: 1}"]
+)
+def test_settings_of_another_form_are_one_error_with_a_line(text: str, tmp_path: Path):
+    (found,) = problems(tmp_path, text)
+    assert found.startswith("line 1: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[1]", "must hold keys and values, not a list"), ("a: [1", "not YAML"), ("a: b: c", "not YAML")],
+)
+def test_what_is_no_configuration_at_all(text: str, message: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match=rf"run.yaml: {message}"):
+        read(tmp_path, text)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"gone.yaml: cannot be read"):
+        load(tmp_path / "gone.yaml", method_settings=SETTINGS)
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(ConfigError, match=r"bytes.yaml: (cannot be read|not YAML)"):
+        load(tmp_path / "bytes.yaml", method_settings=SETTINGS)
+
+
+# ---------------------------------------------------------------------------------------------------------- --set
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("training.lr=1e-3", "training.lr", 1e-3),
+        ("training.lr=2.5E+2", "training.lr", 250.0),
+        ("a=-.5e-3", "a", -5e-4),
+        ("a=0.001", "a", 0.001),
+        ("seed=3", "seed", 3),
+        ("backbone.targets=[q, v]", "backbone.targets", ["q", "v"]),
+        ("stream.joined=true", "stream.joined", True),
+        ("data.per_class=null", "data.per_class", None),
+        ("data.source=a=b", "data.source", "a=b"),
+        (" seed =3", "seed", 3),
+        ("a='1e-3'", "a", "1e-3"),
+        ("a='12'", "a", "12"),
+        ("a=nan", "a", "nan"),
+        ("a=", "a", None),
+    ],
+)
+def test_overrides_are_yaml(text: str, key: str, value: object):
+    found = parse_override(text)
+    assert found == (key, value)
+    assert type(found[1]) is type(value)
+
+
+@pytest.mark.parametrize("text", ["seed", "=3", " =3"])
+def test_overrides_without_a_key_or_a_value(text: str):
+    with pytest.raises(ConfigError, match=r"write it as key=value, for example --set training.lr=0.001"):
+        parse_override(text)
+    with pytest.raises(ConfigError, match="the value is not YAML"):
+        parse_override("seed=[")
+
+
+def test_overrides_lie_on_top_of_the_file(tmp_path: Path):
+    text = "method: finetune\ntraining: {lr: 1e-2, epochs: 3}\n"
+    config = read(tmp_path, text, "method.rank=7", "training.lr=1e-4", "data.columns.label=y")
+    assert config.method == {"name": "finetune", "rank": 7}
+    assert (config.training.lr, config.training.epochs, config.data.columns.label) == (1e-4, 3, "y")
+    assert read(tmp_path, text, "method.name=prototype").method == {"name": "prototype", "metric": "cosine"}
+
+
+def test_an_error_of_an_override_is_not_blamed_on_a_line(tmp_path: Path):
+    text = "training:\n  lr: 1e-2\n"
+    assert problems(tmp_path, text, "training.lr=-1") == ["training.lr = -1: input should be greater than 0"]
+    assert problems(tmp_path, text, "seed=-1") == ["seed = -1: input should be greater than or equal to 0"]
+    (found,) = problems(tmp_path, text, "training.rate=1")
+    assert found.startswith("training.rate = 1: no such setting.")
+
+
+def test_numbers_are_numbers_and_names_stay_names(tmp_path: Path):
+    """Classes called 0 and 1, as those of digits are; a domain called nan."""
+    text = """
+training: {lr: 1e-3, weight_decay: 1E-2}
+stream: {scenario: mixed, plan: [{name: "1e3", classes: ["0", "1"], domains: [nan, inf, "1e5"]}]}
+"""
+    config = read(tmp_path, text)
+    assert (config.training.lr, config.training.weight_decay) == (1e-3, 1e-2)
+    (task,) = config.stream.plan
+    assert (task.name, task.classes, task.domains) == ("1e3", ("0", "1"), ("nan", "inf", "1e5"))
+    assert read(tmp_path, to_yaml(config)) == config
+
+
+# ---------------------------------------------------------------------------------------------------- fingerprint
+
+
+def test_a_fingerprint_is_of_what_decides_the_result():
+    same = [
+        given(),
+        given(("data.source", "elsewhere/photos")),
+        given(("data.cache", "/tmp/cache")),
+        given(("backbone.name", "a/copy")),
+        given(("checkpoint_seconds", 1)),
+        given(("method", {"name": "inflora", "rank": 10})),
+    ]
+    assert len({fingerprint(config) for config in same}) == 1
+    others = [
+        given(("seed", 1)),
+        given(("training.lr", 1e-3)),
+        given(("method.rank", 9)),
+        given(("method.name", "finetune")),
+        given(("data.augment", "none")),
+        given(("data.columns.label", "y")),
+        given(("backbone.blocks", [0])),
+        given(("stream.tasks", 9)),
+        given(("evaluation.split", "val")),
+        given(("precision", "fp32")),
+        given(("threads", 1)),
+    ]
+    assert len({fingerprint(config) for config in [*same, *others]}) == 1 + len(others)
+
+
+def test_a_fingerprint_survives_the_file(tmp_path: Path):
+    config = given(("training.lr", 1e-3), ("method.epsilon", 0.9))
+    assert fingerprint(read(tmp_path, to_yaml(config))) == fingerprint(config)

@@ -1,0 +1,208 @@
+"""What may import what (the ceilings of the design), and what may not occur anywhere in the package."""
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import lamina
+
+ROOT = Path(lamina.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+LEVELS = (
+    ("errors", "types"),
+    ("linalg", "metrics", "config", "chance"),
+    ("adapters", "moments", "head", "backbones", "data", "streams"),
+    ("learner",),
+    ("methods",),
+    ("engine",),
+    ("run", "report"),
+    ("progress", "cli"),
+)
+LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
+SHARED = {  # within one level, who may be used by whom
+    "types": {"errors"},
+    "chance": set(),
+    "run": {"report"},
+    "cli": {"progress"},
+}
+FACADE = "lamina/__init__.py"
+"""Lists the public names, and imports each when it is first used."""
+
+
+def dotted(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(("lamina", *parts)).removesuffix(".__init__")
+
+
+MODULES = {dotted(path): path for path in FILES}
+
+
+def imports(path: Path, *, typing_too: bool = True) -> Iterator[str]:
+    """Every module imported anywhere in a file, also inside functions; `from a import b` is a.b where that is a module."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not typing_too:
+            skipped |= {inner for part in node.body for inner in ast.walk(part)}
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in MODULES else str(node.module)
+
+
+def part(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def ours(path: Path) -> set[str]:
+    return {name for name in imports(path) if name.split(".")[0] == "lamina" and name != "lamina"}
+
+
+every_module = pytest.mark.parametrize("module", sorted(MODULES), ids=str)
+
+
+def test_every_module_has_a_level():
+    assert {part(module) for module in MODULES} - {""} == LEVEL.keys(), "give a new module a level in this file"
+
+
+@every_module
+def test_a_module_imports_from_lower_levels_only(module: str):
+    mine = part(module)
+    if not mine:
+        assert not ours(MODULES[module])
+        return
+    for other in {part(name) for name in ours(MODULES[module])} - {mine}:
+        allowed = LEVEL[other] < LEVEL[mine] or other in SHARED.get(mine, set())
+        assert allowed, f"{module} (level {LEVEL[mine]}) imports {other} (level {LEVEL[other]})"
+
+
+def test_there_are_no_import_cycles():
+    graph = {module: ours(path) - {module} for module, path in MODULES.items()}
+    packages = {module for module, path in MODULES.items() if path.name == "__init__.py"}
+    for module, needed in graph.items():  # importing a.b runs a's __init__ first, which is no use of it
+        graph[module] = {name for name in needed if name not in packages or not module.startswith(f"{name}.")}
+    list(TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "methods").glob("*.py")), ids=lambda path: path.stem)
+def test_a_method_knows_no_other_method_and_nothing_above_it(path: Path):
+    used = set(imports(path))
+    others = {name for name in used if name.startswith("lamina.methods.")} - {"lamina.methods.base"}
+    assert path.stem == "__init__" or not others
+    forbidden = ("lamina.engine", "lamina.data", "lamina.streams", "lamina.backbones", "transformers", "timm")
+    assert not {name for name in used if name.startswith(forbidden)}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "engine").glob("*.py")), ids=lambda path: path.stem)
+def test_the_engine_names_no_method(path: Path):
+    assert {name for name in imports(path) if name.startswith("lamina.methods")} <= {"lamina.methods.base"}
+    for file in (ROOT / "methods").glob("[a-z]*.py"):
+        if file.stem != "base":
+            assert f'"{file.stem}"' not in path.read_text(encoding="utf-8")
+
+
+EDGES = {
+    "transformers": ("backbones.py", "data/"),
+    "huggingface_hub": ("backbones.py", "data/"),
+    "datasets": ("data/",),
+    "pyarrow": ("data/",),
+    "sklearn": ("data/digits.py",),
+    "PIL": ("data/",),
+    "safetensors": ("backbones.py", "engine/checkpoint.py"),
+    "typer": ("cli.py",),
+    "rich": ("cli.py", "progress.py"),
+    "jinja2": ("report/",),
+    "yaml": ("config.py", "report/"),
+    "peft": (),
+    "timm": (),
+    "pickle": (),
+    "shelve": (),
+    "marshal": (),
+    "joblib": (),
+}
+
+
+@pytest.mark.parametrize("library", EDGES)
+def test_third_parties_stay_at_their_edge(library: str):
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for path in FILES
+        if any(name.split(".")[0] == library for name in imports(path))
+    }
+    strays = {user for user in users if not user.startswith(EDGES[library] or ("nowhere",))}
+    assert not strays, f"{library} is imported in {sorted(strays)}"
+
+
+def calls(path: Path) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node.lineno
+
+
+@pytest.mark.parametrize(
+    "call", ["print", "eval", "exec", "compile", "__import__", "torch.load", "torch.save", "yaml.unsafe_load"]
+)
+def test_calls_that_occur_nowhere(call: str):
+    allowed = {"print": {"cli.py"}}.get(call, set())
+    found = [
+        f"{path.name}:{line}"
+        for path in FILES
+        for name, line in calls(path)
+        if name == call and path.name not in allowed
+    ]
+    assert not found, f"{call} is called in {found}"
+
+
+def test_yaml_and_arrays_are_read_without_running_code():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            named = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            match ast.unparse(node.func):
+                case "yaml.load" | "yaml.compose":
+                    assert named.get("Loader", "") in ("yaml.SafeLoader", "_Loader"), f"{path.name}:{node.lineno}"
+                case "np.load" | "np.save" | "open_memmap":
+                    assert named.get("allow_pickle", "False") == "False", f"{path.name}:{node.lineno}"
+    from lamina.config import _Loader  # a safe loader that knows 1e-3
+
+    assert _Loader.yaml_constructors == __import__("yaml").SafeLoader.yaml_constructors
+
+
+def test_no_file_is_a_drawer_for_everything():
+    names = {path.stem for path in FILES} | {path.parent.name for path in FILES}
+    assert not names & {"utils", "util", "helpers", "helper", "common", "misc", "tools", "core"}
+
+
+def test_importing_the_package_imports_no_torch():
+    """And neither does the command line, which must answer at once."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, lamina, lamina.cli; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_public_names_are_there():
+    for name in lamina.__all__:
+        assert getattr(lamina, name) is not None
+    with pytest.raises(AttributeError, match="'lamina' has no attribute 'nothing'"):
+        _ = lamina.nothing
+
+
+@every_module
+def test_every_module_says_what_it_is(module: str):
+    text = MODULES[module].read_text(encoding="utf-8")
+    assert not text.strip() or re.match(r'"""\S', text), f"{module} has no docstring"

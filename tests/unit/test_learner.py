@@ -1,0 +1,158 @@
+"""The learner: places for branches by role, what is trained, and a round trip through what is saved.
+
+Shape letters: b batch, t tokens, d width.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tests.tiny import noise, tiny_bert, tiny_fused_vit, tiny_images, tiny_texts, tiny_vit
+
+from lamina.adapters import LowRank
+from lamina.errors import ConfigError
+from lamina.learner import Learner
+from lamina.types import Batch
+
+MAKERS = {"vit": tiny_vit, "fused": tiny_fused_vit, "bert": tiny_bert}
+every_backbone = pytest.mark.parametrize("kind", MAKERS)
+
+
+def batch(kind: str, n: int = 5) -> Batch:
+    data = (tiny_texts if kind == "bert" else tiny_images)(24)
+    return Batch(inputs=data.table.inputs(np.arange(n), None), labels_b=torch.from_numpy(data.labels_n[:n]))
+
+
+def branch(slot: object, key: str, rank: int = 2, trained: tuple[str, ...] = ("up",)) -> LowRank:
+    parts = {"up": noise((slot.d_out, rank), slot.name, key), "down": 0.2 * noise((rank, slot.d_in), slot.name, key, 1)}
+    return LowRank(
+        trained={name: parts[name] for name in trained},
+        frozen={name: value for name, value in parts.items() if name not in trained},
+    )
+
+
+def grown(kind: str, dtype: torch.dtype = torch.float32) -> Learner:
+    """Two finished branches, one live, two blocks of the head, the older frozen."""
+    learner = Learner(MAKERS[kind](), ("q", "v", "fc2"), dtype=dtype)
+    for number, name in enumerate(("first task", "second", "live")):
+        learner.head.freeze()
+        if number:
+            learner.head.add(name, [number, 0])
+        for slot in learner.slots.values():
+            slot.add(name, branch(slot, name, 1 + number, ("up", "down") if number == 2 else ("up",)))
+        if number < 2:
+            learner.finish(name)
+    return learner
+
+
+@every_backbone
+def test_a_new_learner_is_the_backbone(kind: str):
+    plain, learner = MAKERS[kind](), Learner(MAKERS[kind]())
+    with torch.no_grad():
+        torch.testing.assert_close(learner.features(batch(kind)), plain.features(batch(kind).inputs))
+    assert {slot.site.role for slot in learner.slots.values()} == {"k", "v"}
+    assert learner.trainable() == {}
+    assert learner.tensors() == {}
+    assert learner.stored_parameters() == 0
+
+
+@every_backbone
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_is_saved_rebuilds_the_learner(kind: str, dtype: torch.dtype):
+    saved = grown(kind, dtype)
+    outline, tensors = json.loads(json.dumps(saved.outline())), saved.tensors()
+    learner = Learner(MAKERS[kind](), ("q", "v", "fc2"), dtype=dtype)
+    learner.restore(outline, {name: value.clone() for name, value in tensors.items()}, LowRank)
+    assert learner.outline() == saved.outline()
+    assert list(learner.tensors()) == list(tensors)
+    assert all(torch.equal(value, tensors[name]) for name, value in learner.tensors().items())
+    assert list(learner.trainable()) == list(saved.trainable())
+    assert learner.rows == saved.rows
+    assert all(torch.equal(layer.weight_oi, saved.layers[path].weight_oi) for path, layer in learner.layers.items())
+    ours, theirs = (x.head(x.features(batch(kind))) for x in (learner, saved))
+    assert torch.equal(ours, theirs)
+    assert ours.dtype == torch.float32
+
+
+def test_a_missing_tensor_is_not_passed_over():
+    saved = grown("vit")
+    tensors = saved.tensors()
+    for key in (next(iter(tensors)), *list(tensors)[-3:]):
+        with pytest.raises(KeyError, match=key):
+            Learner(tiny_vit(), ("q", "v", "fc2")).restore(
+                saved.outline(), {name: value for name, value in tensors.items() if name != key}, LowRank
+            )
+
+
+@every_backbone
+def test_trainable_parameters_have_names_that_say_where_they_are(kind: str):
+    learner = grown(kind)
+    names = set(learner.trainable())
+    assert "block0.q/live/up" in names
+    assert "block1.fc2/live/down" in names
+    assert {"head/live/weight", "head/live/bias"} <= names
+    assert not any("second" in name or "first" in name for name in names)
+    assert len(names) == 2 * len(learner.slots) + 2
+    assert len({id(value) for value in learner.trainable().values()}) == len(names)
+
+
+@every_backbone
+def test_slots_of_one_group_read_the_same_input(kind: str):
+    learner = Learner(MAKERS[kind](), ("q", "k", "v", "fc1"))
+    seen: dict[str, torch.Tensor] = {}
+    for name, slot in learner.slots.items():
+        slot.layer.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0]}))
+    learner.features(batch(kind))
+    for group, slots in learner.groups().items():
+        assert len({seen[slot.name].data_ptr() for slot in slots if slot.name in seen}) == 1
+        assert len(slots) == (3 if group.endswith("attention") else 1)
+
+
+def test_a_fused_layer_is_adapted_row_by_row():
+    """The same branches on q, k and v of a fused map, and each in turn, give the features of the sum of weights."""
+    learner, x = Learner(tiny_fused_vit(), ("q", "k", "v")), batch("fused")
+    before_bd = learner.features(x)
+    weights = {path: layer.base_oi.clone() for path, layer in learner.layers.items()}
+    for slot in learner.slots.values():
+        slot.add("t", branch(slot, "t"))
+        up_or, down_ri = branch(slot, "t").factors()
+        weights[slot.site.path][slot.rows.start : slot.rows.stop] += (up_or @ down_ri).detach()
+    plain = tiny_fused_vit()
+    for path, weight_oi in weights.items():
+        plain.module.get_submodule(path).weight.data.copy_(weight_oi)
+    expected_bd = plain.features(x.inputs)
+    assert not torch.allclose(expected_bd, before_bd, atol=1e-2)
+    torch.testing.assert_close(learner.features(x), expected_bd, atol=1e-4, rtol=1e-4)
+    with learner.folded():
+        torch.testing.assert_close(learner.features(x), expected_bd, atol=1e-4, rtol=1e-4)
+
+
+def test_task_logits_are_of_the_tasks_own_rows():
+    learner, x = grown("vit"), batch("vit")
+    scores_br = learner.head(learner.features(x))
+    torch.testing.assert_close(learner.task_logits(x, "second"), scores_br[:, :2])
+    torch.testing.assert_close(learner.task_logits(x, "live"), scores_br[:, 2:])
+
+
+def test_stored_parameters_are_counted_by_hand():
+    learner = grown("vit")
+    per_rank = sum(slot.d_in + slot.d_out for slot in learner.slots.values())
+    assert learner.stored_parameters() == (1 + 2 + 3) * per_rank + 4 * (32 + 1)
+
+
+def test_nothing_is_differentiated_inside_folded():
+    learner = grown("vit")
+    with learner.folded():
+        assert not learner.features(batch("vit")).requires_grad
+    assert learner.features(batch("vit")).requires_grad
+
+
+@pytest.mark.parametrize(("targets", "blocks"), [(("k", "w"), None), (("k",), (0, 3)), (("k",), (-1,))])
+def test_places_that_are_not_there(targets: tuple, blocks: tuple | None):
+    with pytest.raises(ConfigError, match=r"'tiny_vit' has blocks 0 to 2 with roles .*'fc1'.*backbone.targets or"):
+        Learner(tiny_vit(), targets, blocks)
+
+
+def test_only_the_chosen_blocks_are_adapted():
+    assert set(Learner(tiny_vit(), ("k",), (0, 2)).slots) == {"block0.k", "block2.k"}

@@ -1,0 +1,41 @@
+"""Recording of inputs: while it is open and no longer. The sums themselves: tests/oracles/test_prototype_oracle.py."""
+
+import pytest
+import torch
+from tests.tiny import noise
+from torch import nn
+
+from lamina.moments import SecondMoment, recording
+
+
+def test_inputs_are_recorded_while_open_and_hooks_are_gone_afterwards():
+    linear, x_btd = nn.Linear(4, 3), noise((2, 5, 4), "x")
+    linear(x_btd)
+    with recording({"a": linear}) as record:
+        y = linear(x_btd)
+        assert not y.requires_grad
+    assert record.moments["a"].count == 10
+    linear(x_btd)
+    assert record.moments["a"].count == 10
+    with pytest.raises(RuntimeError, match="inside"), recording({"a": linear}) as record:
+        raise RuntimeError("inside")
+    linear(x_btd)
+    assert record.moments["a"].count == 0
+    assert linear(x_btd).requires_grad
+
+
+def test_the_sum_is_kept_in_double_precision_whatever_comes_in():
+    """A million additions of a bfloat16 one would stop at 256 in its own precision, and drift in float32."""
+    moment = SecondMoment()
+    for _ in range(300):
+        moment.add(torch.ones(1, 1, 2, dtype=torch.bfloat16), None)
+    assert moment.sum_dd.dtype == torch.float64
+    assert moment.sum_dd.tolist() == [[300.0, 300.0], [300.0, 300.0]]
+    assert moment.mean_dd.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_inputs_without_a_token_axis_count_as_one_token_each():
+    moment, x_bd = SecondMoment(), noise((6, 3), "flat")
+    moment.add(x_bd, None)
+    assert moment.count == 6
+    torch.testing.assert_close(moment.sum_dd, (x_bd.T @ x_bd).double())
