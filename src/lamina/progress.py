@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from lamina.engine.loop import Event
     from lamina.streams import Stream
 
-DOING = {"begin": "preparing", "train": "training", "end": "consolidating", "evaluate": "evaluating", "done": "done"}
+DOING = {
+    "load": "decoding images",
+    "begin": "preparing",
+    "train": "training",
+    "end": "consolidating",
+    "evaluate": "evaluating",
+    "done": "done",
+}
 
 
 class Watcher:
@@ -41,22 +48,22 @@ class Watcher:
         if self._bar:
             self._bar.stop()
 
-    def __call__(self, stream: "Stream", event: "Event") -> None:
+    def __call__(self, stream: "Stream | None", event: "Event") -> None:
         if event.note:
             self.console.print(f"{self.label}: {event.note}", style="yellow")
             return
         self._loss = event.loss if event.loss is not None else self._loss
-        where = f"task {event.task + 1}/{len(stream)}"
+        where = f"task {event.task + 1}/{len(stream)} " if stream else ""
         if event.accuracy is not None:
             loss = f", last loss {self._loss:.3f}" if self._loss is not None else ""
-            self.console.print(f"{self.label}: {where} learnt; accuracy on tasks so far {event.accuracy:.1%}{loss}")
+            self.console.print(f"{self.label}: {where}learnt; accuracy on tasks so far {event.accuracy:.1%}{loss}")
             self._loss = None
             return
         facts = f"{event.done}/{event.total}" + (f" loss {event.loss:.3f}" if event.loss is not None else "")
         if self._bar:
             total, done = (event.total or None), event.done
-            described = f"{self.label}: {where} {DOING[event.phase]}"
+            described = f"{self.label}: {where}{DOING[event.phase]}"
             self._bar.update(self._line, description=described, total=total, completed=done, facts=facts)
         elif time.monotonic() - self._last >= self.interval:
             self._last = time.monotonic()
-            self.console.print(f"{self.label}: {where} {DOING[event.phase]} {facts}")
+            self.console.print(f"{self.label}: {where}{DOING[event.phase]} {facts}")

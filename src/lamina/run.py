@@ -49,7 +49,8 @@ from lamina.types import LabelledData, Split
 FORMAT = 1
 LEFTOVERS = frozenset({"lock", "environment.json", ".environment.json.tmp", ".config.json.tmp"})
 """What a run that was killed before it had begun may leave: no obstacle to a new one."""
-Watch = Callable[[Stream, Event], None]
+Watch = Callable[[Stream | None, Event], None]
+"""Told what is going on; there is no stream yet while data is loaded."""
 
 
 def load_config(file: Path | None, overrides: list[tuple[str, Any]]) -> RunConfig:
@@ -123,7 +124,7 @@ def evaluate(out: Path, split: Split = "test") -> list[dict[str, Any]]:
 class _Setup:
     """Everything a run needs, made from its configuration. environment: what an earlier process decided, if any."""
 
-    def __init__(self, config: RunConfig, environment: dict[str, Any] | None) -> None:
+    def __init__(self, config: RunConfig, environment: dict[str, Any] | None, watch: Watch = lambda *_: None) -> None:
         self.started = time.perf_counter()
         self.config = config
         self.method = METHODS[config.method["name"]]
@@ -137,7 +138,7 @@ class _Setup:
             std=config.backbone.std,
         )
         self.backbone_parameters = sum(p.numel() for p in self.backbone.module.parameters())
-        self.data = load_data(config, self.backbone)
+        self.data = load_data(config, self.backbone, watch)
         self.stream = make_stream(config, self.data)
         if config.evaluation.split == "val" and not all(len(task.val) for task in self.stream):
             raise ConfigError(
@@ -169,7 +170,7 @@ class _Setup:
         )
 
 
-def load_data(config: RunConfig, backbone: Backbone) -> LabelledData:
+def load_data(config: RunConfig, backbone: Backbone, watch: Watch = lambda *_: None) -> LabelledData:
     """The labelled data a configuration names, as this backbone takes it."""
     section = config.data
     source = data.open_source(
@@ -195,7 +196,11 @@ def load_data(config: RunConfig, backbone: Backbone) -> LabelledData:
         scale=section.crop_scale,
     )
     cache = Path(section.cache).expanduser() if section.cache else None
-    return data.load_images(source, transform, cache=cache, on_damaged=section.on_damaged)
+
+    def progress(done: int, total: int) -> None:
+        watch(None, Event(task=0, phase="load", done=done, total=total))
+
+    return data.load_images(source, transform, cache=cache, on_damaged=section.on_damaged, progress=progress)
 
 
 def make_stream(config: RunConfig, labelled: LabelledData) -> Stream:

@@ -54,7 +54,7 @@ class Event:
     """Something a watcher may show: what is being done, and how far it is."""
 
     task: int
-    phase: Phase
+    phase: Phase | Literal["load"]
     done: int = 0
     total: int = 0
     loss: float | None = None
