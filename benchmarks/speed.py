@@ -435,9 +435,10 @@ def speed_part(found: Mapping[str, Any]) -> str:
             )
     explanation = paragraphs(
         f"A ratio above 1 means faster than PEFT in fp32; in brackets the quartiles over {found['rounds']} rounds. All "
-        "variants run the same transformers model. lamina's `finetune` trains both factors, as PEFT does, and is the one to compare; "
-        "`inflora` trains one of the two. Of the two bf16 rivals, autocast keeps the weights in fp32 and casts them as they "
-        "are used; the other holds them in bf16, as lamina does. The merged variants of PEFT train like the unmerged ones. "
+        "variants run the same transformers model. lamina's `finetune` trains both factors, as PEFT does, and is the "
+        "one to compare; `inflora` trains one of the two. Of the two bf16 rivals, autocast keeps the weights in fp32 and "
+        "casts them as they are used; the other holds them in bf16, as lamina does. The merged variants of PEFT train like "
+        "the unmerged ones. "
         "What bf16 does to accuracy is not measured here. Memory is the peak of a whole process; libraries and the loaded "
         f"backbone take {found['idle_memory_mb']:.0f} MB of it before anything is computed."
     )

@@ -1,6 +1,5 @@
 """What the tests of the command share: a cache of their own, the command in this process, and small data to give it."""
 
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,8 +97,3 @@ def finished(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     settings += [("training.epochs", 1), ("training.batch_size", 8), ("precision", "fp32"), ("checkpoint_seconds", 0)]
     run.create(run.load_config(None, settings), out)
     return out
-
-
-def whole_environment() -> dict[str, str]:
-    """For processes of their own."""
-    return os.environ | {"OMP_NUM_THREADS": "1"}

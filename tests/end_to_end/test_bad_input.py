@@ -2,13 +2,15 @@
 what to do."""
 
 import json
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 from tests.end_to_end.conftest import QUICK, Command, paint
-from tests.faults.processes import LEARNT, Moment, copy_unfinished, halt_at, newest, small_run, start
+from tests.faults.processes import LEARNT, Moment, copy_unfinished, finish, halt_at, kill_all, newest, small_run, start
 from tests.tiny import raw_vit
 
 DIGITS = ("run", "--data", "digits", "--out", "run", *QUICK)
@@ -247,19 +249,24 @@ def test_where_every_checkpoint_is_damaged_each_file_is_named(lamina: Command, t
 # -- other processes --------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def _nothing_left_at_work() -> Iterator[None]:
+    yield
+    kill_all()
+
+
+@pytest.mark.usefixtures("_nothing_left_at_work")
 def test_a_run_at_work_is_left_alone_and_a_dead_one_is_taken_over(lamina: Command, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(*small_run(out, "finetune", **{"stream.tasks": 2, "training.epochs": 1}))
-    try:
-        assert halt_at(process, out, Moment(0, "train", 0)) is not None
-        before = newest(out).name
-        message = lamina.refused("resume", out)
-        assert f"process {process.pid} " in message
-        assert "in use" in message
-        assert lamina.refused(*DIGITS, "--out", out)
-        assert newest(out).name == before
-    finally:
-        process.kill()
-        process.communicate()
+    assert halt_at(process, out, Moment(0, "train", 0)) is not None
+    before = newest(out).name
+    message = lamina.refused("resume", out)
+    assert f"process {process.pid} " in message
+    assert "in use" in message
+    assert "`lamina resume` goes on with it" in lamina.refused(*DIGITS, "--out", out)
+    assert newest(out).name == before
+    process.kill()
+    assert finish(process)[0] == -signal.SIGKILL
     assert f"process {process.pid} " in (out / "lock").read_text()
     assert lamina("resume", out).code == 0

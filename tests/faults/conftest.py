@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.faults.processes import lamina, small_run
+from tests.faults.processes import kill_all, lamina, small_run
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +22,12 @@ def _own_cache(shared: Path) -> Iterator[None]:
         patch.setenv("XDG_CACHE_HOME", str(shared / "cache"))
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_at_work() -> Iterator[None]:
+    yield
+    kill_all()
 
 
 @pytest.fixture(scope="session")

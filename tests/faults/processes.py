@@ -20,6 +20,7 @@ from typing import Any
 from lamina.engine import checkpoint
 
 Lamina = subprocess.Popen[str]
+_started: list[Lamina] = []
 SMALL = {
     "data.source": "digits",
     "data.per_class": 12,
@@ -42,8 +43,8 @@ SAVED_FILES = 7
 
 
 def start(*arguments: object) -> Lamina:
-    """A `lamina` process at work."""
-    return subprocess.Popen(
+    """A `lamina` process at work. `kill_all` ends it where a test fails before it does."""
+    process = subprocess.Popen(
         [sys.executable, "-m", "lamina.cli", *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -51,14 +52,22 @@ def start(*arguments: object) -> Lamina:
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
+    _started.append(process)
+    return process
 
 
-def finish(process: Lamina, seconds: float = 120) -> tuple[int, str, str]:
-    """Wait for its end: exit code, standard output, standard error. It does not outlive a failure of this."""
-    try:
-        out, err = process.communicate(timeout=seconds)
-    finally:
-        process.kill()
+def kill_all() -> None:
+    """End every process that a test left at work."""
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def finish(process: Lamina, seconds: float = 600) -> tuple[int, str, str]:
+    """Wait for its end: exit code, standard output, standard error."""
+    out, err = process.communicate(timeout=seconds)
     return process.returncode, out, err
 
 
@@ -131,7 +140,7 @@ class Moment:
         return (sight.task, ORDER.index(sight.phase)) > (self.task, ORDER.index(self.phase))
 
 
-def halt_at(process: Lamina, out: Path, moment: Moment, seconds: float = 60) -> Sight | None:
+def halt_at(process: Lamina, out: Path, moment: Moment, seconds: float = 300) -> Sight | None:
     """Halt the process at a moment, and say where it is. None where it went past it, and goes on."""
     deadline = time.monotonic() + seconds
     while process.poll() is None:
