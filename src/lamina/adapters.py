@@ -144,11 +144,12 @@ class AdaptedLinear(nn.Module):
         for name, branch in self.live.items():
             assert isinstance(branch, Branch)
             rows = self.rows[name]
-            up_or, down_ri = branch.factors()
-            change = F.linear(F.linear(x, down_ri.to(x.dtype)), up_or.to(x.dtype))
-            if rows != (0, self.d_out):
-                change = F.pad(change, (rows.start, self.d_out - rows.stop))
-            y = y + change
+            up_or, down_ri = (factor.to(x.dtype) for factor in branch.factors())
+            inner = F.linear(x, down_ri)
+            if rows == (0, self.d_out):  # one pass over y instead of two
+                y = torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), up_or.T).view(y.shape)
+            else:
+                y = y + F.pad(F.linear(inner, up_or), (rows.start, self.d_out - rows.stop))
         return y
 
 

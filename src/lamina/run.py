@@ -299,8 +299,7 @@ def _record(setup: _Setup, loop: Loop) -> dict[str, Any]:
             "steps": sum(entry["steps"] for entry in loop.lineage),
             "train_examples_per_second": loop.clock["examples"] / train if train else None,
             "outside_training_share": 1 - train / total if total else None,
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            / (1024 if sys.platform != "darwin" else 2**20),
+            "peak_memory_mb": _peak_memory_mb(),
             "trainable_parameters": loop.lineage[-1]["trainable_parameters"],
             "stored_parameters": learner.stored_parameters(),
             "memory_bytes": loop.method.memory_bytes,
@@ -384,6 +383,16 @@ def _environment(config: RunConfig, width: int) -> dict[str, Any]:
         "commit": _commit(),
         "started": _now(),
     }
+
+
+def _peak_memory_mb() -> float:
+    """Of this process alone: getrusage would count what the process that started it had in use."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def _processor() -> str:

@@ -9,12 +9,12 @@ from tests.faults.processes import Moment, assert_same_bits, finish, halt_at, la
 
 def test_sigterm_and_sigint(tmp_path: Path, unbroken: Callable[[str], Path]) -> None:
     out = tmp_path / "run"
-    moments = [(signal.SIGTERM, Moment(0, "train", 4)), (signal.SIGINT, Moment(1, "evaluate"))]
-    arguments = small_run(out, "inflora", checkpoint_seconds=0.05)
-    for number, moment in moments:
+    arguments = small_run(out, "inflora", checkpoint_seconds=0.0)
+    for number, phase in [(signal.SIGTERM, "train"), (signal.SIGINT, "evaluate")]:
         process = start(*arguments)
-        sight = halt_at(process, out, moment)
-        assert sight is not None
+        # In the first task, or, where the machine was too busy to look in time, in a later one.
+        sights = (halt_at(process, out, Moment(task, phase, 2)) for task in range(3))
+        sight = next(found for found in sights if found is not None)
         process.send_signal(number)
         process.send_signal(signal.SIGCONT)
         code, _, err = finish(process)
@@ -25,7 +25,7 @@ def test_sigterm_and_sigint(tmp_path: Path, unbroken: Callable[[str], Path]) -> 
         assert now is not None
         assert now.saving is None
         assert (now.task, now.phase) == (sight.task, sight.phase)
-        if moment.phase == "train":
+        if phase == "train":
             assert now.number > sight.number, "what was learnt until then is saved"
             assert now.step > sight.step
         arguments = ["resume", str(out)]
