@@ -157,10 +157,14 @@ def paired(stream: str) -> str:
     for method in METHODS[stream]:
         both = [(Cell(stream, method, s).record(), Cell(stream, "finetune", s).record()) for s in SEEDS]
         gains = [
-            100 * (a["metrics"]["final_accuracy"] - b["metrics"]["final_accuracy"]) for a, b in both if a is not None and b is not None
+            100 * (a["metrics"]["final_accuracy"] - b["metrics"]["final_accuracy"])
+            for a, b in both
+            if a is not None and b is not None
         ]
         if gains and method not in ("finetune", "finetune-joined"):
-            lines.append(f"- `{method}` minus `finetune`, seed by seed: {', '.join(f'{gain:+.1f}' for gain in gains)} points")
+            lines.append(
+                f"- `{method}` minus `finetune`, seed by seed: {', '.join(f'{gain:+.1f}' for gain in gains)} points"
+            )
     return "\n".join(lines)
 
 

@@ -45,7 +45,7 @@ def test_what_is_saved_comes_back(tmp_path: Path):
     for version in (1, 2, 3):
         assert checkpoint.save(folder, *content(version)) == folder / f"{version:06d}"
         loaded = checkpoint.load_newest(folder)
-        assert (version_of(loaded), loaded.number, loaded.damaged) == (version, version, [])
+        assert (version_of(loaded), loaded.number, loaded.damaged) == (version, version, {})
     assert sorted(path.name for path in folder.iterdir()) == ["000002", "000003"], "the two newest are kept"
 
 
@@ -152,7 +152,7 @@ def test_a_flipped_bit_anywhere_is_noticed_named_and_passed_over(tmp_path: Path)
         loaded = checkpoint.load_newest(tmp_path)
         assert version_of(loaded) == 1
         assert len(loaded.damaged) == 1
-        assert "000002" in loaded.damaged[0]
+        assert "000002" in next(iter(loaded.damaged.values()))
         path.write_bytes(whole)
     assert version_of(checkpoint.load_newest(tmp_path)) == 2
 
@@ -167,7 +167,7 @@ def test_a_missing_or_cut_file_is_noticed_named_and_passed_over(name: str, how: 
     path.unlink() if how == "missing" else path.write_bytes(changed[how])
     loaded = checkpoint.load_newest(tmp_path)
     assert version_of(loaded) == 1
-    assert name in loaded.damaged[0]
+    assert name in next(iter(loaded.damaged.values()))
 
 
 def test_where_none_is_whole_each_is_named(tmp_path: Path):
@@ -221,3 +221,16 @@ def test_a_small_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monk
     assert path.read_text() == "new"
     checkpoint.replace_text(path, "newest")
     assert [p.name for p in tmp_path.iterdir()] == ["pointer"]
+
+
+def test_damaged_one_set_aside_no_longer_counts(tmp_path):
+    """After a fall back the next save must not keep the damaged checkpoint in place of the whole one."""
+    for version in (1, 2):
+        checkpoint.save(tmp_path, {"state": {"version": version}}, {})
+    (tmp_path / "000002" / "state.json").write_text("{}")
+    loaded = checkpoint.load_newest(tmp_path)
+    for directory in loaded.damaged:
+        checkpoint.set_aside(directory)
+    checkpoint.save(tmp_path, {"state": {"version": 3}}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000001", "000002", "damaged-000002"]
+    assert checkpoint.load_newest(tmp_path).documents["state"]["version"] == 3

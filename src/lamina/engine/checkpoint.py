@@ -34,8 +34,8 @@ class Loaded(NamedTuple):
     number: int
     documents: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
-    damaged: list[str]
-    """What was found damaged on the way to this one, in words."""
+    damaged: dict[Path, str]
+    """The newer ones that were passed over, and what is wrong with each."""
 
 
 def save(
@@ -81,15 +81,22 @@ def load_newest(folder: Path) -> Loaded | None:
 
     Raises CheckpointError where there are checkpoints but every one is damaged, naming what is wrong with each.
     """
-    damaged: list[str] = []
+    damaged: dict[Path, str] = {}
     for number in sorted(_numbers(folder), reverse=True):
+        directory = folder / f"{number:06d}"
         try:
-            return Loaded(number, *load(folder / f"{number:06d}"), damaged)
+            return Loaded(number, *load(directory), damaged)
         except CheckpointError as error:
-            damaged.append(str(error))
+            damaged[directory] = str(error)
     if damaged:
-        raise CheckpointError("no checkpoint is whole:\n  " + "\n  ".join(damaged))
+        raise CheckpointError("no checkpoint is whole:\n  " + "\n  ".join(damaged.values()))
     return None
+
+
+def set_aside(directory: Path) -> None:
+    """Take a damaged checkpoint out of the count, so that it is never kept in place of a whole one."""
+    shutil.rmtree(directory.with_name(f"damaged-{directory.name}"), ignore_errors=True)
+    directory.rename(directory.with_name(f"damaged-{directory.name}"))
 
 
 def load(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

@@ -107,6 +107,7 @@ class Loop:
         self.clock: dict[str, Any] = {"seconds": {}, "tasks": {}, "examples": 0}
         self._optimizer_state: dict[str, Tensor] = {}
         self._optimizer: torch.optim.Optimizer | None = None
+        self._damaged: list[Path] = []
 
     # -- the state machine ------------------------------------------------------------------------------------------
 
@@ -267,6 +268,9 @@ class Loop:
             "optimizer": optimizer_state,
             "answers": self.last_answers,
         }
+        for directory in self._damaged:
+            checkpoint.set_aside(directory)
+        self._damaged = []
         checkpoint.save(self.checkpoints, {"state": state, "clock": self.clock}, tensors, self.on_save)
         self._spend("checkpoint", time.perf_counter() - started)
 
@@ -294,7 +298,8 @@ class Loop:
         self.losses = [(task, step, loss) for task, step, loss in state["losses"]]
         self.last_answers, self._optimizer_state = tensors["answers"], tensors["optimizer"]
         self.clock = loaded.documents["clock"]
-        for damage in loaded.damaged:
+        self._damaged = list(loaded.damaged)
+        for damage in loaded.damaged.values():
             self._tell(self.position.phase, note=f"{damage}. Going on from checkpoint {loaded.number}, which is whole.")
 
     # -- watching ---------------------------------------------------------------------------------------------------
