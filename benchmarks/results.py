@@ -203,7 +203,8 @@ Settings (`benchmarks/streams/{stream}.yaml`), the same for every method unless 
 ```
 
 Machine: {machine["processor"]}, {machine["threads"]} thread per run and two runs at a time, frozen weights in
-{machine["precision"]}, torch {machine["torch"]}, lamina {machine["lamina"]}. Data fingerprint `{first["stream"]["fingerprint"]}`,
+{machine["precision"]}, torch {machine["torch"]}, lamina {machine["lamina"]}. Data fingerprint
+`{first["stream"]["fingerprint"]}`,
 backbone `{first["backbone"]["name"].split("/")[-1]}` with sha256 `{first["backbone"]["hash"]}`. Seconds are of this shared
 machine and include loading and evaluation.
 """

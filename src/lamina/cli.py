@@ -52,6 +52,9 @@ def main() -> NoReturn:
     except LaminaError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        print(f"error: {error.filename}: {error.strerror}. Check the path and its rights.", file=sys.stderr)
+        sys.exit(2)
     sys.exit(0)
 
 

@@ -254,6 +254,7 @@ def _record(setup: _Setup, loop: Loop) -> dict[str, Any]:
             "loss_first": of_task[0] if of_task else None,
             "loss_last": of_task[-1] if of_task else None,
             "seconds": loop.clock["tasks"].get(str(index)),
+            "learnt": loop.clock["learnt"].get(str(index)),
             "accuracy_at_end": float(loop.matrix.accuracy_ij[-1, index]),
         }
     shares = [
@@ -281,7 +282,7 @@ def _record(setup: _Setup, loop: Loop) -> dict[str, Any]:
             ],
         },
         "backbone": {
-            "name": setup.backbone.name,
+            "name": Path(setup.backbone.name).name,
             "hash": setup.backbone.hash,
             "parameters": setup.backbone_parameters,
             "kind": setup.backbone.kind,

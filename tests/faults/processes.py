@@ -170,8 +170,13 @@ def kill_at(process: Lamina, out: Path, moment: Moment) -> Sight | None:
         process.send_signal(signal.SIGCONT)
         time.sleep(moment.delay)
     process.kill()
-    code, _, _ = finish(process)
-    return look(out) if code == -signal.SIGKILL else None
+    code, _, err = finish(process)
+    if code == 0:
+        return None
+    assert code == -signal.SIGKILL, (code, err)
+    sight = look(out)
+    assert sight is not None, "what a killed run left can be read"
+    return sight
 
 
 def kill_and_resume(out: Path, arguments: list[str], moments: list[Moment]) -> list[Sight]:
@@ -189,7 +194,7 @@ def kill_and_resume(out: Path, arguments: list[str], moments: list[Moment]) -> l
         assert not (out / "results.json").exists()
         process = start("resume", out)
     code, _, err = finish(process)
-    assert code == 0, err
+    assert code == 0, (code, err)
     return kills
 
 

@@ -10,10 +10,10 @@ from tests.faults.processes import Moment, assert_same_bits, finish, halt_at, la
 def test_sigterm_and_sigint(tmp_path: Path, unbroken: Callable[[str], Path]) -> None:
     out = tmp_path / "run"
     arguments = small_run(out, "inflora", checkpoint_seconds=0.0)
-    for number, phase in [(signal.SIGTERM, "train"), (signal.SIGINT, "evaluate")]:
+    for number, phase, step in [(signal.SIGTERM, "train", 2), (signal.SIGINT, "evaluate", 0)]:
         process = start(*arguments)
         # In the first task, or, where the machine was too busy to look in time, in a later one.
-        sights = (halt_at(process, out, Moment(task, phase, 2)) for task in range(3))
+        sights = (halt_at(process, out, Moment(task, phase, step)) for task in range(3))
         sight = next(found for found in sights if found is not None)
         process.send_signal(number)
         process.send_signal(signal.SIGCONT)
@@ -30,5 +30,5 @@ def test_sigterm_and_sigint(tmp_path: Path, unbroken: Callable[[str], Path]) -> 
             assert now.step > sight.step
         arguments = ["resume", str(out)]
     code, _, err = lamina("resume", out)
-    assert code == 0, err
+    assert code == 0, (code, err)
     assert_same_bits(out, unbroken("inflora"))

@@ -45,9 +45,26 @@ def save(
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Write the next checkpoint and return its directory. documents: JSON by name; tensors: groups of them by name.
-    on_step is called between the steps, for tests of faults."""
-    folder.mkdir(parents=True, exist_ok=True)
+    on_step is called between the steps, for tests of faults. Raises CheckpointError where it cannot be written, for
+    example because the disk is full; what was there before is untouched then."""
     number = max(_numbers(folder), default=0) + 1
+    try:
+        return _save(folder, number, documents, tensors, on_step)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"checkpoint {number} cannot be written to {folder}: {error}. The one before it is whole: make room or mend the "
+            f"rights, then go on with `lamina resume`."
+        ) from error
+
+
+def _save(
+    folder: Path,
+    number: int,
+    documents: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    on_step: Callable[[str], None],
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{number:06d}"
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)

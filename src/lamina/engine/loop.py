@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,7 +105,7 @@ class Loop:
         self.last_answers: dict[str, Tensor] = {}
         self.lineage: list[dict[str, Any]] = []
         self.losses: list[tuple[int, int, float]] = []
-        self.clock: dict[str, Any] = {"seconds": {}, "tasks": {}, "examples": 0}
+        self.clock: dict[str, Any] = {"seconds": {}, "tasks": {}, "learnt": {}, "examples": 0}
         self._optimizer_state: dict[str, Tensor] = {}
         self._optimizer: torch.optim.Optimizer | None = None
         self._damaged: list[Path] = []
@@ -214,6 +215,7 @@ class Loop:
             "memory_bytes": self.method.memory_bytes,
         }
         self.last_answers = {str(j): torch.from_numpy(a.classes_n) for j, a in found.items()}
+        self.clock["learnt"][str(now)] = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         self._tell("evaluate", accuracy=float(self.matrix.accuracy_ij[now, : now + 1].mean()))
         if now + 1 == len(self.stream):
             return Position(now, "done")
