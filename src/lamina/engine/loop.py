@@ -299,7 +299,7 @@ class Loop:
         self.right_task, self.lineage = state["right_task"], state["lineage"]
         self.losses = [(task, step, loss) for task, step, loss in state["losses"]]
         self.last_answers, self._optimizer_state = tensors["answers"], tensors["optimizer"]
-        self.clock = loaded.documents["clock"]
+        self.clock |= loaded.documents["clock"]
         self._damaged = list(loaded.damaged)
         for damage in loaded.damaged.values():
             self._tell(self.position.phase, note=f"{damage}. Going on from checkpoint {loaded.number}, which is whole.")
