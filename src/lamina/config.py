@@ -117,10 +117,10 @@ class TrainingConfig(Section):
     """Examples in a step; the last batch of an epoch may be smaller."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Adam (0.9, 0.999), AdamW, or SGD with momentum. Started afresh with every task."""
-    lr: float = Field(5e-4, gt=0)
+    lr: float = Field(1e-3, gt=0)
     """Learning rate of the adapters."""
-    head_lr: float | None = Field(None, gt=0)
-    """Learning rate of the head; not set: the adapters'."""
+    head_lr: float | None = Field(5e-3, gt=0)
+    """Learning rate of the head, which starts from nothing with every task; null: the adapters'."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay, as the optimiser defines it."""
     momentum: float = Field(0.9, ge=0, lt=1)

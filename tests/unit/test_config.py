@@ -42,7 +42,7 @@ def test_every_setting_is_explained_and_sections_are_frozen_and_strict(section: 
 def test_nothing_said_is_a_complete_run():
     config = given()
     assert config.method == {"name": "inflora"} | SETTINGS["inflora"]().model_dump(mode="json")
-    assert config.training.lr == 5e-4
+    assert (config.training.lr, config.training.head_lr) == (1e-3, 5e-3)
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3
 
@@ -214,7 +214,7 @@ def test_a_fingerprint_is_of_what_decides_the_result():
     assert len({fingerprint(config) for config in same}) == 1
     others = [
         given(("seed", 1)),
-        given(("training.lr", 1e-3)),
+        given(("training.lr", 2e-3)),
         given(("method.rank", 9)),
         given(("method.name", "finetune")),
         given(("data.augment", "none")),

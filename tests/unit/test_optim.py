@@ -94,7 +94,7 @@ def test_the_head_has_a_rate_of_its_own():
     assert optimizer.param_groups[1]["params"][0] is found["head/t/weight"]
     set_rate(optimizer, 0.1)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.04]), "always of the base rate"
-    same = make_optimizer(found, TrainingConfig(lr=0.1))
+    same = make_optimizer(found, TrainingConfig(lr=0.1, head_lr=None))
     assert [group["lr"] for group in same.param_groups] == [0.1, 0.1]
 
 
