@@ -28,6 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -260,6 +261,13 @@ def _record(setup: _Setup, loop: Loop) -> dict[str, Any]:
     shares = [
         sum(right) / sum(int(n) for n in loop.matrix.total_ij[i, : i + 1]) for i, right in enumerate(loop.right_task)
     ]
+    figures = metrics.summary(loop.matrix) | {
+        "final_accuracy_oracle": metrics.final_accuracy(loop.known_task),
+        "task_id_accuracy": shares[-1],
+    }
+    if config.evaluation.unseen:
+        guess = 1 / len({label for task in stream for label in task.classes})
+        figures["forward_transfer"] = metrics.forward_transfer(loop.matrix, np.full(len(stream), guess))
     return {
         "format": FORMAT,
         "name": config.method["name"] + ("-joined" if config.stream.joined else ""),
@@ -292,8 +300,7 @@ def _record(setup: _Setup, loop: Loop) -> dict[str, Any]:
         "matrix": loop.matrix.as_dict(),
         "oracle": loop.known_task.as_dict(),
         "task_id_accuracy": shares,
-        "metrics": metrics.summary(loop.matrix)
-        | {"final_accuracy_oracle": metrics.final_accuracy(loop.known_task), "task_id_accuracy": shares[-1]},
+        "metrics": figures,
         "classes": _class_counts(setup, loop),
         "cost": {
             "seconds": seconds | {"total": round(total, 3)},
