@@ -33,6 +33,8 @@ from lamina.types import Augment, Batch, Examples, Task
 Phase = Literal["begin", "train", "end", "evaluate", "done"]
 MOMENTS_EPOCH = {"begin": -1, "end": -2}
 """Augmentation in passes that are not training: epochs of their own."""
+FORMAT = 1
+"""Of what a checkpoint holds. It goes up with every change that an older or newer lamina could not read."""
 LOSS_POINTS = 40
 """How many losses of a task are recorded."""
 
@@ -97,7 +99,7 @@ class Loop:
         self.learner, self.method, self.stream = learner, method, stream
         self.training, self.evaluation, self.seed = training, evaluation, seed
         self.checkpoints, self.checkpoint_seconds = checkpoints, checkpoint_seconds
-        self.identity = dict(identity or {})
+        self.identity = {"format": str(FORMAT)} | dict(identity or {})
         self.on_event, self.should_stop, self.on_save = on_event, should_stop, on_save
         self.position = Position()
         self.matrix, self.known_task = AccuracyMatrix.empty(), AccuracyMatrix.empty()
