@@ -27,16 +27,20 @@ RUNS = ROOT / "runs" / "results"
 PAGES = ROOT / "docs" / "results"
 SEEDS = (0, 1, 2)
 TITLES = {
+    "digits": "Handwritten digits (`lamina demo`): 5 tasks of 2 digits, backbone `nano` at 32 px",
     "cifar100": "Split CIFAR-100: 10 tasks of 10 classes, 100 training images per class, backbone `nano` at 32 px",
     "pacs": "PACS: 4 domains (photo, art painting, cartoon, sketch) of the same 7 classes, 150 training images of each, backbone `nano` at 64 px",
     "clinc150": "CLINC150: 10 domains of 15 intents each, 30 training texts per intent, backbone MiniLM-L6",
 }
 METHODS = {
+    "digits": ("finetune", "prototype", "inflora", "finetune-joined"),
     "cifar100": ("finetune", "prototype", "inflora", "finetune-joined"),
     "pacs": ("finetune", "prototype", "inflora", "finetune-joined"),
     "clinc150": ("finetune", "prototype", "inflora"),
 }
 TUNED = {
+    ("digits", "finetune"): ("training.lr=5e-4",),
+    ("digits", "inflora"): ("training.lr=2e-3", "method.epsilon=0.99"),
     ("cifar100", "finetune"): ("training.lr=5e-4",),
     ("cifar100", "inflora"): ("training.lr=2e-3", "method.epsilon=0.99"),
     ("pacs", "finetune"): ("training.lr=5e-4",),
