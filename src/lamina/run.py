@@ -68,7 +68,7 @@ def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None) -> dict
     """
     _refuse_used(out)
     config = _with_whole_paths(config)
-    setup = _Setup(config, None)
+    setup = _Setup(config, None, watch)
     loop = setup.loop(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def resume(out: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
         config, environment = _saved(out)
         if (out / "results.json").exists():
             return report.read_record(out)
-        setup = _Setup(config, environment)
+        setup = _Setup(config, environment, watch)
         return _work(setup, setup.loop(out), out, watch)
 
 
@@ -186,7 +186,11 @@ def load_data(config: RunConfig, backbone: Backbone, watch: Watch = lambda *_: N
             f"Choose a backbone or data to match."
         )
     if backbone.image is None:
-        assert backbone.tokenizer is not None
+        if backbone.tokenizer is None:
+            raise ConfigError(
+                f"backbone.name = {config.backbone.name!r} has no tokenizer beside its weights. Put tokenizer.json or "
+                f"vocab.txt into its folder."
+            )
         return data.load_texts(source, backbone.tokenizer, max_length=section.max_length)
     transform = data.ImageTransform(
         size=backbone.image.size,

@@ -250,3 +250,13 @@ def test_a_stream_of_texts(lamina: Command, tmp_path: Path) -> None:
     assert record["metrics"]["final_accuracy"] > 0.5, "four topics, told by their words"
     measured = lamina("evaluate", "run")
     assert f"mean over tasks: {record['metrics']['final_accuracy']:.1%}" in measured.out
+
+
+def test_long_decoding_is_told(lamina: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paint(tmp_path / "photos", 2, 6)
+    told = []
+    monkeypatch.setattr("lamina.progress.Watcher.__call__", lambda _, stream, event: told.append((stream, event)))
+    assert lamina("run", "--data", "photos", "--tasks", 2, "--out", "run", *QUICK).code == 0
+    loading = [event.done for stream, event in told if stream is None and event.phase == "load"]
+    assert loading
+    assert loading[-1] == 12
