@@ -11,6 +11,7 @@ export HF_HUB_DISABLE_PROGRESS_BARS := 1
 demo: .stamps/demo        ## learn five tasks of handwritten digits three ways and write a report
 	$(BIN)/lamina demo
 
+test test-slow: export OMP_NUM_THREADS := 1
 test: lint                ## lint, types, and every test that is not marked slow
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
