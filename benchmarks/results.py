@@ -29,7 +29,7 @@ SEEDS = (0, 1, 2)
 TITLES = {
     "digits": "Handwritten digits (`lamina demo`): 5 tasks of 2 digits, backbone `nano` at 32 px",
     "cifar100": "Split CIFAR-100: 10 tasks of 10 classes, 100 training images per class, backbone `nano` at 32 px",
-    "pacs": "PACS: 4 domains (photo, art painting, cartoon, sketch) of the same 7 classes, 150 training images of each, backbone `nano` at 64 px",
+    "pacs": "PACS: 4 domains (photo, art painting, cartoon, sketch) of 7 classes, 150 images of each, backbone `nano` at 64 px",
     "clinc150": "CLINC150: 10 domains of 15 intents each, 30 training texts per intent, backbone MiniLM-L6",
 }
 METHODS = {

@@ -108,7 +108,7 @@ def evaluate(out: Path, split: Split = "test") -> list[dict[str, Any]]:
         examples = task.split(split)
         if task.name in learnt and len(examples):
             batches = (examples.batch(p) for p in in_order(len(examples), config.evaluation.batch_size))
-            answer = answers(loop.learner, loop.method, batches, task.name)
+            answer = answers(loop.learner, loop.method, batches, task.name, told=setup.stream.tells_task)
             found.append(
                 {
                     "task": task.name,

@@ -53,6 +53,11 @@ class Stream:
     def __getitem__(self, index: int) -> Task:
         return self.tasks[index]
 
+    @property
+    def tells_task(self) -> bool:
+        """Whether a test example comes with the name of its task."""
+        return self.scenario == "task"
+
     def joined(self) -> "Stream":
         """One task with the data of all: what continual learning gives up, and so its ceiling."""
         classes = tuple(dict.fromkeys(label for task in self.tasks for label in task.classes))

@@ -23,7 +23,7 @@ class Answers:
 
     labels_n: Ints
     classes_n: Ints
-    """Class id answered, the task unknown."""
+    """Class id answered: the task unknown, unless the stream tells it."""
     known_task_n: Ints
     """Class id answered if the task were told; -1 where that task has no rows yet."""
     right_task_n: Ints
@@ -38,8 +38,11 @@ class Answers:
         return int((self.known_task_n == self.labels_n).sum())
 
 
-def answers(learner: Learner, method: Method[Any], batches: Iterable[Batch], task: str) -> Answers:
-    """Runs folded. Only after the method has answered are its scores compared with the task's name and the labels."""
+def answers(
+    learner: Learner, method: Method[Any], batches: Iterable[Batch], task: str, *, told: bool = False
+) -> Answers:
+    """Runs folded. Only after the method has answered are its scores compared with the task's name and the labels.
+    told: the task of every example is known when testing (task-incremental streams), so only its own rows compete."""
     classes = list(dict.fromkeys(row.label for row in learner.rows))
     own_r = torch.tensor([row.task == task for row in learner.rows])
     label_r = torch.tensor([row.label for row in learner.rows])
@@ -52,6 +55,8 @@ def answers(learner: Learner, method: Method[Any], batches: Iterable[Batch], tas
             known_b = torch.full_like(classes_b, -1)
             if own_r.any():
                 known_b = label_r[scores_br.masked_fill(~own_r, -torch.inf).argmax(1)]
+            if told:
+                classes_b = known_b
             right_b = own_r[scores_br.argmax(1)].long()
             found.append(tuple(t.numpy() for t in (batch.labels_b, classes_b, known_b, right_b)))
     return Answers(*(np.concatenate(column) for column in zip(*found, strict=True)))
