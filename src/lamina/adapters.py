@@ -1,16 +1,17 @@
 """Branch, LowRank, AdaptedLinear, inject: a frozen linear map plus thin low-rank changes.
 
-    y = W x + b + sum_k up_k (down_k x)
+    y = W x + b + sum_k gain_k up_k (down_k x)
 
-Finished branches are folded into the weight, so only the live ones cost anything. The pristine base is kept, and the
-folded weight is always computed anew from it and the factors, in float32 and in the order the branches were finished:
-folding gives the same bits however often it is done, and can be undone.
+Finished branches are folded into the weight, so only the live ones cost anything; their gain is 1. Experts are finished
+branches that are not folded: they are idle unless a `Mixture` gives each input gains of its own. The pristine base is
+kept, and the folded weight is always computed anew from it and the factors, in float32 and in the order the branches
+were finished: folding gives the same bits however often it is done, and can be undone.
 
-Shape letters: o outputs, i inputs, r rank.
+Shape letters: o outputs, i inputs, r rank, b batch, t tokens, e experts.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -74,12 +75,39 @@ class Finished(NamedTuple):
     rows: Rows
     up_or: Tensor
     down_ri: Tensor
+    folded: bool = True
+    """False for an expert, which changes nothing until a Mixture puts it to work."""
+
+
+Choice = Tensor | Callable[[Tensor], Tensor]
+"""How inputs choose experts: one expert each, positions (b,) with -1 for none; or a function of the layer's input
+(b, t, i) that gives every input a gain for every expert, (b, e)."""
+
+
+class Mixture(NamedTuple):
+    """Experts of one layer at work, each input with its own gains. The factors are in the compute precision."""
+
+    rows: Rows
+    ups_eor: Tensor
+    downs_eri: Tensor
+    choice: Choice
+
+    def change(self, x_bti: Tensor) -> Tensor:
+        """What the experts add to the output, (b, t, o). Of one expert per input only that one is computed."""
+        if isinstance(self.choice, Tensor):
+            any_b, expert_b = (self.choice >= 0).to(x_bti.dtype), self.choice.clamp_min(0)
+            inner_btr = x_bti @ (self.downs_eri[expert_b] * any_b[:, None, None]).mT
+            return inner_btr @ self.ups_eor[expert_b].mT
+        gains_be = self.choice(x_bti).to(x_bti.dtype)
+        inner_bter = torch.einsum("bti,eri->bter", x_bti, self.downs_eri) * gains_be[:, None, :, None]
+        return torch.einsum("bter,eor->bto", inner_bter, self.ups_eor)
 
 
 class AdaptedLinear(nn.Module):
     """A frozen linear map with branches. Its weight is held in the compute precision, its branches in float32.
 
-    Names of branches are unique within one map. `live` are those in training, `finished` those folded.
+    Names of branches are unique within one map. `live` are those in training, `finished` those that are not any more:
+    folded, or experts. `mixtures` are the experts at work now.
     """
 
     weight_oi: Tensor
@@ -94,7 +122,8 @@ class AdaptedLinear(nn.Module):
         self.finished: dict[str, Finished] = {}
         self.live = nn.ModuleDict()
         self.rows: dict[str, Rows] = {}
-        self._folding_live = False
+        self.mixtures: dict[str, Mixture] = {}
+        self._live_apart = True
 
     @property
     def d_out(self) -> int:
@@ -117,29 +146,48 @@ class AdaptedLinear(nn.Module):
         self.live[name] = branch
         self.rows[name] = rows
 
-    def finish(self, name: str) -> None:
-        """End the training of a live branch: keep its factors and fold them."""
+    def finish(self, name: str, *, fold: bool = True) -> None:
+        """End the training of a live branch: keep its factors, and fold them or keep them as an expert."""
         branch = self.live.pop(name)
         assert isinstance(branch, Branch)
         up_or, down_ri = (factor.detach().float().clone() for factor in branch.factors())
-        self.finished[name] = Finished(self.rows.pop(name), up_or, down_ri)
+        self.finished[name] = Finished(self.rows.pop(name), up_or, down_ri, fold)
+        self.refold()
+
+    def drop(self, name: str) -> None:
+        """Take a branch away, live or finished, as if it had never been. Raises KeyError where there is none."""
+        if name in self.live:
+            self.live.pop(name)
+            self.rows.pop(name)
+        else:
+            del self.finished[name]
         self.refold()
 
     def refold(self, *, with_live: bool = False) -> None:
         """Compute the weight in use from the base and the factors: W_0 + sum_k up_k down_k in float32, then rounded."""
-        changes = list(self.finished.values())
+        changes = [change for change in self.finished.values() if change.folded]
         if with_live:
             changes += [Finished(self.rows[n], *b.factors()) for n, b in self.live.items() if isinstance(b, Branch)]
+        self._fold(changes)
+        self._live_apart = not with_live
+
+    def strip(self) -> None:
+        """Back to the bare base, live branches idle too, until the next `refold`."""
+        self._fold([])
+        self._live_apart = False
+
+    def _fold(self, changes: list[Finished]) -> None:
         with torch.no_grad():
             weight_oi = self.base_oi.clone()
-            for rows, up_or, down_ri in changes:
+            for rows, up_or, down_ri, _ in changes:
                 weight_oi[rows.start : rows.stop] += up_or @ down_ri
             self.weight_oi = weight_oi.to(self.weight_oi.dtype)
-        self._folding_live = with_live
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight_oi, self.bias_o)
-        if self._folding_live:
+        for mixture in self.mixtures.values():
+            y = y + F.pad(mixture.change(x), (mixture.rows.start, self.d_out - mixture.rows.stop))
+        if not self._live_apart:
             return y
         for name, branch in self.live.items():
             assert isinstance(branch, Branch)
@@ -158,6 +206,18 @@ def all_folded(layers: Mapping[str, AdaptedLinear]) -> Iterator[None]:
     """While open, live branches are folded too, so that a forward costs what the bare backbone costs. No gradients."""
     for layer in layers.values():
         layer.refold(with_live=True)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.refold()
+
+
+@contextmanager
+def stripped(layers: Mapping[str, AdaptedLinear]) -> Iterator[None]:
+    """While open, the layers are those of the pre-trained model."""
+    for layer in layers.values():
+        layer.strip()
     try:
         yield
     finally:

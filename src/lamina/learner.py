@@ -1,6 +1,7 @@
 """Learner: backbone, adapted layers and head, the only object a method may touch.
 
-Shape letters: b batch, t tokens, d width of the backbone, r rows of the head, o i outputs and inputs of a linear map.
+Shape letters: b batch, t tokens, d width of the backbone, r rows of the head, o i outputs and inputs of a linear map,
+e experts.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina import adapters
-from lamina.adapters import AdaptedLinear, Branch, Finished, Rows
+from lamina.adapters import AdaptedLinear, Branch, Choice, Finished, Mixture, Rows
 from lamina.backbones import Backbone, Site
 from lamina.errors import ConfigError
 from lamina.head import Head, Row
@@ -61,8 +63,25 @@ class Slot:
         prefix = f"{self.site.role}:"
         return {n[len(prefix) :]: f for n, f in self.layer.finished.items() if n.startswith(prefix)}
 
-    def finish(self, name: str) -> None:
-        self.layer.finish(f"{self.site.role}:{name}")
+    def finish(self, name: str, *, fold: bool = True) -> None:
+        self.layer.finish(f"{self.site.role}:{name}", fold=fold)
+
+    def drop(self, name: str) -> None:
+        """Take a branch away, live or finished."""
+        self.layer.drop(f"{self.site.role}:{name}")
+
+    def replace(self, name: str, branch: Branch) -> None:
+        """Put another live branch in the place of this one."""
+        self.drop(name)
+        self.add(name, branch)
+
+    def mixture(self, names: Sequence[str], choice: Choice) -> Mixture:
+        """These experts, ready to be chosen. Experts of smaller rank are filled up with zeros."""
+        found = [self.finished()[name] for name in names]
+        rank, dtype = max(f.down_ri.shape[0] for f in found), self.layer.weight_oi.dtype
+        ups_eor = torch.stack([F.pad(f.up_or, (0, rank - f.up_or.shape[1])) for f in found])
+        downs_eri = torch.stack([F.pad(f.down_ri, (0, 0, 0, rank - f.down_ri.shape[0])) for f in found])
+        return Mixture(self.rows, ups_eor.to(dtype), downs_eri.to(dtype), choice)
 
 
 class Learner:
@@ -135,11 +154,36 @@ class Learner:
         with adapters.all_folded(self.layers), torch.no_grad():
             yield
 
-    def finish(self, name: str) -> None:
-        """End the training of this branch wherever it is live: fold it and keep its factors."""
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """While open, the backbone is the pre-trained one: no branch, live, folded or expert, takes part."""
+        with adapters.stripped(self.layers):
+            yield
+
+    @contextmanager
+    def choosing(self, names: Sequence[str], choices: Tensor | Mapping[str, Choice]) -> Iterator[None]:
+        """While open, these experts are at work in every slot that has them: chosen alike everywhere, or by slot."""
+        try:
+            for slot in self.slots.values():
+                if set(names) <= set(slot.finished()):
+                    choice = choices if isinstance(choices, Tensor) else choices[slot.name]
+                    slot.layer.mixtures[slot.site.role] = slot.mixture(names, choice)
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.mixtures.clear()
+
+    def finish(self, name: str, *, fold: bool = True) -> None:
+        """End the training of this branch wherever it is live: keep its factors, and fold them or keep an expert."""
         for slot in self.slots.values():
             if name in slot.live():
-                slot.finish(name)
+                slot.finish(name, fold=fold)
+
+    def drop(self, name: str) -> None:
+        """Take this branch away wherever it is, live or finished."""
+        for slot in self.slots.values():
+            if name in slot.live() or name in slot.finished():
+                slot.drop(name)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every parameter that learns, by a name that says where it is: `block0.k/task-01/up`, `head/task-01/weight`."""
@@ -159,7 +203,7 @@ class Learner:
         """All that was learnt, by name. With `outline()` it is enough to rebuild the learner from the bare backbone."""
         found: dict[str, Tensor] = {}
         for slot in self.slots.values():
-            for name, (_, up_or, down_ri) in slot.finished().items():
+            for name, (_, up_or, down_ri, _) in slot.finished().items():
                 found |= {f"finished/{slot.name}/{name}/up": up_or, f"finished/{slot.name}/{name}/down": down_ri}
             for name, branch in slot.live().items():
                 for part, value in (branch.trained() | branch.frozen()).items():
@@ -173,7 +217,7 @@ class Learner:
         return {
             "slots": {
                 slot.name: {
-                    "finished": list(slot.finished()),
+                    "finished": {name: {"folded": part.folded} for name, part in slot.finished().items()},
                     "live": {n: {"trained": [*b.trained()], "frozen": [*b.frozen()]} for n, b in slot.live().items()},
                 }
                 for slot in self.slots.values()
@@ -192,10 +236,10 @@ class Learner:
         """Rebuild from what `outline` and `tensors` gave. The learner must be new. Raises KeyError on a missing tensor."""
         for name, saved in outline["slots"].items():
             slot = self.slots[name]
-            for branch in saved["finished"]:
+            for branch, facts in saved["finished"].items():
                 key = f"finished/{name}/{branch}"
                 slot.layer.finished[f"{slot.site.role}:{branch}"] = Finished(
-                    slot.rows, tensors[f"{key}/up"].clone(), tensors[f"{key}/down"].clone()
+                    slot.rows, tensors[f"{key}/up"].clone(), tensors[f"{key}/down"].clone(), facts["folded"]
                 )
             for branch, parts in saved["live"].items():
                 values = {

@@ -40,6 +40,12 @@ class Case:
     """Numbers kept beside the backbone after so many tasks."""
     remembers: bool
     """Whether `memory` holds anything after a task."""
+    revises: tuple[str, ...] = ()
+    """Patterns of tensors that a later task may change although their own task is finished."""
+    more_to_train: Callable[[Learner], int] = lambda _: 0
+    """How many more numbers each task trains than the one before it."""
+    targets: tuple[str, ...] | None = None
+    """The only roles the method can adapt, where it cannot take any."""
 
 
 def head_numbers(learner: Learner) -> int:
@@ -133,7 +139,7 @@ def make_loop(name: str, world: World, folder: Path, *, seed: int = 0, seconds: 
     """A loop as a new process would have it; generators are left in a state of no meaning, which must not matter."""
     make, targets = BACKBONES[world.backbone]
     backbone = make()
-    learner = Learner(backbone, targets, dtype=world.dtype)
+    learner = Learner(backbone, CASES[name].targets or targets, dtype=world.dtype)
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
     return Loop(
         learner=learner,

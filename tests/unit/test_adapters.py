@@ -8,7 +8,7 @@ import torch
 from tests.tiny import noise
 from torch import Tensor, nn
 
-from lamina.adapters import AdaptedLinear, LowRank, Rows, all_folded, inject
+from lamina.adapters import AdaptedLinear, LowRank, Mixture, Rows, all_folded, inject, stripped
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -169,3 +169,75 @@ def test_injection_replaces_a_linear_map_in_place():
         inject(module, "1")
     with pytest.raises(TypeError, match=r"0.inner is a AdaptedLinear"):
         inject(module, "0.inner")
+
+
+# ------------------------------------------------------------------------------------------------------- experts
+
+
+def experts(count: int, rows: Rows | None = None, dtype: torch.dtype = torch.float32) -> tuple[AdaptedLinear, Mixture]:
+    layer = AdaptedLinear(linear(), dtype)
+    rows = rows or Rows(0, 6)
+    for k in range(count):
+        layer.add(f"e{k}", low_rank(f"e{k}", o=rows.stop - rows.start), rows)
+        layer.finish(f"e{k}", fold=False)
+    kept = [layer.finished[f"e{k}"] for k in range(count)]
+    ups_eor, downs_eri = torch.stack([k.up_or for k in kept]), torch.stack([k.down_ri for k in kept])
+    return layer, Mixture(rows, ups_eor.to(dtype), downs_eri.to(dtype), torch.tensor([]))
+
+
+def test_an_expert_is_idle_until_it_is_chosen_and_is_never_folded():
+    layer, _ = experts(2)
+    x_bti = noise((3, 4, 5), "x")
+    assert torch.equal(layer(x_bti), linear()(x_bti))
+    with all_folded({"layer": layer}):
+        assert torch.equal(layer(x_bti), linear()(x_bti))
+
+
+@pytest.mark.parametrize("rows", [Rows(0, 6), Rows(2, 5)], ids=["all rows", "some rows"])
+@pytest.mark.parametrize("folded", [False, True])
+def test_each_input_gets_the_expert_it_chose(rows: Rows, folded: bool):
+    layer, mixture = experts(3, rows)
+    x_bti, choice_b = noise((5, 4, 5), "x"), torch.tensor([2, -1, 0, 0, 1])
+    layer.mixtures["k"] = mixture._replace(choice=choice_b)
+    layer.refold(with_live=folded)
+    for x_ti, choice, y_to in zip(x_bti, choice_b.tolist(), layer(x_bti), strict=True):
+        weight_oi = linear().weight.clone()
+        if choice >= 0:
+            weight_oi[rows.start : rows.stop] += product(low_rank(f"e{choice}", o=rows.stop - rows.start))
+        torch.testing.assert_close(y_to, x_ti @ weight_oi.T + linear().bias)
+
+
+@BOTH
+def test_gains_weigh_the_experts_input_by_input(dtype: torch.dtype):
+    layer, mixture = experts(3, dtype=dtype)
+    x_bti, gains_be = noise((2, 4, 5), "x").to(dtype), torch.tensor([[0.5, 0.0, 2.0], [1.0, 1.0, -1.0]])
+    layer.mixtures["k"] = mixture._replace(choice=lambda x: gains_be)
+    for x_ti, gains_e, y_to in zip(x_bti, gains_be, layer(x_bti), strict=True):
+        change_oi = sum(g * product(low_rank(f"e{k}")) for k, g in enumerate(gains_e))
+        expected_to = x_ti.float() @ (linear().weight + change_oi).T + linear().bias
+        torch.testing.assert_close(y_to.float(), expected_to, atol=1e-5 if dtype == torch.float32 else 0.2, rtol=2e-2)
+        assert y_to.dtype == dtype
+
+
+def test_what_is_dropped_was_never_there():
+    layer, x_bi = AdaptedLinear(linear()), noise((7, 5), "x")
+    layer.add("a", low_rank("a"))
+    layer.finish("a")
+    layer.add("b", low_rank("b"))
+    layer.drop("a")
+    layer.drop("b")
+    assert torch.equal(layer(x_bi), linear()(x_bi))
+    layer.add("b", low_rank("b"))  # the name is free again
+    with pytest.raises(KeyError):
+        layer.drop("a")
+
+
+def test_stripped_layers_are_those_of_the_pre_trained_model():
+    layer, x_bi = AdaptedLinear(linear()), noise((7, 5), "x")
+    layer.add("a", low_rank("a"))
+    layer.finish("a")
+    layer.add("b", low_rank("b"))
+    y_bo = layer(x_bi)
+    with stripped({"layer": layer}):
+        assert torch.equal(layer(x_bi), linear()(x_bi))
+    assert torch.equal(layer(x_bi), y_bo)

@@ -15,14 +15,17 @@ often = settings(deadline=None, max_examples=40, derandomize=True)
 def test_an_epoch_shows_every_example_once(examples: int, size: int, seed: int, task: int, epoch: int):
     steps = steps_per_epoch(examples, size)
     assert (steps - 1) * size < examples <= steps * size
-    batches = [positions_of_step(examples, size, epoch * steps + step, seed=seed, task=task) for step in range(steps)]
+    batches = [
+        positions_of_step(examples, size, epoch * steps + step, seed=seed, task=str(task)) for step in range(steps)
+    ]
     assert sorted(np.concatenate(batches).tolist()) == list(range(examples))
     assert all(len(batch) == size for batch in batches[:-1])
 
 
 def test_every_seed_task_and_epoch_has_an_order_of_its_own_whatever_was_asked_before():
     def order(seed: int, task: int, epoch: int) -> tuple[int, ...]:
-        return tuple(int(i) for s in range(4) for i in positions_of_step(40, 10, 4 * epoch + s, seed=seed, task=task))
+        batches = [positions_of_step(40, 10, 4 * epoch + s, seed=seed, task=f"task {task}") for s in range(4)]
+        return tuple(int(i) for batch in batches for i in batch)
 
     keys = [(seed, task, epoch) for seed in range(3) for task in range(3) for epoch in range(3)]
     forwards = {key: order(*key) for key in keys}

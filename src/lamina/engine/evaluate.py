@@ -54,7 +54,9 @@ def answers(
             classes_b = class_c[class_scores(scores_br, learner.rows, classes).argmax(1)]
             known_b = torch.full_like(classes_b, -1)
             if own_r.any():
-                known_b = label_r[scores_br.masked_fill(~own_r, -torch.inf).argmax(1)]
+                routes = type(method).predict_told is not Method.predict_told
+                told_br = method.predict_told(learner, batch, task) if routes else scores_br
+                known_b = label_r[told_br.masked_fill(~own_r, -torch.inf).argmax(1)]
             if told:
                 classes_b = known_b
             right_b = own_r[scores_br.argmax(1)].long()

@@ -25,7 +25,7 @@ from lamina.engine.evaluate import Answers, answers
 from lamina.engine.order import in_order, positions_of_step, set_torch_seed, steps_per_epoch
 from lamina.errors import CheckpointError, MethodError, TrainingError
 from lamina.learner import Learner
-from lamina.methods.base import Method, Pass
+from lamina.methods.base import Method, Pass, Step
 from lamina.metrics import AccuracyMatrix, negative_flips
 from lamina.streams import Stream
 from lamina.types import Augment, Batch, Examples, Task
@@ -33,7 +33,7 @@ from lamina.types import Augment, Batch, Examples, Task
 Phase = Literal["begin", "train", "end", "evaluate", "done"]
 MOMENTS_EPOCH = {"begin": -1, "end": -2}
 """Augmentation in passes that are not training: epochs of their own."""
-FORMAT = 1
+FORMAT = 2
 """Of what a checkpoint holds. It goes up with every change that an older or newer lamina could not read."""
 LOSS_POINTS = 40
 """How many losses of a task are recorded."""
@@ -134,7 +134,7 @@ class Loop:
             self.save()
 
     def _begin(self, task: Task) -> Position:
-        set_torch_seed(self.seed, "begin", self.position.task)
+        set_torch_seed(self.seed, "begin", task.name)
         self.method.begin(self.learner, task, self._pass("begin", task))
         self.lineage.append(
             {
@@ -160,8 +160,9 @@ class Loop:
             if stopping:
                 raise Interrupted
             epoch = step // per_epoch
-            optim.set_rate(self._optimizer, optim.rate_factor(self.training, epoch))
-            loss = self._step(task, step, epoch, parameters)
+            factor = optim.rate_factor(self.training, epoch)
+            optim.set_rate(self._optimizer, factor)
+            loss = self._step(task, Step(step, steps, self.training.lr * factor), epoch, parameters)
             self.position = Position(self.position.task, "train", step + 1)
             if step % max(1, steps // LOSS_POINTS) == 0 or step == steps - 1:
                 self.losses.append((self.position.task, step, loss))
@@ -170,18 +171,18 @@ class Loop:
         self._optimizer, self._optimizer_state = None, {}
         return Position(self.position.task, "end", steps)
 
-    def _step(self, task: Task, step: int, epoch: int, parameters: Mapping[str, Tensor]) -> float:
+    def _step(self, task: Task, step: Step, epoch: int, parameters: Mapping[str, Tensor]) -> float:
         """One training step; its loss."""
         assert self._optimizer is not None
         size = self.training.batch_size
-        positions = positions_of_step(len(task.train), size, step, seed=self.seed, task=self.position.task)
+        positions = positions_of_step(len(task.train), size, step.done, seed=self.seed, task=task.name)
         batch = task.train.batch(positions, Augment(self.seed, epoch))
-        set_torch_seed(self.seed, "step", self.position.task, step)
+        set_torch_seed(self.seed, "step", task.name, step.done)
         loss = self.method.loss(self.learner, batch, task)
         value = loss.item()
         if not math.isfinite(value):
             raise TrainingError(
-                f"the loss is {value} in task {task.name!r} at step {step + 1}. The last good state is in "
+                f"the loss is {value} in task {task.name!r} at step {step.done + 1}. The last good state is in "
                 f"{self.checkpoints}. A smaller training.lr (now {self.training.lr}) or training.clip=1 usually helps."
             )
         self._optimizer.zero_grad(set_to_none=True)
@@ -190,12 +191,12 @@ class Loop:
         if self.training.clip is not None:
             torch.nn.utils.clip_grad_norm_(parameters.values(), self.training.clip)
         self._optimizer.step()
-        self.method.after_step(self.learner)
+        self.method.after_step(self.learner, step)
         self.clock["examples"] += len(batch)
         return value
 
     def _end(self, task: Task) -> Position:
-        set_torch_seed(self.seed, "end", self.position.task)
+        set_torch_seed(self.seed, "end", task.name)
         self.method.end(self.learner, task, self._pass("end", task))
         return Position(self.position.task, "evaluate")
 

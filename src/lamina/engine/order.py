@@ -1,4 +1,7 @@
-"""The order of everything is a function of (seed, task, epoch, step), so resuming needs integers and no generator state."""
+"""The order of everything is a function of (seed, task, epoch, step), so resuming needs integers and no generator state.
+
+A task is named here, not counted: what is drawn for it does not depend on where in the stream it stands.
+"""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -14,7 +17,7 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
     return -(-examples // batch_size)
 
 
-def positions_of_step(examples: int, batch_size: int, step: int, *, seed: int, task: int) -> Ints:
+def positions_of_step(examples: int, batch_size: int, step: int, *, seed: int, task: str) -> Ints:
     """Positions of the examples of one training step (counted over all epochs of the task). The last batch of an epoch
     may be smaller; every epoch has an order of its own."""
     epoch, batch = divmod(step, steps_per_epoch(examples, batch_size))
@@ -22,8 +25,8 @@ def positions_of_step(examples: int, batch_size: int, step: int, *, seed: int, t
 
 
 @lru_cache(maxsize=2)
-def _order_of_epoch(examples: int, seed: int, task: int, epoch: int) -> Ints:
-    return chance.permutation(examples, seed, task, epoch)
+def _order_of_epoch(examples: int, seed: int, task: str, epoch: int) -> Ints:
+    return chance.permutation(examples, seed, chance.seed_of(task), epoch)
 
 
 def in_order(examples: int, batch_size: int) -> Iterator[Ints]:

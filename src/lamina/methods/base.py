@@ -11,7 +11,7 @@ Shape letters: b batch, r rows of the head.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,17 @@ class Pass(Protocol):
         ...
 
 
+class Step(NamedTuple):
+    """Where training is within a task."""
+
+    done: int
+    """Steps of this task before this one."""
+    total: int
+    """Steps of the task."""
+    rate: float
+    """Learning rate of the adapters in this step."""
+
+
 C = TypeVar("C", bound=MethodConfig)
 
 
@@ -106,7 +117,7 @@ class Method(ABC, Generic[C]):
     def after_backward(self, learner: Learner) -> None:
         """After the gradients are there, before the optimiser's step."""
 
-    def after_step(self, learner: Learner) -> None:
+    def after_step(self, learner: Learner, step: Step) -> None:
         """After the optimiser's step."""
 
     @abstractmethod
@@ -117,6 +128,11 @@ class Method(ABC, Generic[C]):
         """Scores of all rows of the head, (b, r) float32. The score of one example never depends on the others."""
         scores_br: Tensor = learner.head(learner.features(batch))
         return scores_br
+
+    def predict_told(self, learner: Learner, batch: Batch, task: str) -> Tensor:
+        """The scores (b, r) if it were known that all examples are of this task; only that task's rows count. Unless a
+        method does more with the task than choose rows: those of `predict`."""
+        return self.predict(learner, batch)
 
     @abstractmethod
     def memory_bound(self, learner: Learner) -> int:
