@@ -215,14 +215,15 @@ def all_folded(layers: Mapping[str, AdaptedLinear]) -> Iterator[None]:
 
 @contextmanager
 def stripped(layers: Mapping[str, AdaptedLinear]) -> Iterator[None]:
-    """While open, the layers are those of the pre-trained model."""
+    """While open, the layers are those of the pre-trained model; afterwards what they were before, folded or not."""
+    before = [(layer, layer.weight_oi, layer._live_apart) for layer in layers.values()]
     for layer in layers.values():
         layer.strip()
     try:
         yield
     finally:
-        for layer in layers.values():
-            layer.refold()
+        for layer, weight_oi, live_apart in before:
+            layer.weight_oi, layer._live_apart = weight_oi, live_apart
 
 
 def inject(module: nn.Module, path: str, dtype: torch.dtype = torch.float32) -> AdaptedLinear:

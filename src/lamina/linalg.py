@@ -1,7 +1,9 @@
 """Pure functions on matrices, in the precision of their arguments.
 
-Shape letters: d size of the space, k columns of a basis, r rank, n samples, o outputs, i inputs.
+Shape letters: d size of the space, k columns of a basis or centres, r rank, n samples, o outputs, i inputs, m draws.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -49,3 +51,54 @@ def steps_to_reach(values_k: Tensor, start: float, goal: float) -> int:
         return 0
     sums_k = start + torch.cumsum(values_k, 0)
     return min(int((sums_k < goal).sum().item()) + 1, len(values_k))
+
+
+def spread_points(points_nd: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Up to `count` of the points, far from each other: k-means++ (Arthur & Vassilvitskii, 2007), each the best of a few
+    draws as in scikit-learn. Fewer where fewer points are distinct."""
+    first = int(torch.randint(len(points_nd), (1,), generator=generator))
+    chosen, away_n = [first], squares_between(points_nd, points_nd[first])
+    while len(chosen) < count and away_n.max() > 0:
+        sums_n = away_n.cumsum(0)
+        draws_m = torch.rand(2 + int(math.log(count)), generator=generator, dtype=sums_n.dtype) * sums_n[-1]
+        drawn_m = torch.searchsorted(sums_n, draws_m, right=True).clamp_max(len(points_nd) - 1)
+        left_mn = torch.stack([torch.minimum(away_n, squares_between(points_nd, points_nd[m])) for m in drawn_m])
+        best = int(left_mn.sum(1).argmin())
+        chosen.append(int(drawn_m[best]))
+        away_n = left_mn[best]
+    return points_nd[chosen]
+
+
+def squares_between(points_nd: Tensor, point_d: Tensor) -> Tensor:
+    """|x - c|² of every point, (n,): exactly 0 for equal ones."""
+    return (points_nd - point_d).square().sum(1)
+
+
+def nearest(points_nd: Tensor, centres_kd: Tensor) -> Tensor:
+    """Position (n,) of the nearest centre to each point; the first of equals."""
+    return (centres_kd.square().sum(1) - 2 * points_nd @ centres_kd.T).argmin(1)
+
+
+def kmeans(points_nd: Tensor, count: int, generator: torch.Generator, most: int = 300) -> Tensor:
+    """Centres (k, d) float64 by Lloyd's algorithm from `spread_points`, until no point changes its centre or after `most`
+    rounds. k is `count`, or the number of distinct points where that is less."""
+    points_nd = points_nd.double()
+    return lloyd(points_nd, spread_points(points_nd, count, generator), most)
+
+
+def lloyd(points_nd: Tensor, centres_kd: Tensor, most: int = 300) -> Tensor:
+    """Each centre becomes the mean of the points nearest to it, again and again. A centre that no point is nearest to
+    moves to a point that is farthest from its own."""
+    before_n: Tensor | None = None
+    for _ in range(most):
+        nearest_n = nearest(points_nd, centres_kd)
+        if before_n is not None and torch.equal(nearest_n, before_n):
+            break
+        member_nk = F.one_hot(nearest_n, len(centres_kd)).to(points_nd.dtype)
+        counts_k, before_n = member_nk.sum(0), nearest_n
+        empty = counts_k == 0
+        far_n = (points_nd - centres_kd[nearest_n]).square().sum(1)
+        means_kd = member_nk.T @ points_nd / counts_k.clamp_min(1)[:, None]
+        means_kd[empty] = points_nd[far_n.topk(int(empty.sum())).indices]
+        centres_kd = means_kd
+    return centres_kd

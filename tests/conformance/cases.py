@@ -77,6 +77,13 @@ CASES: dict[str, Case] = {
         stored=lambda learner, _: head_numbers(learner),
         remembers=False,
     ),
+    "color": Case(
+        settings={"rank": 3, "clusters": 2},
+        moves=("live/.*/TASK/up", "live/.*/TASK/down", "head/TASK/weight", "head/TASK/bias"),
+        random=True,
+        stored=lambda learner, tasks: tasks * adapter_numbers(learner, 3) + head_numbers(learner),
+        remembers=True,
+    ),
 }
 
 

@@ -102,3 +102,70 @@ def test_steps_to_reach_is_the_loop_it_stands_for(values: list[int], start: int,
         reached += values[steps]
         steps += 1
     assert linalg.steps_to_reach(torch.tensor(values, dtype=torch.float64), start, goal) == steps
+
+
+@st.composite
+def clouds(draw: st.DrawFn) -> tuple[Tensor, int, int]:
+    """Points (n, d) around a few places, some of them equal; how many centres; a seed."""
+    seed, d, places = draw(SEEDS), draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    n = draw(st.integers(1, 40))
+    points_nd = random(seed, places, d)[random(seed + 1, n).abs().mul(7).long() % places] * 3
+    if draw(st.booleans()):
+        points_nd = points_nd + 0.1 * random(seed + 2, n, d)
+    return points_nd, draw(st.integers(1, 7)), seed % 2**31
+
+
+def inertia(points_nd: Tensor, centres_kd: Tensor) -> float:
+    return float((points_nd[:, None] - centres_kd).square().sum(2).amin(1).sum())
+
+
+@often
+@given(clouds())
+def test_kmeans_stands_still_and_is_a_function_of_the_seed(cloud: tuple[Tensor, int, int]):
+    points_nd, count, seed = cloud
+    centres_kd = linalg.kmeans(points_nd, count, torch.Generator().manual_seed(seed))
+    distinct = len(points_nd.unique(dim=0))
+    assert centres_kd.shape == (min(count, distinct), points_nd.shape[1])
+    assert torch.equal(centres_kd, linalg.kmeans(points_nd, count, torch.Generator().manual_seed(seed)))
+    close(linalg.lloyd(points_nd, centres_kd, 1), centres_kd)
+    starts_kd = linalg.spread_points(points_nd, count, torch.Generator().manual_seed(seed))
+    assert len(starts_kd.unique(dim=0)) == len(starts_kd)
+    assert inertia(points_nd, centres_kd) <= inertia(points_nd, starts_kd) + 1e-9
+    if count >= distinct:
+        assert inertia(points_nd, centres_kd) < 1e-18
+
+
+@often
+@given(st.integers(0, 2**31), st.integers(2, 5))
+def test_lloyd_from_the_same_start_is_scikit_learns(seed: int, count: int):
+    from sklearn.cluster import KMeans
+
+    points_nd = random(seed, 60, 3)
+    starts_kd = linalg.spread_points(points_nd, count, torch.Generator().manual_seed(seed))
+    theirs = KMeans(count, init=starts_kd.numpy(), n_init=1, tol=0, max_iter=300).fit(points_nd.numpy())
+    ours_kd = linalg.lloyd(points_nd, starts_kd)
+    assert abs(inertia(points_nd, ours_kd) - theirs.inertia_) < 1e-6 * theirs.inertia_
+    close(ours_kd, torch.from_numpy(theirs.cluster_centers_))
+
+
+def test_kmeans_finds_what_scikit_learn_finds():
+    """Well apart, and over many clouds of no shape not worse on the whole."""
+    from sklearn.cluster import KMeans
+
+    places_kd = 20 * random(0, 5, 8)
+    points_nd = places_kd.repeat(30, 1) + random(1, 150, 8)
+    centres_kd = linalg.kmeans(points_nd, 5, torch.Generator().manual_seed(0))
+    order = torch.cdist(places_kd, centres_kd).argmin(1)
+    assert (centres_kd[order] - places_kd).abs().max() < 1
+    ours, theirs = 0.0, 0.0
+    for seed in range(20):
+        points_nd = random(seed, 80, 4)
+        ours += inertia(points_nd, linalg.kmeans(points_nd, 5, torch.Generator().manual_seed(seed)))
+        theirs += KMeans(5, random_state=seed, n_init=1).fit(points_nd.numpy()).inertia_
+    assert ours < 1.03 * theirs
+
+
+def test_a_centre_that_loses_all_its_points_gets_others():
+    points_nd = torch.tensor([[10.0], [10.1], [15.0], [15.1]], dtype=torch.float64)
+    starts_kd = torch.tensor([[10.05], [19.0], [-9.0]], dtype=torch.float64)  # nothing is nearest to the last
+    assert inertia(points_nd, linalg.lloyd(points_nd, starts_kd)) < 0.006, "of two pairs 0.01, half with a third centre"

@@ -241,3 +241,14 @@ def test_stripped_layers_are_those_of_the_pre_trained_model():
     with stripped({"layer": layer}):
         assert torch.equal(layer(x_bi), linear()(x_bi))
     assert torch.equal(layer(x_bi), y_bo)
+
+
+def test_stripping_while_folded_goes_back_to_folded():
+    layer, x_bi = AdaptedLinear(linear()), noise((7, 5), "x")
+    layer.add("a", low_rank("a"))
+    with all_folded({"layer": layer}):
+        folded_oi, y_bo = layer.weight_oi.clone(), layer(x_bi)
+        with stripped({"layer": layer}):
+            assert torch.equal(layer(x_bi), linear()(x_bi))
+        assert torch.equal(layer.weight_oi, folded_oi)
+        assert torch.equal(layer(x_bi), y_bo), "the live branch is not added twice"

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lamina.methods.base import Method
+from lamina.methods.color import CoLoR
 from lamina.methods.finetune import Finetune
 from lamina.methods.inflora import InfLoRA
 from lamina.methods.prototype import Prototype
@@ -11,4 +12,5 @@ METHODS: dict[str, type[Method[Any]]] = {
     "inflora": InfLoRA,
     "finetune": Finetune,
     "prototype": Prototype,
+    "color": CoLoR,
 }
