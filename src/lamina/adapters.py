@@ -30,9 +30,9 @@ class Branch(nn.Module, ABC):
     def __init__(self, *, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         for name, value in trained.items():
-            self.register_parameter(name, nn.Parameter(value.detach().float().clone()))
+            self.register_parameter(name, nn.Parameter(_own(value)))
         for name, value in (frozen or {}).items():
-            self.register_buffer(name, value.detach().float().clone())
+            self.register_buffer(name, _own(value))
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -43,6 +43,11 @@ class Branch(nn.Module, ABC):
 
     def frozen(self) -> dict[str, Tensor]:
         return dict(self.named_buffers())
+
+
+def _own(value: Tensor) -> Tensor:
+    """A float32 copy, laid out as a restored one would be: products of other layouts differ in their last bits."""
+    return value.detach().float().clone(memory_format=torch.contiguous_format)
 
 
 class LowRank(Branch):
@@ -150,7 +155,7 @@ class AdaptedLinear(nn.Module):
         """End the training of a live branch: keep its factors, and fold them or keep them as an expert."""
         branch = self.live.pop(name)
         assert isinstance(branch, Branch)
-        up_or, down_ri = (factor.detach().float().clone() for factor in branch.factors())
+        up_or, down_ri = (_own(factor) for factor in branch.factors())
         self.finished[name] = Finished(self.rows.pop(name), up_or, down_ri, fold)
         self.refold()
 

@@ -173,6 +173,31 @@ class Learner:
             for layer in self.layers.values():
                 layer.mixtures.clear()
 
+    @contextmanager
+    def per_example(self, name: str, count: int) -> Iterator[dict[str, Tensor]]:
+        """While open, example b of a batch of `count` runs through its own copy b of this live branch. Yields the copies of
+        the factors, `<slot>/up` (b, o, r) and `<slot>/down` (b, r, i): what differentiates a sum over the examples by
+        them is one gradient per example."""
+        resting: dict[str, Branch] = {}
+        copies: dict[str, Tensor] = {}
+        try:
+            for slot in (slot for slot in self.slots.values() if name in slot.live()):
+                resting[slot.name] = slot.live()[name]
+                slot.drop(name)
+                ups_bor, downs_bri = (
+                    factor.detach().repeat(count, 1, 1).requires_grad_() for factor in resting[slot.name].factors()
+                )
+                copies |= {f"{slot.name}/up": ups_bor, f"{slot.name}/down": downs_bri}
+                dtype = slot.layer.weight_oi.dtype
+                slot.layer.mixtures[slot.site.role] = Mixture(
+                    slot.rows, ups_bor.to(dtype), downs_bri.to(dtype), torch.arange(count)
+                )
+            yield copies
+        finally:
+            for slot_name, branch in resting.items():
+                self.slots[slot_name].layer.mixtures.pop(self.slots[slot_name].site.role, None)
+                self.slots[slot_name].add(name, branch)
+
     def finish(self, name: str, *, fold: bool = True) -> None:
         """End the training of this branch wherever it is live: keep its factors, and fold them or keep an expert."""
         for slot in self.slots.values():

@@ -121,6 +121,20 @@ def test_a_branch_keeps_a_copy_in_float32():
     assert [name for name, _ in branch.named_parameters()] == ["up"]
 
 
+def test_how_factors_lie_in_memory_makes_no_bit_of_a_difference():
+    """As after a restart, where all are laid out row by row."""
+    up_or, down_ri = noise((7, 48), "u").T, noise((32, 7), "d").T
+    weights = []
+    for laid_out in (lambda factor: factor, lambda factor: factor.contiguous()):
+        layer = AdaptedLinear(linear(48, 32))
+        branch = LowRank(trained={"up": laid_out(up_or)}, frozen={"down": laid_out(down_ri)})
+        assert all(factor.is_contiguous() for factor in branch.factors())
+        layer.add("a", branch)
+        layer.finish("a")
+        weights.append(layer.weight_oi)
+    assert torch.equal(*weights)
+
+
 @pytest.mark.parametrize(
     ("up", "down", "rows"),
     [((5, 2), (2, 5), None), ((6, 2), (2, 6), None), ((6, 2), (3, 5), None), ((6, 2), (2, 5), Rows(0, 3))],

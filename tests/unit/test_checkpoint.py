@@ -49,6 +49,15 @@ def test_what_is_saved_comes_back(tmp_path: Path):
     assert sorted(path.name for path in folder.iterdir()) == ["000002", "000003"], "the two newest are kept"
 
 
+def test_what_is_saved_comes_back_in_its_order(tmp_path: Path):
+    """The order in which branches were finished decides the last bits of the folded weight."""
+    checkpoint.save(tmp_path, {"state": {"second": {"z": 1, "a": 2}, "first": 3}}, {})
+    loaded = checkpoint.load_newest(tmp_path)
+    assert loaded is not None
+    assert [*loaded.documents["state"]] == ["second", "first"]
+    assert [*loaded.documents["state"]["second"]] == ["z", "a"]
+
+
 def steps_of_a_save(folder: Path) -> list[str]:
     steps: list[str] = []
     checkpoint.save(folder, *content(0), on_step=steps.append)

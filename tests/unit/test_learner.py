@@ -141,6 +141,41 @@ def test_stored_parameters_are_counted_by_hand():
     assert learner.stored_parameters() == (1 + 2 + 3) * per_rank + 4 * (32 + 1)
 
 
+@every_backbone
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_copies_per_example_give_one_gradient_per_example(kind: str, dtype: torch.dtype):
+    learner, x = grown(kind, dtype), batch(kind)
+    outline, weights = learner.outline(), {path: layer.weight_oi.clone() for path, layer in learner.layers.items()}
+    before_bd = learner.features(x).detach()
+    with learner.per_example("live", 5) as copies:
+        after_bd = learner.features(x)
+        gradients = dict(zip(copies, torch.autograd.grad(after_bd.square().sum(), list(copies.values())), strict=True))
+    close = {"atol": 1e-4, "rtol": 1e-3} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.1}
+    torch.testing.assert_close(after_bd.detach(), before_bd, **close)
+    factors = {name.replace("/live/", "/"): p for name, p in learner.trainable().items() if "/live/" in name}
+    factors = {name: factor for name, factor in factors.items() if not name.startswith("head/")}
+    assert copies.keys() == factors.keys()
+    assert learner.outline() == outline
+    assert all(torch.equal(layer.weight_oi, weights[path]) for path, layer in learner.layers.items())
+    assert torch.equal(learner.features(x), before_bd)
+    if dtype == torch.float32:
+        for b in range(5):
+            one = Batch(
+                inputs={part: value[b : b + 1] for part, value in x.inputs.items()}, labels_b=x.labels_b[b : b + 1]
+            )
+            expected = torch.autograd.grad(learner.features(one).square().sum(), list(factors.values()))
+            for name, gradient in zip(factors, expected, strict=True):
+                torch.testing.assert_close(gradients[name][b], gradient, **close)
+
+
+def test_copies_are_gone_after_a_failure():
+    learner = grown("fused")
+    with pytest.raises(RuntimeError, match="4"), learner.per_example("live", 5):
+        learner.features(batch("fused", 4))
+    assert all(not layer.mixtures for layer in learner.layers.values())
+    assert all("live" in slot.live() for slot in learner.slots.values())
+
+
 def test_nothing_is_differentiated_inside_folded():
     learner = grown("vit")
     with learner.folded():
