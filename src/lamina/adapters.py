@@ -13,7 +13,7 @@ Shape letters: o outputs, i inputs, r rank, b batch, t tokens, e experts.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ class Branch(nn.Module, ABC):
     It is built from named tensors, those that are trained and those that are not; saving and restoring a branch is
     therefore the same code for all of them.
     """
+
+    undecayed: ClassVar[tuple[str, ...]] = ()
+    """Trained tensors that weight decay leaves alone."""
 
     def __init__(self, *, trained: Mapping[str, Tensor], frozen: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()

@@ -220,6 +220,15 @@ class Learner:
             found |= {f"head/{task}/{p}": v for p, v in block.named_parameters() if v.requires_grad}
         return found
 
+    def undecayed(self) -> set[str]:
+        """The names, as in `trainable`, of what weight decay leaves alone."""
+        return {
+            f"{slot.name}/{name}/{part}"
+            for slot in self.slots.values()
+            for name, branch in slot.live().items()
+            for part in branch.undecayed
+        }
+
     def stored_parameters(self) -> int:
         """Numbers kept beside the bare backbone: factors of all branches and rows of the head."""
         return sum(tensor.numel() for tensor in self.tensors().values())

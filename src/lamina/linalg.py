@@ -53,6 +53,11 @@ def steps_to_reach(values_k: Tensor, start: float, goal: float) -> int:
     return min(int((sums_k < goal).sum().item()) + 1, len(values_k))
 
 
+def soft_threshold(values: Tensor, threshold: float) -> Tensor:
+    """sign(x) max(|x| - ξ, 0), entry by entry: the z that makes (z - x)² / 2 + ξ |z| smallest."""
+    return values.sign() * (values.abs() - threshold).clamp_min(0)
+
+
 def spread_points(points_nd: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Up to `count` of the points, far from each other: k-means++ (Arthur & Vassilvitskii, 2007), each the best of a few
     draws as in scikit-learn. Fewer where fewer points are distinct."""

@@ -56,6 +56,10 @@ def adapter_numbers(learner: Learner, rank: int) -> int:
     return sum(rank * (slot.d_in + slot.d_out) for slot in learner.slots.values())
 
 
+def finished_numbers(learner: Learner) -> int:
+    return sum(f.up_or.numel() + f.down_ri.numel() for slot in learner.slots.values() for f in slot.finished().values())
+
+
 CASES: dict[str, Case] = {
     "inflora": Case(
         settings={"rank": 3, "epsilon": 0.9},
@@ -83,6 +87,23 @@ CASES: dict[str, Case] = {
         random=True,
         stored=lambda learner, tasks: tasks * adapter_numbers(learner, 3) + head_numbers(learner),
         remembers=True,
+    ),
+    "sora": Case(
+        settings={"rank": 5, "lam": 30, "warmup": 0.5, "gate_start": "normal"},
+        moves=("live/.*/TASK/up", "live/.*/TASK/down", "live/.*/TASK/gate", "head/TASK/weight", "head/TASK/bias"),
+        random=True,
+        stored=lambda learner, _: finished_numbers(learner) + head_numbers(learner),
+        remembers=False,
+    ),
+    "sdlora": Case(
+        settings={"rank": 3},
+        moves=("live/.*/shared/(up|down|scale)", "head/TASK/weight", "head/TASK/bias"),
+        random=True,
+        stored=lambda learner, tasks: (
+            tasks * (adapter_numbers(learner, 3) + len(learner.slots)) + head_numbers(learner)
+        ),
+        remembers=False,
+        more_to_train=lambda learner: len(learner.slots),
     ),
 }
 

@@ -169,3 +169,20 @@ def test_a_centre_that_loses_all_its_points_gets_others():
     points_nd = torch.tensor([[10.0], [10.1], [15.0], [15.1]], dtype=torch.float64)
     starts_kd = torch.tensor([[10.05], [19.0], [-9.0]], dtype=torch.float64)  # nothing is nearest to the last
     assert inertia(points_nd, linalg.lloyd(points_nd, starts_kd)) < 0.006, "of two pairs 0.01, half with a third centre"
+
+
+@often
+@given(st.lists(st.floats(-4, 4), max_size=8), st.floats(0, 3))
+def test_the_soft_threshold_is_the_best_trade_between_staying_and_shrinking(values: list[float], threshold: float):
+    """It makes (z - x)² / 2 + ξ |z| smallest: no worse than any other z, 0 and x among them."""
+    x = torch.tensor(values, dtype=torch.float64)
+
+    def cost(z: Tensor) -> Tensor:
+        return (z - x).square() / 2 + threshold * z.abs()
+
+    found = linalg.soft_threshold(x, threshold)
+    grid = torch.linspace(-5, 5, 101, dtype=torch.float64)[:, None].expand(-1, len(x))
+    others = torch.cat([grid, x[None], 0.99 * found[None]])
+    assert (cost(found) <= cost(others) + 1e-12).all()
+    assert torch.count_nonzero(found[x.abs() <= threshold]) == 0
+    close(found, torch.nn.functional.softshrink(x, threshold))

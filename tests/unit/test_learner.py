@@ -97,6 +97,18 @@ def test_trainable_parameters_have_names_that_say_where_they_are(kind: str):
     assert len({id(value) for value in learner.trainable().values()}) == len(names)
 
 
+def test_a_branch_says_what_weight_decay_leaves_alone():
+    class Steady(LowRank):
+        undecayed = ("down",)
+
+    learner = Learner(tiny_fused_vit(), ("q", "v"), blocks=(1,))
+    for slot, kind in zip(learner.slots.values(), (Steady, LowRank), strict=True):
+        slot.add("a", kind(trained=branch(slot, "a").trained() | branch(slot, "a").frozen()))
+    assert learner.undecayed() == {"block1.q/a/down"} <= learner.trainable().keys()
+    learner.finish("a")
+    assert learner.undecayed() == set()
+
+
 @every_backbone
 def test_slots_of_one_group_read_the_same_input(kind: str):
     learner = Learner(MAKERS[kind](), ("q", "k", "v", "fc1"))

@@ -98,6 +98,25 @@ def test_the_head_has_a_rate_of_its_own():
     assert [group["lr"] for group in same.param_groups] == [0.1, 0.1]
 
 
+@pytest.mark.parametrize("kind", ["adam", "adamw", "sgd"])
+def test_what_is_named_is_not_decayed_and_trained_like_the_others(kind: str):
+    config = TrainingConfig(optimizer=kind, weight_decay=0.5, lr=0.1, head_lr=0.4)
+    found, all_decayed, none_decayed = parameters(), parameters(), parameters()
+    optimizer = make_optimizer(found, config, {"block0.k/t/down", "block9.k/t/gate"})
+    assert [(g["base_lr"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups] == [
+        (0.1, 0.5, 1),
+        (0.4, 0.5, 1),
+        (0.1, 0.0, 1),
+    ]
+    steps(found, optimizer, range(3))
+    steps(all_decayed, make_optimizer(all_decayed, config), range(3))
+    steps(none_decayed, make_optimizer(none_decayed, config.model_copy(update={"weight_decay": 0.0})), range(3))
+    for name in NAMES:
+        like = none_decayed if name == "block0.k/t/down" else all_decayed
+        assert torch.equal(found[name], like[name]), name
+        assert not torch.equal(all_decayed[name], none_decayed[name]), name
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)]
 )

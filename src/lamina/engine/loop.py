@@ -147,7 +147,7 @@ class Loop:
 
     def _train(self, task: Task) -> Position:
         parameters = self.learner.trainable()
-        self._optimizer = optim.make_optimizer(parameters, self.training)
+        self._optimizer = optim.make_optimizer(parameters, self.training, self.learner.undecayed())
         optim.restore_optimizer(self._optimizer, parameters, self._optimizer_state)
         per_epoch, steps = steps_per_epoch(len(task.train), self.training.batch_size), self._steps(task)
         since = time.perf_counter()

@@ -1,7 +1,7 @@
 """Optimisers and learning-rate schedules of the papers, started afresh with every task."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +9,22 @@ from torch import Tensor, nn
 from lamina.config import TrainingConfig
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    """Two groups: the head (names starting with `head/`) and everything else, each with its base rate as `base_lr`."""
-    head = [p for name, p in parameters.items() if name.startswith("head/")]
-    rest = [p for name, p in parameters.items() if not name.startswith("head/")]
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], config: TrainingConfig, undecayed: Collection[str] = ()
+) -> torch.optim.Optimizer:
+    """Up to three groups: the adapters, the head (names starting with `head/`), and what weight decay leaves alone (by
+    name); each with its base rate as `base_lr`."""
+    head = {name for name in parameters if name.startswith("head/")}
     head_lr = config.head_lr if config.head_lr is not None else config.lr
     groups = [
-        {"params": params, "lr": lr, "base_lr": lr} for params, lr in ((rest, config.lr), (head, head_lr)) if params
+        {"params": [parameters[name] for name in parameters if name in names], "lr": lr, "base_lr": lr} | decay
+        for names, lr, decay in (
+            (parameters.keys() - head - set(undecayed), config.lr, {}),
+            (head, head_lr, {}),
+            (undecayed, config.lr, {"weight_decay": 0.0}),
+        )
     ]
+    groups = [group for group in groups if group["params"]]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW

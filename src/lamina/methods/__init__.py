@@ -7,10 +7,14 @@ from lamina.methods.color import CoLoR
 from lamina.methods.finetune import Finetune
 from lamina.methods.inflora import InfLoRA
 from lamina.methods.prototype import Prototype
+from lamina.methods.sdlora import SDLoRA
+from lamina.methods.sora import SoRA
 
 METHODS: dict[str, type[Method[Any]]] = {
     "inflora": InfLoRA,
     "finetune": Finetune,
     "prototype": Prototype,
     "color": CoLoR,
+    "sora": SoRA,
+    "sdlora": SDLoRA,
 }

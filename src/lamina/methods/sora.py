@@ -1,0 +1,172 @@
+"""SoRA: sparse low-rank adaptation (Ding et al., EMNLP 2023, arXiv 2311.11696), one adapter per task of a stream.
+
+    h = W x + s W_u (g ⊙ (W_d x))                                   W_u, W_d and the gate g are trained
+    g <- T_ξ(g - step of the optimiser),  T_ξ(z) = sign(z) max(|z| - ξ, 0),  ξ = η λ       after every step
+    end of a task: the ranks with g = 0 are cut out, the gate goes into W_u, and the plain LoRA that is left is folded
+
+T_ξ is the proximal step of λ ‖g‖₁ at learning rate η: a gate that the loss does not hold up reaches exactly 0.
+
+    paper   here                                       shape
+    W_d     down (trained)                             (r, i)
+    W_u     up (trained, starts 0)                     (o, r)
+    g       gate (trained, starts 1)                   (r,)
+    s       scale (frozen)                             ()       alpha / r
+    r_max   rank
+    η_t λ   the threshold of `soft_threshold`: the step's rate times `lam`
+
+The paper fine-tunes on one task; one fresh gated adapter per task, folded at its end, is how it is used on a stream here.
+At a task's start up is 0, so no gradient reaches the gate and only the threshold acts: hence `warmup`.
+
+Shape letters: o outputs, i inputs, r rank.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from lamina.adapters import Branch, LowRank
+from lamina.chance import seed_of
+from lamina.learner import Learner
+from lamina.linalg import soft_threshold
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Step, local_cross_entropy
+from lamina.types import Batch, Task
+
+
+class SoRAConfig(MethodConfig):
+    rank: int = Field(8, ge=1)
+    """r_max: rank of each task's adapter in every adapted map, before ranks are cut out."""
+    scale: float = Field(2.0, gt=0)
+    """s = alpha / r: factor of the adapter; 2 in the released scripts."""
+    lam: float = Field(2.0, ge=0)
+    """λ: strength of the sparsity. A gate that the loss leaves alone falls by λ times the sum of the task's learning rates."""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of a task's steps before the threshold acts, so that up has left 0 and the loss can hold gates up."""
+    levels: int = Field(1, ge=1)
+    """The sparsifying schedule: after the warm-up λ rises to its full value in this many equal stages; 1 is none."""
+    operator: Literal["prox", "released"] = "prox"
+    """The soft threshold (prox), or the released code's, which also zeroes what is left below the threshold."""
+    threshold: Literal["rate", "constant"] = "rate"
+    """ξ is the step's learning rate times lam (rate), or lam itself as in the released code (constant; 3e-4 there)."""
+    gate_start: Literal["ones", "normal"] = "ones"
+    """Gates start at 1, or are drawn from the standard normal as in the released code."""
+    penalty: float = Field(0.0, ge=0)
+    """Weight of the mean of |g| in the loss, which the released code adds to the threshold (10 there); 0 is none."""
+
+
+class Gated(Branch):
+    """A low-rank change with a factor per rank; weight decay leaves the gate to the threshold."""
+
+    up: Tensor
+    gate: Tensor
+    down: Tensor
+    scale: Tensor
+    undecayed = ("gate",)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.up * (self.scale * self.gate), self.down
+
+
+class SoRA(Method[SoRAConfig]):
+    name = "sora"
+    advice = (
+        "Ranks that follow need: each task's adapter starts wide, and the ranks its loss does not hold up are cut out."
+    )
+    paper = Paper(
+        title="Sparse Low-rank Adaptation of Pre-trained Language Models",
+        authors="Ding et al.",
+        venue="EMNLP 2023",
+        link="https://arxiv.org/abs/2311.11696",
+        departures=(
+            Departure(
+                what="a value shrunk into (-ξ, ξ) is then zeroed, so that the dead zone is 2ξ",
+                whose="released code",
+                switch="operator",
+            ),
+            Departure(
+                what="the threshold is constant, not multiplied by the learning rate",
+                whose="released code",
+                switch="threshold",
+            ),
+            Departure(
+                what="the mean of |g| over all gates is in the loss too", whose="released code", switch="penalty"
+            ),
+            Departure(what="gates start at standard normal draws", whose="released code", switch="gate_start"),
+            Departure(
+                what="the schedule's stages have a learning rate that has reached 0 already", whose="released code"
+            ),
+            Departure(what="zero gates are counted, but never cut out", whose="released code"),
+            Departure(what="an adapter per task, folded when the task ends", whose="ours"),
+            Departure(what="the threshold does not act in the first steps of a task", whose="ours", switch="warmup"),
+            Departure(what="the schedule keeps the last model only, not one per stage", whose="ours", switch="levels"),
+        ),
+    )
+    needs = Needs(growth="every task, in every adapted map, the ranks that its loss held up: at most `rank`")
+    config_type = SoRAConfig
+    branch_type = Gated
+
+    def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
+        learner.head.freeze()
+        learner.head.add(task.name, task.classes)
+        for slot in learner.slots.values():
+            generator = torch.Generator().manual_seed(seed_of("sora", torch.initial_seed(), slot.name))
+            fresh = LowRank.fresh(slot.d_out, slot.d_in, self.config.rank, generator)
+            drawn_r = torch.randn(self.config.rank, generator=generator)
+            gate_r = torch.ones(self.config.rank) if self.config.gate_start == "ones" else drawn_r
+            scale = torch.tensor(self.config.scale)
+            slot.add(task.name, Gated(trained=fresh.trained() | {"gate": gate_r}, frozen={"scale": scale}))
+
+    def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
+        fitting = local_cross_entropy(learner, batch, task)
+        if self.config.penalty == 0:
+            return fitting
+        gates = torch.cat([branch.gate for branch in gated(learner)])
+        return fitting + self.config.penalty * gates.abs().mean()
+
+    def after_step(self, learner: Learner, step: Step) -> None:
+        config = self.config
+        lam = strength(config.lam, step.done, step.total, config.warmup, config.levels)
+        threshold = lam * step.rate if config.threshold == "rate" else lam
+        shrink = soft_threshold if config.operator == "prox" else released_threshold
+        with torch.no_grad():
+            for branch in gated(learner):
+                branch.gate.copy_(shrink(branch.gate, threshold))
+
+    def end(self, learner: Learner, task: Task, batches: Pass) -> None:
+        for slot in learner.slots.values():
+            branch = slot.live()[task.name]
+            assert isinstance(branch, Gated)
+            slot.replace(task.name, pruned(branch))
+        learner.finish(task.name)
+        learner.head.freeze()
+
+    def memory_bound(self, learner: Learner) -> int:
+        return 0
+
+
+def gated(learner: Learner) -> list[Gated]:
+    """The gated branches in training, one per slot."""
+    return [b for slot in learner.slots.values() for b in slot.live().values() if isinstance(b, Gated)]
+
+
+def strength(lam: float, done: int, total: int, warmup: float, levels: int) -> float:
+    """λ after `done` of `total` steps: 0 during the warm-up, then λ/k, 2λ/k, ..., λ in k stages of equal length."""
+    start = int(warmup * total)
+    if done < start:
+        return 0.0
+    stage = (done - start) * levels // (total - start)
+    return lam * (stage + 1) / levels
+
+
+def released_threshold(gate_r: Tensor, threshold: float) -> Tensor:
+    """The released code's masks, applied one after the other: 0 wherever |g| < 2ξ, else the soft threshold."""
+    shrunk_r = soft_threshold(gate_r, threshold)
+    return torch.where(shrunk_r.abs() < threshold, 0, shrunk_r)
+
+
+def pruned(branch: Gated) -> LowRank:
+    """The same change without the ranks whose gate is 0; there may be none left."""
+    up_or, down_ri = branch.factors()
+    kept_r = branch.gate != 0
+    return LowRank(trained={}, frozen={"up": up_or[:, kept_r], "down": down_ri[kept_r]})
