@@ -58,6 +58,36 @@ def soft_threshold(values: Tensor, threshold: float) -> Tensor:
     return values.sign() * (values.abs() - threshold).clamp_min(0)
 
 
+def factors_of(matrix_oi: Tensor) -> tuple[Tensor, Tensor]:
+    """up (o, r) and down (r, i) with up @ down = X to the rounding of float32: r is the rank, counted to that rounding, but
+    at least 1."""
+    left_ok, values_k, right_ki = torch.linalg.svd(matrix_oi, full_matrices=False)
+    rank = max(1, int((values_k > torch.finfo(torch.float32).eps * values_k[0]).sum()))
+    roots_r = values_k[:rank].sqrt()
+    return left_ok[:, :rank] * roots_r, roots_r[:, None] * right_ki[:rank]
+
+
+def trim(matrix_oi: Tensor, density: float) -> Tensor:
+    """Only this share of the entries is left, those of largest magnitude (at least one); the others are zero."""
+    kept = matrix_oi.abs().flatten().topk(max(1, round(density * matrix_oi.numel()))).indices
+    mask = torch.zeros(matrix_oi.numel(), dtype=matrix_oi.dtype).index_fill_(0, kept, 1)
+    return matrix_oi * mask.view_as(matrix_oi)
+
+
+def drop_and_rescale(matrix_oi: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """Every entry is left with probability `density` and divided by it, so that its mean is what it was (DARE)."""
+    kept_oi = torch.rand(matrix_oi.shape, generator=generator) < density
+    return matrix_oi * kept_oi / density
+
+
+def agreeing_mean(matrices_noi: Tensor) -> Tensor:
+    """Per entry: the sign of the sum is elected (plus where that is 0), and the mean taken of the n entries with that sign;
+    zeros have none (TIES)."""
+    elected_oi = torch.where(matrices_noi.sum(0) >= 0, 1, -1)
+    agree_noi = matrices_noi.sign() == elected_oi
+    return (matrices_noi * agree_noi).sum(0) / agree_noi.sum(0).clamp_min(1)
+
+
 def spread_points(points_nd: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Up to `count` of the points, far from each other: k-means++ (Arthur & Vassilvitskii, 2007), each the best of a few
     draws as in scikit-learn. Fewer where fewer points are distinct."""

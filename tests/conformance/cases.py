@@ -52,6 +52,11 @@ def head_numbers(learner: Learner) -> int:
     return len(learner.rows) * (learner.backbone.width + 1)
 
 
+def merged_numbers(learner: Learner, rank: int) -> int:
+    """A change of this rank in every map, or of full rank where that is less."""
+    return sum(min(rank, slot.d_in, slot.d_out) * (slot.d_in + slot.d_out) for slot in learner.slots.values())
+
+
 def adapter_numbers(learner: Learner, rank: int) -> int:
     return sum(rank * (slot.d_in + slot.d_out) for slot in learner.slots.values())
 
@@ -80,6 +85,23 @@ CASES: dict[str, Case] = {
         random=False,
         stored=lambda learner, _: head_numbers(learner),
         remembers=False,
+    ),
+    "taskarithmetic": Case(
+        settings={"rank": 3, "memory_per_class": 2, "memory_rank": 2, "memory_epochs": 2, "memory_batch": 5},
+        moves=("live/.*/TASK/up", "live/.*/TASK/down", "head/TASK/weight", "head/TASK/bias"),
+        revises=("finished/.*/(merged|memory)/.*", "head/.*"),
+        random=True,
+        stored=lambda learner, tasks: (
+            merged_numbers(learner, 3 * tasks) + adapter_numbers(learner, 2) + head_numbers(learner)
+        ),
+        remembers=True,
+    ),
+    "ewc": Case(
+        settings={"rank": 3, "fisher_samples": 10},
+        moves=("live/.*/shared/up", "live/.*/shared/down", "head/TASK/weight", "head/TASK/bias"),
+        random=True,
+        stored=lambda learner, _: adapter_numbers(learner, 3) + head_numbers(learner),
+        remembers=True,
     ),
     "color": Case(
         settings={"rank": 3, "clusters": 2},

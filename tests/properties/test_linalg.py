@@ -186,3 +186,59 @@ def test_the_soft_threshold_is_the_best_trade_between_staying_and_shrinking(valu
     assert (cost(found) <= cost(others) + 1e-12).all()
     assert torch.count_nonzero(found[x.abs() <= threshold]) == 0
     close(found, torch.nn.functional.softshrink(x, threshold))
+
+
+# ----------------------------------------------------------------------------------------------------- merged changes
+
+
+@often
+@given(SIZES, SIZES, st.integers(0, 9), SEEDS)
+def test_factors_rebuild_the_matrix_with_its_rank(o: int, i: int, k: int, seed: int):
+    matrix_oi = random(seed, o, k) @ random(seed + 1, k, i)
+    up_or, down_ri = linalg.factors_of(matrix_oi)
+    rank = int(torch.linalg.matrix_rank(matrix_oi)) if k else 0
+    assert (up_or.shape, down_ri.shape) == ((o, max(1, rank)), (max(1, rank), i))
+    torch.testing.assert_close(up_or @ down_ri, matrix_oi, atol=2e-6 * float(matrix_oi.norm()), rtol=0)
+    close(up_or.norm(), down_ri.norm())
+
+
+DENSITIES = st.floats(0.01, 1)
+
+
+@often
+@given(SIZES, SIZES, DENSITIES, SEEDS)
+def test_trimming_keeps_the_largest_entries_as_they_are(o: int, i: int, density: float, seed: int):
+    matrix_oi = random(seed, o, i)
+    trimmed_oi = linalg.trim(matrix_oi, density)
+    kept_oi = trimmed_oi != 0
+    assert int(kept_oi.sum()) == max(1, round(density * o * i))
+    assert torch.equal(trimmed_oi[kept_oi], matrix_oi[kept_oi])
+    if not kept_oi.all():
+        assert matrix_oi[kept_oi].abs().min() > matrix_oi[~kept_oi].abs().max()
+    assert torch.equal(linalg.trim(matrix_oi, 1.0), matrix_oi)
+    assert torch.equal(linalg.trim(torch.zeros(o, i), density), torch.zeros(o, i))
+
+
+@often
+@given(st.floats(0.1, 1), SEEDS)
+def test_what_is_not_dropped_is_rescaled_so_that_the_mean_stays(density: float, seed: int):
+    matrix_oi = torch.ones(40, 50, dtype=torch.float64)
+    left_oi = linalg.drop_and_rescale(matrix_oi, density, torch.Generator().manual_seed(seed))
+    close(left_oi[left_oi != 0], torch.full((int((left_oi != 0).sum()),), 1 / density, dtype=torch.float64))
+    assert abs(float(left_oi.mean()) - 1) < 5 * ((1 / density - 1) / 2000) ** 0.5 + 1e-9
+    assert torch.equal(left_oi, linalg.drop_and_rescale(matrix_oi, density, torch.Generator().manual_seed(seed)))
+    close(linalg.drop_and_rescale(matrix_oi, 1.0, torch.Generator().manual_seed(seed)), matrix_oi)
+
+
+@often
+@given(st.lists(st.lists(st.integers(-3, 3), min_size=4, max_size=4), min_size=1, max_size=5))
+def test_the_agreeing_mean_is_the_loop_it_stands_for(entries: list[list[int]]):
+    found = linalg.agreeing_mean(torch.tensor(entries, dtype=torch.float64).view(len(entries), 2, 2))
+    expected = []
+    for column in zip(*entries, strict=True):
+        sign = 1 if sum(column) >= 0 else -1
+        agreeing = [x for x in column if x * sign > 0]
+        expected.append(sum(agreeing) / len(agreeing) if agreeing else 0.0)
+    close(found.flatten(), torch.tensor(expected, dtype=torch.float64))
+    same = torch.tensor(entries[:1], dtype=torch.float64).view(1, 2, 2)
+    close(linalg.agreeing_mean(same.repeat(3, 1, 1)), same[0])

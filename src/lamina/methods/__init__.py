@@ -4,16 +4,20 @@ from typing import Any
 
 from lamina.methods.base import Method
 from lamina.methods.color import CoLoR
+from lamina.methods.ewc import EWC
 from lamina.methods.finetune import Finetune
 from lamina.methods.inflora import InfLoRA
 from lamina.methods.prototype import Prototype
 from lamina.methods.sdlora import SDLoRA
 from lamina.methods.sora import SoRA
+from lamina.methods.taskarithmetic import TaskArithmetic
 
 METHODS: dict[str, type[Method[Any]]] = {
     "inflora": InfLoRA,
     "finetune": Finetune,
     "prototype": Prototype,
+    "taskarithmetic": TaskArithmetic,
+    "ewc": EWC,
     "color": CoLoR,
     "sora": SoRA,
     "sdlora": SDLoRA,

@@ -1,0 +1,137 @@
+"""Elastic weight consolidation on adapters (Kirkpatrick et al., PNAS 2017, arXiv 1612.00796), one LoRA chain.
+
+    L(θ) = CE of the task's own rows + λ/2 Σ_j F_j (θ_j - θ*_j)²            from the second task on
+    F = Σ_t F^t,   F^t_j = 1/n Σ_i (∂ log p(y_i | x_i) / ∂θ_j)²             after every task, one gradient per example
+    θ* = the factors as the last task left them
+
+    paper   here                                                   shape
+    θ       factors of the branch "shared" of every slot           up (o, r), down (r, i)
+    F       in memory as `fisher/<slot>/up`, `fisher/<slot>/down`  of θ
+    θ*      in memory as `anchor/<slot>/up`, `anchor/<slot>/down`  of θ
+    λ       strength
+
+F is the square of each example's gradient, averaged: never the square of an averaged gradient, which shrinks with the
+size of the batch. It is taken on the factors, so it depends on how a change is split into them: it is not a Fisher of
+the change up @ down itself.
+
+Shape letters: o outputs, i inputs, r rank, b batch, c classes of the task, n examples.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from lamina.adapters import LowRank
+from lamina.chance import seed_of, uniform
+from lamina.learner import Learner
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, local_cross_entropy, row_labels
+from lamina.types import Batch, Task
+
+SHARED = "shared"
+TOGETHER = 32
+"""How many examples' gradients are computed in one pass."""
+
+
+class EWCConfig(MethodConfig):
+    rank: int = Field(10, ge=1)
+    """Rank of the one adapter in every adapted linear map."""
+    strength: float = Field(1e4, ge=0)
+    """λ: weight of the penalty. 0 is sequential LoRA."""
+    fisher: Literal["true", "empirical"] = "true"
+    """Whose label the likelihood is of: one drawn from the model's own answer (true Fisher), or the given one (empirical)."""
+    fisher_samples: int = Field(200, ge=1)
+    """Training examples of each task the Fisher is estimated on, spread evenly over them; all, where there are fewer."""
+
+
+class EWC(Method[EWCConfig]):
+    name = "ewc"
+    advice = "Constant memory and no stored samples: one adapter, held where old tasks are sensitive to it."
+    paper = Paper(
+        title="Overcoming catastrophic forgetting in neural networks",
+        authors="Kirkpatrick et al.",
+        venue="PNAS 2017",
+        link="https://arxiv.org/abs/1612.00796",
+        departures=(
+            Departure(
+                what="only low-rank factors are trained and penalised, not the weights", whose="ours", switch="rank"
+            ),
+            Departure(
+                what="one penalty around the last task's factors with the sum of all Fishers, not one penalty per task",
+                whose="ours",
+            ),
+            Departure(what="each task has rows of the head of its own, which later tasks do not train", whose="ours"),
+            Departure(what="the Fisher is estimated on some of the examples", whose="ours", switch="fisher_samples"),
+        ),
+    )
+    needs = Needs(growth="two copies of the adapter's size however many the tasks, the head by a row per class")
+    config_type = EWCConfig
+
+    def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
+        learner.head.freeze()
+        learner.head.add(task.name, task.classes)
+        for slot in learner.slots.values():
+            if SHARED not in slot.live():
+                # The start of sequential LoRA, bit for bit: with λ = 0 this is that.
+                generator = torch.Generator().manual_seed(seed_of("finetune", torch.initial_seed(), slot.name))
+                slot.add(SHARED, LowRank.fresh(slot.d_out, slot.d_in, self.config.rank, generator))
+
+    def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
+        fitting = local_cross_entropy(learner, batch, task)
+        if self.config.strength == 0 or not self.memory:
+            return fitting
+        return fitting + self.config.strength / 2 * distance(shared(learner), self.memory)
+
+    def end(self, learner: Learner, task: Task, batches: Pass) -> None:
+        learner.head.freeze()
+        for name, new in self.fisher(learner, task).items():
+            old = self.memory.get(f"fisher/{name}")
+            self.memory[f"fisher/{name}"] = new if old is None else old + new
+        self.memory |= {f"anchor/{name}": factor.detach().clone() for name, factor in shared(learner).items()}
+
+    def fisher(self, learner: Learner, task: Task) -> dict[str, Tensor]:
+        """Diagonal Fisher of the shared factors on this task's data, by the names of `shared`."""
+        count = min(len(task.train), self.config.fisher_samples)
+        positions_n = np.arange(count) * len(task.train) // count
+        seed, sums = seed_of("fisher", torch.initial_seed()), dict[str, Tensor]()
+        for start in range(0, count, TOGETHER):
+            chosen_b = positions_n[start : start + TOGETHER]
+            batch = task.train.batch(chosen_b)
+            with learner.per_example(SHARED, len(batch)) as copies:
+                log_bc = F.log_softmax(learner.task_logits(batch, task.name), 1)
+                labels_b = row_labels(task, batch.labels_b)
+                if self.config.fisher == "true":
+                    labels_b = drawn(log_bc, torch.from_numpy(uniform(task.train.rows_n[chosen_b], seed)))
+                likelihood = log_bc.gather(1, labels_b[:, None]).sum()
+                gradients = torch.autograd.grad(likelihood, list(copies.values()))
+            for name, gradient in zip(copies, gradients, strict=True):
+                squares = gradient.square().sum(0)
+                sums[name] = sums[name] + squares if name in sums else squares
+        return {name: total / count for name, total in sums.items()}
+
+    def memory_bound(self, learner: Learner) -> int:
+        return sum(2 * 4 * self.config.rank * (slot.d_in + slot.d_out) for slot in learner.slots.values())
+
+
+def shared(learner: Learner) -> dict[str, Tensor]:
+    """The factors of the one adapter, by `<slot>/up` and `<slot>/down`."""
+    return {
+        f"{slot.name}/{part}": value
+        for slot in learner.slots.values()
+        for part, value in slot.live()[SHARED].trained().items()
+    }
+
+
+def distance(factors: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> Tensor:
+    """Σ_j F_j (θ_j - θ*_j)²."""
+    parts = [(memory[f"fisher/{k}"] * (v - memory[f"anchor/{k}"]).square()).sum() for k, v in factors.items()]
+    return torch.stack(parts).sum()
+
+
+def drawn(log_bc: Tensor, uniform_b: Tensor) -> Tensor:
+    """One label (b,) per row of log-probabilities, drawn by inverting its distribution at uniform numbers."""
+    return (log_bc.detach().double().exp().cumsum(1) < uniform_b[:, None]).sum(1).clamp_max(log_bc.shape[1] - 1)
