@@ -127,6 +127,20 @@ CASES: dict[str, Case] = {
         remembers=False,
         more_to_train=lambda learner: len(learner.slots),
     ),
+    "clora": Case(
+        settings={"rank": 3},
+        moves=("live/.*/shared/(a|delta|b)", "head/TASK/weight", "head/TASK/bias"),
+        random=True,
+        stored=lambda learner, _: adapter_numbers(learner, 3) + 9 * len(learner.slots) + head_numbers(learner),
+        remembers=False,
+    ),
+    "olora": Case(
+        settings={"rank": 3, "shrinkage": 0.01, "alpha": 6},
+        moves=("live/.*/TASK/up", "live/.*/TASK/down", "head/TASK/weight", "head/TASK/bias"),
+        random=True,
+        stored=lambda learner, tasks: tasks * adapter_numbers(learner, 3) + head_numbers(learner),
+        remembers=False,
+    ),
 }
 
 

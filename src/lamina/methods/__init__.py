@@ -3,10 +3,12 @@
 from typing import Any
 
 from lamina.methods.base import Method
+from lamina.methods.clora import CLoRA
 from lamina.methods.color import CoLoR
 from lamina.methods.ewc import EWC
 from lamina.methods.finetune import Finetune
 from lamina.methods.inflora import InfLoRA
+from lamina.methods.olora import OLoRA
 from lamina.methods.prototype import Prototype
 from lamina.methods.sdlora import SDLoRA
 from lamina.methods.sora import SoRA
@@ -21,4 +23,6 @@ METHODS: dict[str, type[Method[Any]]] = {
     "color": CoLoR,
     "sora": SoRA,
     "sdlora": SDLoRA,
+    "clora": CLoRA,
+    "olora": OLoRA,
 }
