@@ -44,6 +44,7 @@ def ranks(learner: Learner) -> list[int]:
 
 def begun(folder: Path, **settings: Any) -> Loop:
     loop = make_loop(folder, **settings)
+    torch.manual_seed(0)
     loop.method.begin(loop.learner, loop.stream[0], loop._pass("begin", loop.stream[0]))
     return loop
 
@@ -53,7 +54,7 @@ def begun(folder: Path, **settings: Any) -> Loop:
 
 def proximal(gate: float, threshold: float) -> float:
     """The best of a fine grid: argmin_z (z - g)² / 2 + ξ |z|."""
-    grid = np.append(np.linspace(-3, 3, 600_001), 0.0)
+    grid = np.append(np.linspace(gate - 1, gate + 1, 200_001), 0.0)
     return float(grid[np.argmin((grid - gate) ** 2 / 2 + threshold * np.abs(grid))])
 
 
