@@ -282,6 +282,16 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def content_hash(name: str) -> str:
+    """Of everything that is read from a named backbone: its weights, and the settings and tokenizer beside them."""
+    folder, files = _locate(name)
+    digest = hashlib.sha256(tensors_hash(_read(files)).encode())
+    for file in sorted(_HUB_FILES):
+        if "safetensors" not in file and (folder / file).is_file():
+            digest.update(f"|{file}|".encode() + hashlib.sha256((folder / file).read_bytes()).digest())
+    return digest.hexdigest()
+
+
 # ---------------------------------------------------------------------------------------------- files
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")

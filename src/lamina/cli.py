@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lamina import __version__
 from lamina.errors import LaminaError, RunError
-from lamina.progress import Watcher
+from lamina.progress import GridWatcher, Watcher
 
 if TYPE_CHECKING:
     from lamina.config import RunConfig
@@ -214,6 +214,76 @@ def report_command(
     page = out or (directories[0] / "report.html" if len(directories) == 1 else Path("report.html"))
     written = report.write([report.read_record(directory) for directory in directories], page)
     print(f"Open the report: {written.resolve()}")
+
+
+@app.command()
+def compare(
+    grid: Annotated[Path, typer.Argument(help="YAML file: methods, seeds, class orders, streams, settings.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Directory of the tables. Default: runs/NAME of the grid.")
+    ] = None,
+    cells: Annotated[Path | None, typer.Option(help="Directory of the runs. Default: runs/cells.")] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Runs side by side.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Only cells whose name holds this, or fits this pattern (*, ?).")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and what is done, and stop.")] = False,
+    no_run: Annotated[bool, typer.Option("--no-run", help="Only write the tables, from what is done.")] = False,
+    keep_code: Annotated[
+        bool, typer.Option("--keep-code", help="Take finished runs of older code too; the table says so.")
+    ] = False,
+    page: Annotated[
+        Path | None, typer.Option(help="Write the Markdown into this page too, between its two markers.")
+    ] = None,
+) -> None:
+    """Run a grid of methods, seeds and streams, and make one table of it.
+
+    A cell that is done is never run again, an interrupted one goes on; one whose settings, data, weights or code changed is
+    run anew. Stop it anywhere and give the same command again.
+
+    Exit code 1 if a cell failed; the others are run all the same.
+    """
+    from lamina.compare import Outcome, Study, table
+    from lamina.engine.loop import Interrupted
+
+    if page is not None:
+        table.check_page(page)
+    study = Study(grid, out=out, cells=cells, only=only, keep_code=keep_code)
+    if dry_run:
+        for state, name, place in study.listing():
+            print(f"{state or 'waits for the search':21}{name}" + (f"  {place.folder}" if place else ""))
+        return
+    command = f"lamina compare {grid}" + (" --keep-code" if keep_code else "")
+    outcome = Outcome()
+    if not no_run:
+        try:
+            with GridWatcher(study.grid.name) as watch:
+                outcome = study.work(jobs, watch)
+        except (Interrupted, KeyboardInterrupt):
+            print(f"stopped; what was learnt so far is saved. Go on with: {command}", file=sys.stderr)
+            sys.exit(130)
+    told = study.content(command)
+    written = table.write(told, study.out, page)
+    few = [
+        k for k, title in enumerate(told.accuracies) if title.startswith(("Final", "By", "Forgetting", "Minus", "Runs"))
+    ]
+    for section in told.sections:
+        shown = Table(box=None, pad_edge=False, header_style="", title=section.name, title_justify="left")
+        for title in ("method", *(told.accuracies[k].lower() for k in few)):
+            shown.add_column(title, justify="left" if title == "method" else "right")
+        for line in section.lines:
+            shown.add_row(line.name, *(line.accuracies[k] for k in few))
+        out_console.print(shown)
+    print(f"\n{study.out / 'table.md'}, {study.out / 'table.json'}\nOpen the table: {written.resolve()}")
+    for failure in outcome.failures:
+        print(f"FAILED {failure.name}, log {failure.log}:\n{failure.why}", file=sys.stderr)
+    if outcome.not_started:
+        print(
+            f"{len(outcome.not_started)} cells not started: lamina's code changed meanwhile. Give the command again.",
+            file=sys.stderr,
+        )
+    if outcome.failures or outcome.not_started:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,6 +89,8 @@ class StreamConfig(Section):
     """The tasks one by one (mixed scenario)."""
     joined: bool = False
     """All tasks as one: the ceiling."""
+    first: int | None = Field(None, ge=1)
+    """Use only this many tasks, the first ones, for example to choose settings; not set: all."""
     validation: float = Field(0.0, ge=0, lt=1)
     """Share of the training examples held out for validation, where the source has no validation split."""
 
@@ -184,35 +186,44 @@ def load(
     raw: dict[str, Any] = {}
     lines: dict[str, int] = {}
     if file is not None:
-        raw, lines = _read_yaml(file)
+        raw, lines = read_yaml(file)
     for key, value in overrides:
-        _put(raw, key, value)
+        put(raw, key, value)
         lines[key] = 0  # it does not stand in the file
+    config, problems = check(raw, method_settings)
+    if config is None:
+        raise ConfigError(listed([with_line(problem, lines) for problem in problems], file))
+    return config
+
+
+def check(raw: Mapping[str, Any], method_settings: Mapping[str, type[BaseModel]]) -> tuple[RunConfig | None, list[str]]:
+    """The configuration of nested settings, or None and every problem: `key.path = value: what is wrong`."""
     problems: list[str] = []
     settings: dict[str, Any] = {}
-    method = raw.pop("method", {"name": "inflora"})
+    method = raw.get("method", {"name": "inflora"})
     method = {"name": method} if isinstance(method, str) else method
     if not isinstance(method, dict):
         problems.append(f"method = {method!r}: must be a name, or a name and settings")
     elif (name := method.get("name", "inflora")) not in list(method_settings):
-        problems.append(_unknown("method.name", name, method_settings, "methods"))
+        problems.append(unknown("method.name", name, method_settings, "methods"))
     else:
         given = {key: value for key, value in method.items() if key != "name"}
         try:
             settings = {"name": name} | method_settings[name].model_validate(given).model_dump(mode="json")
         except ValidationError as error:
-            problems += [_explain(e, "method", method_settings[name]) for e in error.errors()]
+            problems += explain(error, method_settings[name], "method")
     try:
-        config = RunConfig.model_validate(raw | {"method": settings})
+        config = RunConfig.model_validate({**raw, "method": settings})
     except ValidationError as error:
-        problems = [_explain(e, "", RunConfig) for e in error.errors()] + problems
-    if problems:
-        where = f" in {file}" if file else ""
-        raise ConfigError(
-            f"{len(problems)} error{'s' * (len(problems) > 1)}{where}:\n"
-            + "\n".join(f"  {_with_line(problem, lines)}" for problem in problems)
-        )
-    return config
+        return None, explain(error, RunConfig) + problems
+    return (None if problems else config), problems
+
+
+def listed(problems: Sequence[str], file: Path | None = None) -> str:
+    """All of them as one message."""
+    where = f" in {file}" if file else ""
+    lines = "\n".join(f"  {problem}" for problem in problems)
+    return f"{len(problems)} error{'s' * (len(problems) > 1)}{where}:\n{lines}"
 
 
 def fingerprint(config: RunConfig) -> str:
@@ -252,7 +263,7 @@ for _side in (_Loader, _Dumper):
     )
 
 
-def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
+def read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The content, and the line of every key by its dotted path."""
     try:
         text = file.read_text(encoding="utf-8")
@@ -282,7 +293,8 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
     return content, lines
 
 
-def _put(raw: dict[str, Any], key: str, value: Any) -> None:
+def put(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set a value in nested settings by its `key.path`."""
     *parents, leaf = key.split(".")
     for part in parents:
         child = raw.get(part)
@@ -293,11 +305,17 @@ def _put(raw: dict[str, Any], key: str, value: Any) -> None:
     raw[leaf] = value
 
 
-def _unknown(where: str, value: object, allowed: Iterable[str], noun: str) -> str:
+def unknown(where: str, value: object, allowed: Iterable[str], noun: str) -> str:
+    """What to say about a name that is none of the allowed ones."""
     names = list(allowed)
     near = difflib.get_close_matches(str(value), names, 1, 0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"{where} = {value!r}: not one of the {noun}: {', '.join(names)}.{hint}"
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every problem that validating settings has found, in our words."""
+    return [_explain(details, prefix, model) for details in error.errors()]
 
 
 def _explain(error: Any, prefix: str, model: type[BaseModel]) -> str:
@@ -336,7 +354,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return next((found for part in typing.get_args(annotation) if (found := _model_in(part))), None)
 
 
-def _with_line(problem: str, lines: Mapping[str, int]) -> str:
+def with_line(problem: str, lines: Mapping[str, int]) -> str:
     """With the line of the setting, or, where it is missing, of what it is missing from."""
     key = problem.partition(" = ")[0]
     while key and key not in lines:

@@ -36,6 +36,7 @@ from lamina import __version__, backbones, data, metrics, report, streams
 from lamina import config as configuration
 from lamina.backbones import Backbone
 from lamina.config import RunConfig
+from lamina.data import Source
 from lamina.engine import checkpoint, precision
 from lamina.engine.evaluate import answers
 from lamina.engine.loop import Event, Loop
@@ -67,7 +68,7 @@ def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None) -> dict
     where the run cannot begin (nothing is left behind then), Interrupted when asked to stop by SIGINT or SIGTERM.
     """
     _refuse_used(out)
-    config = _with_whole_paths(config)
+    config = with_whole_paths(config)
     setup = _Setup(config, None, watch)
     loop = setup.loop(out)
     try:
@@ -171,15 +172,21 @@ class _Setup:
         )
 
 
-def load_data(config: RunConfig, backbone: Backbone, watch: Watch = lambda *_: None) -> LabelledData:
-    """The labelled data a configuration names, as this backbone takes it."""
+def open_source(config: RunConfig) -> Source:
+    """The examples a configuration names, not decoded yet."""
     section = config.data
-    source = data.open_source(
+    return data.open_source(
         section.source,
         kind=section.kind,
         columns=data.Columns(**section.columns.model_dump()),
         test_fraction=section.test_fraction,
     )
+
+
+def load_data(config: RunConfig, backbone: Backbone, watch: Watch = lambda *_: None) -> LabelledData:
+    """The labelled data a configuration names, as this backbone takes it."""
+    section = config.data
+    source = open_source(config)
     if source.kind != backbone.kind:
         raise ConfigError(
             f"data.source = {section.source!r} holds {source.kind}s, and backbone {backbone.name!r} takes {backbone.kind}s. "
@@ -224,6 +231,8 @@ def make_stream(config: RunConfig, labelled: LabelledData) -> Stream:
     stream = streams.make_stream(
         labelled, plan, section.scenario, per_class=config.data.per_class, validation=section.validation
     )
+    if section.first is not None:
+        stream = stream.first(section.first)
     return stream.joined() if section.joined else stream
 
 
@@ -235,7 +244,7 @@ def _work(setup: _Setup, loop: Loop, out: Path, watch: Watch) -> dict[str, Any]:
                 log.write(json.dumps(record) + "\n")
         watch(setup.stream, event)
 
-    with _stop_on_signals() as should_stop:
+    with stop_on_signals() as should_stop:
         loop.on_event, loop.should_stop = on_event, should_stop
         loop.restore()
         seconds = loop.clock["seconds"]
@@ -364,7 +373,7 @@ def _saved(out: Path) -> tuple[RunConfig, dict[str, Any]]:
         raise RunError(f"{out}: its settings cannot be read: {error}") from error
 
 
-def _with_whole_paths(config: RunConfig) -> RunConfig:
+def with_whole_paths(config: RunConfig) -> RunConfig:
     """Paths as seen from anywhere, so that a run can be resumed from another working directory."""
 
     def whole(name: str) -> str:
@@ -450,7 +459,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
     """While open, SIGINT and SIGTERM ask for a stop (a second SIGINT kills at once); the function tells if one came."""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():

@@ -58,6 +58,12 @@ class Stream:
         """Whether a test example comes with the name of its task."""
         return self.scenario == "task"
 
+    def first(self, tasks: int) -> "Stream":
+        """Its first tasks. Raises DataError where it has fewer."""
+        if not 1 <= tasks <= len(self):
+            raise DataError(f"stream.first = {tasks}: the stream has {len(self)} tasks. Choose 1 to {len(self)}.")
+        return replace(self, tasks=self.tasks[:tasks], fingerprint=_hash("first", tasks, self.fingerprint))
+
     def joined(self) -> "Stream":
         """One task with the data of all: what continual learning gives up, and so its ceiling."""
         classes = tuple(dict.fromkeys(label for task in self.tasks for label in task.classes))

@@ -14,7 +14,7 @@ from tests.tiny import raw_bert
 from lamina import config as configuration
 from lamina import run
 
-COMMANDS = ("demo", "run", "resume", "evaluate", "report", "methods", "data")
+COMMANDS = ("demo", "run", "resume", "evaluate", "report", "compare", "methods", "data")
 RECORD = (
     *("format", "name", "created", "method", "config", "stream", "backbone", "machine", "code", "matrix", "oracle"),
     *("task_id_accuracy", "metrics", "classes", "cost", "lineage", "losses", "skipped"),

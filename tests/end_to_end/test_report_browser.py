@@ -3,12 +3,15 @@
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from tests.grids import MadeUp, Told, write_grid
 
 from lamina import report
+from lamina.compare import Study, table
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -42,9 +45,21 @@ def write_sample(path: Path) -> Path:
     return report.write([run, run | {"name": long}], path)
 
 
+def write_table(path: Path) -> Path:
+    """The page of a comparison, with a name that is too long for any screen."""
+    long = "a-name-without-any-space-" * 6
+    text = f"title: {long}\nmethods: {{finetune: {{}}, {long}: {{method.name: inflora}}}}\nseeds: [0, 1]\nbaseline: {long}\n"
+    text += "search: {over: {training.lr: [1, 2, 3, 4, 5, 6, 7, 8]}}\n"
+    study = Study(write_grid(path.parent, text), cells=path.parent / "cells")
+    study.work(1, Told(), MadeUp(lambda config: 0.5))
+    table.write(study.content(f"lamina compare {long}.yaml"), path.parent).rename(path)
+    return path
+
+
+@pytest.mark.parametrize("write", [write_sample, write_table])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_no_page_scrolls_sideways_or_loads_anything(tmp_path: Path, width: int) -> None:
-    page = write_sample(tmp_path / "report.html")
+def test_no_page_scrolls_sideways_or_loads_anything(tmp_path: Path, width: int, write: Callable[[Path], Path]) -> None:
+    page = write(tmp_path / "report.html")
     text = page.read_text(encoding="utf-8").replace("<details>", "<details open>")
     policy = "default-src 'none';"
     assert policy in text

@@ -103,6 +103,17 @@ def test_joined_is_exactly_the_union(data: LabelledData, draw: st.DataObject):
     assert whole.joined()[0].train.rows_n.tolist() == whole[0].train.rows_n.tolist()
 
 
+def test_the_first_tasks_are_those_of_the_whole_stream():
+    data = make_data([0, 1, 2] * 2, [0] * 6, [0] * 3 + [2] * 3, 3)
+    whole = make_stream(data, class_plan(data, 3), "class")
+    first = whole.first(2)
+    assert first.tasks == whole.tasks[:2]
+    assert len({whole.fingerprint, first.fingerprint, whole.first(1).fingerprint}) == 3
+    assert [len(first.joined()), first.joined()[0].classes] == [1, whole[0].classes + whole[1].classes]
+    with pytest.raises(DataError, match=r"stream.first = 4: the stream has 3 tasks. Choose 1 to 3"):
+        whole.first(4)
+
+
 def test_joined_domains_name_every_class_once():
     data = make_data([0, 1] * 4, [0, 0, 1, 1] * 2, [0] * 4 + [2] * 4, 2, 2)
     assert make_stream(data, domain_plan(data), "domain").joined()[0].classes == (0, 1)

@@ -22,7 +22,7 @@ from tests.tiny import (
 )
 from torch import Tensor, nn
 
-from lamina.backbones import ROLES, Backbone, from_module, load, site, tensors_hash
+from lamina.backbones import ROLES, Backbone, content_hash, from_module, load, site, tensors_hash
 from lamina.errors import BackboneError
 
 NANO_HASH = "954a4fb211abf9ef10c9270dfd6994164b0ac53ffcc948985226c1f1bdf2dd42"
@@ -64,6 +64,7 @@ def test_nano_is_the_recorded_model():
     assert (backbone.hash, backbone.kind, backbone.width, backbone.blocks) == (NANO_HASH, "image", 192, 9)
     assert (backbone.image.size, backbone.image.mean, backbone.image.std) == (64, (0.5,) * 3, (0.5,) * 3)
     assert (backbone.pooling, backbone.tokenizer, backbone.ignored) == ("cls", None, ())
+    assert backbone.heads == 3
     assert not backbone.module.training
     assert not any(p.requires_grad for p in backbone.module.parameters())
     assert {p.dtype for p in backbone.module.parameters()} == {torch.float32}
@@ -168,6 +169,7 @@ def test_text_architectures_pool_the_last_hidden_state(kind, tmp_path):
     inputs = {"input_ids": IDS, "attention_mask": MASK}
     backbone, first = load(str(tmp_path)), load(str(tmp_path), pooling="cls")
     assert (len(backbone.sites), backbone.tokenizer, backbone.image) == (12, None, None)
+    assert backbone.heads == 2
     with torch.no_grad():
         tokens_btd = raw(**inputs).last_hidden_state
         torch.testing.assert_close(first.features(inputs), tokens_btd[:, 0])
@@ -223,6 +225,17 @@ def test_timm_layout_equals_an_independent_forward(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(backbone.features(pixels(16)), model(pixels_bchw=pixels(16)["pixel_values"]))
     assert load(str(tmp_path)).hash == backbone.hash == tensors_hash(model.state_dict())
+
+
+def test_a_content_hash_is_of_weights_and_settings(tmp_path):
+    timm_folder(tmp_path, num_heads=2)
+    before = content_hash(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("no part of the model")
+    assert content_hash(str(tmp_path)) == content_hash(str(tmp_path / "model.safetensors")) == before
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text() + "\n")
+    other = content_hash(str(tmp_path))
+    save_file({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert len({before, other, content_hash(str(tmp_path))}) == 3
 
 
 def test_timm_variants_are_refused(tmp_path):

@@ -103,7 +103,8 @@ stream:
 
 
 def test_an_unknown_method_is_answered_with_the_nearest(tmp_path: Path):
-    expected = "method.name = 'infloro': not one of the methods: inflora, finetune, prototype. Did you mean 'inflora'?"
+    names = ", ".join(METHODS)
+    expected = f"method.name = 'infloro': not one of the methods: {names}. Did you mean 'inflora'?"
     assert problems(tmp_path, "\nmethod: {name: infloro}") == [f"line 2: {expected}"]
     assert problems(tmp_path, "method: infloro") == [f"line 1: {expected}"]
     assert problems(tmp_path, "method: [1]") == ["line 1: method = [1]: must be a name, or a name and settings"]

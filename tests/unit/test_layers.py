@@ -21,6 +21,7 @@ LEVELS = (
     ("engine",),
     ("report",),
     ("run", "progress"),
+    ("compare",),
     ("cli",),
 )
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}

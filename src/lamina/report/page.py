@@ -400,12 +400,13 @@ def floor_of(runs: Sequence[Mapping[str, Any]]) -> float:
 
 
 @cache
-def template() -> Template:
-    source = files("lamina.report").joinpath("template.html.j2").read_text(encoding="utf-8")
+def template(package: str = "lamina.report", name: str = "template.html.j2") -> Template:
+    """A template of ours, with the look and the words of the report."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {f.__name__: f for f in (percent, points, seconds, scaled, number, plain, share)}
-    environment.globals |= {"interval": interval}
-    return environment.from_string(source)
+    style = files("lamina.report").joinpath("style.css").read_text(encoding="utf-8")
+    environment.globals |= {"interval": interval, "style": style}
+    return environment.from_string(files(package).joinpath(name).read_text(encoding="utf-8"))
 
 
 def render(runs: Sequence[Mapping[str, Any]], title: str | None = None) -> str:
@@ -426,11 +427,15 @@ def render(runs: Sequence[Mapping[str, Any]], title: str | None = None) -> str:
 
 def write(runs: Sequence[Mapping[str, Any]], out: Path, *, title: str | None = None) -> Path:
     """Writes the page to `out`, whole or not at all, and returns `out`."""
-    page = render(runs, title)
+    return write_text(render(runs, title), out)
+
+
+def write_text(text: str, out: Path) -> Path:
+    """Writes a file, whole or not at all, and returns `out`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)

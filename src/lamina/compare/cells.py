@@ -1,0 +1,268 @@
+"""Where the runs of comparisons lie, and what makes two of them the same.
+
+CELLS/METHOD-WHAT-CODE/
+  config.yaml    what `lamina run` is given
+  cell.json      what WHAT and CODE are hashes of
+  run/           the directory of the run
+  log.txt        what it said
+  failed.txt     the end of the log, if its last attempt failed
+  lock           held by the comparison and by the run it has started
+
+WHAT is a hash of the settings that decide the result, the content of the data and that of the backbone's files; CODE one of
+the code that can change the result. So a run whose settings, data, weights or code changed has another directory, and the
+old one is kept. Nothing else is written down of which runs are done: a finished one has its record.
+"""
+
+import ast
+import fcntl
+import functools
+import hashlib
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Literal, Protocol
+
+import lamina
+from lamina import __version__, backbones, report, run
+from lamina import config as configuration
+from lamina.config import RunConfig
+from lamina.data import Source
+from lamina.engine import checkpoint
+from lamina.methods import METHODS
+
+PACKAGE = Path(lamina.__file__).parent
+WITHOUT_EFFECT = frozenset({"__init__.py", "cli.py", "progress.py", "report", "compare", "methods"})
+"""Code that no result depends on. Of the methods, a run depends on its own file and on base.py: methods never import each
+other."""
+LAST_LINES = 12
+"""How much of the log of a failed run is shown."""
+
+State = Literal["new", "begun", "failed", "done"]
+
+
+class Place:
+    """The directory of a cell."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run, self.log, self.config = folder / "run", folder / "log.txt", folder / "config.yaml"
+        self._failed = folder / "failed.txt"
+
+    @property
+    def state(self) -> State:
+        if (self.run / "results.json").exists():
+            return "done"
+        if self._failed.exists():
+            return "failed"
+        return "begun" if (self.run / "config.json").exists() else "new"
+
+    @property
+    def failure(self) -> str:
+        return self._failed.read_text(encoding="utf-8") if self._failed.exists() else ""
+
+    def record(self) -> dict[str, Any]:
+        """Of the finished run."""
+        return report.read_record(self.run)
+
+    def begin(self, config: RunConfig, identity: dict[str, Any]) -> None:
+        """Write down what is to be run."""
+        self._failed.unlink(missing_ok=True)
+        checkpoint.replace_text(self.config, configuration.to_yaml(config))
+        checkpoint.replace_text(self.folder / "cell.json", json.dumps(identity, indent=1) + "\n")
+
+    def fail(self, why: str) -> None:
+        checkpoint.replace_text(self._failed, f"{why}\n{self.last_lines()}".strip() + "\n")
+
+    def last_lines(self, most: int = LAST_LINES) -> str:
+        """The end of what the last attempt said."""
+        if not self.log.exists():
+            return ""
+        text = self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+        return "\n".join(text.rpartition(_ATTEMPT)[2].splitlines()[1:][-most:])
+
+    def lock(self) -> IO[str] | None:
+        """Hold the cell; None where another process does. It is free once this file is closed here and in the run that
+        was given it: a run that outlives a killed comparison goes on holding it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = (self.folder / "lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        note_holder(file, f"the comparison of process {os.getpid()}")
+        return file
+
+    def holder(self) -> str:
+        """Who holds it, for people."""
+        file = self.folder / "lock"
+        return file.read_text(encoding="utf-8").strip() if file.exists() else "another process"
+
+
+def note_holder(lock: IO[str], who: str) -> None:
+    """Write into a lock that is held who holds it."""
+    lock.truncate(0)
+    lock.write(who)
+    lock.flush()
+
+
+class Store:
+    """All cells, and the one place that knows which cell a configuration is."""
+
+    def __init__(self, folder: Path) -> None:
+        """What is not in the configuration is looked at once, so that a cell stays the same cell as long as this lives."""
+        self.folder = folder
+        self._data = functools.cache(self._data_hash)
+        self._backbone = functools.cache(backbones.content_hash)
+        self._code = functools.cache(code_hash)
+
+    def identity(self, config: RunConfig) -> dict[str, Any]:
+        """Everything that makes a run the run it is. Raises DataError or BackboneError where something is not there."""
+        section = config.data.model_dump(mode="json", include={"source", "kind", "columns", "test_fraction"})
+        return {
+            "method": config.method["name"],
+            "configuration": configuration.fingerprint(config),
+            "data": self._data(json.dumps(section)),
+            "backbone": self._backbone(config.backbone.name),
+            "lamina": __version__,
+            "code": self._code(config.method["name"]),
+        }
+
+    def code_changed(self, config: RunConfig) -> bool:
+        """Since this store first looked: a run that began now would not be the one that was meant."""
+        return code_hash(config.method["name"]) != self._code(config.method["name"])
+
+    def place(self, config: RunConfig) -> Place:
+        identity = self.identity(config)
+        return Place(self.folder / f"{identity['method']}-{_what(identity)}-{_code(identity)}")
+
+    def of_older_code(self, config: RunConfig) -> Place | None:
+        """A finished run that is the same but for the code; the newest of several."""
+        identity = self.identity(config)
+        found = [Place(path) for path in self.folder.glob(f"{identity['method']}-{_what(identity)}-*")]
+        done = [place for place in found if place.state == "done"]
+        return max(done, key=lambda place: (place.run / "results.json").stat().st_mtime, default=None)
+
+    def _data_hash(self, section: str) -> str:
+        """Of the content. A folder of images is read once for every change of its files' times, and noted."""
+        source = run.open_source(RunConfig.model_validate({"data": json.loads(section)}))
+        if not source.stamp:
+            return source.fingerprint
+        note = self.folder / ".data" / f"{source.fingerprint}-{source.stamp}"
+        if not note.exists():
+            note.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.replace_text(note, _content(source))
+        return note.read_text(encoding="utf-8")
+
+
+def code_hash(method: str) -> str:
+    """Of the code that can change a result of this method; comments, docstrings and layout are no part of it."""
+    digest = hashlib.blake2b(digest_size=16)
+    own = Path(inspect.getfile(METHODS[method]))
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE)
+        if path == own or name.as_posix() == "methods/base.py" or name.parts[0] not in WITHOUT_EFFECT:
+            digest.update(f"|{name.as_posix()}|{_bare(path, path.stat().st_mtime_ns)}".encode())
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def _bare(path: Path, _changed: int) -> str:
+    return bare(path.read_text(encoding="utf-8"))
+
+
+def bare(code: str) -> str:
+    """Code without comments, docstrings and layout."""
+    return ast.dump(_WithoutText().visit(ast.parse(code)))
+
+
+class _WithoutText(ast.NodeTransformer):
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
+        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
+
+
+def _content(source: Source) -> str:
+    digest = hashlib.blake2b(source.fingerprint.encode(), digest_size=16)
+    for payload in _payloads(source):
+        digest.update(hashlib.blake2b(payload).digest())
+    return digest.hexdigest()
+
+
+def _payloads(source: Source) -> Iterator[bytes]:
+    for i in range(len(source)):
+        try:
+            yield bytes(source.read(i))  # type: ignore[arg-type]
+        except OSError:
+            yield b"unreadable"
+
+
+def _what(identity: dict[str, Any]) -> str:
+    return _hash(identity["configuration"], identity["data"], identity["backbone"])
+
+
+def _code(identity: dict[str, Any]) -> str:
+    return _hash(identity["lamina"], identity["code"])
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=6).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- starting one
+
+
+class Process(Protocol):
+    """A run that was started, on this machine or elsewhere."""
+
+    pid: int
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it is at work."""
+        ...
+
+    def terminate(self) -> None:
+        """Ask it to save and stop."""
+        ...
+
+    def kill(self) -> None: ...
+
+    def wait(self) -> int: ...
+
+
+Start = Callable[[Place, IO[str]], Process]
+"""Begins or resumes the run of a cell, and holds the lock for as long as it is at work. The one seam to other machines."""
+
+_ATTEMPT = "==== "
+
+
+def start_here(place: Place, lock: IO[str]) -> Process:
+    """As a process of this machine."""
+    going_on = (place.run / "config.json").exists()
+    arguments = ["resume", str(place.run)] if going_on else ["run", str(place.config), "--out", str(place.run)]
+    with place.log.open("a", encoding="utf-8") as log:
+        log.write(f"{_ATTEMPT}{datetime.now(UTC).isoformat(timespec='seconds')} lamina {' '.join(arguments)}\n")
+        log.flush()
+        return subprocess.Popen(
+            [sys.executable, "-m", "lamina.cli", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            pass_fds=[lock.fileno()],
+            start_new_session=True,  # Ctrl-C reaches the comparison alone, which then asks its runs to stop
+        )
+
+
+def why(code: int) -> str:
+    """What an exit code says."""
+    if code == 0:
+        return "it ended without a record"
+    if code < 0:
+        return f"it was killed by {signal.Signals(-code).name}"
+    return "it was asked to stop by someone else" if code == 130 else f"exit code {code}"

@@ -1,0 +1,320 @@
+"""The grid a comparison is told: methods, seeds, class orders, streams and settings, every error of it at once.
+
+A row of the table is a method of the grid on one of its streams. A cell is one run of a row: one seed and one class order.
+Settings of a cell lie in layers: base, stream, method, what the search is trying or has chosen; the upper one counts.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, Field, ValidationError, field_validator
+
+from lamina import config as configuration
+from lamina.config import RunConfig, Section
+from lamina.errors import ConfigError
+from lamina.methods import METHODS
+
+Settings = dict[str, Any]
+"""By dotted key."""
+OWNED = {"seed": "seeds", "stream.order_seed": "orders"}
+"""Settings that the grid itself gives to every cell, and by which key of it."""
+
+
+class SearchConfig(Section):
+    over: dict[str, list[Any]] = Field(min_length=1)
+    """Settings to choose, each with the values to try: every combination is tried for every method."""
+    tasks: int = Field(3, ge=1)
+    """On how many of the first tasks."""
+    seed: int = Field(0, ge=0)
+    """Of the trials. The class order is the first of `orders`."""
+    validation: float = Field(0.2, gt=0, lt=1)
+    """Share of the training examples to choose on, where neither the source nor the base says otherwise."""
+
+    @field_validator("over")
+    @classmethod
+    def _something_to_try(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        if empty := [key for key, values in value.items() if not values]:
+            raise ValueError(f"no value to try for {', '.join(empty)}")
+        return value
+
+
+class GridConfig(Section):
+    title: str | None = None
+    """Of the page."""
+    out: str | None = None
+    """Directory of the tables; not set: runs/NAME of the grid file."""
+    cells: str = "runs/cells"
+    """Directory of the runs, which several grids may share."""
+    base: str | dict[str, Any] = Field(default_factory=dict)
+    """What all runs share: settings as `lamina run` takes them, or a file of them, seen from the grid file."""
+    streams: dict[str, str | dict[str, Any] | None] = Field(default_factory=dict)
+    """By name, settings or a file of them on top of the base; none: one stream, the base's."""
+    methods: dict[str, dict[str, Any] | None] = Field(min_length=1)
+    """By name, settings on top. method.name need not be said where the name of the row is that of a method. `search`
+    widens the search of this row; false takes it out."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
+    """Of the runs of every row."""
+    orders: tuple[int | None, ...] = Field((None,), min_length=1)
+    """Class orders: values of stream.order_seed; null is the dataset's own."""
+    baseline: str | None = None
+    """The row that differences are taken against."""
+    search: SearchConfig | None = None
+    """How settings are chosen for each row, on validation data of the first tasks."""
+    jobs: int = Field(1, ge=1)
+    """Runs side by side."""
+
+    @field_validator("seeds", "orders")
+    @classmethod
+    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("a value stands there twice; a run that is repeated tells nothing new")
+        return values
+
+
+class Row(NamedTuple):
+    stream: str
+    method: str
+    """As the grid calls it: the same method may stand there with several settings."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a row."""
+
+    row: Row
+    seed: int
+    order: int | None
+    config: RunConfig
+    tried: Mapping[str, Any] | None = None
+    """What the search tries in this cell; None for the runs of the table."""
+
+    @property
+    def name(self) -> str:
+        if self.tried is not None:
+            return f"{self.row.stream}/{self.row.method}/search/{said(self.tried)}"
+        order = "" if self.order is None else f"-order{self.order}"
+        return f"{self.row.stream}/{self.row.method}/seed{self.seed}{order}"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Settings of one part of the grid, and where they stand."""
+
+    settings: Settings
+    file: Path
+    prefix: str
+    """What leads to these settings in the file, for example `methods.inflora.`."""
+    lines: Mapping[str, int]
+
+    def place(self, key: str) -> str | None:
+        """Where a setting stands that is wrong; None where this layer does not say it."""
+        if not any(key == s or key.startswith(f"{s}.") or s.startswith(f"{key}.") for s in self.settings):
+            return None
+        whole = self.prefix + key
+        while whole and whole not in self.lines:
+            whole = whole.rpartition(".")[0]
+        return f"line {self.lines[whole]}: {self.prefix}" if whole else self.prefix
+
+
+class Grid:
+    """A grid that was checked: every cell it can come to has a valid configuration."""
+
+    def __init__(self, file: Path) -> None:
+        """Raises ConfigError naming every error of the grid and of its base."""
+        raw, self._lines = configuration.read_yaml(file)
+        self.file, self.text = file, file.read_text(encoding="utf-8")
+        try:
+            self.settings = GridConfig.model_validate(raw)
+        except ValidationError as error:
+            problems = configuration.explain(error, GridConfig)
+            raise ConfigError(
+                configuration.listed([configuration.with_line(p, self._lines) for p in problems], file)
+            ) from error
+        base = self.settings.base
+        self.base = self._layer(base, "base")
+        default = Path(base).stem if isinstance(base, str) else file.stem
+        self.streams = {
+            name: self._layer(value or {}, f"streams.{name}")
+            for name, value in (self.settings.streams or {default: {}}).items()
+        }
+        rows = {name: dict(value or {}) for name, value in self.settings.methods.items()}
+        self._searches = {name: value.pop("search", None) for name, value in rows.items()}
+        self.methods = {name: self._layer(value, f"methods.{name}") for name, value in rows.items()}
+        for name, layer in self.methods.items():
+            layer.settings.setdefault("method.name", name)
+        self._check()
+
+    @property
+    def name(self) -> str:
+        return self.file.stem
+
+    @property
+    def rows(self) -> list[Row]:
+        return [Row(stream, method) for stream in self.streams for method in self.methods]
+
+    def searches(self, method: str) -> dict[str, list[Any]]:
+        """What is tried for a row of this name: setting and values; nothing where it takes no part in the search."""
+        own = self._searches[method]
+        return {} if self.settings.search is None or own is False else self.settings.search.over | (own or {})
+
+    def trials(self, row: Row) -> list[Cell]:
+        """The cells of the search for a row's settings."""
+        search, over = self.settings.search, self.searches(row.method)
+        if search is None or not over:
+            return []
+        tried = [dict(zip(over, values, strict=True)) for values in product(*over.values())]
+        order = self.settings.orders[0]
+        return [Cell(row, search.seed, order, self._config(row, search.seed, order, t, True), t) for t in tried]
+
+    def cells(self, row: Row, chosen: Mapping[str, Any]) -> list[Cell]:
+        """The cells of the table for a row, with the settings the search has chosen."""
+        return [
+            Cell(row, seed, order, self._config(row, seed, order, chosen, False))
+            for order in self.settings.orders
+            for seed in self.settings.seeds
+        ]
+
+    # -- settings ---------------------------------------------------------------------------------------------------
+
+    def _layer(self, told: str | dict[str, Any], key: str) -> Layer:
+        if isinstance(told, dict):
+            return Layer(dict(flat(told)), self.file, f"{key}.", self._lines)
+        file = self.file.parent / Path(told).expanduser()
+        content, lines = configuration.read_yaml(file)
+        return Layer(dict(flat(content)), file, "", lines)
+
+    def _layers(self, row: Row, tried: Mapping[str, Any]) -> list[Layer]:
+        own = self._searches[row.method] or {}
+        common = {key: value for key, value in tried.items() if key not in own}
+        return [
+            self.base,
+            self.streams[row.stream],
+            self.methods[row.method],
+            Layer(common, self.file, "search.over.", self._lines),
+            Layer(
+                {k: v for k, v in tried.items() if k in own}, self.file, f"methods.{row.method}.search.", self._lines
+            ),
+        ]
+
+    def _raw(self, row: Row, seed: int, order: int | None, tried: Mapping[str, Any], searching: bool) -> Settings:
+        raw: Settings = {}
+        merged: Settings = {"threads": 1, "precision": "fp32"}  # not left to how busy the machine is at a moment
+        for layer in self._layers(row, tried):
+            merged |= layer.settings
+        merged |= {"seed": seed, "stream.order_seed": order}
+        merged["threads"] = merged["threads"] or 1
+        merged["precision"] = "fp32" if merged["precision"] == "auto" else merged["precision"]
+        if searching and self.settings.search is not None:
+            merged |= {"stream.first": self.settings.search.tasks, "evaluation.split": "val"}
+            merged["stream.validation"] = merged.get("stream.validation") or self.settings.search.validation
+        for key, value in merged.items():
+            configuration.put(raw, key, value)
+        return raw
+
+    def _config(self, row: Row, seed: int, order: int | None, tried: Mapping[str, Any], searching: bool) -> RunConfig:
+        config, problems = configuration.check(self._raw(row, seed, order, tried, searching), _settings_types())
+        if config is None:  # `_check` has seen every combination of values
+            raise ConfigError(configuration.listed(problems, self.file))
+        return config
+
+    # -- errors -----------------------------------------------------------------------------------------------------
+
+    def _check(self) -> None:
+        problems = [*self._own_problems(), *self._problems_of_cells()]
+        if problems:
+            raise ConfigError(configuration.listed(list(dict.fromkeys(problems)), self.file))
+
+    def _own_problems(self) -> Iterator[str]:
+        settings = self.settings
+        if settings.baseline is not None and settings.baseline not in self.methods:
+            yield self._at("baseline", configuration.unknown("baseline", settings.baseline, self.methods, "methods"))
+        for layer in (*self.streams.values(), *self.methods.values()):
+            for key, by in OWNED.items():
+                if key in layer.settings:
+                    yield f"{layer.place(key)}{key}: it is what `{by}` of the grid is for; leave it out here"
+        for name, own in self._searches.items():
+            key = f"methods.{name}.search"
+            if own is False or own is None:
+                continue
+            if not isinstance(own, dict) or not all(isinstance(v, list) and v for v in own.values()):
+                yield self._at(key, f"{key} = {own!r}: must be settings, each with a list of values to try, or false")
+                self._searches[name] = {}
+            elif settings.search is None:
+                yield self._at(key, f"{key}: there is no `search` of the grid that it could widen")
+        for name, layer in self.methods.items():
+            for setting in self.searches(name).keys() & layer.settings.keys():
+                yield (
+                    f"{layer.place(setting)}{setting}: the search sets it too. Leave it out here, or take this row out of "
+                    "the search with `search: false`"
+                )
+
+    def _problems_of_cells(self) -> Iterator[str]:
+        """Of every combination of stream, method, seed, order and value tried."""
+        for row in self.rows:
+            over = self.searches(row.method)
+            for values in product(*over.values()):
+                tried = dict(zip(over, values, strict=True))
+                for searching in {False, bool(over)}:
+                    seed, order = self.settings.seeds[0], self.settings.orders[0]
+                    raw = self._raw(row, seed, order, tried, searching)
+                    config, problems = configuration.check(raw, _settings_types())
+                    layers = self._layers(row, tried)
+                    yield from (self._placed(problem, layers) for problem in problems)
+                    if config is not None:
+                        yield from self._unfit(row, config)
+
+    def _unfit(self, row: Row, config: RunConfig) -> Iterator[str]:
+        scenario, method = config.stream.scenario, METHODS[config.method["name"]]
+        if scenario not in method.scenarios:
+            yield self._at(
+                f"methods.{row.method}",
+                f"methods.{row.method}: {method.name} does not fit the {scenario}-incremental stream {row.stream!r}; it is "
+                f"made for {', '.join(method.scenarios)}",
+            )
+        if scenario not in ("class", "task") and self.settings.orders != (None,):
+            yield self._at(
+                "orders",
+                f"orders = {list(self.settings.orders)}: the {scenario}-incremental stream {row.stream!r} has no order of "
+                "classes; leave `orders` out and use more seeds",
+            )
+        first = config.stream.first
+        if first is not None and scenario in ("class", "task") and first > config.stream.tasks:
+            yield self._at(
+                "search.tasks",
+                f"search.tasks = {first}: the stream {row.stream!r} has {config.stream.tasks} tasks",
+            )
+
+    def _placed(self, problem: str, layers: Iterable[Layer]) -> str:
+        key = problem.partition(" = ")[0]
+        for layer in reversed(list(layers)):
+            place = layer.place(key)
+            if place is not None:
+                return (f"{layer.file}, " if layer.file != self.file else "") + place + problem
+        return problem
+
+    def _at(self, key: str, problem: str) -> str:
+        return f"line {self._lines[key]}: {problem}" if key in self._lines else problem
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings by dotted key. A method's name alone is its `method.name`."""
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{key}.")
+        elif key == "method" and isinstance(value, str):
+            yield "method.name", value
+        elif value != {}:
+            yield key, value
+
+
+def said(settings: Mapping[str, Any]) -> str:
+    """Settings in a few words: training.lr=0.001."""
+    return ", ".join(f"{key}={value}" for key, value in settings.items())
+
+
+def _settings_types() -> dict[str, type[BaseModel]]:
+    return {name: method.config_type for name, method in METHODS.items()}

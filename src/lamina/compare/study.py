@@ -1,0 +1,278 @@
+"""A comparison at work: which of its cells are done, what the search has chosen, what is left, and the tables."""
+
+import fnmatch
+import math
+import statistics
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from lamina import config as configuration
+from lamina import metrics
+from lamina.compare import table
+from lamina.compare.cells import Place, Start, State, Store, start_here, why
+from lamina.compare.grid import Cell, Grid, Row
+from lamina.compare.work import Job, Watch, work
+from lamina.errors import ConfigError, LaminaError
+from lamina.run import with_whole_paths
+
+K = TypeVar("K", bound=Hashable)
+
+
+class Viewer(Protocol):
+    """Shows people what goes on."""
+
+    def say(self, text: str) -> None: ...
+
+    def show(self, done: int, total: int, left: float | None, at_work: Sequence[tuple[str, str]]) -> None:
+        """left: seconds, if known. at_work: the name of each cell and the last line of its log."""
+        ...
+
+
+class Listed(NamedTuple):
+    """A cell as `--dry-run` shows it; place is None where the search must first choose its settings."""
+
+    state: State | None
+    name: str
+    place: Place | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    name: str
+    why: str
+    log: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a comparison could not do."""
+
+    failures: list[Failure] = field(default_factory=list)
+    not_started: list[str] = field(default_factory=list)
+    """Cells left out because lamina's own code changed meanwhile."""
+
+
+class Study:
+    """A grid, and where its cells are."""
+
+    def __init__(
+        self, file: Path, *, out: Path | None = None, cells: Path | None = None, only: str | None = None,
+        keep_code: bool = False,
+    ) -> None:  # fmt: skip
+        """only: a pattern of cell names. keep_code: finished runs of older code are taken too.
+
+        Raises ConfigError naming every error of the grid, and all data and backbones that are not there.
+        """
+        self.grid, self.only, self.keep_code = Grid(file), only, keep_code
+        settings = self.grid.settings
+        self.out = out or Path(settings.out or Path("runs") / self.grid.name)
+        self.store = Store(cells or Path(settings.cells))
+        problems = []
+        for row in self.grid.rows:
+            for cell in self.grid.trials(row) or self.grid.cells(row, {}):
+                try:
+                    self.place(cell)
+                except LaminaError as error:
+                    problems.append(str(error))
+        if problems:
+            raise ConfigError(configuration.listed(list(dict.fromkeys(problems)), file))
+        if only is not None and not any(self._wanted(name) for name in self._names()):
+            raise ConfigError(
+                f"--only {only!r} fits no cell. `--dry-run` lists their names, such as {self._names()[0]!r}."
+            )
+
+    # -- cells ------------------------------------------------------------------------------------------------------
+
+    def place(self, cell: Cell) -> Place:
+        """Where it is, or, if it is not done and older code will do, where it was done with that."""
+        config = with_whole_paths(cell.config)
+        place = self.store.place(config)
+        if self.keep_code and place.state != "done":
+            place = self.store.of_older_code(config) or place
+        return place
+
+    def chosen(self, row: Row) -> Mapping[str, Any] | None:
+        """The settings the search has found for a row; None while a trial is not yet done. A trial that failed, for
+        example because its learning rate was too large, is not chosen."""
+        trials = self.grid.trials(row)
+        if not trials:
+            return {}
+        places = [self.place(cell) for cell in trials]
+        if not all(place.state in ("done", "failed") for place in places):
+            return None
+        scores = [score(place.record()) if place.state == "done" else -math.inf for place in places]
+        best = max(range(len(trials)), key=lambda k: scores[k])  # the first of equals
+        return trials[best].tried if math.isfinite(scores[best]) else None
+
+    def table_cells(self, row: Row) -> list[Cell]:
+        """Of the table; none while the search is not done."""
+        chosen = self.chosen(row)
+        return [] if chosen is None else self.grid.cells(row, chosen)
+
+    def listing(self) -> Iterator[Listed]:
+        """Every cell that is wanted, in the order of work."""
+        for cell in self._wanted_trials():
+            yield Listed(self.place(cell).state, cell.name, self.place(cell))
+        for row in self.grid.rows:
+            known = self.table_cells(row)
+            for cell in known or self.grid.cells(row, {}):
+                if self._wanted(cell.name):
+                    place = self.place(cell) if known else None
+                    yield Listed(place.state if place else None, cell.name, place)
+
+    def _names(self) -> list[str]:
+        return [c.name for row in self.grid.rows for c in (*self.grid.cells(row, {}), *self.grid.trials(row))]
+
+    def _wanted(self, name: str) -> bool:
+        if self.only is None:
+            return True
+        return fnmatch.fnmatchcase(name, self.only if any(c in self.only for c in "*?[") else f"*{self.only}*")
+
+    def _wanted_trials(self) -> list[Cell]:
+        """Those asked for, and those on which a cell of the table waits that was asked for."""
+        found = []
+        for row in self.grid.rows:
+            needed = any(self._wanted(cell.name) for cell in self.grid.cells(row, {}))
+            found += [cell for cell in self.grid.trials(row) if needed or self._wanted(cell.name)]
+        return found
+
+    # -- work -------------------------------------------------------------------------------------------------------
+
+    def work(self, jobs: int | None, viewer: Viewer, start: Start = start_here) -> Outcome:
+        """Run what is not done: first the search, then the table.
+
+        Raises Interrupted when asked to stop; what runs has saved by then.
+        """
+        outcome = Outcome()
+        progress = _Progress(self, jobs or self.grid.settings.jobs, viewer, outcome)
+        progress.go(self._wanted_trials(), start, "the search")
+        for row in self.grid.rows:
+            wanted = any(self._wanted(cell.name) for cell in self.grid.cells(row, {}))
+            if wanted and self.chosen(row) is None:
+                viewer.say(
+                    f"{row.stream}/{row.method}: no trial of its search was finished, so it has no settings to run"
+                )
+        cells = [cell for row in self.grid.rows for cell in self.table_cells(row)]
+        progress.go([cell for cell in cells if self._wanted(cell.name)], start, "the table")
+        return outcome
+
+    # -- tables -----------------------------------------------------------------------------------------------------
+
+    def content(self, command: str) -> table.Content:
+        """What the tables say, of the runs that are done."""
+        rows = {}
+        for row in self.grid.rows:
+            cells = [(cell, self.place(cell)) for cell in self.table_cells(row)]
+            trials = [(cell, self.place(cell)) for cell in self.grid.trials(row)]
+            rows[row] = table.RowRuns(
+                runs=[self._run(c, p) for c, p in cells if p.state == "done"],
+                planned=len(self.grid.settings.seeds) * len(self.grid.settings.orders),
+                trials=[
+                    table.Trial(
+                        dict(c.tried or {}), score(p.record()) if p.state == "done" else None, p.state == "failed"
+                    )
+                    for c, p in trials
+                ],
+                chosen=self.chosen(row),
+            )
+        return table.content(self.grid, rows, command)
+
+    def _run(self, cell: Cell, place: Place) -> table.Run:
+        current = self.store.place(with_whole_paths(cell.config)).folder == place.folder
+        return table.Run(cell.seed, cell.order, place.record(), str(place.folder), older=not current)
+
+
+class _Progress:
+    """Between the loop that runs cells and the people who wait for it."""
+
+    def __init__(self, study: Study, jobs: int, viewer: Viewer, outcome: Outcome) -> None:
+        self.study, self.jobs, self.viewer, self.outcome = study, jobs, viewer, outcome
+        self.seconds: dict[tuple[Row, bool], list[float]] = {}
+        """Of every run that is done: by row, and whether it is a trial."""
+
+    def go(self, cells: Sequence[Cell], start: Start, part: str) -> None:
+        self.cells: dict[Path, Cell] = {}
+        self.part = part
+        todo: list[Job] = []
+        for cell in cells:
+            place = self.study.place(cell)
+            if place.folder in self.cells:
+                continue
+            self.cells[place.folder] = cell
+            if place.state == "done":
+                self._note(cell, place)
+            else:
+                todo.append(Job(cell.name, place, lambda c=cell, p=place: self._prepare(c, p)))  # type: ignore[misc]
+        self.left = {job.place.folder for job in todo}
+        if todo:
+            count = len(self.cells)
+            self.viewer.say(f"{count} cells of {part}: {count - len(todo)} done, {len(todo)} to do")
+            work(todo, self.jobs, start, Watch(self._ended, self._held, self._look))
+
+    def _prepare(self, cell: Cell, place: Place) -> bool:
+        config, store = with_whole_paths(cell.config), self.study.store
+        if store.code_changed(config):
+            return False
+        place.begin(config, store.identity(config))
+        return True
+
+    def _ended(self, job: Job, code: int | None) -> None:
+        self.left.discard(job.place.folder)
+        done = f"[{len(self.cells) - len(self.left)}/{len(self.cells)}] {job.name}: "
+        if job.place.state == "done":
+            cell, record = self.cells[job.place.folder], job.place.record()
+            self._note(cell, job.place)
+            what, value = "average accuracy on validation", score(record)
+            if cell.tried is None:
+                what, value = "final accuracy", record["metrics"]["final_accuracy"]
+            self.viewer.say(f"{done}{what} {value:.1%}, {record['cost']['seconds']['total']:.0f} s{self._still()}")
+        elif code is None:
+            self.outcome.not_started.append(job.name)
+        else:
+            job.place.fail(why(code))
+            self.outcome.failures.append(Failure(job.name, job.place.failure, job.place.log))
+            self.viewer.say(f"{done}FAILED, {why(code)}{self._still()}")
+
+    def _held(self, job: Job) -> None:
+        self.viewer.say(f"{job.name}: {job.place.holder()} is still at work on it; waiting for that")
+
+    def _look(self, at_work: Sequence[Job]) -> None:
+        lines = [(job.name, job.place.last_lines(1)) for job in at_work]
+        self.viewer.show(len(self.cells) - len(self.left), len(self.cells), self.remaining(), lines)
+
+    def _note(self, cell: Cell, place: Place) -> None:
+        key = cell.row, cell.tried is not None
+        self.seconds.setdefault(key, []).append(place.record()["cost"]["seconds"]["total"])
+
+    def remaining(self) -> float | None:
+        keys = [(cell.row, cell.tried is not None) for folder, cell in self.cells.items() if folder in self.left]
+        return seconds_left(keys, self.seconds, self.jobs)
+
+    def _still(self) -> str:
+        left = self.remaining()
+        return f"; about {duration(left)} left of {self.part}" if left else ""
+
+
+def seconds_left(left: Sequence[K], known: Mapping[K, Sequence[float]], side_by_side: int) -> float | None:
+    """How long the cells that are left will take: each the mean of those of its kind that are done, or of all. None where
+    none is done."""
+    seconds = [value for values in known.values() for value in values]
+    if not seconds:
+        return None
+    each = [statistics.fmean(known[kind]) if known.get(kind) else statistics.fmean(seconds) for kind in left]
+    # No less than the longest one, however many run side by side.
+    return max([sum(each) / side_by_side, *each]) if each else 0.0
+
+
+def duration(seconds: float) -> str:
+    """In words, as precisely as a guess deserves."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def score(record: Mapping[str, Any]) -> float:
+    """What the search compares. Of a row that learns all tasks at once it is the final accuracy."""
+    return metrics.average_accuracy(metrics.AccuracyMatrix.from_dict(record["matrix"]))

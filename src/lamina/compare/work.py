@@ -1,0 +1,95 @@
+"""Runs cells side by side. One loop, no threads: it looks at its processes a few times a second."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import IO
+
+from lamina.compare.cells import Place, Process, Start, note_holder
+from lamina.engine.loop import Interrupted
+from lamina.run import stop_on_signals
+
+PAUSE = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A cell to be run. prepare: called when it is held, just before it starts; False where it may not."""
+
+    name: str
+    place: Place
+    prepare: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is told: a run that ended, with its exit code, or None where it may not start; a cell that another process
+    holds; and, at every look, what is at work."""
+
+    ended: Callable[[Job, int | None], None]
+    held: Callable[[Job], None]
+    look: Callable[[Sequence[Job]], None]
+
+
+def work(jobs: Sequence[Job], side_by_side: int, start: Start, watch: Watch) -> None:
+    """Every job, in this order. Raises Interrupted when asked to stop, once its runs have saved and stopped.
+
+    A cell that another process holds is waited for, in a place of its own: it is a run that outlived a killed
+    comparison, or another comparison's.
+    """
+    waiting = deque(jobs)
+    held: list[Job] = []
+    at_work: dict[Job, tuple[Process, IO[str]]] = {}
+
+    def begin(job: Job) -> bool:
+        """False where another process holds it."""
+        lock = job.place.lock()
+        if lock is None:
+            return False
+        done = job.place.state == "done"
+        if done or not job.prepare():
+            lock.close()
+            watch.ended(job, 0 if done else None)
+            return True
+        process = start(job.place, lock)
+        note_holder(lock, f"process {process.pid}")
+        at_work[job] = process, lock
+        return True
+
+    with stop_on_signals() as should_stop:
+        try:
+            while waiting or held or at_work:
+                if should_stop():
+                    raise Interrupted
+                for job, (process, lock) in list(at_work.items()):
+                    code = process.poll()
+                    if code is not None:
+                        del at_work[job]
+                        lock.close()
+                        watch.ended(job, code)
+                held = [job for job in held if not begin(job)]
+                while waiting and len(at_work) + len(held) < side_by_side:
+                    job = waiting.popleft()
+                    if not begin(job):
+                        held.append(job)
+                        watch.held(job)
+                watch.look([*at_work, *held])
+                time.sleep(PAUSE if at_work or held else 0)
+        finally:
+            _stop([process for process, _ in at_work.values()])
+            for _, lock in at_work.values():
+                lock.close()
+
+
+def _stop(processes: Sequence[Process]) -> None:
+    """Let them save and end; at once if asked again."""
+    try:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+    except KeyboardInterrupt:
+        for process in processes:
+            process.kill()
+        raise

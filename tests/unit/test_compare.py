@@ -1,0 +1,529 @@
+"""Comparisons: the grid and its errors, what makes two cells the same, the loop, the search, and the tables."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import IO
+
+import pytest
+from rich.console import Console
+from tests.grids import MadeUp, Told, write_grid
+
+from lamina.compare import Study, cells, table
+from lamina.compare.cells import Place, Store, bare, code_hash
+from lamina.compare.grid import Grid
+from lamina.compare.study import duration, seconds_left
+from lamina.compare.work import Job, Watch, work
+from lamina.config import RunConfig
+from lamina.engine.loop import Interrupted
+from lamina.errors import ConfigError, LaminaError
+from lamina.progress import GridWatcher
+
+GRID = """\
+title: Made up
+base: {data: {source: digits}, stream.tasks: 5}
+methods:
+  finetune: {}
+  inflora: {method.epsilon: 0.99}
+  noproj: {method: inflora, method.rank: 3}
+  joined: {method.name: finetune, stream.joined: true}
+seeds: [0, 1, 2]
+baseline: finetune
+"""
+SEARCHED = GRID + "search: {over: {training.lr: [1e-3, 2e-3]}, tasks: 2}\n"
+
+
+# ---------------------------------------------------------------------------------------------- the grid
+
+
+def test_a_grid_becomes_cells(tmp_path: Path):
+    grid = Grid(write_grid(tmp_path, GRID))
+    found = [cell for row in grid.rows for cell in grid.cells(row, {})]
+    assert [cell.name for cell in found][:4] == [
+        *("grid/finetune/seed0", "grid/finetune/seed1", "grid/finetune/seed2", "grid/inflora/seed0")
+    ]
+    assert len(found) == 12
+    names = {cell.row.method: cell.config.method["name"] for cell in found}
+    assert names == {"finetune": "finetune", "inflora": "inflora", "noproj": "inflora", "joined": "finetune"}
+    assert {cell.config.stream.joined for cell in found if cell.row.method == "joined"} == {True}
+    assert [cell.config.method.get("rank") for cell in found if cell.row.method == "noproj"] == [3] * 3
+    assert {(cell.config.threads, cell.config.precision, cell.config.stream.tasks) for cell in found} == {
+        (1, "fp32", 5)
+    }
+
+
+def test_layers_lie_on_top_of_each_other(tmp_path: Path):
+    write_grid(tmp_path, "training: {lr: 1, epochs: 1}\nseed: 9\nprecision: bf16\n", "base.yaml")
+    write_grid(tmp_path, "training.epochs: 2\ndata.source: digits\n", "stream.yaml")
+    text = """
+base: base.yaml
+streams: {a: stream.yaml, b: {training: {epochs: 3}}}
+methods: {finetune: null, inflora: {training.lr: 7}}
+orders: [null, 4]
+"""
+    grid = Grid(write_grid(tmp_path, text))
+    found = {cell.name: cell.config for row in grid.rows for cell in grid.cells(row, {})}
+    assert len(found) == 8
+    a, b = found["a/finetune/seed0"], found["b/inflora/seed0-order4"]
+    assert (a.training.lr, a.training.epochs, a.seed, a.stream.order_seed, a.precision) == (1, 2, 0, None, "bf16")
+    assert (b.training.lr, b.training.epochs, b.stream.order_seed) == (7, 3, 4)
+
+
+def test_trials_see_the_first_tasks_and_validation_data_only(tmp_path: Path):
+    text = SEARCHED.replace("inflora: {method.epsilon: 0.99}", "inflora: {search: {method.epsilon: [0.9, 0.99]}}")
+    grid = Grid(
+        write_grid(tmp_path, text.replace("  noproj", "  prototype: {search: false}\n  noproj") + "orders: [5, 6]\n")
+    )
+    trials = {row.method: grid.trials(row) for row in grid.rows}
+    assert {name: len(found) for name, found in trials.items()} == {
+        "finetune": 2,
+        "inflora": 4,
+        "prototype": 0,
+        "noproj": 2,
+        "joined": 2,
+    }
+    for cell in [cell for found in trials.values() for cell in found]:
+        assert cell.config.evaluation.split == "val"
+        assert (cell.config.stream.first, cell.config.stream.validation) == (2, 0.2)
+        assert (cell.config.seed, cell.config.stream.order_seed) == (0, 5)
+        assert cell.config.training.lr == cell.tried["training.lr"]
+    assert trials["inflora"][1].tried == {"training.lr": 1e-3, "method.epsilon": 0.99}
+    assert trials["inflora"][1].name == "grid/inflora/search/training.lr=0.001, method.epsilon=0.99"
+    (last,) = {cell.config.training.lr for cell in grid.cells(grid.rows[1], {"training.lr": 2e-3})}
+    assert last == 2e-3
+    assert {cell.config.evaluation.split for cell in grid.cells(grid.rows[1], {})} == {"test"}
+
+
+def problems(file: Path) -> list[str]:
+    with pytest.raises(ConfigError) as refused:
+        Grid(file)
+    first, *found = str(refused.value).splitlines()
+    assert first == f"{len(found)} error{'s' * (len(found) > 1)} in {file}:"
+    return [line.strip() for line in found]
+
+
+def test_every_error_of_a_grid_at_once_with_its_line_and_the_nearest_name(tmp_path: Path):
+    write_grid(tmp_path, "data: {source: digits}\ntraining:\n  epoch: 3\n", "base.yaml")
+    text = """\
+base: base.yaml
+streams:
+  classes: {}
+  domains: {stream.scenario: domain}
+methods:
+  finetune: {training.lr: 1.0}
+  inflora: {method.epsilonn: 0.99, seed: 3}
+  inflora-x: {method: {rank: 0}}
+  my: {method.name: finetun, search: 3}
+  pp: {method.name: prototype, training: {lr: many}, search: {method.metrc: [1]}}
+orders: [1, null]
+baseline: finetun
+search: {over: {training.lr: [1, x]}, tasks: 40}
+"""
+    expected = [
+        "line 12: baseline = 'finetun': not one of the methods: finetune, .* Did you mean 'finetune'?",
+        "line 7: methods.inflora.seed: it is what `seeds` of the grid is for; leave it out here",
+        "line 9: methods.my.search = 3: must be settings, each with a list of values to try, or false",
+        "line 6: methods.finetune.training.lr: the search sets it too. Leave it out here, .*`search: false`",
+        "line 10: methods.pp.training.lr: the search sets it too. Leave it out here, .*`search: false`",
+        f"{tmp_path / 'base.yaml'}, line 3: training.epoch = 3: no such setting. .* Did you mean 'epochs'?",
+        "line 13: search.over.training.lr = 'x': input should be a valid number, .*",
+        "line 7: methods.inflora.method.epsilonn = 0.99: no such setting. .* Did you mean 'epsilon'?",
+        "line 8: methods.inflora-x.method.name = 'inflora-x': not one of the methods: .* Did you mean 'inflora'?",
+        "line 9: methods.my.method.name = 'finetun': not one of the methods: .* Did you mean 'finetune'?",
+        "line 10: methods.pp.search.method.metrc = 1: no such setting. .* Did you mean 'metric'?",
+    ]
+    found = problems(write_grid(tmp_path, text))
+    assert len(found) == len(expected), found
+    for line, pattern in zip(found, expected, strict=True):
+        start, _, end = pattern.partition(".*")
+        assert line.startswith(start), line
+        assert line.endswith(end), line
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("methods: {}", "methods = {}"),
+        ("seeds: [0]", "methods = .*field required"),
+        ("methods: {finetune: {}}\nseeds: [1, 1]", "stands there twice"),
+        ("methods: {finetune: {}}\nseeds: [-1]", "greater than or equal to 0"),
+        ("methods: {finetune: {}}\nbse: {}", "Did you mean 'base'?"),
+        ("methods: {finetune: {}}\nsearch: {ovr: {}}", "Did you mean 'over'?"),
+        ("methods: {finetune: {}}\nsearch: {over: {training.lr: []}}", "no value to try for training.lr"),
+        ("methods: {finetune: {}}\nsearch: {over: {training.lr: [1]}, tasks: 11}", "has 10 tasks"),
+        ("methods: {finetune: {search: {training.lr: [1]}}}", "no `search` of the grid that it could widen"),
+        ("methods: {finetune: {}}\nbase: {stream.scenario: domain}\norders: [1, 2]", "has no order of classes"),
+        ("methods: {finetune: {}}\nbase: gone.yaml", "gone.yaml: cannot be read"),
+        ("- a", "must hold keys and values"),
+    ],
+)
+def test_grids_that_cannot_be(tmp_path: Path, text: str, told: str):
+    with pytest.raises(ConfigError) as refused:
+        Grid(write_grid(tmp_path, text))
+    start, _, end = told.partition(".*")
+    assert start in str(refused.value)
+    assert end in str(refused.value)
+
+
+def test_data_and_weights_that_are_not_there_are_all_named_before_anything_runs(tmp_path: Path):
+    text = "streams: {a: {data.source: gone}, b: {backbone.name: lost}, c: {}}\nmethods: {finetune: {}, inflora: {}}"
+    with pytest.raises(ConfigError) as refused:
+        Study(write_grid(tmp_path, text), cells=tmp_path / "cells")
+    assert "2 errors" in str(refused.value)
+    assert "gone does not exist" in str(refused.value)
+    assert "no backbone 'lost'" in str(refused.value)
+
+
+# ---------------------------------------------------------------------------------------------- one cell and another
+
+
+def test_code_is_what_computes():
+    code = '"""A module."""\n\ndef f(x: int) -> int:\n    """Says."""\n    return x  # as it is\n'
+    assert bare(code) == bare("def f( x:int )->int:\n\n  return (x)")
+    assert bare(code) != bare("def f(x: int) -> int:\n    return -x")
+    assert (
+        bare('class A:\n    x: int = 1\n    """Of x."""\n') == bare("class A:\n    x: int = 1\n") != bare("x = 'text'")
+    )
+
+
+def test_a_cell_depends_on_the_code_that_can_change_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    before = {name: code_hash(name) for name in ("finetune", "inflora")}
+    assert before["finetune"] != before["inflora"]
+    read = Path.read_text
+
+    def changed(name: str) -> list[str]:
+        """Which methods' hashes change with an added statement in this file."""
+
+        def read_text(path: Path, *args: str, **named: str) -> str:
+            return read(path, *args, **named) + ("\nadded = 1\n" if path == cells.PACKAGE / name else "")
+
+        monkeypatch.setattr(Path, "read_text", read_text)
+        cells._bare.cache_clear()
+        return [method for method in before if code_hash(method) != before[method]]
+
+    try:
+        assert (
+            changed("engine/loop.py") == changed("methods/base.py") == changed("config.py") == ["finetune", "inflora"]
+        )
+        assert changed("methods/inflora.py") == ["inflora"]
+        for name in ("cli.py", "progress.py", "report/page.py", "compare/study.py", "methods/__init__.py"):
+            assert changed(name) == [], name
+    finally:
+        cells._bare.cache_clear()
+
+
+def test_a_cell_is_recognised_by_its_content(tmp_path: Path):
+    from tests.end_to_end.conftest import paint
+
+    def config(**settings: object) -> RunConfig:
+        data = {"source": str(tmp_path / "one"), **settings}
+        return RunConfig.model_validate({"method": {"name": "finetune"}, "data": data})
+
+    paint(tmp_path / "one", 2, 3)
+    first = Store(tmp_path / "cells").place(config()).folder
+    assert first.parent == tmp_path / "cells"
+    (tmp_path / "one").rename(tmp_path / "two")
+    here = Store(tmp_path / "cells")
+    assert here.place(config(source=str(tmp_path / "two"))).folder == first, "wherever the data lies"
+    assert here.place(config(source=str(tmp_path / "two"), augment="none")).folder != first
+    image = tmp_path / "two" / "class0" / "0.png"
+    os.utime(image, ns=(1, 1))
+    assert Store(tmp_path / "cells").place(config(source=str(tmp_path / "two"))).folder == first, "touched, not changed"
+    content = bytearray(image.read_bytes())
+    content[-20] ^= 1
+    image.write_bytes(content)
+    assert Store(tmp_path / "cells").place(config(source=str(tmp_path / "two"))).folder != first, (
+        "same size, other bytes"
+    )
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+SLEEPER = "import sys, time; time.sleep(float(sys.argv[1])); open(sys.argv[2], 'w').close(); sys.exit(int(sys.argv[3]))"
+
+
+class Sleepers:
+    """Starts processes that sleep and then say that their run is done, and counts how many were at work at once."""
+
+    def __init__(self, seconds: float = 0.4, codes: dict[str, int] | None = None) -> None:
+        self.seconds, self.codes, self.processes = seconds, codes or {}, []
+        self.most = 0
+
+    def __call__(self, place: Place, lock: IO[str]) -> subprocess.Popen[bytes]:
+        place.run.mkdir(exist_ok=True)
+        code = self.codes.get(place.folder.name, 0)
+        done = place.run / ("results.json" if code == 0 else "nothing")
+        self.processes.append(
+            subprocess.Popen(
+                [sys.executable, "-S", "-c", SLEEPER, str(self.seconds), str(done), str(code)], pass_fds=[lock.fileno()]
+            )
+        )
+        self.most = max(self.most, sum(p.poll() is None for p in self.processes))
+        return self.processes[-1]
+
+
+def jobs_in(folder: Path, count: int) -> list[Job]:
+    return [Job(f"cell{k}", Place(folder / f"cell{k}"), lambda: True) for k in range(count)]
+
+
+def watch(ended: list[tuple[str, int | None]], held: list[str] | None = None) -> Watch:
+    return Watch(
+        ended=lambda job, code: ended.append((job.name, code)),
+        held=lambda job: (held if held is not None else []).append(job.name),
+        look=lambda jobs: None,
+    )
+
+
+def test_cells_run_side_by_side_and_a_failure_stops_no_other(tmp_path: Path):
+    start, ended = Sleepers(codes={"cell1": 3}), []
+    jobs = [*jobs_in(tmp_path, 4), Job("cell4", Place(tmp_path / "cell4"), lambda: False)]
+    work(jobs, 2, start, watch(ended))
+    assert dict(ended) == {"cell0": 0, "cell1": 3, "cell2": 0, "cell3": 0, "cell4": None}
+    assert start.most == 2
+    assert len(start.processes) == 4
+    ended.clear()
+    work(jobs_in(tmp_path, 4), 2, start, watch(ended))
+    assert sorted(ended) == [("cell0", 0), ("cell1", 3), ("cell2", 0), ("cell3", 0)]
+    assert len(start.processes) == 5, "what is done is not started again"
+
+
+def test_a_cell_that_another_process_holds_is_waited_for(tmp_path: Path):
+    place = Place(tmp_path / "cell0")
+    lock = place.lock()
+    orphan = Sleepers(1.0)(place, lock)
+    lock.close()  # as if the comparison that started it had been killed
+    start, ended, held = Sleepers(0.1), [], []
+    work(jobs_in(tmp_path, 2), 1, start, watch(ended, held))
+    assert held == ["cell0"]
+    assert ended == [("cell0", 0), ("cell1", 0)]
+    assert len(start.processes) == 1
+    assert orphan.wait() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_stops_its_runs_first(tmp_path: Path, number: int):
+    start, ended = Sleepers(60), []
+    late = Watch(
+        ended=lambda job, code: ended.append(job.name),
+        held=lambda job: None,
+        look=lambda jobs: os.kill(os.getpid(), number),
+    )
+    before = time.monotonic()
+    with pytest.raises(Interrupted):
+        work(jobs_in(tmp_path, 3), 2, start, replace(late))
+    assert time.monotonic() - before < 30
+    assert [process.returncode for process in start.processes] == [-signal.SIGTERM] * 2
+    assert ended == []
+    lock = Place(tmp_path / "cell0").lock()
+    assert lock is not None, "nobody holds it any longer"
+    lock.close()
+
+
+# ---------------------------------------------------------------------------------------------- a whole comparison
+
+
+def accuracies(config: RunConfig) -> float:
+    """finetune learns best slowly, inflora best fast; by hundredths better with every seed."""
+    wanted = 1e-3 if config.method["name"] == "finetune" else 2e-3
+    return (
+        (0.6 if config.training.lr == wanted else 0.4) + 0.01 * config.seed + 0.1 * (config.method["name"] == "inflora")
+    )
+
+
+def study(folder: Path, text: str = SEARCHED, **options: object) -> Study:
+    return Study(write_grid(folder, text), out=folder / "out", cells=folder / "cells", **options)
+
+
+def test_settings_are_chosen_first_and_only_what_is_not_done_is_run(tmp_path: Path):
+    start, told = MadeUp(accuracies), Told()
+    found = study(tmp_path)
+    assert {listed.state for listed in found.listing()} == {"new", None}
+    outcome = found.work(2, told, start)
+    assert (outcome.failures, outcome.not_started) == ([], [])
+    assert len(start.started) == 8 + 12
+    assert [found.chosen(row)["training.lr"] for row in found.grid.rows] == [1e-3, 2e-3, 2e-3, 1e-3]
+    assert {c.training.lr for c in start.started[8:] if c.method["name"] == "inflora"} == {2e-3}
+    assert told.lines[0] == "8 cells of the search: 0 done, 8 to do"
+    assert told.lines[1].startswith(
+        "[1/8] grid/finetune/search/training.lr=0.001: average accuracy on validation 60.0%, 10 s"
+    )
+    assert told.lines[-1].startswith("[12/12] grid/joined/seed2: final accuracy 62.0%, 10 s")
+    again = study(tmp_path)
+    assert {listed.state for listed in again.listing()} == {"done"}
+    again.work(2, told, start)
+    assert len(start.started) == 20
+    wider = study(tmp_path, SEARCHED.replace("[0, 1, 2]", "[0, 1, 2, 3]"))
+    wider.work(2, told, start)
+    assert len(start.started) == 24, "only the new seed of every row"
+
+
+def test_failures_are_told_with_the_end_of_the_log_and_tried_again(tmp_path: Path):
+    def some_fail(config: RunConfig) -> float | None:
+        bad = config.training.lr == 2e-3 and config.method["name"] == "finetune"
+        return None if bad or (config.seed == 1 and config.evaluation.split == "test") else accuracies(config)
+
+    start, told = MadeUp(some_fail), Told()
+    found = study(tmp_path)
+    outcome = found.work(1, told, start)
+    assert len(outcome.failures) == 2 + 4
+    failure = outcome.failures[0]
+    assert failure.name == "grid/finetune/search/training.lr=0.002"
+    assert failure.why == "exit code 2\nit begins\nerror: the loss is nan\n"
+    assert found.chosen(found.grid.rows[0]) == {"training.lr": 1e-3}, "a trial that failed is not chosen"
+    text = table.block(found.content("lamina compare grid.yaml"))
+    assert "**training.lr=0.001: 60.0** · training.lr=0.002: failed" in text
+    assert "- `finetune`: 1 run of 3 missing." in text
+    start.accuracy = accuracies
+    assert study(tmp_path).work(1, told, start).failures == []
+    assert "missing" not in table.block(study(tmp_path).content("x"))
+
+
+def test_only_some_cells(tmp_path: Path):
+    start = MadeUp(accuracies)
+    study(tmp_path, only="inflora/seed1").work(1, Told(), start)
+    assert [(c.evaluation.split, c.seed) for c in start.started] == [("val", 0), ("val", 0), ("test", 1)]
+    study(tmp_path, only="*/seed?").work(1, Told(), start)
+    assert len(start.started) == 20
+    with pytest.raises(ConfigError, match=r"--only 'nothing' fits no cell. .* such as 'grid/finetune/seed0'"):
+        study(tmp_path, only="nothing")
+
+
+def test_other_code_is_another_cell_unless_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    start = MadeUp(accuracies)
+    study(tmp_path, GRID).work(1, Told(), start)
+    monkeypatch.setattr(cells, "code_hash", lambda method: "newer")
+    assert {listed.state for listed in study(tmp_path, GRID).listing()} == {"new"}
+    kept = study(tmp_path, GRID, keep_code=True)
+    assert {listed.state for listed in kept.listing()} == {"done"}
+    text = table.block(kept.content("x"))
+    assert text.count("3 runs made with other code than this one, lamina 0.") == 4
+    study(tmp_path, GRID).work(1, Told(), start)
+    assert len(start.started) == 24
+    assert "other code" not in table.block(study(tmp_path, GRID, keep_code=True).content("x"))
+    assert len(list((tmp_path / "cells").glob("inflora-*"))) == 12, "the old ones are kept"
+
+
+def test_no_cell_starts_with_other_code_than_the_comparison_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = study(tmp_path, GRID)
+    start = MadeUp(accuracies)
+    monkeypatch.setattr(cells, "code_hash", lambda method: "edited meanwhile")
+    outcome = found.work(1, Told(), start)
+    assert (len(start.started), len(outcome.not_started), outcome.failures) == (0, 12, [])
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def test_the_table_says_what_the_runs_say(tmp_path: Path):
+    found = study(tmp_path)
+    found.work(1, Told(), MadeUp(accuracies))
+    told = found.content("lamina compare grid.yaml")
+    page = table.write(told, found.out)
+    text = (found.out / "table.md").read_text()
+    assert text.startswith("# Made up\n\nAccuracies in %")
+    assert "(seeds 0, 1, 2), measured on test data." in text
+    inflora = next(line for line in text.splitlines() if line.startswith("| `inflora`"))
+    assert (
+        inflora
+        == "| `inflora` | "
+        + " | ".join(["71.0 ± 1.0"] * 3 + ["0.0 ± 0.0", "71.0 ± 1.0", "50.0 ± 0.0", "+10.0 [+10.0, +10.0]", "3"])
+        + " |"
+    )
+    assert "| `joined` | – | 61.0 ± 1.0 | – | – | – | – | 0.0 [0.0, 0.0] | 3 |" in text
+    assert "| `inflora` | 10 | 1.20 k | 3.40 k | 0 B | 524 MB |" in text
+    assert "With 3 pairs it is the range from the smallest difference to the largest." in text
+    assert "75 % of the time" in text
+    for part in (
+        "No test example was used",
+        "    lamina compare grid.yaml",
+        "title: Made up",
+        "abacus",
+        "mean over tasks j",
+    ):
+        assert part in text
+    html = page.read_text()
+    for part in ("<title>Made up</title>", "71.0 ± 1.0", "+10.0 [+10.0, +10.0]", "default-src 'none'", "abacus"):
+        assert part in html
+    record = json.loads((found.out / "table.json").read_text())
+    (stream,) = record["streams"]
+    row = stream["rows"][1]
+    assert (row["name"], row["method"], row["chosen"]) == ("inflora", "inflora", {"training.lr": 2e-3})
+    assert row["figures"]["final_accuracy"]["values"] == pytest.approx([0.7, 0.71, 0.72])
+    assert row["difference"]["mean"] == pytest.approx(0.1)
+    assert [(run["seed"], run["order"], run["older_code"]) for run in row["runs"]] == [
+        (s, None, False) for s in range(3)
+    ]
+    assert all((Path(run["cell"]) / "run" / "results.json").exists() for run in row["runs"])
+
+
+def test_a_row_that_is_not_like_the_others_says_so(tmp_path: Path):
+    text = SEARCHED.replace("inflora: {method.epsilon: 0.99}", "inflora: {search: {method.epsilon: [0.9, 0.99]}}")
+    text = text.replace("  noproj", "  prototype: {search: false}\n  noproj").replace("[0, 1, 2]", "[3]")
+    found = study(tmp_path, text)
+
+    def started(place: Place, lock: IO[str]) -> object:
+        process = MadeUp(accuracies)(place, lock)
+        if "noproj" not in place.folder.name and "rank: 3" in place.config.read_text():
+            path = place.run / "results.json"
+            path.write_text(path.read_text().replace("ffffffff", "eeeeeeee"))
+        return process
+
+    found.work(1, Told(), started)
+    told = table.block(found.content("x"))
+    for note in (
+        "- `inflora`: its search had 4 trials, where most had 2.",
+        "- `prototype` took no part in the search.",
+        "- `noproj` did not learn the same examples as `finetune`",
+        "- `joined` learns all tasks at once",
+        "One pair of runs says nothing about spread",
+    ):
+        assert note in told, note
+    assert "| `inflora` | 73.0 | 73.0 | 73.0 | 0.0 | 73.0 | 50.0 | +10.0 | 1 |" in told
+
+
+def test_a_table_goes_into_a_page_between_its_markers(tmp_path: Path):
+    found = study(tmp_path, GRID)
+    found.work(1, Told(), MadeUp(accuracies))
+    told, page = found.content("x"), tmp_path / "page.md"
+    table.write(told, found.out, page)
+    assert page.read_text() == f"# Made up\n\n{table.BEGIN}\n\n{table.block(told)}\n{table.END}\n"
+    page.write_text(f"# Mine\n\nReading.\n\n{table.BEGIN}\nold\n{table.END}\n\nAfter.\n")
+    for _ in range(2):
+        table.write(told, found.out, page)
+        assert (
+            page.read_text() == f"# Mine\n\nReading.\n\n{table.BEGIN}\n\n{table.block(told)}\n{table.END}\n\nAfter.\n"
+        )
+    page.write_text("# No markers\n")
+    with pytest.raises(LaminaError, match=r"page.md: it needs one line <!-- compare -->"):
+        table.write(told, found.out, page)
+    assert page.read_text() == "# No markers\n"
+
+
+def test_on_a_terminal_what_is_at_work_is_shown():
+    written = io.StringIO()
+    with GridWatcher("grid", Console(file=written, force_terminal=True, no_color=True, width=120)) as watch:
+        watch.say("[2/4] done")
+        watch.show(2, 4, 600.0, [("a/finetune/seed0", "task 2/3 [learnt]"), ("a/inflora/seed0", "")])
+    for part in ("2/4, about 10 min left", "a/finetune/seed0", "task 2/3 [learnt]", "[2/4] done"):
+        assert part in written.getvalue()
+    plain = io.StringIO()
+    with GridWatcher("grid", Console(file=plain)) as watch:
+        watch.show(2, 4, 600.0, [])
+        watch.say("[2/4] done")
+    assert plain.getvalue() == "[2/4] done\n"
+
+
+def test_what_is_left_is_guessed_from_what_is_done():
+    known = {"a": [10.0, 20.0], "b": [100.0]}
+    assert seconds_left(["a", "a", "b"], known, 1) == 130
+    assert seconds_left(["a", "a", "b"], known, 2) == 100, "no less than the longest"
+    assert seconds_left(["c"], known, 1) == pytest.approx(130 / 3)
+    assert seconds_left(["a"], {}, 1) is None
+    assert seconds_left([], known, 1) == 0
+    assert [duration(s) for s in (40, 600, 9000)] == ["40 s", "10 min", "2.5 h"]
