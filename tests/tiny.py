@@ -94,6 +94,7 @@ def tiny_vit(seed: int = 0, size: int = 16, width: int = 32, blocks: int = 3, pa
         features=features,
         name="tiny_vit",
         image=ImageInput(size, HALF, HALF),
+        heads=2,
     )
 
 
@@ -113,6 +114,7 @@ def tiny_bert(seed: int = 0, width: int = 32, blocks: int = 2, vocabulary: int =
         features=features,
         name="tiny_bert",
         pooling="mean",
+        heads=2,
     )
 
 
@@ -184,6 +186,7 @@ def tiny_fused_vit(seed: int = 0, size: int = 16, width: int = 32, blocks: int =
         features=lambda module, inputs: module(inputs["pixel_values"]),
         name="tiny_fused_vit",
         image=ImageInput(size, HALF, HALF),
+        heads=2,
     )
 
 

@@ -100,14 +100,19 @@ class Mixture(NamedTuple):
     downs_eri: Tensor
     choice: Choice
 
+    def gains(self, x_bti: Tensor) -> Tensor:
+        """What each input multiplies each expert by, (b, e)."""
+        if isinstance(self.choice, Tensor):
+            return (self.choice[:, None] == torch.arange(len(self.ups_eor))).to(x_bti.dtype)
+        return self.choice(x_bti).to(x_bti.dtype)
+
     def change(self, x_bti: Tensor) -> Tensor:
         """What the experts add to the output, (b, t, o). Of one expert per input only that one is computed."""
         if isinstance(self.choice, Tensor):
             any_b, expert_b = (self.choice >= 0).to(x_bti.dtype), self.choice.clamp_min(0)
             inner_btr = x_bti @ (self.downs_eri[expert_b] * any_b[:, None, None]).mT
             return inner_btr @ self.ups_eor[expert_b].mT
-        gains_be = self.choice(x_bti).to(x_bti.dtype)
-        inner_bter = torch.einsum("bti,eri->bter", x_bti, self.downs_eri) * gains_be[:, None, :, None]
+        inner_bter = torch.einsum("bti,eri->bter", x_bti, self.downs_eri) * self.gains(x_bti)[:, None, :, None]
         return torch.einsum("bter,eor->bto", inner_bter, self.ups_eor)
 
 
@@ -190,6 +195,18 @@ class AdaptedLinear(nn.Module):
             for rows, up_or, down_ri, _ in changes:
                 weight_oi[rows.start : rows.stop] += up_or @ down_ri
             self.weight_oi = weight_oi.to(self.weight_oi.dtype)
+
+    def effective(self) -> Tensor:
+        """The weight (o, i) at work now, live branches included, folded or not; experts are not in it. Not to be changed."""
+        if not self._live_apart or not self.live:
+            return self.weight_oi
+        weight_oi = self.weight_oi.clone()
+        with torch.no_grad():
+            for name, branch in self.live.items():
+                assert isinstance(branch, Branch)
+                up_or, down_ri = branch.factors()
+                weight_oi[self.rows[name].start : self.rows[name].stop] += (up_or @ down_ri).to(weight_oi.dtype)
+        return weight_oi
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight_oi, self.bias_o)

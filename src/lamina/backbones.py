@@ -86,6 +86,8 @@ class Backbone:
     pooling: Pooling
     forward: Features
     """Inputs to features for this architecture; called by `features`."""
+    heads: int | None = None
+    """Of every attention layer; None where it is not known."""
     ignored: tuple[str, ...] = ()
     """Tensors in the file that the backbone has no use for, such as an old classification head."""
 
@@ -243,6 +245,7 @@ def load(
     return Backbone(
         *(name, architecture.kind, stored_hash, module, sites, config.hidden_size, blocks, image, tokenizer, chosen),
         forward=forward,
+        heads=config.num_attention_heads,
         ignored=tuple(sorted([*ignored, *unused])),
     )
 
@@ -258,17 +261,21 @@ def from_module(
     image: ImageInput | None = None,
     tokenizer: Path | None = None,
     pooling: Pooling = "cls",
+    heads: int | None = None,
 ) -> Backbone:
     """A backbone out of any model of yours, for example one with a fused qkv layer. The module itself is frozen.
 
-    `features(module, inputs)` returns (b, width). `pooling` is a record of what it does. Raises BackboneError for a
+    `features(module, inputs)` returns (b, width). `pooling` is a record of what it does; `heads` (of every attention layer)
+    is asked for by methods that look into attention. Raises BackboneError for a
     site that is not a linear layer of the module, or whose rows are outside it.
     """
     _check_sites(module, sites)
     stored_hash, module = tensors_hash(module.state_dict()), module.eval().requires_grad_(False)
     blocks = 1 + max((s.block for s in sites), default=-1)
     return Backbone(
-        name, kind, stored_hash, module, tuple(sites), width, blocks, image, tokenizer, pooling, forward=features
+        *(name, kind, stored_hash, module, tuple(sites), width, blocks, image, tokenizer, pooling),
+        forward=features,
+        heads=heads,
     )
 
 

@@ -4,7 +4,7 @@ Shape letters: b batch, t tokens, d width of the backbone, r rows of the head, o
 e experts.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -147,6 +147,46 @@ class Learner:
                 record.mask_bt = batch.inputs.get("attention_mask")
                 self.features(batch)
         return {group: moment.mean_dd for group, moment in record.moments.items()}
+
+    def linear(self, block: int, role: str) -> tuple[Tensor, Tensor | None]:
+        """Weight (o, i) and bias (o,) at work now in this place of the backbone, adapted or not: see `effective`."""
+        site = next(site for site in self.backbone.sites if (site.block, site.role) == (block, role))
+        rows = slice(*site.rows) if site.rows else slice(None)
+        if site.path in self.layers:
+            layer = self.layers[site.path]
+            weight_oi, bias_o = layer.effective(), layer.bias_o
+        else:
+            module = self.backbone.module.get_submodule(site.path)
+            assert isinstance(module, nn.Linear)
+            weight_oi, bias_o = module.weight, module.bias
+        return weight_oi[rows], None if bias_o is None else bias_o[rows]
+
+    @contextmanager
+    def watching(self, watchers: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+        """While open, the input (b, t, i) of each of these groups is shown to its function, without gradients, before any
+        slot of the group computes."""
+        shown: dict[str, Tensor] = {}
+
+        def hook_for(group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                if shown.get(group) is not inputs[0]:  # the first layer of the group that gets it
+                    shown[group] = inputs[0]
+                    with torch.no_grad():
+                        watchers[group](inputs[0])
+
+            return hook
+
+        groups = self.groups()
+        handles = [
+            layer.register_forward_pre_hook(hook_for(group))
+            for group in watchers
+            for layer in {id(slot.layer): slot.layer for slot in groups[group]}.values()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def folded(self) -> Iterator[None]:

@@ -44,6 +44,8 @@ class Case:
     """Patterns of tensors that a later task may change although their own task is finished."""
     more_to_train: Callable[[Learner], int] = lambda _: 0
     """How many more numbers each task trains than the one before it."""
+    of_data: tuple[str, ...] = (".*/down",)
+    """Patterns of frozen factors, which may be a function of the data alone, whatever the seed."""
     targets: tuple[str, ...] | None = None
     """The only roles the method can adapt, where it cannot take any."""
 
@@ -140,6 +142,20 @@ CASES: dict[str, Case] = {
         random=True,
         stored=lambda learner, tasks: tasks * adapter_numbers(learner, 3) + head_numbers(learner),
         remembers=False,
+    ),
+    "duallora": Case(
+        settings={"rank": 3, "epsilon": 0.5, "calibration": 2.0},
+        moves=(
+            "live/.*/orthogonal:TASK/(up|down)",
+            "live/.*k/residual:TASK/down",
+            "live/.*v/residual:TASK/up",
+            *("head/TASK/weight", "head/TASK/bias"),
+        ),
+        random=True,
+        of_data=("finished/.*k/residual:.*/up", "finished/.*v/residual:.*/down"),
+        stored=lambda learner, tasks: 2 * tasks * adapter_numbers(learner, 3) + head_numbers(learner),
+        remembers=True,
+        targets=("k", "v"),
     ),
 }
 

@@ -328,8 +328,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
     equal = {key: torch.equal(mine[key], theirs[key]) for key in mine}
     if not CASES[name].random:
         assert all(equal.values())
-    else:  # a frozen factor may be a function of the data alone
-        assert not any(same for key, same in equal.items() if not key.endswith("/down"))
+    else:
+        frozen = "|".join(CASES[name].of_data)
+        assert not any(same for key, same in equal.items() if not re.fullmatch(frozen, key))
 
 
 # ---------------------------------------------------------------------------------------------------- prediction

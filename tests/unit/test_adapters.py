@@ -233,6 +233,12 @@ def test_gains_weigh_the_experts_input_by_input(dtype: torch.dtype):
         assert y_to.dtype == dtype
 
 
+def test_gains_of_a_choice_of_one_are_ones_and_zeros():
+    _, mixture = experts(3)
+    chosen = mixture._replace(choice=torch.tensor([2, -1, 0]))
+    assert chosen.gains(noise((3, 4, 5), "x")).tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0]]
+
+
 def test_what_is_dropped_was_never_there():
     layer, x_bi = AdaptedLinear(linear()), noise((7, 5), "x")
     layer.add("a", low_rank("a"))

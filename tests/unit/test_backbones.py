@@ -65,6 +65,7 @@ def test_nano_is_the_recorded_model():
     assert (backbone.image.size, backbone.image.mean, backbone.image.std) == (64, (0.5,) * 3, (0.5,) * 3)
     assert (backbone.pooling, backbone.tokenizer, backbone.ignored) == ("cls", None, ())
     assert backbone.heads == 3
+    assert backbone.heads == 3
     assert not backbone.module.training
     assert not any(p.requires_grad for p in backbone.module.parameters())
     assert {p.dtype for p in backbone.module.parameters()} == {torch.float32}
@@ -169,6 +170,7 @@ def test_text_architectures_pool_the_last_hidden_state(kind, tmp_path):
     inputs = {"input_ids": IDS, "attention_mask": MASK}
     backbone, first = load(str(tmp_path)), load(str(tmp_path), pooling="cls")
     assert (len(backbone.sites), backbone.tokenizer, backbone.image) == (12, None, None)
+    assert backbone.heads == 2
     assert backbone.heads == 2
     with torch.no_grad():
         tokens_btd = raw(**inputs).last_hidden_state

@@ -15,7 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 LEVELS = (
     ("errors", "types"),
     ("linalg", "metrics", "config", "chance"),
-    ("adapters", "moments", "head", "backbones", "data", "streams"),
+    ("adapters", "attention", "moments", "head", "backbones", "data", "streams"),
     ("learner",),
     ("methods",),
     ("engine",),

@@ -188,6 +188,46 @@ def test_copies_are_gone_after_a_failure():
     assert all("live" in slot.live() for slot in learner.slots.values())
 
 
+@every_backbone
+@pytest.mark.parametrize("folded", [False, True])
+def test_the_weight_at_work_is_what_the_layer_does(kind: str, folded: bool):
+    """Of an adapted map, with finished and live branches, and of one that is not adapted."""
+    learner, x_bti = grown(kind), noise((2, 3, 32), "x")
+    for layer in learner.layers.values():
+        layer.refold(with_live=folded)
+    for role in ("q", "k", "v", "out"):
+        site = next(site for site in learner.backbone.sites if (site.block, site.role) == (1, role))
+        rows = slice(*site.rows) if site.rows else slice(None)
+        y_bto = learner.backbone.module.get_submodule(site.path)(x_bti)[..., rows]
+        weight_oi, bias_o = learner.linear(1, role)
+        torch.testing.assert_close(x_bti @ weight_oi.T + bias_o, y_bto, atol=1e-5, rtol=1e-5)
+        assert not weight_oi.requires_grad
+
+
+@every_backbone
+def test_a_watched_group_shows_its_input_once_before_it_computes(kind: str):
+    learner, shown = Learner(MAKERS[kind](), ("k", "v")), []
+    computed: list[str] = []
+    for layer in {id(slot.layer): slot.layer for slot in learner.groups()["block1.attention"]}.values():
+        layer.register_forward_hook(lambda *_: computed.append("computed"))
+
+    def watch(x_btd: torch.Tensor) -> None:
+        assert not torch.is_grad_enabled()
+        shown.append((x_btd, len(computed)))
+
+    with learner.watching({"block1.attention": watch}):
+        for _ in range(2):
+            learner.features(batch(kind))
+    learner.features(batch(kind))
+    per_forward = 1 if kind == "fused" else 2
+    assert [count for _, count in shown] == [0, per_forward]
+    assert all(x_btd.shape[0] == 5 and x_btd.shape[2] == 32 for x_btd, _ in shown)
+    with pytest.raises(RuntimeError, match="inside"), learner.watching({"block1.attention": watch}):
+        raise RuntimeError("inside")
+    learner.features(batch(kind))
+    assert len(shown) == 2
+
+
 def test_nothing_is_differentiated_inside_folded():
     learner = grown("vit")
     with learner.folded():

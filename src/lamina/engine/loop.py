@@ -294,7 +294,8 @@ class Loop:
                     f"({state['identity'].get(what)}, now {value}). Restore what changed, or start a new run."
                 )
         self.learner.restore(state["outline"], tensors["learner"], self.method.branch_type)
-        self.method.memory = dict(tensors["memory"])
+        # Copies, laid out in memory as fresh tensors are: the last bits of a product depend on where its factors begin.
+        self.method.memory = {name: value.clone() for name, value in tensors["memory"].items()}
         self.position = Position(**state["position"])
         self.matrix = AccuracyMatrix.from_dict(state["matrix"])
         self.known_task = AccuracyMatrix.from_dict(state["known_task"])

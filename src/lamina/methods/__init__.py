@@ -5,6 +5,7 @@ from typing import Any
 from lamina.methods.base import Method
 from lamina.methods.clora import CLoRA
 from lamina.methods.color import CoLoR
+from lamina.methods.duallora import DualLoRA
 from lamina.methods.ewc import EWC
 from lamina.methods.finetune import Finetune
 from lamina.methods.inflora import InfLoRA
@@ -25,4 +26,5 @@ METHODS: dict[str, type[Method[Any]]] = {
     "sdlora": SDLoRA,
     "clora": CLoRA,
     "olora": OLoRA,
+    "duallora": DualLoRA,
 }
