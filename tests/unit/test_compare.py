@@ -396,17 +396,18 @@ def test_only_some_cells(tmp_path: Path):
 
 def test_other_code_is_another_cell_unless_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     start = MadeUp(accuracies)
-    study(tmp_path, GRID).work(1, Told(), start)
+    study(tmp_path).work(1, Told(), start)
     monkeypatch.setattr(cells, "code_hash", lambda method: "newer")
-    assert {listed.state for listed in study(tmp_path, GRID).listing()} == {"new"}
-    kept = study(tmp_path, GRID, keep_code=True)
+    assert {listed.state for listed in study(tmp_path).listing()} == {"new", None}
+    kept = study(tmp_path, keep_code=True)
     assert {listed.state for listed in kept.listing()} == {"done"}
     text = table.block(kept.content("x"))
     assert text.count("3 runs made with other code than this one, lamina 0.") == 4
-    study(tmp_path, GRID).work(1, Told(), start)
-    assert len(start.started) == 24
-    assert "other code" not in table.block(study(tmp_path, GRID, keep_code=True).content("x"))
-    assert len(list((tmp_path / "cells").glob("inflora-*"))) == 12, "the old ones are kept"
+    assert text.count("2 trials of its search made with other code than this one.") == 4
+    study(tmp_path).work(1, Told(), start)
+    assert len(start.started) == 40
+    assert "other code" not in table.block(study(tmp_path, keep_code=True).content("x"))
+    assert len(list((tmp_path / "cells").glob("inflora-*"))) == 20, "the old ones are kept"
 
 
 def test_no_cell_starts_with_other_code_than_the_comparison_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

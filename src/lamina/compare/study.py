@@ -169,19 +169,20 @@ class Study:
             rows[row] = table.RowRuns(
                 runs=[self._run(c, p) for c, p in cells if p.state == "done"],
                 planned=len(self.grid.settings.seeds) * len(self.grid.settings.orders),
-                trials=[
-                    table.Trial(
-                        dict(c.tried or {}), score(p.record()) if p.state == "done" else None, p.state == "failed"
-                    )
-                    for c, p in trials
-                ],
+                trials=[self._trial(c, p) for c, p in trials],
                 chosen=self.chosen(row),
             )
         return table.content(self.grid, rows, command)
 
     def _run(self, cell: Cell, place: Place) -> table.Run:
-        current = self.store.place(with_whole_paths(cell.config)).folder == place.folder
-        return table.Run(cell.seed, cell.order, place.record(), str(place.folder), older=not current)
+        return table.Run(cell.seed, cell.order, place.record(), str(place.folder), self._is_older(cell, place))
+
+    def _trial(self, cell: Cell, place: Place) -> table.Trial:
+        found = score(place.record()) if place.state == "done" else None
+        return table.Trial(dict(cell.tried or {}), found, place.state == "failed", self._is_older(cell, place))
+
+    def _is_older(self, cell: Cell, place: Place) -> bool:
+        return self.store.place(with_whole_paths(cell.config)).folder != place.folder
 
 
 class _Progress:

@@ -79,6 +79,8 @@ class Trial:
     settings: Mapping[str, Any]
     score: float | None
     failed: bool
+    older: bool = False
+    """Made with other code than this."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,8 @@ def _row_notes(rows: Mapping[str, RowRuns], baseline: str | None) -> Iterable[st
         if older := [run for run in row.runs if run.older]:
             code = sorted({_code(run.record) for run in older})
             yield f"`{name}`: {count(len(older), 'run')} made with other code than this one, {' and '.join(code)}."
+        if older_trials := sum(trial.older for trial in row.trials):
+            yield f"`{name}`: {count(older_trials, 'trial')} of its search made with other code than this one."
         if any(run.joined for run in row.runs):
             yield (
                 f"`{name}` learns all tasks at once, so it is no continual learner: it has one task, and the only figure that "
