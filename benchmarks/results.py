@@ -153,13 +153,12 @@ COLUMNS = (
 )
 
 
-def table(stream: str, columns: tuple[str, ...] = COLUMNS) -> str:
-    keep = [COLUMNS.index(column) for column in columns]
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+def table(stream: str) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
     for method in METHODS[stream]:
         cells = row(stream, method)
         if cells:
-            lines.append("| " + " | ".join(cells[i] for i in keep) + " |")
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -228,15 +227,26 @@ machine and include loading and evaluation.
     (PAGES / f"{stream}.md").write_text(text, encoding="utf-8")
 
 
+def shortened(page: Path) -> str:
+    """The table of a page, with the columns the README has room for."""
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    rows = rows[: next((i for i, row in enumerate(rows) if len(row) != len(rows[0])), len(rows))]
+    short = ("method", "final accuracy", "final, by example", "average accuracy", "forgetting", "seconds")
+    keep = [rows[0].index(column) for column in short]
+    return "\n".join(
+        "|" + "|".join(row[i] if row[i].startswith("---") else f" {row[i]} " for i in keep) + "|" for row in rows
+    )
+
+
 def readme() -> None:
-    """Replace what stands between the markers in the README by today's table."""
+    """Replace what stands between the markers in the README by the tables of the pages there are."""
     path = ROOT / "README.md"
     text = path.read_text(encoding="utf-8")
     begin, end = "<!-- results -->", "<!-- /results -->"
     if begin not in text:
         return
-    short = ("method", "final accuracy", "final, by example", "average accuracy", "forgetting", "seconds")
-    parts = [f"**{TITLES[s]}**\n\n{table(s, short)}\n" for s in METHODS if row(s, "inflora")]
+    parts = [f"**{TITLES[s]}**\n\n{shortened(page)}\n" for s in METHODS if (page := PAGES / f"{s}.md").exists()]
     head, _, rest = text.partition(begin)
     path.write_text(head + begin + "\n" + "\n".join(parts) + end + rest.partition(end)[2], encoding="utf-8")
 
