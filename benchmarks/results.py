@@ -189,6 +189,7 @@ def page(stream: str) -> None:
     about = "\n".join(f"- `{m}`: {ABOUT[m]}" for m in METHODS[stream] if ABOUT[m])
     commands = "\n".join(f"    lamina run {' '.join(Cell(stream, m, 0).settings)}" for m in METHODS[stream])
     notes = STREAMS / f"{stream}.md"
+    seeds = " and ".join(str(s) for s in SEEDS if any(Cell(stream, m, s).record() for m in METHODS[stream]))
     text = f"""# {TITLES[stream]}
 
 <!-- written by benchmarks/results.py; do not edit -->
@@ -207,7 +208,7 @@ Accuracies in %, forgetting in points, mean ± standard deviation over seeds; de
 
     python benchmarks/results.py --only {stream}
 
-which runs, for seeds 0, 1 and 2:
+which runs, for seed {seeds}:
 
 {commands}
 
@@ -256,10 +257,16 @@ def main() -> None:
     parser.add_argument("--only", choices=sorted(METHODS), action="append", help="this stream; may be repeated")
     parser.add_argument("--pages", action="store_true", help="write the pages, run nothing")
     parser.add_argument("--jobs", type=int, default=2, help="cells side by side")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="run only the first so many seeds")
     arguments = parser.parse_args()
     chosen = arguments.only or list(METHODS)
     if not arguments.pages:
-        cells = [Cell(stream, method, seed) for stream in chosen for seed in SEEDS for method in METHODS[stream]]
+        cells = [
+            Cell(stream, method, seed)
+            for stream in chosen
+            for seed in SEEDS[: arguments.seeds]
+            for method in METHODS[stream]
+        ]
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(run, cells))
     for stream in chosen:
