@@ -228,28 +228,37 @@ machine and include loading and evaluation.
     (PAGES / f"{stream}.md").write_text(text, encoding="utf-8")
 
 
-def shortened(page: Path) -> str:
-    """The table of a page, with the columns the README has room for."""
-    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    rows = rows[: next((i for i, row in enumerate(rows) if len(row) != len(rows[0])), len(rows))]
-    short = ("method", "final accuracy", "final, by example", "average accuracy", "forgetting", "seconds")
-    keep = [rows[0].index(column) for column in short]
-    return "\n".join(
-        "|" + "|".join(row[i] if row[i].startswith("---") else f" {row[i]} " for i in keep) + "|" for row in rows
-    )
+SHORT = {
+    "digits": "digits, 5 tasks (the demo)",
+    "cifar100": "Split CIFAR-100, 10 tasks",
+    "pacs": "PACS, 4 domains",
+    "clinc150": "CLINC150, 10 domains (text)",
+}
 
 
 def readme() -> None:
-    """Replace what stands between the markers in the README by the tables of the pages there are."""
+    """Replace what stands between the markers in the README by one table, taken from the pages there are."""
+    columns = ("final accuracy", "final, by example", "average accuracy", "forgetting", "seconds")
+    lines = [f"| stream | method | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
+    for stream, title in SHORT.items():
+        page = PAGES / f"{stream}.md"
+        if not page.exists():
+            continue
+        found = [
+            line.strip("|").split("|") for line in page.read_text(encoding="utf-8").splitlines() if line[:1] == "|"
+        ]
+        head = [cell.strip() for cell in found[0]]
+        for cells in found[2:]:
+            if len(cells) != len(head):
+                break  # the next table of the page
+            row = dict(zip(head, (cell.strip() for cell in cells), strict=True))
+            link = f"[{title}](docs/results/{stream}.md)" if cells is found[2] else ""
+            lines.append(f"| {link} | {row['method']} | {' | '.join(row[c] for c in columns)} |")
     path = ROOT / "README.md"
     text = path.read_text(encoding="utf-8")
-    begin, end = "<!-- results -->", "<!-- /results -->"
-    if begin not in text:
-        return
-    parts = [f"**{TITLES[s]}**\n\n{shortened(page)}\n" for s in METHODS if (page := PAGES / f"{s}.md").exists()]
-    head, _, rest = text.partition(begin)
-    path.write_text(head + begin + "\n" + "\n".join(parts) + end + rest.partition(end)[2], encoding="utf-8")
+    head_text, begin, rest = text.partition("<!-- results -->")
+    body = "\n" + "\n".join(lines) + "\n"
+    path.write_text(head_text + begin + body + "<!-- /results -->" + rest.partition("<!-- /results -->")[2], "utf-8")
 
 
 def main() -> None:
