@@ -153,13 +153,12 @@ COLUMNS = (
 )
 
 
-def table(stream: str, columns: tuple[str, ...] = COLUMNS) -> str:
-    keep = [COLUMNS.index(column) for column in columns]
-    lines = ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+def table(stream: str) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
     for method in METHODS[stream]:
         cells = row(stream, method)
         if cells:
-            lines.append("| " + " | ".join(cells[i] for i in keep) + " |")
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -190,6 +189,7 @@ def page(stream: str) -> None:
     about = "\n".join(f"- `{m}`: {ABOUT[m]}" for m in METHODS[stream] if ABOUT[m])
     commands = "\n".join(f"    lamina run {' '.join(Cell(stream, m, 0).settings)}" for m in METHODS[stream])
     notes = STREAMS / f"{stream}.md"
+    seeds = " and ".join(str(s) for s in SEEDS if any(Cell(stream, m, s).record() for m in METHODS[stream]))
     text = f"""# {TITLES[stream]}
 
 <!-- written by benchmarks/results.py; do not edit -->
@@ -208,7 +208,7 @@ Accuracies in %, forgetting in points, mean ± standard deviation over seeds; de
 
     python benchmarks/results.py --only {stream}
 
-which runs, for seeds 0, 1 and 2:
+which runs, for seed {seeds}:
 
 {commands}
 
@@ -228,17 +228,37 @@ machine and include loading and evaluation.
     (PAGES / f"{stream}.md").write_text(text, encoding="utf-8")
 
 
+SHORT = {
+    "digits": "digits, 5 tasks (the demo)",
+    "cifar100": "Split CIFAR-100, 10 tasks",
+    "pacs": "PACS, 4 domains",
+    "clinc150": "CLINC150, 10 domains (text)",
+}
+
+
 def readme() -> None:
-    """Replace what stands between the markers in the README by today's table."""
+    """Replace what stands between the markers in the README by one table, taken from the pages there are."""
+    columns = ("final accuracy", "final, by example", "average accuracy", "forgetting", "seconds")
+    lines = [f"| stream | method | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
+    for stream, title in SHORT.items():
+        page = PAGES / f"{stream}.md"
+        if not page.exists():
+            continue
+        found = [
+            line.strip("|").split("|") for line in page.read_text(encoding="utf-8").splitlines() if line[:1] == "|"
+        ]
+        head = [cell.strip() for cell in found[0]]
+        for cells in found[2:]:
+            if len(cells) != len(head):
+                break  # the next table of the page
+            row = dict(zip(head, (cell.strip() for cell in cells), strict=True))
+            link = f"[{title}](docs/results/{stream}.md)" if cells is found[2] else ""
+            lines.append(f"| {link} | {row['method']} | {' | '.join(row[c] for c in columns)} |")
     path = ROOT / "README.md"
     text = path.read_text(encoding="utf-8")
-    begin, end = "<!-- results -->", "<!-- /results -->"
-    if begin not in text:
-        return
-    short = ("method", "final accuracy", "final, by example", "average accuracy", "forgetting", "seconds")
-    parts = [f"**{TITLES[s]}**\n\n{table(s, short)}\n" for s in METHODS if row(s, "inflora")]
-    head, _, rest = text.partition(begin)
-    path.write_text(head + begin + "\n" + "\n".join(parts) + end + rest.partition(end)[2], encoding="utf-8")
+    head_text, begin, rest = text.partition("<!-- results -->")
+    body = "\n" + "\n".join(lines) + "\n"
+    path.write_text(head_text + begin + body + "<!-- /results -->" + rest.partition("<!-- /results -->")[2], "utf-8")
 
 
 def main() -> None:
@@ -246,10 +266,16 @@ def main() -> None:
     parser.add_argument("--only", choices=sorted(METHODS), action="append", help="this stream; may be repeated")
     parser.add_argument("--pages", action="store_true", help="write the pages, run nothing")
     parser.add_argument("--jobs", type=int, default=2, help="cells side by side")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="run only the first so many seeds")
     arguments = parser.parse_args()
     chosen = arguments.only or list(METHODS)
     if not arguments.pages:
-        cells = [Cell(stream, method, seed) for stream in chosen for seed in SEEDS for method in METHODS[stream]]
+        cells = [
+            Cell(stream, method, seed)
+            for stream in chosen
+            for seed in SEEDS[: arguments.seeds]
+            for method in METHODS[stream]
+        ]
         with ThreadPoolExecutor(arguments.jobs) as pool:
             list(pool.map(run, cells))
     for stream in chosen:

@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look at data before learning from it.")
 app.add_typer(data_app, name="data")
-out_console = Console(highlight=False, soft_wrap=True)
+out_console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 100)
 
 DEMO_SETTINGS: dict[str, Any] = {
     "data.source": "digits",
@@ -387,7 +387,7 @@ def _summary(record: dict[str, Any], where: Path) -> None:
 
 def _table(records: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="")
-    for title in ("method", "final accuracy", "average", "forgetting", "task known", "seconds", "trained numbers"):
+    for title in ("method", "final accuracy", "average", "forgetting", "task known", "seconds", "trained"):
         table.add_column(title, justify="left" if title == "method" else "right")
     for record in records:
         figures, cost = record["metrics"], record["cost"]
@@ -395,7 +395,7 @@ def _table(records: list[dict[str, Any]]) -> None:
             record["name"],
             f"{figures['final_accuracy']:.1%}",
             f"{figures['average_accuracy']:.1%}",
-            f"{100 * figures['forgetting']:.1f} points",
+            f"{figures['forgetting']:.1%}",
             f"{figures['final_accuracy_oracle']:.1%}",
             f"{cost['seconds']['total']:.0f}",
             f"{cost['trainable_parameters']:,}",

@@ -2,25 +2,50 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 from tests.end_to_end.conftest import Command
 
+from lamina import cli
 
-def test_demo(lamina: Command, tmp_path: Path) -> None:
-    said = lamina("demo", "--out", tmp_path / "demo")
+
+def run_demo(lamina: Command, out: Path) -> dict[str, Any]:
+    """The figures of each method, after a look at what is said and written."""
+    said = lamina("demo", "--out", out)
     assert said.code == 0, said.err
-    page = tmp_path / "demo" / "report.html"
+    page = out / "report.html"
     assert page.is_file()
     assert f"Open the report: {page}" in said.out
     for title in ("method", "final accuracy", "forgetting"):
         assert title in said.out
     measured = {}
     for method in ("finetune", "prototype", "inflora"):
-        record = json.loads((tmp_path / "demo" / method / "results.json").read_text())
+        record = json.loads((out / method / "results.json").read_text())
         measured[method] = record["metrics"]
         assert f"{measured[method]['final_accuracy']:.1%}" in said.out
         assert method in page.read_text(encoding="utf-8")
+    again = lamina("demo", "--out", out)
+    assert again.out == said.out, "a finished demo is shown again"
+    return measured
+
+
+def test_demo_in_short(lamina: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli.DEMO_SETTINGS, "training.epochs", 1)
+    run_demo(lamina, tmp_path / "demo")
+
+
+@pytest.mark.slow
+def test_demo_shows_forgetting_and_its_cure(lamina: Command, tmp_path: Path) -> None:
+    measured = run_demo(lamina, tmp_path / "demo")
     assert measured["inflora"]["final_accuracy"] >= measured["finetune"]["final_accuracy"] + 0.05
     assert measured["inflora"]["forgetting"] < measured["finetune"]["forgetting"]
-    again = lamina("demo", "--out", tmp_path / "demo")
-    assert again.out == said.out, "a finished demo is shown again"
+
+
+def test_the_table_fits_a_narrow_terminal_however_long_a_run_was(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("final_accuracy", "average_accuracy", "forgetting", "final_accuracy_oracle")
+    cost = {"seconds": {"total": 123456.7}, "trainable_parameters": 123456}
+    cli._table([{"name": "prototype", "metrics": dict.fromkeys(names, 1.0), "cost": cost}])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert len(lines) == 2
+    assert all(len(line) <= 80 for line in lines)

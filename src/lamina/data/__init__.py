@@ -52,10 +52,10 @@ def load_images(
     if source.kind != "image":
         raise DataError(f"{source.name} holds texts, where images are needed. Use a text backbone, or other data")
     if on_damaged not in ("error", "skip"):
-        raise ConfigError(f"data.on_damaged is {on_damaged!r}; allowed are error and skip")
+        raise ConfigError(f"data.on_damaged = {on_damaged!r}; allowed are error and skip")
     store_px = max(64, 2 * transform.size) if store_px is None else store_px
     if store_px < 1:
-        raise ConfigError(f"data.store_px is {store_px}; allowed is 1 or more")
+        raise ConfigError(f"store_px = {store_px}; it must be 1 or more")
     store, keep = decode_once(
         source, store_px=store_px, cache=cache or default_cache(), on_damaged=on_damaged, progress=progress
     )

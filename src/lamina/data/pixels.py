@@ -207,8 +207,8 @@ def _write(
         # A full disk would otherwise kill the process: writes to a memory map have no error to return.
         raise DataError(
             f"the decoded images of {source.name} need {needed / 2**30:.1f} GiB and {folder.parent} has"
-            f" {free / 2**30:.1f} GiB free. Free some, name another with --set data.cache=FOLDER, or keep smaller"
-            f" images with --set data.store_px=N (now {store_px})"
+            f" {free / 2**30:.1f} GiB free. Free some, name another with --set data.cache=FOLDER, or choose a"
+            f" smaller backbone.image_size (images are kept at up to {store_px} px)"
         )
     if height == 0:
         raise DataError(f"none of the {n} images of {source.name} can be decoded; the first is {source.where(0)}")

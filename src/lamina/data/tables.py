@@ -38,7 +38,7 @@ class Part:
     table: pa.Table
     split: int | None
     folder: Path
-    """What relative paths in the table are relative to."""
+    """What paths in the table are relative to, and must stay in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +55,20 @@ class TableItems:
         if isinstance(value, Mapping):
             if value.get("bytes") is not None:
                 return bytes(value["bytes"])
-            return (part.folder / str(value["path"])).read_bytes()
+            return self._inside(part, str(value["path"])).read_bytes()
         payload: Payload = value
         return payload
+
+    @staticmethod
+    def _inside(part: Part, path: str) -> Path:
+        """A path that a table names. Only files below the table's own folder are ever read."""
+        found = (part.folder / path).resolve()
+        if not found.is_relative_to(part.folder.resolve()):
+            raise DataError(
+                f"{part.name} names the file {path!r}, which is outside {part.folder}. Move the file into that folder, or"
+                " store the images in the table as bytes"
+            )
+        return found
 
     def where(self, i: int) -> str:
         part, row = self.place(i)
@@ -166,6 +177,7 @@ def open_hub(address: str, *, kind: Kind | None, columns: Columns, test_fraction
     Raises DataError if it cannot be had, for example without a network, and if it lacks a column.
     """
     import datasets
+    from huggingface_hub.constants import HF_HOME
 
     name, _, configuration = address.partition(":")
     try:
@@ -177,7 +189,7 @@ def open_hub(address: str, *, kind: Kind | None, columns: Columns, test_fraction
             " can be used. Or save it elsewhere with save_to_disk and point at that folder"
         ) from error
     return _from_datasets(
-        loaded, name.rpartition("/")[2], Path(), kind=kind, columns=columns, test_fraction=test_fraction
+        loaded, name.rpartition("/")[2], Path(HF_HOME), kind=kind, columns=columns, test_fraction=test_fraction
     )
 
 

@@ -51,17 +51,17 @@ class ImageTransform:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ConfigError(f"data.size is {self.size}; allowed is 1 or more")
+            raise ConfigError(f"size = {self.size}; it must be 1 or more")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ConfigError(
-                f"data.mean is {self.mean} and data.std is {self.std}; allowed are three numbers each, std above 0"
+                f"backbone.mean = {self.mean}, backbone.std = {self.std}: must be three numbers each, std above 0"
             )
         if self.evaluate not in ("resize", "resize-crop"):
-            raise ConfigError(f"data.evaluate is {self.evaluate!r}; allowed are resize and resize-crop")
+            raise ConfigError(f"data.evaluate = {self.evaluate!r}; allowed are resize and resize-crop")
         if self.train not in ("crop-flip", "crop", "none"):
-            raise ConfigError(f"data.train is {self.train!r}; allowed are crop-flip, crop and none")
+            raise ConfigError(f"data.augment = {self.train!r}; allowed are crop-flip, crop and none")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ConfigError(f"data.scale is {self.scale}; allowed are two shares, 0 < least <= largest <= 1")
+            raise ConfigError(f"data.crop_scale = {self.scale}; allowed are two shares, 0 < least <= largest <= 1")
 
 
 def random_resized_crop_boxes(

@@ -61,9 +61,9 @@ def test_wrong_uses_are_named(tmp_path: Path) -> None:
         load_images(TEXTS, TRANSFORM, cache=tmp_path)
     with pytest.raises(DataError, match="pets holds images, where texts are needed"):
         load_texts(images, tmp_path)
-    with pytest.raises(ConfigError, match=r"data.on_damaged is 'ignore'; allowed are error and skip"):
+    with pytest.raises(ConfigError, match=r"data.on_damaged = 'ignore'; allowed are error and skip"):
         load_images(images, TRANSFORM, cache=tmp_path, on_damaged="ignore")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"data.store_px is 0; allowed is 1 or more"):
+    with pytest.raises(ConfigError, match=r"store_px = 0; it must be 1 or more"):
         load_images(images, TRANSFORM, cache=tmp_path, store_px=0)
     with pytest.raises(DataError, match="no training image of pets can be decoded"):
         load_images(images, TRANSFORM, cache=tmp_path, on_damaged="skip")

@@ -198,7 +198,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         free = 10
 
     monkeypatch.setattr(pixels.shutil, "disk_usage", lambda _: Full)
-    with pytest.raises(DataError, match=r"need 0.0 GiB .* 0.0 GiB free.*data.store_px=N \(now 8\)"):
+    with pytest.raises(DataError, match=r"need 0.0 GiB .* 0.0 GiB free.*smaller backbone.image_size .* 8 px"):
         decode_once(from_arrays([GOOD] * 2, [0, 1]), store_px=8, cache=tmp_path)
 
 

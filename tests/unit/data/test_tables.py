@@ -75,6 +75,16 @@ def test_pairs_of_bytes_and_path(tmp_path: Path) -> None:
     assert source.read(1) == png(9)
 
 
+@pytest.mark.parametrize("escape", ["../secret.png", "sub/../../secret.png", "ABSOLUTE"])
+def test_a_path_in_a_table_never_leads_out_of_its_folder(tmp_path: Path, escape: str) -> None:
+    (tmp_path / "secret.png").write_bytes(png(9))
+    (tmp_path / "data").mkdir()
+    path = str(tmp_path / "secret.png") if escape == "ABSOLUTE" else escape
+    pairs = [{"bytes": png(0), "path": None}, {"bytes": None, "path": path}] * 3
+    with pytest.raises(DataError, match=r"x.parquet names the file .*secret.png', which is outside .*data"):
+        open_source(write(tmp_path / "data" / "x.parquet", images(image=pairs)))
+
+
 def test_class_names_that_datasets_left_in_parquet(tmp_path: Path) -> None:
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     dataset = datasets.Dataset.from_dict({"text": ["a", "b", "c", "d"], "label": [0, 1, 0, 1]}, features=features)
