@@ -79,7 +79,7 @@ def demo(
         "demo"
     ),
 ) -> None:
-    """Learn handwritten digits two at a time, in three ways, and compare them in one report. Offline, about two minutes.
+    """Learn handwritten digits two at a time, in three ways, and compare them in one report. Offline, two to three minutes.
 
     A demo that was interrupted goes on where it was; one that is finished is shown again (remove its directory to
     start anew).
