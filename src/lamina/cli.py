@@ -301,7 +301,7 @@ def methods(
             print(f"    fits: {', '.join(facts['scenarios'])}-incremental streams")
             needs = "the number of tasks helps it" if facts["horizon"] else "no number of tasks"
             print(
-                f"    needs: {needs}; {facts['stored_samples']} stored samples per class; it keeps {facts['growth']}\n"
+                f"    needs: {needs}; {facts['stored_samples']} stored samples per class\n    growth: {facts['growth']}\n"
             )
         return
     if name not in METHODS:
