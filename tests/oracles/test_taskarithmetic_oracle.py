@@ -14,7 +14,7 @@ import torch
 from tests.tiny import noise, tiny_bert, tiny_images, tiny_texts, tiny_vit
 
 from lamina.adapters import LowRank
-from lamina.chance import seed_of
+from lamina.chance import bits, seed_of
 from lamina.config import EvaluationConfig, TrainingConfig
 from lamina.engine.loop import Interrupted, Loop
 from lamina.errors import TrainingError
@@ -312,6 +312,12 @@ def test_it_keeps_as_many_examples_of_each_class_of_each_task_however_they_are_b
         ]
         assert len(set(kept)) == len(kept)
         assert everything.labels_b[kept].tolist() == labels_n.tolist()
+        seed = seed_of("memory", seed_of(5, "end", task.name))
+        hashes = [int(bits(np.array([row]), seed)[0]) for row in task.train.rows_n]
+        for label in task.classes:
+            own = sorted(np.flatnonzero(task.train.labels_n == label), key=lambda n: hashes[n])
+            assert own != sorted(own)
+            assert {n for n in kept if everything.labels_b[n] == label} == set(own[:4])
 
 
 def test_texts_are_kept_with_their_masks_and_put_together(tmp_path: Path):
