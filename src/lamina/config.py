@@ -92,7 +92,8 @@ class StreamConfig(Section):
     first: int | None = Field(None, ge=1)
     """Use only this many tasks, the first ones, for example to choose settings; not set: all."""
     validation: float = Field(0.0, ge=0, lt=1)
-    """Share of the training examples held out for validation, where the source has no validation split."""
+    """Share of the training examples held out for validation, where the source has no validation split; taken before
+    data.per_class is counted, and at most as many."""
 
 
 class BackboneConfig(Section):

@@ -147,16 +147,17 @@ def make_stream(
 
     per_class: at most this many training examples of each class in each domain, the same ones for every seed of a run.
     validation: where the data has no validation split of its own, this share of each class's training examples is held
-    out for it (at least one is left to train on).
+    out for it (at least one is left to train on), before `per_class` is counted, and then at most as many as that.
     Raises DataError where two tasks share a training example, a task has no example to train or test on, or names repeat.
     """
     names = [task.name for task in plan]
     if len(set(names)) < len(names):
         raise DataError(f"stream: task names repeat: {names}. Every task needs a name of its own.")
-    train_rows = _limit(data, np.flatnonzero(data.splits_n == 0), per_class)
-    val_rows = np.flatnonzero(data.splits_n == 1)
+    train_rows, val_rows = np.flatnonzero(data.splits_n == 0), np.flatnonzero(data.splits_n == 1)
     if validation > 0 and len(val_rows) == 0:
-        train_rows, val_rows = _hold_out(data, train_rows, validation)
+        train_rows, held_rows = _hold_out(data, train_rows, validation)
+        val_rows = _limit(data, held_rows, per_class)
+    train_rows = _limit(data, train_rows, per_class)
     chosen: dict[Split, Ints] = {"train": train_rows, "val": val_rows, "test": np.flatnonzero(data.splits_n == 2)}
     owner = np.full(len(data.labels_n), -1)
     tasks = []

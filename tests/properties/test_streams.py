@@ -147,6 +147,18 @@ def test_held_out_examples_are_stratified_and_not_trained_on(data: LabelledData,
         assert held[cell] == min(max(1, round(share * n)), n - 1), "near the share, and at least one is left"
 
 
+@given(datasets(validation=False), st.integers(1, 3))
+def test_what_is_held_out_is_not_taken_from_the_limit(data: LabelledData, most: int):
+    plan = class_plan(data, 1)
+    held = make_stream(data, plan, "class", validation=0.5)[0]
+    limited = make_stream(data, plan, "class", validation=0.5, per_class=most)[0]
+    for split in ("train", "val"):
+        whole, few = (task.split(split) for task in (held, limited))
+        cells = [list(zip(e.labels_n, data.domains_n[e.rows_n], strict=True)) for e in (whole, few)]
+        assert set(few.rows_n) <= set(whole.rows_n)
+        assert all(cells[1].count(cell) == min(most, cells[0].count(cell)) for cell in cells[0])
+
+
 def test_the_datas_own_validation_split_is_used_as_it_is():
     data = make_data([0] * 9, [0] * 9, [0] * 5 + [1] * 2 + [2] * 2, 1)
     stream = make_stream(data, class_plan(data, 1), "class", validation=0.5)
