@@ -209,6 +209,9 @@ class ImageTable:
             pixels_bchw = pixels_bchw + 0.1 * torch.stack(extra)
         return {"pixel_values": pixels_bchw}
 
+    def lengths(self, rows: Ints) -> Ints:
+        return np.ones(len(rows), np.int64)
+
 
 @dataclass(frozen=True)
 class TextTable:
@@ -220,6 +223,10 @@ class TextTable:
     def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:
         index = torch.from_numpy(np.asarray(rows, np.int64))
         return {"input_ids": self.ids_nt[index], "attention_mask": self.mask_nt[index]}
+
+    def lengths(self, rows: Ints) -> Ints:
+        lengths_n: Ints = self.mask_nt[torch.from_numpy(np.asarray(rows, np.int64))].sum(1).numpy()
+        return lengths_n
 
 
 def _labelled(kind: str, table: object, n: int, classes: int, domains: int, tensors: list[Tensor]) -> LabelledData:

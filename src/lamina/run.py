@@ -46,7 +46,7 @@ from lamina.learner import Learner
 from lamina.methods import METHODS
 from lamina.methods.base import Method, describe
 from lamina.streams import Stream
-from lamina.types import LabelledData, Split
+from lamina.types import Batch, Examples, LabelledData, Split
 
 FORMAT = 1
 LEFTOVERS = frozenset({"lock", "environment.json", ".environment.json.tmp", ".config.json.tmp"})
@@ -105,11 +105,14 @@ def evaluate(out: Path, split: Split = "test") -> list[dict[str, Any]]:
     loop.restore()
     learnt = {row.task for row in loop.learner.rows}
     found = []
+
+    def batches(examples: Examples) -> Iterator[Batch]:
+        return (examples.batch(p) for p in in_order(len(examples), config.evaluation.batch_size))
+
     for task in setup.stream:
         examples = task.split(split)
         if task.name in learnt and len(examples):
-            batches = (examples.batch(p) for p in in_order(len(examples), config.evaluation.batch_size))
-            answer = answers(loop.learner, loop.method, batches, task.name, told=setup.stream.tells_task)
+            answer = answers(loop.learner, loop.method, examples, batches, task.name, told=setup.stream.tells_task)
             found.append(
                 {
                     "task": task.name,

@@ -48,6 +48,10 @@ class Table(Protocol):
         evaluation transform. What one row gives never depends on the other rows (padding of texts aside)."""
         ...
 
+    def lengths(self, rows: Ints) -> Ints:
+        """How many tokens each of these rows has; all 1 where rows are alike."""
+        ...
+
 
 @dataclass(frozen=True)
 class Examples:
@@ -67,6 +71,10 @@ class Examples:
             inputs=self.table.inputs(self.rows_n[positions], augment),
             labels_b=torch.from_numpy(self.labels_n[positions]),
         )
+
+    def lengths(self) -> Ints:
+        """(n,) how many tokens each example has; all 1 where examples are alike."""
+        return self.table.lengths(self.rows_n)
 
     def select(self, keep: Ints | NDArray[np.bool_]) -> "Examples":
         return Examples(self.table, self.rows_n[keep], self.labels_n[keep])

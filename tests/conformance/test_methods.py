@@ -36,7 +36,7 @@ from lamina.errors import MethodError
 from lamina.head import class_scores
 from lamina.methods import METHODS
 from lamina.methods.base import SCENARIOS, describe
-from lamina.types import Batch
+from lamina.types import Batch, Examples
 
 on_every_method = pytest.mark.parametrize("name", [name for name in METHODS if name in CASES])
 in_every_world = pytest.mark.parametrize("world", WORLDS, ids=str)
@@ -72,6 +72,11 @@ def everything(trail: Trail) -> Batch:
     """The test examples of all tasks, as the engine would hand them over."""
     examples = trail.stream.joined()[0].test
     return examples.batch(np.arange(len(examples)))
+
+
+def whole(examples: Examples) -> list[Batch]:
+    """As one batch."""
+    return [examples.batch(np.arange(len(examples)))]
 
 
 def scores(loop: Loop, batch: Batch) -> Tensor:
@@ -382,7 +387,7 @@ def test_prediction_is_told_neither_the_task_nor_the_label(
         found.loop.method, "predict", lambda learner, batch: (seen.append(batch), inner(learner, batch))[1]
     )
     for task in found.stream:
-        answers(found.loop.learner, found.loop.method, [task.test.batch(np.arange(len(task.test)))], task.name)
+        answers(found.loop.learner, found.loop.method, task.test, whole, task.name)
         found.loop._answers(task)
     assert len(seen) >= 2 * len(found.stream)
     assert all(batch.task is None for batch in seen)
@@ -457,7 +462,7 @@ def test_it_works_on_a_stream_without_a_known_end(name: str, tmp_path: Path):
 def test_it_learns(name: str, trail: Walks):
     """What it was trained on, when the task is told; a method that does nothing would be at chance, one half."""
     loop, task = trail(name, HOME).loop, stream("image", "class")[-1]
-    found = answers(loop.learner, loop.method, [task.train.batch(np.arange(len(task.train)))], task.name)
+    found = answers(loop.learner, loop.method, task.train, whole, task.name)
     assert found.correct_known_task / len(task.train) >= 0.8
 
 

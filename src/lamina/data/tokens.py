@@ -28,9 +28,12 @@ class TokenTable:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
+    def lengths(self, rows: Ints) -> Ints:
+        return self.starts[rows + 1] - self.starts[rows]
+
     def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:  # noqa: ARG002 - texts have no augmentation
         """`input_ids` and `attention_mask` (b, t) int64, padded to the longest, rounded up to a multiple of 8."""
-        lengths_b = self.starts[rows + 1] - self.starts[rows]
+        lengths_b = self.lengths(rows)
         longest = int(lengths_b.max(initial=1))
         # Few distinct lengths let kernels be reused; never more than the backbone has positions for.
         t = min(-(-longest // _MULTIPLE) * _MULTIPLE, self.max_length)

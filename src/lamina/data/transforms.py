@@ -148,6 +148,9 @@ class PixelTable:
         self._mean_c11 = torch.tensor(transform.mean)[:, None, None]
         self._std_c11 = torch.tensor(transform.std)[:, None, None]
 
+    def lengths(self, rows: Ints) -> Ints:
+        return np.ones(len(rows), np.int64)
+
     def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:
         """`pixel_values` (b, 3, s, s) float32, normalised: the training transform with `augment`, else evaluation's."""
         transform = self.transform

@@ -4,7 +4,7 @@ takes each example to be from.
 Shape letters: n examples, b batch, r rows of the head, c classes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from lamina.head import class_scores
 from lamina.learner import Learner
 from lamina.methods.base import Method
-from lamina.types import Batch, Ints
+from lamina.types import Batch, Examples, Ints
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,26 @@ class Answers:
 
 
 def answers(
-    learner: Learner, method: Method[Any], batches: Iterable[Batch], task: str, *, told: bool = False
+    learner: Learner,
+    method: Method[Any],
+    examples: Examples,
+    batches: Callable[[Examples], Iterable[Batch]],
+    task: str,
+    *,
+    told: bool = False,
 ) -> Answers:
     """Runs folded. Only after the method has answered are its scores compared with the task's name and the labels.
+    batches: cuts the examples it is given into batches. They come in the order of their length, so that texts of a batch
+    are padded little.
     told: the task of every example is known when testing (task-incremental streams), so only its own rows compete."""
     classes = list(dict.fromkeys(row.label for row in learner.rows))
     own_r = torch.tensor([row.task == task for row in learner.rows])
     label_r = torch.tensor([row.label for row in learner.rows])
     class_c = torch.tensor(classes)
+    order_n = np.argsort(examples.lengths(), kind="stable")
     found: list[tuple[Ints, ...]] = []
     with learner.folded():
-        for batch in batches:
+        for batch in batches(examples.select(order_n)):
             scores_br = method.predict(learner, batch)
             classes_b = class_c[class_scores(scores_br, learner.rows, classes).argmax(1)]
             known_b = torch.full_like(classes_b, -1)
@@ -61,4 +70,5 @@ def answers(
                 classes_b = known_b
             right_b = own_r[scores_br.argmax(1)].long()
             found.append(tuple(t.numpy() for t in (batch.labels_b, classes_b, known_b, right_b)))
-    return Answers(*(np.concatenate(column) for column in zip(*found, strict=True)))
+    back_n = np.argsort(order_n)
+    return Answers(*(np.concatenate(column)[back_n] for column in zip(*found, strict=True)))

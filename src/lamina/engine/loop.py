@@ -243,8 +243,14 @@ class Loop:
             self._tell(phase, done=done, total=len(examples))
 
     def _answers(self, task: Task) -> Answers:
-        batches = self._batches("evaluate", task.split(self.evaluation.split))
-        return answers(self.learner, self.method, batches, task.name, told=self.stream.tells_task)
+        return answers(
+            self.learner,
+            self.method,
+            task.split(self.evaluation.split),
+            lambda examples: self._batches("evaluate", examples),
+            task.name,
+            told=self.stream.tells_task,
+        )
 
     def _steps(self, task: Task) -> int:
         return self.training.epochs * steps_per_epoch(len(task.train), self.training.batch_size)
