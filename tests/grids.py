@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +33,7 @@ def record_of(config: RunConfig, accuracy: float, tasks: int = 3) -> dict[str, A
     return {
         "format": 1,
         "name": config.method["name"],
+        "created": datetime.now(UTC).isoformat(),
         "method": {"name": config.method["name"]},
         "config": config.model_dump(mode="json"),
         "stream": stream,

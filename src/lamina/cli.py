@@ -232,6 +232,12 @@ def compare(
     keep_code: Annotated[
         bool, typer.Option("--keep-code", help="Take finished runs of older code too; the table says so.")
     ] = False,
+    records: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file that keeps of finished runs what the table needs: they are taken from it, and noted in it."
+        ),
+    ] = None,
     page: Annotated[
         Path | None, typer.Option(help="Write the Markdown into this page too, between its two markers.")
     ] = None,
@@ -248,12 +254,13 @@ def compare(
 
     if page is not None:
         table.check_page(page)
-    study = Study(grid, out=out, cells=cells, only=only, keep_code=keep_code)
+    study = Study(grid, out=out, cells=cells, only=only, keep_code=keep_code, records=records)
     if dry_run:
         for state, name, place in study.listing():
             print(f"{state or 'waits for the search':21}{name}" + (f"  {place.folder}" if place else ""))
         return
     command = f"lamina compare {grid}" + (" --keep-code" if keep_code else "")
+    command += f" --records {records}" if records else ""
     outcome = Outcome()
     if not no_run:
         try:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from lamina.compare.study import duration, seconds_left
 from lamina.compare.work import Job, Watch, work
 from lamina.config import RunConfig
 from lamina.engine.loop import Interrupted
-from lamina.errors import ConfigError, LaminaError
+from lamina.errors import ConfigError, LaminaError, RunError
 from lamina.progress import GridWatcher
 
 GRID = """\
@@ -408,6 +409,41 @@ def test_other_code_is_another_cell_unless_it_is_kept(tmp_path: Path, monkeypatc
     assert len(start.started) == 40
     assert "other code" not in table.block(study(tmp_path, keep_code=True).content("x"))
     assert len(list((tmp_path / "cells").glob("inflora-*"))) == 20, "the old ones are kept"
+
+
+def test_a_file_of_records_stands_for_runs_that_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    records = tmp_path / "records" / "grid.jsonl"
+    found = study(tmp_path, records=records)
+    found.work(1, Told(), MadeUp(accuracies))
+    whole = table.block(found.content("x"))
+    lines = records.read_text().splitlines()
+    assert len(lines) == 20 == len(set(lines))
+    shutil.rmtree(tmp_path / "cells")
+    start, again = MadeUp(accuracies), study(tmp_path, records=records)
+    assert {listed.state for listed in again.listing()} == {"done"}
+    again.work(1, Told(), start)
+    assert start.started == []
+    assert table.block(again.content("x")) == whole
+    assert records.read_text().splitlines() == lines, "noted again, the same"
+    assert {listed.state for listed in study(tmp_path).listing()} == {"new", None}, "only where the file is named"
+    wider = study(tmp_path, SEARCHED.replace("[0, 1, 2]", "[0, 1, 2, 3]"), records=records)
+    wider.work(1, Told(), start)
+    wider.content("x")
+    assert (len(start.started), len(records.read_text().splitlines())) == (4, 24)
+    monkeypatch.setattr(cells, "code_hash", lambda method: "newer")
+    assert {listed.state for listed in study(tmp_path, records=records).listing()} == {"new", None}
+    kept = study(tmp_path, records=records, keep_code=True)
+    assert {listed.state for listed in kept.listing()} == {"done"}
+
+
+@pytest.mark.parametrize("text", ["no json", "[1, 2]", "{}"])
+def test_what_is_no_file_of_records_is_refused(tmp_path: Path, text: str):
+    records = tmp_path / "grid.jsonl"
+    records.write_text(text)
+    with pytest.raises(
+        RunError, match=r"grid.jsonl: no file of records .* Give the file that an earlier --records wrote"
+    ):
+        study(tmp_path, records=records)
 
 
 def test_no_cell_starts_with_other_code_than_the_comparison_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -10,11 +10,13 @@ CELLS/METHOD-WHAT-CODE/
 
 WHAT is a hash of the settings that decide the result, the content of the data and that of the backbone's files; CODE one of
 the code that can change the result. So a run whose settings, data, weights or code changed has another directory, and the
-old one is kept. Nothing else is written down of which runs are done: a finished one has its record.
+old one is kept. Nothing else is written down of which runs are done: a finished one has its record, in its directory or
+in a file of records, which holds what a table needs of many runs and is small enough to be kept beside it.
 """
 
 import ast
 import fcntl
+import fnmatch
 import functools
 import hashlib
 import inspect
@@ -23,7 +25,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
@@ -34,6 +36,7 @@ from lamina import config as configuration
 from lamina.config import RunConfig
 from lamina.data import Source
 from lamina.engine import checkpoint
+from lamina.errors import RunError
 from lamina.methods import METHODS
 
 PACKAGE = Path(lamina.__file__).parent
@@ -49,14 +52,15 @@ State = Literal["new", "begun", "failed", "done"]
 class Place:
     """The directory of a cell."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, noted: dict[str, Any] | None = None) -> None:
+        """noted: its record in a file of records, if it is there."""
+        self.folder, self.noted = folder, noted
         self.run, self.log, self.config = folder / "run", folder / "log.txt", folder / "config.yaml"
         self._failed = folder / "failed.txt"
 
     @property
     def state(self) -> State:
-        if (self.run / "results.json").exists():
+        if self.noted or (self.run / "results.json").exists():
             return "done"
         if self._failed.exists():
             return "failed"
@@ -67,8 +71,10 @@ class Place:
         return self._failed.read_text(encoding="utf-8") if self._failed.exists() else ""
 
     def record(self) -> dict[str, Any]:
-        """Of the finished run."""
-        return report.read_record(self.run)
+        """Of the finished run; where it is only noted, as much of it as a table needs."""
+        if (self.run / "results.json").exists() or self.noted is None:
+            return report.read_record(self.run)
+        return self.noted
 
     def begin(self, config: RunConfig, identity: dict[str, Any]) -> None:
         """Write down what is to be run."""
@@ -115,9 +121,12 @@ def note_holder(lock: IO[str], who: str) -> None:
 class Store:
     """All cells, and the one place that knows which cell a configuration is."""
 
-    def __init__(self, folder: Path) -> None:
-        """What is not in the configuration is looked at once, so that a cell stays the same cell as long as this lives."""
-        self.folder = folder
+    def __init__(self, folder: Path, records: Path | None = None) -> None:
+        """records: a file of records of finished runs, or where one will be. Raises RunError where it cannot be read.
+
+        What is not in the configuration is looked at once, so that a cell stays the same cell as long as this lives."""
+        self.folder, self.records = folder, records
+        self.noted = read_records(records) if records and records.exists() else {}
         self._data = functools.cache(self._data_hash)
         self._backbone = functools.cache(backbones.content_hash)
         self._code = functools.cache(code_hash)
@@ -140,14 +149,26 @@ class Store:
 
     def place(self, config: RunConfig) -> Place:
         identity = self.identity(config)
-        return Place(self.folder / f"{identity['method']}-{_what(identity)}-{_code(identity)}")
+        return self._place(f"{identity['method']}-{_what(identity)}-{_code(identity)}")
 
     def of_older_code(self, config: RunConfig) -> Place | None:
         """A finished run that is the same but for the code; the newest of several."""
         identity = self.identity(config)
-        found = [Place(path) for path in self.folder.glob(f"{identity['method']}-{_what(identity)}-*")]
-        done = [place for place in found if place.state == "done"]
-        return max(done, key=lambda place: (place.run / "results.json").stat().st_mtime, default=None)
+        same = f"{identity['method']}-{_what(identity)}-*"
+        names = {path.name for path in self.folder.glob(same)} | set(fnmatch.filter(self.noted, same))
+        done = [place for name in sorted(names) if (place := self._place(name)).state == "done"]
+        return max(done, key=lambda place: str(place.record()["created"]), default=None)
+
+    def note(self, places: Iterable[Place]) -> None:
+        """Write the records of these finished runs into the file of records, beside those it has."""
+        assert self.records is not None
+        self.noted |= {place.folder.name: told_by_table(place.record()) for place in places}
+        lines = [json.dumps({"cell": name} | record) + "\n" for name, record in sorted(self.noted.items())]
+        self.records.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.replace_text(self.records, "".join(lines))
+
+    def _place(self, name: str) -> Place:
+        return Place(self.folder / name, self.noted.get(name))
 
     def _data_hash(self, section: str) -> str:
         """Of the content. A folder of images is read once for every change of its files' times, and noted."""
@@ -159,6 +180,39 @@ class Store:
             note.parent.mkdir(parents=True, exist_ok=True)
             checkpoint.replace_text(note, _content(source))
         return note.read_text(encoding="utf-8")
+
+
+def told_by_table(record: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's record that tables and searches read."""
+    kept = (
+        "format",
+        "name",
+        "created",
+        "code",
+        "machine",
+        "backbone",
+        "matrix",
+        "oracle",
+        "task_id_accuracy",
+        "metrics",
+    )
+    found = {key: record[key] for key in (*kept, "cost")}
+    found["method"] = {"name": record["method"]["name"]}
+    found["stream"] = {key: record["stream"][key] for key in ("data", "scenario", "fingerprint")}
+    config = record["config"]
+    return found | {"config": {"stream": {"joined": config["stream"]["joined"]}, "evaluation": config["evaluation"]}}
+
+
+def read_records(file: Path) -> dict[str, dict[str, Any]]:
+    """By the name of the cell. Raises RunError where it is no file of records."""
+    try:
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return {record.pop("cell"): record for record in records}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{file}: no file of records ({type(error).__name__}: {error}). Give the file that an earlier --records wrote, "
+            "or a name that is free."
+        ) from error
 
 
 def code_hash(method: str) -> str:

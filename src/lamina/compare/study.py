@@ -59,16 +59,17 @@ class Study:
 
     def __init__(
         self, file: Path, *, out: Path | None = None, cells: Path | None = None, only: str | None = None,
-        keep_code: bool = False,
+        keep_code: bool = False, records: Path | None = None,
     ) -> None:  # fmt: skip
-        """only: a pattern of cell names. keep_code: finished runs of older code are taken too.
+        """only: a pattern of cell names. keep_code: finished runs of older code are taken too. records: a file of records,
+        from which finished runs are taken too, and where `content` notes them.
 
         Raises ConfigError naming every error of the grid, and all data and backbones that are not there.
         """
         self.grid, self.only, self.keep_code = Grid(file), only, keep_code
         settings = self.grid.settings
         self.out = out or Path(settings.out or Path("runs") / self.grid.name)
-        self.store = Store(cells or Path(settings.cells))
+        self.store = Store(cells or Path(settings.cells), records)
         problems = []
         for row in self.grid.rows:
             for cell in self.grid.trials(row) or self.grid.cells(row, {}):
@@ -162,7 +163,7 @@ class Study:
 
     def content(self, command: str) -> table.Content:
         """What the tables say, of the runs that are done."""
-        rows = {}
+        rows, done = {}, list[Place]()
         for row in self.grid.rows:
             cells = [(cell, self.place(cell)) for cell in self.table_cells(row)]
             trials = [(cell, self.place(cell)) for cell in self.grid.trials(row)]
@@ -172,6 +173,9 @@ class Study:
                 trials=[self._trial(c, p) for c, p in trials],
                 chosen=self.chosen(row),
             )
+            done += [place for _, place in (*cells, *trials) if place.state == "done"]
+        if self.store.records is not None:
+            self.store.note(done)
         return table.content(self.grid, rows, command)
 
     def _run(self, cell: Cell, place: Place) -> table.Run:
