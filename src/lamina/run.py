@@ -239,6 +239,11 @@ def make_stream(config: RunConfig, labelled: LabelledData) -> Stream:
     return stream.joined() if section.joined else stream
 
 
+def check_stream(config: RunConfig) -> None:
+    """Raises what `make_stream` would raise, without decoding any data."""
+    make_stream(config, data.undecoded(open_source(config)))
+
+
 def _work(setup: _Setup, loop: Loop, out: Path, watch: Watch) -> dict[str, Any]:
     def on_event(event: Event) -> None:
         if event.seconds:

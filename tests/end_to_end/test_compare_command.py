@@ -176,17 +176,19 @@ def test_what_is_wrong_with_a_grid_is_one_message(lamina: Command, tmp_path: Pat
     assert "<!-- compare -->" in lamina.refused("compare", grid, "--page", "page.md")
     assert "fits no cell" in lamina.refused("compare", grid, "--only", "nothing")
     assert "cannot be read" in lamina.refused("compare", "nowhere.yaml")
+    write_grid(tmp_path, "base: {data.source: digits}\nmethods: {finetune: {}, inflora: {stream.tasks: 11}}\n")
+    assert "stream.tasks = 11: 'digits' has 10 classes" in lamina.refused("compare", grid)
     assert not (tmp_path / "runs").exists(), "nothing was begun"
 
 
 def test_a_run_that_fails_is_told_and_the_others_are_done(
     lamina: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of the two cannot begin: its stream asks for more classes than there are."""
-    text = SMALL.replace("seeds: [0, 1]", "seeds: [0]").replace("finetune: {}", "finetune: {stream.tasks: 11}")
+    """The rate of one of the two is far too large."""
+    text = SMALL.replace("seeds: [0, 1]", "seeds: [0]").replace("finetune: {}", "finetune: {training.lr: 1.0e+30}")
     said = lamina("compare", write_grid(tmp_path, text), "--jobs", 1)
     assert said.code == 1
     assert "FAILED grid/finetune/seed0" in said.err
-    assert "error: stream.tasks = 11: 'digits' has 10 classes" in said.err
+    assert "error: the loss is nan in task 'task-01'" in said.err
     assert "[2/2] grid/prototype/seed0: final accuracy" in said.err
     assert "`finetune`: 1 run of 1 missing" in (tmp_path / "runs" / "grid" / "table.md").read_text()

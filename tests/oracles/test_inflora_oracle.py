@@ -6,7 +6,9 @@ those of section 3.2 and of GPM (Saha et al., ICLR 2021); thresholds are loops.
 Shape letters: d inputs of a layer, o outputs, n input vectors, r rank, k columns of a basis.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from lamina.engine.loop import Loop
 from lamina.learner import Learner
 from lamina.methods.inflora import InfLoRA, InfLoRAConfig, Subspace, extend, growing_threshold, main_directions
 from lamina.streams import class_plan, make_stream
+from lamina.types import Batch
 
 
 @dataclass
@@ -255,3 +258,37 @@ def test_old_inputs_of_a_first_block_are_left_alone_by_a_later_task(tmp_path: Pa
     kept, unkept = changes[1 - 1e-9], changes[0.01]
     assert unkept > 1e-2
     assert kept < 0.05 * unkept
+
+
+def test_the_controls_of_the_ablation(tmp_path: Path):
+    """Rows of B_t are orthogonal to what is kept of the old tasks, unless they are not freed of it; and within the main
+    directions of the task's inputs, unless they are random."""
+    data = tiny_images(64, classes=4)
+    stream = make_stream(data, class_plan(data, 2), "class")
+    overlap, inside = {}, {}
+    for design in ("freed", "not freed", "random"):
+        learner, rank = Learner(tiny_vit(blocks=1)), 3
+        method = InfLoRA(InfLoRAConfig(rank=rank, design=design, augmented_moments=False))
+
+        def batches(*, augmented: bool, task: int) -> Iterator[Batch]:
+            examples = stream[task].train
+            yield examples.batch(np.arange(len(examples)))
+
+        for t, task in enumerate(stream):
+            method.begin(learner, task, partial(batches, task=t))
+            old = method.old("block0.attention")
+            down_rd = learner.slots["block0.k"].live()[task.name].factors()[1].double()
+            assert down_rd.norm(dim=1).tolist() == pytest.approx([3**-0.5] * rank)
+            if old is not None:
+                assert old.kind == "old"
+                overlap[design] = (down_rd @ old.basis_dk).norm().item()
+                moment_dd = learner.input_moments(batches(augmented=False, task=t))["block0.attention"]
+                main_dr = main_directions(moment_dd, None if design == "not freed" else old, rank, "released")
+                inside[design] = (down_rd @ main_dr).norm().item()
+            method.end(learner, task, partial(batches, task=t))
+    assert overlap["freed"] < 1e-6
+    assert overlap["random"] < 1e-6
+    assert overlap["not freed"] > 0.1
+    assert inside["freed"] == pytest.approx(1, abs=1e-6)
+    assert inside["not freed"] == pytest.approx(1, abs=1e-6)
+    assert inside["random"] < 0.9

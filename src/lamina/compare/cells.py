@@ -128,6 +128,7 @@ class Store:
         self.folder, self.records = folder, records
         self.noted = read_records(records) if records and records.exists() else {}
         self._data = functools.cache(self._data_hash)
+        self._stream = functools.cache(_check_stream)
         self._backbone = functools.cache(backbones.content_hash)
         self._code = functools.cache(code_hash)
 
@@ -142,6 +143,10 @@ class Store:
             "lamina": __version__,
             "code": self._code(config.method["name"]),
         }
+
+    def check_stream(self, config: RunConfig) -> None:
+        """Raises DataError where the data cannot be cut as it says."""
+        self._stream(json.dumps({key: getattr(config, key).model_dump(mode="json") for key in ("data", "stream")}))
 
     def code_changed(self, config: RunConfig) -> bool:
         """Since this store first looked: a run that began now would not be the one that was meant."""
@@ -239,6 +244,10 @@ def bare(code: str) -> str:
 class _WithoutText(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
         return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
+
+
+def _check_stream(sections: str) -> None:
+    run.check_stream(RunConfig.model_validate(json.loads(sections)))
 
 
 def _content(source: Source) -> str:

@@ -75,6 +75,7 @@ class Study:
             for cell in self.grid.trials(row) or self.grid.cells(row, {}):
                 try:
                     self.place(cell)
+                    self.store.check_stream(cell.config)
                 except LaminaError as error:
                     problems.append(str(error))
         if problems:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from torch import Tensor
 
 from lamina.data.audit import Audit, audit, render
 from lamina.data.pixels import decode_once, default_cache
@@ -13,7 +14,7 @@ from lamina.data.sources import Columns, Source, from_arrays, open_source
 from lamina.data.tokens import TokenTable, tokenise_once
 from lamina.data.transforms import ImageTransform, PixelTable
 from lamina.errors import ConfigError, DataError
-from lamina.types import Ints, LabelledData, Table
+from lamina.types import Augment, Ints, LabelledData, Table
 
 __all__ = [
     "Audit",
@@ -29,6 +30,7 @@ __all__ = [
     "load_texts",
     "open_source",
     "render",
+    "undecoded",
 ]
 
 
@@ -72,6 +74,19 @@ def load_texts(source: Source, tokenizer: Path | str, *, max_length: int = 128) 
     if source.kind != "text":
         raise DataError(f"{source.name} holds images, where texts are needed. Use an image backbone, or other data")
     return _labelled(source, tokenise_once(source, tokenizer, max_length), np.arange(len(source)), ())
+
+
+def undecoded(source: Source) -> LabelledData:
+    """The labels of a source without its images or texts: enough to plan a stream, and quick."""
+    return _labelled(source, _Undecoded(), np.arange(len(source)), ())
+
+
+class _Undecoded:
+    def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:
+        raise NotImplementedError("nothing is decoded")
+
+    def lengths(self, rows: Ints) -> Ints:
+        raise NotImplementedError("nothing is decoded")
 
 
 def _labelled(source: Source, table: Table, keep: Ints, skipped: tuple[str, ...]) -> LabelledData:

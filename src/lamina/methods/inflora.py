@@ -34,11 +34,15 @@ from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, P
 from lamina.types import Task
 
 Source = Literal["released", "paper"]
+Design = Literal["freed", "not freed", "random"]
 
 
 class InfLoRAConfig(MethodConfig):
     rank: int = Field(10, ge=1)
     """r: rank of the change each task adds to every adapted map."""
+    design: Design = "freed"
+    """What B_t spans: main directions of the new task's inputs, freed of the old tasks' (the method); those not freed, or
+    random ones that are (the two controls of the paper's ablation)."""
     epsilon: float = Field(0.95, gt=0, le=1)
     """ε: share of the inputs' energy that counts as the old tasks' space after the first task."""
     growing_threshold: bool = True
@@ -132,7 +136,9 @@ class InfLoRA(Method[InfLoRAConfig]):
         learner.head.add(task.name, task.classes)
         moments = learner.input_moments(batches(augmented=config.augmented_moments))
         for group, slots in learner.groups().items():
-            down_ri = config.row_norm * main_directions(moments[group], self.old(group), config.rank, config.spectrum).T
+            old = None if config.design == "not freed" else self.old(group)
+            moment_dd = random_moment(moments[group]) if config.design == "random" else moments[group]
+            down_ri = config.row_norm * main_directions(moment_dd, old, config.rank, config.spectrum).T
             for slot in slots:
                 up_or = torch.zeros(slot.d_out, config.rank)
                 slot.add(task.name, LowRank(trained={"up": up_or}, frozen={"down": down_ri}))  # eq. 1
@@ -164,6 +170,12 @@ class InfLoRA(Method[InfLoRAConfig]):
     def memory_bound(self, learner: Learner) -> int:
         widths = [slots[0].d_in for slots in learner.groups().values()]
         return sum(4 * d * ((d + 1) // 2) for d in widths) + 8
+
+
+def random_moment(moment_dd: Tensor) -> Tensor:
+    """The moment of as many Gaussian inputs as there are dimensions, in place of this one (d, d)."""
+    noise_dn = torch.randn(moment_dd.shape, dtype=moment_dd.dtype)
+    return noise_dn @ noise_dn.T / len(noise_dn)
 
 
 def growing_threshold(epsilon: float, learnt: int, horizon: int | None) -> float:
