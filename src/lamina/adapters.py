@@ -184,11 +184,6 @@ class AdaptedLinear(nn.Module):
         self._fold(changes)
         self._live_apart = not with_live
 
-    def strip(self) -> None:
-        """Back to the bare base, live branches idle too, until the next `refold`."""
-        self._fold([])
-        self._live_apart = False
-
     def _fold(self, changes: list[Finished]) -> None:
         with torch.no_grad():
             weight_oi = self.base_oi.clone()
@@ -241,9 +236,16 @@ def all_folded(layers: Mapping[str, AdaptedLinear]) -> Iterator[None]:
 @contextmanager
 def stripped(layers: Mapping[str, AdaptedLinear]) -> Iterator[None]:
     """While open, the layers are those of the pre-trained model; afterwards what they were before, folded or not."""
+    with standing_in(layers, {path: layer.base_oi.to(layer.weight_oi.dtype) for path, layer in layers.items()}):
+        yield
+
+
+@contextmanager
+def standing_in(layers: Mapping[str, AdaptedLinear], weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """While open, the layers compute with these weights (o, i) and no branch; afterwards with what they had before."""
     before = [(layer, layer.weight_oi, layer._live_apart) for layer in layers.values()]
-    for layer in layers.values():
-        layer.strip()
+    for path, layer in layers.items():
+        layer.weight_oi, layer._live_apart = weights[path], False
     try:
         yield
     finally:

@@ -118,6 +118,18 @@ def run_command(
     per_class: Annotated[int | None, typer.Option(help="Train on at most this many examples of each class.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over each task's data.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the adapters.")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="Where a task's training starts: chain (the method's own), fresh, merged.")
+    ] = None,
+    merge: Annotated[
+        str | None, typer.Option(help="Deployed weights: none (as trained), or an average: mean, ema, weighted.")
+    ] = None,
+    drift: Annotated[
+        str | None, typer.Option(help="How stored statistics follow the features: none, linear, linear+local.")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="Classifier: local (the method's own), ncm, lda, ridge, aligned, lda+ridge.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of initial weights, batches and augmentation.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting: key.path=value. Repeatable.")
@@ -151,6 +163,10 @@ def run_command(
         "stream.joined": joined or None,
         "training.epochs": epochs,
         "training.lr": lr,
+        "consolidation.init": init,
+        "consolidation.merge": merge,
+        "consolidation.drift": drift,
+        "consolidation.head": head,
         "seed": seed,
     }
     overrides = [(key, value) for key, value in flags.items() if value is not None]

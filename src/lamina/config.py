@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lamina.errors import ConfigError
 
@@ -137,6 +137,45 @@ class TrainingConfig(Section):
     """Factor of `step`."""
     clip: float | None = Field(None, gt=0)
     """Largest norm of the gradient; not set: no limit."""
+    later_lr: float = Field(1.0, gt=0)
+    """What the adapters' learning rate is multiplied by from the second task on. Long streams of small tasks want less."""
+    distil: float = Field(0.0, ge=0)
+    """Weight of keeping the scores of older rows as they were before the task, on the new examples (self-distillation, which
+    doubles the time of a step). 0: none."""
+
+
+class ConsolidationConfig(Section):
+    init: Literal["chain", "fresh", "merged"] = "chain"
+    """Where the training of a task starts: from the weights the method left (chain), from the pre-trained ones (fresh), or
+    from the deployed average (merged)."""
+    merge: Literal["none", "mean", "ema", "weighted"] = "none"
+    """What is deployed: the weights as trained (none), or an average along the chain: running mean, exponential, or
+    weighted by the second moments of the inputs."""
+    gamma: float = Field(2.0, gt=0)
+    """Weight of a new task in the average: gamma / (gamma + number of old tasks), but at least `floor` (ema); that of its
+    inputs' moment (weighted)."""
+    floor: float = Field(0.15, ge=0, le=1)
+    """Least weight of a new task in the exponential average."""
+    drift: Literal["none", "linear", "linear+local", "random"] = "none"
+    """How stored statistics follow the features: not at all, by a linear map fitted on the new task, by that and what it
+    leaves over of nearby examples, or by a random map of the same size (a control)."""
+    head: Literal["local", "ncm", "lda", "ridge", "aligned", "lda+ridge"] = "local"
+    """What classifies: the method's own scores, or one classifier of all rows, made from a mean per class and task and one
+    shared covariance: nearest mean, linear discriminant, ridge on random features, aligned by training on draws, or both."""
+    shrinkage: float | None = Field(None, ge=0, le=1)
+    """Of the shared covariance towards a multiple of the identity; not set: chosen by its sampling error (OAS)."""
+    random_features: int = Field(2048, ge=1)
+    """How many, for ridge and lda+ridge."""
+    own_rank: int = Field(0, ge=0)
+    """Directions of its own that are kept of every row's covariance."""
+
+    @model_validator(mode="after")
+    def _something_to_move(self) -> "ConsolidationConfig":
+        if self.drift != "none" and self.head == "local":
+            raise ValueError(
+                f"drift = {self.drift!r} moves stored statistics, and head = 'local' has none. Choose another head, such as lda"
+            )
+        return self
 
 
 class EvaluationConfig(Section):
@@ -146,6 +185,8 @@ class EvaluationConfig(Section):
     """Examples in a batch when nothing is trained."""
     unseen: bool = False
     """Also measure tasks not learnt yet (above the diagonal), which forward transfer needs."""
+    per_class: int | None = Field(None, ge=1)
+    """Measure on at most this many test and validation examples of each class (in each domain), the same for every run."""
 
 
 class RunConfig(Section):
@@ -161,6 +202,8 @@ class RunConfig(Section):
     """How they are cut into tasks."""
     training: TrainingConfig = TrainingConfig()
     """How a task is learnt."""
+    consolidation: ConsolidationConfig = ConsolidationConfig()
+    """What happens around the method at the end of a task: average, shift, tail."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How accuracy is measured."""
     seed: int = Field(0, ge=0)
@@ -171,6 +214,8 @@ class RunConfig(Section):
     """Threads of the processor; not set: PyTorch's choice. Recorded, since it can change the last bits."""
     checkpoint_seconds: float = Field(30.0, ge=0)
     """Save at least this often within a task. Every phase of a task is saved anyway."""
+    keep_chain: bool = False
+    """Keep what the method has made of every task, in `chain/`, so that `consolidation` can be tried again without training."""
 
 
 def load(
@@ -233,7 +278,9 @@ def fingerprint(config: RunConfig, method_settings: type[BaseModel]) -> str:
     and backbones have fingerprints of their own content. method_settings: the settings of its method.
     """
     own = {key: value for key, value in config.method.items() if key != "name"}
-    record = config.model_dump(mode="json", exclude_defaults=True, exclude={"checkpoint_seconds", "method"})
+    record = config.model_dump(
+        mode="json", exclude_defaults=True, exclude={"checkpoint_seconds", "keep_chain", "method"}
+    )
     record["method"] = method_settings(**own).model_dump(mode="json", exclude_defaults=True)
     record["method"]["name"] = config.method["name"]
     for section, key in (("data", "cache"), ("data", "source"), ("backbone", "name")):

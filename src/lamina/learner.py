@@ -250,6 +250,13 @@ class Learner:
             if name in slot.live() or name in slot.finished():
                 slot.drop(name)
 
+    def reset(self) -> None:
+        """Forget all that was learnt: branches and head."""
+        for slot in self.slots.values():
+            for name in (*slot.live(), *slot.finished()):
+                slot.drop(name)
+        self.head = Head(self.backbone.width)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every parameter that learns, by a name that says where it is: `block0.k/task-01/up`, `head/task-01/weight`."""
         found: dict[str, nn.Parameter] = {}

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from lamina import __version__, backbones, data, metrics, report, streams
 from lamina import config as configuration
@@ -97,6 +98,38 @@ def resume(out: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
         return _work(setup, setup.loop(out), out, watch)
 
 
+def replay(
+    chain: Path, config: RunConfig, out: Path, memo: dict[str, Tensor] | None = None, watch: Watch = lambda *_: None
+) -> dict[str, Any]:
+    """The run that this configuration describes, without training: what the method made of every task is taken from a run
+    that kept it (`keep_chain`) and differs from this one in `consolidation` at most. The result is that of training anew.
+
+    memo: features are noted there and taken from there, so that several replays of one run compute them once.
+    Raises RunError where the other run has no chain or another configuration.
+    """
+    kept, environment = _saved(chain)
+    config = with_whole_paths(config)
+    same = {"consolidation": kept.consolidation, "keep_chain": True}
+    if (
+        not kept.keep_chain
+        or config.model_copy(update=same) != kept
+        or config.consolidation.init != kept.consolidation.init
+    ):
+        raise RunError(
+            f"{chain} cannot stand for the training of this run: it must have keep_chain = true, the same "
+            "consolidation.init, and differ in nothing else outside consolidation."
+        )
+    _refuse_used(out)
+    setup = _Setup(config, environment, watch)
+    loop = setup.loop(out, replay=chain / "chain")
+    loop.consolidation.memo = memo
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        checkpoint.replace_text(out / "environment.json", json.dumps(setup.environment, indent=1) + "\n")
+        checkpoint.replace_text(out / "config.json", config.model_dump_json(indent=1) + "\n")
+        return _work(setup, loop, out, watch)
+
+
 def evaluate(out: Path, split: Split = "test") -> list[dict[str, Any]]:
     """Measure the newest model of a run on each task it has learnt: names, counts of right answers, and of examples."""
     config, environment = _saved(out)
@@ -112,7 +145,9 @@ def evaluate(out: Path, split: Split = "test") -> list[dict[str, Any]]:
     for task in setup.stream:
         examples = task.split(split)
         if task.name in learnt and len(examples):
-            answer = answers(loop.learner, loop.method, examples, batches, task.name, told=setup.stream.tells_task)
+            answer = answers(
+                loop.learner, loop.consolidation, examples, batches, task.name, told=setup.stream.tells_task
+            )
             found.append(
                 {
                     "task": task.name,
@@ -153,7 +188,7 @@ class _Setup:
         self.environment = environment or _environment(config, self.backbone.width)
         torch.set_num_threads(self.environment["threads"])
 
-    def loop(self, out: Path) -> Loop:
+    def loop(self, out: Path, replay: Path | None = None) -> Loop:
         config = self.config
         dtype = precision.DTYPES[self.environment["precision"]]
         learner = Learner(self.backbone, config.backbone.targets, config.backbone.blocks, dtype)
@@ -164,9 +199,12 @@ class _Setup:
             stream=self.stream,
             training=config.training,
             evaluation=config.evaluation,
+            consolidation=config.consolidation,
             seed=config.seed,
             checkpoints=out / "checkpoints",
             checkpoint_seconds=config.checkpoint_seconds,
+            keep_chain=out / "chain" if config.keep_chain else None,
+            replay=replay,
             identity={
                 "configuration": configuration.fingerprint(config, self.method.config_type),
                 "stream": self.stream.fingerprint,
@@ -232,7 +270,12 @@ def make_stream(config: RunConfig, labelled: LabelledData) -> Stream:
     else:
         plan = streams.class_plan(labelled, section.tasks, section.order_seed)
     stream = streams.make_stream(
-        labelled, plan, section.scenario, per_class=config.data.per_class, validation=section.validation
+        labelled,
+        plan,
+        section.scenario,
+        per_class=config.data.per_class,
+        validation=section.validation,
+        measured_per_class=config.evaluation.per_class,
     )
     if section.first is not None:
         stream = stream.first(section.first)
@@ -331,7 +374,7 @@ def _record(setup: _Setup, loop: Loop) -> dict[str, Any]:
             "peak_memory_mb": _peak_memory_mb(),
             "trainable_parameters": loop.lineage[-1]["trainable_parameters"],
             "stored_parameters": learner.stored_parameters(),
-            "memory_bytes": loop.method.memory_bytes,
+            "memory_bytes": loop.method.memory_bytes + loop.consolidation.memory_bytes,
         },
         "lineage": loop.lineage,
         "losses": [

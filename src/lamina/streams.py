@@ -142,12 +142,14 @@ def make_stream(
     *,
     per_class: int | None = None,
     validation: float = 0.0,
+    measured_per_class: int | None = None,
 ) -> Stream:
     """Cut a dataset by a plan.
 
     per_class: at most this many training examples of each class in each domain, the same ones for every seed of a run.
     validation: where the data has no validation split of its own, this share of each class's training examples is held
     out for it (at least one is left to train on), before `per_class` is counted, and then at most as many as that.
+    measured_per_class: at most this many test and validation examples of each class in each domain.
     Raises DataError where two tasks share a training example, a task has no example to train or test on, or names repeat.
     """
     names = [task.name for task in plan]
@@ -158,7 +160,11 @@ def make_stream(
         train_rows, held_rows = _hold_out(data, train_rows, validation)
         val_rows = _limit(data, held_rows, per_class)
     train_rows = _limit(data, train_rows, per_class)
-    chosen: dict[Split, Ints] = {"train": train_rows, "val": val_rows, "test": np.flatnonzero(data.splits_n == 2)}
+    chosen: dict[Split, Ints] = {
+        "train": train_rows,
+        "val": _limit(data, val_rows, measured_per_class),
+        "test": _limit(data, np.flatnonzero(data.splits_n == 2), measured_per_class),
+    }
     owner = np.full(len(data.labels_n), -1)
     tasks = []
     for position, planned in enumerate(plan):

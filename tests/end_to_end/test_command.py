@@ -13,6 +13,7 @@ from tests.tiny import raw_bert
 
 from lamina import config as configuration
 from lamina import run
+from lamina.methods import METHODS
 
 COMMANDS = ("demo", "run", "resume", "evaluate", "report", "compare", "methods", "data")
 RECORD = (
@@ -108,8 +109,10 @@ def test_printed_settings_fed_back_are_the_same(lamina: Command, tmp_path: Path,
         assert f"{key.rpartition('.')[2]}:" in printed
     first = run.load_config(tmp_path / "run.yaml", [])
     changed = run.load_config(tmp_path / "run.yaml", [("seed", first.seed + 1)])
-    assert configuration.fingerprint(first) == configuration.fingerprint(run.load_config(tmp_path / "run.yaml", []))
-    assert configuration.fingerprint(first) != configuration.fingerprint(changed)
+    settings = METHODS[first.method["name"]].config_type
+    same = run.load_config(tmp_path / "run.yaml", [])
+    assert configuration.fingerprint(first, settings) == configuration.fingerprint(same, settings)
+    assert configuration.fingerprint(first, settings) != configuration.fingerprint(changed, settings)
     assert not (tmp_path / "runs").exists(), "printing runs nothing"
 
 

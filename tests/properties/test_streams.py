@@ -159,6 +159,19 @@ def test_what_is_held_out_is_not_taken_from_the_limit(data: LabelledData, most: 
         assert all(cells[1].count(cell) == min(most, cells[0].count(cell)) for cell in cells[0])
 
 
+@given(datasets(), st.integers(1, 3))
+def test_what_is_measured_can_be_limited_and_what_is_trained_on_stays(data: LabelledData, most: int):
+    plan = class_plan(data, 1)
+    full, few = make_stream(data, plan, "class")[0], make_stream(data, plan, "class", measured_per_class=most)[0]
+    assert few.train.rows_n.tolist() == full.train.rows_n.tolist()
+    for split in ("val", "test"):
+        cells = [
+            list(zip(task.split(split).labels_n, data.domains_n[task.split(split).rows_n], strict=True))
+            for task in (full, few)
+        ]
+        assert all(cells[1].count(cell) == min(most, cells[0].count(cell)) for cell in cells[0])
+
+
 def test_the_datas_own_validation_split_is_used_as_it_is():
     data = make_data([0] * 9, [0] * 9, [0] * 5 + [1] * 2 + [2] * 2, 1)
     stream = make_stream(data, class_plan(data, 1), "class", validation=0.5)

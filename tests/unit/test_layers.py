@@ -17,7 +17,7 @@ LEVELS = (
     ("linalg", "metrics", "config", "chance"),
     ("adapters", "attention", "moments", "head", "backbones", "data", "streams"),
     ("learner",),
-    ("methods",),
+    ("methods", "consolidate"),
     ("engine",),
     ("report",),
     ("run", "progress"),

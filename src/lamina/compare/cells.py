@@ -146,7 +146,9 @@ class Store:
 
     def check_stream(self, config: RunConfig) -> None:
         """Raises DataError where the data cannot be cut as it says."""
-        self._stream(json.dumps({key: getattr(config, key).model_dump(mode="json") for key in ("data", "stream")}))
+        self._stream(
+            json.dumps({key: getattr(config, key).model_dump(mode="json") for key in ("data", "stream", "evaluation")})
+        )
 
     def code_changed(self, config: RunConfig) -> bool:
         """Since this store first looked: a run that began now would not be the one that was meant."""

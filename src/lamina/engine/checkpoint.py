@@ -43,13 +43,20 @@ def save(
     documents: Mapping[str, Any],
     tensors: Mapping[str, Mapping[str, Tensor]],
     on_step: Callable[[str], None] = lambda _: None,
+    *,
+    number: int | None = None,
 ) -> Path:
     """Write the next checkpoint and return its directory. documents: JSON by name; tensors: groups of them by name.
+    number: this one instead, in place of one of that number if there is one, and without a limit to how many are kept.
     on_step is called between the steps, for tests of faults. Raises CheckpointError where it cannot be written, for
     example because the disk is full; what was there before is untouched then."""
-    number = max(_numbers(folder), default=0) + 1
+    keep = KEEP if number is None else None
+    number = number or max(_numbers(folder), default=0) + 1
     try:
-        return _save(folder, number, documents, tensors, on_step)
+        final = _save(folder, number, documents, tensors, on_step)
+        for old in sorted(_numbers(folder))[:-keep] if keep else []:
+            shutil.rmtree(folder / f"{old:06d}")
+        return final
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"checkpoint {number} cannot be written to {folder}: {error}. The one before it is whole: make room or mend the "
@@ -85,11 +92,10 @@ def _save(
     _fsync(temporary / MANIFEST)
     _fsync(temporary)
     on_step("wrote the manifest")
+    shutil.rmtree(final, ignore_errors=True)
     os.rename(temporary, final)
     _fsync(folder)
     on_step("renamed")
-    for old in sorted(_numbers(folder))[:-KEEP]:
-        shutil.rmtree(folder / f"{old:06d}")
     return final
 
 

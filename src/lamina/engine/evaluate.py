@@ -6,15 +6,28 @@ Shape letters: n examples, b batch, r rows of the head, c classes.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lamina.head import class_scores
 from lamina.learner import Learner
-from lamina.methods.base import Method
 from lamina.types import Batch, Examples, Ints
+
+
+class Predictor(Protocol):
+    """A method, or what is deployed of it."""
+
+    @property
+    def routes(self) -> bool:
+        """Whether `predict_told` does more than `predict`."""
+        ...
+
+    def predict(self, learner: Learner, batch: Batch) -> Tensor: ...
+
+    def predict_told(self, learner: Learner, batch: Batch, task: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -40,14 +53,14 @@ class Answers:
 
 def answers(
     learner: Learner,
-    method: Method[Any],
+    predictor: Predictor,
     examples: Examples,
     batches: Callable[[Examples], Iterable[Batch]],
     task: str,
     *,
     told: bool = False,
 ) -> Answers:
-    """Runs folded. Only after the method has answered are its scores compared with the task's name and the labels.
+    """Runs folded. Only after it has answered are its scores compared with the task's name and the labels.
     batches: cuts the examples it is given into batches. They come in the order of their length, so that texts of a batch
     are padded little.
     told: the task of every example is known when testing (task-incremental streams), so only its own rows compete."""
@@ -59,12 +72,11 @@ def answers(
     found: list[tuple[Ints, ...]] = []
     with learner.folded():
         for batch in batches(examples.select(order_n)):
-            scores_br = method.predict(learner, batch)
+            scores_br = predictor.predict(learner, batch)
             classes_b = class_c[class_scores(scores_br, learner.rows, classes).argmax(1)]
             known_b = torch.full_like(classes_b, -1)
             if own_r.any():
-                routes = type(method).predict_told is not Method.predict_told
-                told_br = method.predict_told(learner, batch, task) if routes else scores_br
+                told_br = predictor.predict_told(learner, batch, task) if predictor.routes else scores_br
                 known_b = label_r[told_br.masked_fill(~own_r, -torch.inf).argmax(1)]
             if told:
                 classes_b = known_b

@@ -19,8 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lamina.config import EvaluationConfig, TrainingConfig
-from lamina.engine import checkpoint, optim
+from lamina.config import ConsolidationConfig, EvaluationConfig, TrainingConfig
+from lamina.engine import checkpoint, distil, optim
+from lamina.engine.consolidation import Consolidation
 from lamina.engine.evaluate import Answers, answers
 from lamina.engine.order import in_order, positions_of_step, set_torch_seed, steps_per_epoch
 from lamina.errors import CheckpointError, MethodError, TrainingError
@@ -72,7 +73,9 @@ class Loop:
 
     identity: fingerprints of configuration, stream and weights; a checkpoint with other ones is refused.
     on_event: called with every step and at the end of every phase. should_stop: asked between steps and batches.
-    Raises MethodError where the method does not fit the scenario of the stream.
+    keep_chain: where to note what the method has made of each task. replay: where another run noted it; nothing is trained
+    then, and only what happens around the method is done.
+    Raises MethodError where the method does not fit the scenario of the stream, or the consolidation.
     """
 
     def __init__(
@@ -90,6 +93,9 @@ class Loop:
         on_event: Callable[[Event], None] = lambda _: None,
         should_stop: Callable[[], bool] = lambda: False,
         on_save: Callable[[str], None] = lambda _: None,
+        consolidation: ConsolidationConfig | None = None,
+        keep_chain: Path | None = None,
+        replay: Path | None = None,
     ) -> None:
         if stream.scenario not in method.scenarios:
             raise MethodError(
@@ -101,6 +107,9 @@ class Loop:
         self.checkpoints, self.checkpoint_seconds = checkpoints, checkpoint_seconds
         self.identity = {"format": str(FORMAT)} | dict(identity or {})
         self.on_event, self.should_stop, self.on_save = on_event, should_stop, on_save
+        self.consolidation = Consolidation(consolidation or ConsolidationConfig(), method)
+        self.keep_chain, self.replay = keep_chain, replay
+        self.teacher: dict[str, Tensor] = {}
         self.position = Position()
         self.matrix, self.known_task = AccuracyMatrix.empty(), AccuracyMatrix.empty()
         self.right_task: list[list[int]] = []
@@ -135,6 +144,12 @@ class Loop:
 
     def _begin(self, task: Task) -> Position:
         set_torch_seed(self.seed, "begin", task.name)
+        self.consolidation.begin(self.learner, self._pass("begin", task))
+        if self.replay is not None:
+            self.lineage.append({"task": task.name})
+            return Position(self.position.task, "end")
+        if self.training.distil and self.learner.head.tasks:
+            self.teacher = distil.teacher_of(self.learner)
         self.method.begin(self.learner, task, self._pass("begin", task))
         self.lineage.append(
             {
@@ -147,7 +162,9 @@ class Loop:
 
     def _train(self, task: Task) -> Position:
         parameters = self.learner.trainable()
-        self._optimizer = optim.make_optimizer(parameters, self.training, self.learner.undecayed())
+        later = self.position.task > 0
+        rate = self.training.lr * (self.training.later_lr if later else 1.0)
+        self._optimizer = optim.make_optimizer(parameters, self.training, self.learner.undecayed(), later=later)
         optim.restore_optimizer(self._optimizer, parameters, self._optimizer_state)
         per_epoch, steps = steps_per_epoch(len(task.train), self.training.batch_size), self._steps(task)
         since = time.perf_counter()
@@ -162,13 +179,13 @@ class Loop:
             epoch = step // per_epoch
             factor = optim.rate_factor(self.training, epoch)
             optim.set_rate(self._optimizer, factor)
-            loss = self._step(task, Step(step, steps, self.training.lr * factor), epoch, parameters)
+            loss = self._step(task, Step(step, steps, rate * factor), epoch, parameters)
             self.position = Position(self.position.task, "train", step + 1)
             if step % max(1, steps // LOSS_POINTS) == 0 or step == steps - 1:
                 self.losses.append((self.position.task, step, loss))
             self._tell("train", done=step + 1, total=steps, loss=loss)
         self._spend("train", time.perf_counter() - since)
-        self._optimizer, self._optimizer_state = None, {}
+        self._optimizer, self._optimizer_state, self.teacher = None, {}, {}
         return Position(self.position.task, "end", steps)
 
     def _step(self, task: Task, step: Step, epoch: int, parameters: Mapping[str, Tensor]) -> float:
@@ -179,6 +196,8 @@ class Loop:
         batch = task.train.batch(positions, Augment(self.seed, epoch))
         set_torch_seed(self.seed, "step", task.name, step.done)
         loss = self.method.loss(self.learner, batch, task)
+        if self.teacher:
+            loss = loss + self.training.distil * distil.divergence(self.learner, self.teacher, batch, task)
         value = loss.item()
         if not math.isfinite(value):
             raise TrainingError(
@@ -197,7 +216,13 @@ class Loop:
 
     def _end(self, task: Task) -> Position:
         set_torch_seed(self.seed, "end", task.name)
-        self.method.end(self.learner, task, self._pass("end", task))
+        if self.replay is not None:
+            self._relearn(self.replay)
+        else:
+            self.method.end(self.learner, task, self._pass("end", task))
+        if self.keep_chain is not None:
+            self._keep(self.keep_chain)
+        self.consolidation.end(self.learner, task, self._pass("end", task))
         return Position(self.position.task, "evaluate")
 
     def _evaluate(self, task: Task) -> Position:
@@ -215,7 +240,7 @@ class Loop:
             "negative_flips": sum(flips) / len(flips) if flips else None,
             "accuracy_when_learnt": found[now].correct / max(len(found[now].labels_n), 1),
             "stored_parameters": self.learner.stored_parameters(),
-            "memory_bytes": self.method.memory_bytes,
+            "memory_bytes": self.method.memory_bytes + self.consolidation.memory_bytes,
         }
         self.last_answers = {str(j): torch.from_numpy(a.classes_n) for j, a in found.items()}
         self.clock["learnt"][str(now)] = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
@@ -245,7 +270,7 @@ class Loop:
     def _answers(self, task: Task) -> Answers:
         return answers(
             self.learner,
-            self.method,
+            self.consolidation,
             task.split(self.evaluation.split),
             lambda examples: self._batches("evaluate", examples),
             task.name,
@@ -275,7 +300,9 @@ class Loop:
         tensors = {
             "learner": self.learner.tensors(),
             "memory": self.method.memory,
+            "consolidation": self.consolidation.memory,
             "optimizer": optimizer_state,
+            "teacher": self.teacher,
             "answers": self.last_answers,
         }
         for directory in self._damaged:
@@ -302,6 +329,8 @@ class Loop:
         self.learner.restore(state["outline"], tensors["learner"], self.method.branch_type)
         # Copies, laid out in memory as fresh tensors are: the last bits of a product depend on where its factors begin.
         self.method.memory = {name: value.clone() for name, value in tensors["memory"].items()}
+        self.consolidation.memory = {n: value.clone() for n, value in tensors.get("consolidation", {}).items()}
+        self.teacher = {path: weight_oi.clone() for path, weight_oi in tensors.get("teacher", {}).items()}
         self.position = Position(**state["position"])
         self.matrix = AccuracyMatrix.from_dict(state["matrix"])
         self.known_task = AccuracyMatrix.from_dict(state["known_task"])
@@ -312,6 +341,20 @@ class Loop:
         self._damaged = list(loaded.damaged)
         for damage in loaded.damaged.values():
             self._tell(self.position.phase, note=f"{damage}. Going on from checkpoint {loaded.number}, which is whole.")
+
+    def _keep(self, chain: Path) -> None:
+        """Note what the method has made of the tasks so far, before any consolidation."""
+        tensors = {"learner": self.learner.tensors(), "memory": self.method.memory}
+        documents = {"outline": self.learner.outline(), "lineage": self.lineage[-1]}
+        checkpoint.save(chain, documents, tensors, number=self.position.task + 1)
+
+    def _relearn(self, chain: Path) -> None:
+        """Be what the method had made of the tasks up to this one."""
+        documents, tensors = checkpoint.load(chain / f"{self.position.task + 1:06d}")
+        self.lineage[-1] |= documents["lineage"]
+        self.learner.reset()
+        self.learner.restore(documents["outline"], tensors["learner"], self.method.branch_type)
+        self.method.memory = {name: value.clone() for name, value in tensors["memory"].items()}
 
     # -- watching ---------------------------------------------------------------------------------------------------
 

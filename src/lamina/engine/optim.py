@@ -10,18 +10,23 @@ from lamina.config import TrainingConfig
 
 
 def make_optimizer(
-    parameters: Mapping[str, nn.Parameter], config: TrainingConfig, undecayed: Collection[str] = ()
+    parameters: Mapping[str, nn.Parameter],
+    config: TrainingConfig,
+    undecayed: Collection[str] = (),
+    *,
+    later: bool = False,
 ) -> torch.optim.Optimizer:
     """Up to three groups: the adapters, the head (names starting with `head/`), and what weight decay leaves alone (by
-    name); each with its base rate as `base_lr`."""
+    name); each with its base rate as `base_lr`. later: of a task that is not the first."""
+    adapter_lr = config.lr * (config.later_lr if later else 1.0)
     head = {name for name in parameters if name.startswith("head/")}
     head_lr = config.head_lr if config.head_lr is not None else config.lr
     groups = [
         {"params": [parameters[name] for name in parameters if name in names], "lr": lr, "base_lr": lr} | decay
         for names, lr, decay in (
-            (parameters.keys() - head - set(undecayed), config.lr, {}),
+            (parameters.keys() - head - set(undecayed), adapter_lr, {}),
             (head, head_lr, {}),
-            (undecayed, config.lr, {"weight_decay": 0.0}),
+            (undecayed, adapter_lr, {"weight_decay": 0.0}),
         )
     ]
     groups = [group for group in groups if group["params"]]

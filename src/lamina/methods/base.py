@@ -58,6 +58,13 @@ class Needs:
     """How what it keeps grows with the number of tasks, in words."""
 
 
+class Refusal(NamedTuple):
+    """A part of what happens around methods that one cannot be combined with: any value of it but the default."""
+
+    part: Literal["init", "merge", "drift", "head"]
+    why: str
+
+
 class MethodConfig(BaseModel):
     """Base of every method's settings: frozen, strict, a sentence per field."""
 
@@ -99,6 +106,8 @@ class Method(ABC, Generic[C]):
     branch_type: ClassVar[type[Branch]] = LowRank
     trains: ClassVar[bool] = True
     """False for a method without gradient steps: the engine goes from `begin` straight to `end`."""
+    refuses: ClassVar[tuple[Refusal, ...]] = ()
+    """What of `consolidation` it cannot be combined with."""
 
     def __init__(self, config: C, horizon: int | None = None) -> None:
         """horizon: how many tasks the stream has, None where it is open-ended."""
@@ -124,15 +133,24 @@ class Method(ABC, Generic[C]):
     def end(self, learner: Learner, task: Task, batches: Pass) -> None:
         """Consolidate a learnt task: finish branches, update the memory."""
 
+    def features(self, learner: Learner, batch: Batch) -> Tensor:
+        """What the scores of each example are made from, (b, d) float32. One example never depends on the others."""
+        return learner.features(batch)
+
     def predict(self, learner: Learner, batch: Batch) -> Tensor:
         """Scores of all rows of the head, (b, r) float32. The score of one example never depends on the others."""
-        scores_br: Tensor = learner.head(learner.features(batch))
+        scores_br: Tensor = learner.head(self.features(learner, batch))
         return scores_br
 
     def predict_told(self, learner: Learner, batch: Batch, task: str) -> Tensor:
         """The scores (b, r) if it were known that all examples are of this task; only that task's rows count. Unless a
         method does more with the task than choose rows: those of `predict`."""
         return self.predict(learner, batch)
+
+    @property
+    def routes(self) -> bool:
+        """Whether `predict_told` does more than `predict`."""
+        return type(self).predict_told is not Method.predict_told
 
     @abstractmethod
     def memory_bound(self, learner: Learner) -> int:

@@ -33,7 +33,7 @@ from lamina.adapters import LowRank
 from lamina.chance import seed_of
 from lamina.learner import Learner
 from lamina.linalg import kmeans
-from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal
 from lamina.types import Batch, Task
 
 Distance = Literal["l1", "l2"]
@@ -82,6 +82,10 @@ class CoLoR(Method[CoLoRConfig]):
     )
     needs = Needs(growth="one expert, one block of the head and `clusters` centroids per task")
     config_type = CoLoRConfig
+    refuses = (
+        Refusal("init", "every expert starts from the pre-trained weights"),
+        Refusal("merge", "an expert is chosen per input, so the weights are not one matrix to average"),
+    )
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.head.freeze()
@@ -98,7 +102,15 @@ class CoLoR(Method[CoLoRConfig]):
         generator = torch.Generator().manual_seed(seed_of("centroids", torch.initial_seed()))
         self.memory[f"centroids/{task.name}"] = kmeans(directions_nd, self.config.clusters, generator).float()
 
+    def features(self, learner: Learner, batch: Batch) -> Tensor:
+        return self.routed(learner, batch)[0]
+
     def predict(self, learner: Learner, batch: Batch) -> Tensor:
+        features_bd, chosen_b = self.routed(learner, batch)
+        return own_rows(learner, features_bd, self.learnt(learner), chosen_b)
+
+    def routed(self, learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Features (b, d), each input through the expert of the task it is taken to be of; that task's position (b,)."""
         tasks = self.learnt(learner)
         features_bd, directions_bd = self.directions(learner, batch)
         chosen_b = nearest_task(directions_bd, [self.memory[f"centroids/{t}"] for t in tasks], self.config.distance)
@@ -106,7 +118,7 @@ class CoLoR(Method[CoLoRConfig]):
         if again_b.any():
             part = Batch(inputs={k: v[again_b] for k, v in batch.inputs.items()}, labels_b=batch.labels_b[again_b])
             features_bd[again_b] = through_experts(learner, part, tasks, chosen_b[again_b])
-        return own_rows(learner, features_bd, tasks, chosen_b)
+        return features_bd, chosen_b
 
     def predict_told(self, learner: Learner, batch: Batch, task: str) -> Tensor:
         chosen_b = torch.zeros(len(batch), dtype=torch.int64)

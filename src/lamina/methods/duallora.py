@@ -41,7 +41,7 @@ from lamina.chance import seed_of
 from lamina.errors import MethodError
 from lamina.learner import Learner, Slot
 from lamina.linalg import remove_span, sorted_eigh, steps_to_reach
-from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Step
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal, Step
 from lamina.types import Batch, Task
 
 Residual = Literal["own", "previous", "none"]
@@ -105,6 +105,10 @@ class DualLoRA(Method[DualLoRAConfig]):
         growth="one residual per task and map; at most d directions of d numbers per adapted map, however many the tasks",
     )
     config_type = DualLoRAConfig
+    refuses = (
+        Refusal("init", "what it remembers is about the changes it has made"),
+        Refusal("merge", "residuals are scaled per input, so the weights are not one matrix to average"),
+    )
 
     # -- learning ---------------------------------------------------------------------------------------------------
 
@@ -187,7 +191,12 @@ class DualLoRA(Method[DualLoRAConfig]):
 
     # -- predicting -------------------------------------------------------------------------------------------------
 
-    def predict(self, learner: Learner, batch: Batch) -> Tensor:
+    def features(self, learner: Learner, batch: Batch) -> Tensor:
+        return self.looked(learner, batch)[0]
+
+    def looked(self, learner: Learner, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Features (b, d) with every residual scaled, and by slot how near each input is to each task, (b, tasks), where
+        that was looked at."""
         config, near = self.config, dict[str, Tensor]()
         learnt = min(self.learnt(slot) for slot in learner.slots.values())
         first = {"own": 0, "previous": 1, "none": learnt}[config.residual]
@@ -203,8 +212,13 @@ class DualLoRA(Method[DualLoRAConfig]):
         choices = {slot.name: partial(gains, slot) for slot in learner.slots.values()}
         at_work = learner.choosing(experts, choices) if experts else nullcontext()
         with learner.watching(watchers(learner, batch, look) if needed else {}), at_work:
-            scores_br: Tensor = learner.head(learner.features(batch))
-        if not learnt or not config.calibration:
+            return learner.features(batch), near
+
+    def predict(self, learner: Learner, batch: Batch) -> Tensor:
+        config = self.config
+        features_bd, near = self.looked(learner, batch)
+        scores_br: Tensor = learner.head(features_bd)
+        if not near or not config.calibration:
             return scores_br
         relative = [near_bj / self.memory[f"{name}/shares"][:, 0].clamp_min(LEAST) for name, near_bj in near.items()]
         confidence_bj = (torch.stack(relative).mean(0) / config.temperature).softmax(1)

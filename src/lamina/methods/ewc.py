@@ -29,7 +29,17 @@ from torch import Tensor
 from lamina.adapters import LowRank
 from lamina.chance import seed_of, uniform
 from lamina.learner import Learner
-from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, local_cross_entropy, row_labels
+from lamina.methods.base import (
+    Departure,
+    Method,
+    MethodConfig,
+    Needs,
+    Paper,
+    Pass,
+    Refusal,
+    local_cross_entropy,
+    row_labels,
+)
 from lamina.types import Batch, Task
 
 SHARED = "shared"
@@ -70,6 +80,7 @@ class EWC(Method[EWCConfig]):
     )
     needs = Needs(growth="two copies of the adapter's size however many the tasks, the head by a row per class")
     config_type = EWCConfig
+    refuses = (Refusal("init", "its penalty holds the adapter where old tasks left it"),)
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.head.freeze()

@@ -26,7 +26,7 @@ from torch import Tensor
 from lamina.adapters import Branch, LowRank
 from lamina.chance import seed_of
 from lamina.learner import Learner
-from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, local_cross_entropy
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal, local_cross_entropy
 from lamina.types import Batch, Task
 
 
@@ -84,6 +84,7 @@ class OLoRA(Method[OLoRAConfig]):
     )
     needs = Needs(growth="an adapter of rank r in every adapted map with every task")
     config_type = OLoRAConfig
+    refuses = (Refusal("init", "its penalty is about its own old adapters, which must be there"),)
     branch_type = Scaled
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:

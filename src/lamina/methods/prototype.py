@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lamina.errors import DataError
 from lamina.learner import Learner
-from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, row_labels
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal, row_labels
 from lamina.types import Batch, Task
 
 
@@ -44,6 +44,10 @@ class Prototype(Method[PrototypeConfig]):
     )
     needs = Needs(growth="one mean (a row of the head) per class and task")
     config_type = PrototypeConfig
+    refuses = (
+        Refusal("init", "it trains nothing"),
+        Refusal("merge", "it trains nothing"),
+    )
     trains = False
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from lamina.adapters import Branch, LowRank
 from lamina.chance import seed_of
 from lamina.learner import Learner
-from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal
 from lamina.types import Task
 
 SHARED = "shared"
@@ -92,6 +92,7 @@ class SDLoRA(Method[SDLoRAConfig]):
     )
     needs = Needs(growth="a direction of rank r in every adapted map, and a scale, with every task")
     config_type = SDLoRAConfig
+    refuses = (Refusal("init", "its old directions go on learning, so they must be there"),)
     branch_type = Directions
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:

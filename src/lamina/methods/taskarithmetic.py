@@ -35,7 +35,17 @@ from lamina.chance import seed_of
 from lamina.errors import TrainingError
 from lamina.head import class_scores
 from lamina.learner import Learner, Slot
-from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, local_cross_entropy, row_labels
+from lamina.methods.base import (
+    Departure,
+    Method,
+    MethodConfig,
+    Needs,
+    Paper,
+    Pass,
+    Refusal,
+    local_cross_entropy,
+    row_labels,
+)
 from lamina.types import Batch, Task
 
 MERGED, MEMORY = "merged", "memory"
@@ -108,6 +118,10 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         "With memory_per_class = 0 no example is kept",
     )
     config_type = TaskArithmeticConfig
+    refuses = (
+        Refusal("init", "every task is learnt from the pre-trained weights"),
+        Refusal("merge", "it merges the changes of all tasks itself"),
+    )
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.drop(MERGED)
