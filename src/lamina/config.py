@@ -168,7 +168,10 @@ class RunConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the frozen weights; auto: bf16 where this processor is measured to be faster with it. Adapters and head: fp32."""
     threads: int | None = Field(None, ge=1, le=1024)
-    """Threads of the processor; not set: PyTorch's choice. Recorded, since it can change the last bits."""
+    """Threads of the processor for each process; not set: PyTorch's choice, shared out among jobs. Recorded, since it can
+    change the last bits."""
+    jobs: int = Field(1, ge=1)
+    """Tasks trained at a time, each by a process of its own, where the method learns each from the pre-trained model alone."""
     checkpoint_seconds: float = Field(30.0, ge=0)
     """Save at least this often within a task. Every phase of a task is saved anyway."""
 
@@ -228,10 +231,11 @@ def listed(problems: Sequence[str], file: Path | None = None) -> str:
 
 
 def fingerprint(config: RunConfig) -> str:
-    """A hash of every setting that decides the result. Not of how often to save, nor of where data, cache and weights
-    lie: streams and backbones have fingerprints of their own content."""
+    """A hash of every setting that decides the result. Not of how often to save or how many processes
+    train, nor of where data, cache and weights lie: streams and backbones have fingerprints of their own content."""
     record = config.model_dump(mode="json")
-    del record["checkpoint_seconds"], record["data"]["cache"], record["data"]["source"], record["backbone"]["name"]
+    del record["checkpoint_seconds"], record["jobs"]
+    del record["data"]["cache"], record["data"]["source"], record["backbone"]["name"]
     return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -82,6 +82,7 @@ class CoLoR(Method[CoLoRConfig]):
     )
     needs = Needs(growth="one expert, one block of the head and `clusters` centroids per task")
     config_type = CoLoRConfig
+    independent = True  # CoLoR++ too: the first task's expert is used when a task ends, not while it trains
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.head.freeze()

@@ -108,6 +108,7 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         "With memory_per_class = 0 no example is kept",
     )
     config_type = TaskArithmeticConfig
+    independent = True
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.drop(MERGED)
