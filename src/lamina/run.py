@@ -303,7 +303,8 @@ def _train_side_by_side(setup: _Setup, loop: Loop, out: Path) -> None:
         loop.on_event(Event(task=now.task, phase="parallel", done=done, total=len(setup.stream), at_work=at_work))
 
     try:
-        parallel.train(out, left, setup.config.jobs, show, loop.should_stop)
+        if left:
+            parallel.train(out, left, setup.config.jobs, show, loop.should_stop)
     finally:
         if left:
             loop.clock["side_by_side"] = loop.clock.get("side_by_side", 0.0) + time.perf_counter() - started
