@@ -9,14 +9,37 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from tests.faults.processes import SMALL, Lamina, assert_same_bits, finish, newest, small_run, start
+from PIL import Image
+from tests.faults.processes import Lamina, assert_same_bits, finish, newest, small_run, start
 
 from lamina import parallel, run
 from lamina.engine.loop import Event, Interrupted
 from lamina.errors import RunError
 
-SMALLER: dict[str, Any] = SMALL | {"stream.tasks": 2, "evaluation.batch_size": 64, "checkpoint_seconds": 0}
+SMALLER: dict[str, Any] = {
+    "stream.tasks": 2,
+    "backbone.image_size": 16,
+    "backbone.blocks": [0],
+    "training.epochs": 10,
+    "precision": "fp32",
+    "threads": 1,
+    "checkpoint_seconds": 0,
+}
+"""Two tasks of 10 steps, saved after each."""
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Class folders of a few images of noise, which need less to be loaded than digits do."""
+    draw = np.random.default_rng(0)
+    for label in range(4):
+        (tmp_path / "photos" / f"class{label}").mkdir(parents=True)
+        for i in range(8):
+            pixels = draw.integers(0, 256, (16, 16, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / f"class{label}" / f"{i}.png")
+    return tmp_path / "photos"
 
 
 def position_of(out: Path, number: int) -> tuple[str, int]:
@@ -34,10 +57,11 @@ def process_of(out: Path, number: int) -> int:
     return int(found[1])
 
 
-def test_one_of_two_processes_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_two_processes_killed(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "PAUSE", 0.01)
     out, whole = tmp_path / "run", tmp_path / "whole"
-    given = [("method", {"name": "taskarithmetic", "memory_per_class": 0}), *SMALLER.items()]
+    given = [("method", {"name": "taskarithmetic", "memory_per_class": 0}), ("data.source", str(photos))]
+    given += SMALLER.items()
     run.create(run.load_config(None, given), whole)
     halted: list[int] = []
 
