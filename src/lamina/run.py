@@ -296,19 +296,20 @@ def _train_side_by_side(setup: _Setup, loop: Loop, out: Path) -> None:
     names = {n: task.name for n, task in enumerate(setup.stream) if n >= now.task + begun}
     loop.trained = {n: parallel.place(out, n) / "checkpoints" for n in names}
     left = {n: name for n, name in names.items() if loop.trained_aside(n) is None}
-    started = time.perf_counter()
+    if not left:
+        return
+    started, total = time.perf_counter(), len(setup.stream)
 
-    def show(done: int, at_work: str) -> None:
-        done += len(setup.stream) - len(left)
-        loop.on_event(Event(task=now.task, phase="parallel", done=done, total=len(setup.stream), at_work=at_work))
+    def show(done: int, at_work: str, seconds: float = 0.0) -> None:
+        done += total - len(left)
+        loop.on_event(Event(task=now.task, phase="parallel", done=done, total=total, at_work=at_work, seconds=seconds))
 
     try:
-        if left:
-            parallel.train(out, left, setup.config.jobs, show, loop.should_stop)
+        parallel.train(out, left, setup.config.jobs, show, loop.should_stop)
+        show(len(left), "", time.perf_counter() - started)
     finally:
-        if left:
-            loop.clock["side_by_side"] = loop.clock.get("side_by_side", 0.0) + time.perf_counter() - started
-            loop.save()
+        loop.clock["side_by_side"] = loop.clock.get("side_by_side", 0.0) + time.perf_counter() - started
+        loop.save()
 
 
 def _record(setup: _Setup, loop: Loop) -> dict[str, Any]:

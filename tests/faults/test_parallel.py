@@ -89,6 +89,8 @@ def test_one_of_two_processes_killed(tmp_path: Path, photos: Path, monkeypatch: 
     assert not [e for e in told if e.at_work and "task-02" in e.at_work], "what is trained is not trained again"
     assert_same_bits(out, whole)
     assert not (out / "parallel").exists()
+    logged = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    assert [(e["phase"], e["done"]) for e in logged if e["phase"] == "parallel"] == [("parallel", 2)]
     expected = json.loads((whole / "results.json").read_text())
     assert record["cost"]["side_by_side_seconds"] > 0
     assert expected["cost"]["side_by_side_seconds"] is None
