@@ -230,12 +230,18 @@ def listed(problems: Sequence[str], file: Path | None = None) -> str:
     return f"{len(problems)} error{'s' * (len(problems) > 1)}{where}:\n{lines}"
 
 
-def fingerprint(config: RunConfig) -> str:
-    """A hash of every setting that decides the result. Not of how often to save or how many processes
-    train, nor of where data, cache and weights lie: streams and backbones have fingerprints of their own content."""
-    record = config.model_dump(mode="json")
-    del record["checkpoint_seconds"], record["jobs"]
-    del record["data"]["cache"], record["data"]["source"], record["backbone"]["name"]
+def fingerprint(config: RunConfig, method_settings: type[BaseModel]) -> str:
+    """A hash of every setting that decides the result and is not at its default, so that a setting which a later lamina
+    adds makes no other run of an older one. Not of how often to save or how many processes train, nor of where data,
+    cache and weights lie: streams and backbones have fingerprints of their own content. method_settings: the settings of its method.
+    """
+    own = {key: value for key, value in config.method.items() if key != "name"}
+    record = config.model_dump(mode="json", exclude_defaults=True, exclude={"checkpoint_seconds", "jobs", "method"})
+    record["method"] = method_settings(**own).model_dump(mode="json", exclude_defaults=True)
+    record["method"]["name"] = config.method["name"]
+    for section, key in (("data", "cache"), ("data", "source"), ("backbone", "name")):
+        record.get(section, {}).pop(key, None)
+    record = {key: value for key, value in record.items() if value != {}}
     return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

@@ -190,7 +190,7 @@ class _Setup:
             checkpoints=out / "checkpoints",
             checkpoint_seconds=config.checkpoint_seconds,
             identity={
-                "configuration": configuration.fingerprint(config),
+                "configuration": configuration.fingerprint(config, self.method.config_type),
                 "stream": self.stream.fingerprint,
                 "backbone": self.backbone.hash,
             },

@@ -137,7 +137,7 @@ class Store:
         section = config.data.model_dump(mode="json", include={"source", "kind", "columns", "test_fraction"})
         return {
             "method": config.method["name"],
-            "configuration": configuration.fingerprint(config),
+            "configuration": configuration.fingerprint(config, METHODS[config.method["name"]].config_type),
             "data": self._data(json.dumps(section)),
             "backbone": self._backbone(config.backbone.name),
             "lamina": __version__,
