@@ -233,7 +233,8 @@ def listed(problems: Sequence[str], file: Path | None = None) -> str:
 def fingerprint(config: RunConfig, method_settings: type[BaseModel]) -> str:
     """A hash of every setting that decides the result and is not at its default, so that a setting which a later lamina
     adds makes no other run of an older one. Not of how often to save or how many processes train, nor of where data,
-    cache and weights lie: streams and backbones have fingerprints of their own content. method_settings: the settings of its method.
+    cache and weights lie: streams and backbones have fingerprints of their own content. method_settings: the settings of
+    its method.
     """
     own = {key: value for key, value in config.method.items() if key != "name"}
     record = config.model_dump(mode="json", exclude_defaults=True, exclude={"checkpoint_seconds", "jobs", "method"})
