@@ -107,7 +107,7 @@ def test_one_of_two_processes_killed(tmp_path: Path, photos: Path, monkeypatch: 
 def test_the_run_itself_killed_and_stopped(tmp_path: Path, unbroken: Callable[[str], Path], method: str) -> None:
     out = tmp_path / "run"
     process = start(*small_run(out, method, jobs=2, checkpoint_seconds=0))
-    wait_until(process, lambda: max(position_of(out, n)[1] for n in range(2)) > 0)
+    wait_until(process, lambda: steps_saved(out) > 0)
     workers = [process_of(out, n) for n in range(2) if (parallel.place(out, n) / "lock").exists()]
     process.kill()
     assert finish(process)[0] == -signal.SIGKILL
@@ -116,8 +116,9 @@ def test_the_run_itself_killed_and_stopped(tmp_path: Path, unbroken: Callable[[s
         assert time.monotonic() < deadline, "a process outlives its run"
         time.sleep(0.05)
 
+    before = steps_saved(out)
     process = start("resume", out)
-    wait_until(process, lambda: any(position_of(out, n)[0] == "train" for n in range(3)) or process.poll() is not None)
+    wait_until(process, lambda: steps_saved(out) > before)
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)
     assert code == 130, err
@@ -127,6 +128,10 @@ def test_the_run_itself_killed_and_stopped(tmp_path: Path, unbroken: Callable[[s
     code, _, err = finish(process)
     assert code == 0, err
     assert_same_bits(out, unbroken(method))
+
+
+def steps_saved(out: Path) -> int:
+    return sum(position_of(out, number)[1] for number in range(3))
 
 
 def wait_until(process: Lamina, come: Callable[[], bool], seconds: float = 300) -> None:
