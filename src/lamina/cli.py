@@ -1,6 +1,7 @@
 """The `lamina` command. Importing this module imports no torch, so that help comes at once."""
 
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -14,6 +15,7 @@ from lamina.progress import GridWatcher, Watcher
 
 if TYPE_CHECKING:
     from lamina.config import RunConfig
+    from lamina.engine.loop import Event
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -131,6 +133,12 @@ def run_command(
         str | None, typer.Option(help="Classifier: local (the method's own), ncm, lda, ridge, aligned, lda+ridge.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of initial weights, batches and augmentation.")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs", "-j", help="Train this many tasks at a time, for methods whose tasks do not depend on each other."
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting: key.path=value. Repeatable.")
     ] = None,
@@ -168,6 +176,7 @@ def run_command(
         "consolidation.drift": drift,
         "consolidation.head": head,
         "seed": seed,
+        "jobs": jobs,
     }
     overrides = [(key, value) for key, value in flags.items() if value is not None]
     overrides += [configuration.parse_override(text) for text in settings or []]
@@ -183,13 +192,34 @@ def run_command(
 
 
 @app.command()
-def resume(directory: Annotated[Path, typer.Argument(help="Directory of a run that was stopped or killed.")]) -> None:
+def resume(
+    directory: Annotated[Path, typer.Argument(help="Directory of a run that was stopped or killed.")],
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Train this many tasks at a time. Default: as before.")
+    ] = None,
+) -> None:
     """Go on with a run from its last checkpoint, to the same result as if it had never been stopped."""
     from lamina import run
 
     with Watcher(directory.name) as watch:
-        record = _working(directory, lambda: run.resume(directory, watch))
+        record = _working(directory, lambda: run.resume(directory, watch, jobs))
     _summary(record, directory)
+
+
+@app.command("train-task", hidden=True)
+def train_task(directory: Path, number: int, parent: int) -> None:
+    """Train one task of a run, for the process of the run: what it starts if given --jobs."""
+    from lamina import run
+
+    said = time.monotonic()
+
+    def say(_: object, event: "Event") -> None:
+        nonlocal said
+        if event.phase == "train" and time.monotonic() - said > 0.5:
+            said = time.monotonic()
+            print(f"{event.done}/{event.total}", flush=True)
+
+    _working(directory, lambda: run.train_task(directory, number, parent, say))
 
 
 @app.command()
@@ -321,7 +351,8 @@ def methods(
     if name is None:
         for facts in map(describe, METHODS.values()):
             print(f"{facts['name']}\n    {facts['advice']}\n    {facts['authors']}, {facts['venue']}: {facts['title']}")
-            print(f"    fits: {', '.join(facts['scenarios'])}-incremental streams")
+            alone = "; tasks can be trained side by side (--jobs)" if facts["independent"] else ""
+            print(f"    fits: {', '.join(facts['scenarios'])}-incremental streams{alone}")
             needs = "the number of tasks helps it" if facts["horizon"] else "no number of tasks"
             print(
                 f"    needs: {needs}; {facts['stored_samples']} stored samples per class\n    growth: {facts['growth']}\n"

@@ -211,7 +211,10 @@ class RunConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of the frozen weights; auto: bf16 where this processor is measured to be faster with it. Adapters and head: fp32."""
     threads: int | None = Field(None, ge=1, le=1024)
-    """Threads of the processor; not set: PyTorch's choice. Recorded, since it can change the last bits."""
+    """Threads of the processor for each process; not set: PyTorch's choice, shared out among jobs. Recorded, since it can
+    change the last bits."""
+    jobs: int = Field(1, ge=1)
+    """Tasks trained at a time, each by a process of its own, where the method learns each from the pre-trained model alone."""
     checkpoint_seconds: float = Field(30.0, ge=0)
     """Save at least this often within a task. Every phase of a task is saved anyway."""
     keep_chain: bool = False
@@ -274,13 +277,13 @@ def listed(problems: Sequence[str], file: Path | None = None) -> str:
 
 def fingerprint(config: RunConfig, method_settings: type[BaseModel]) -> str:
     """A hash of every setting that decides the result and is not at its default, so that a setting which a later lamina
-    adds makes no other run of an older one. Not of how often to save, nor of where data, cache and weights lie: streams
-    and backbones have fingerprints of their own content. method_settings: the settings of its method.
+    adds makes no other run of an older one. Not of how often to save or how many processes train, nor of where data,
+    cache and weights lie: streams and backbones have fingerprints of their own content. method_settings: the settings of
+    its method.
     """
     own = {key: value for key, value in config.method.items() if key != "name"}
-    record = config.model_dump(
-        mode="json", exclude_defaults=True, exclude={"checkpoint_seconds", "keep_chain", "method"}
-    )
+    without = {"checkpoint_seconds", "jobs", "keep_chain", "method"}
+    record = config.model_dump(mode="json", exclude_defaults=True, exclude=without)
     record["method"] = method_settings(**own).model_dump(mode="json", exclude_defaults=True)
     record["method"]["name"] = config.method["name"]
     for section, key in (("data", "cache"), ("data", "source"), ("backbone", "name")):

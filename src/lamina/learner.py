@@ -267,6 +267,13 @@ class Learner:
             found |= {f"head/{task}/{p}": v for p, v in block.named_parameters() if v.requires_grad}
         return found
 
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give every parameter that learns its value among these, which are named as in `tensors()`. Raises KeyError on a
+        missing one."""
+        with torch.no_grad():
+            for name, parameter in self.trainable().items():
+                parameter.copy_(tensors[name if name.startswith("head/") else f"live/{name}"])
+
     def undecayed(self) -> set[str]:
         """The names, as in `trainable`, of what weight decay leaves alone."""
         return {

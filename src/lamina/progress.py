@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 DOING = {
     "load": "decoding images",
     "begin": "preparing",
+    "parallel": "tasks trained",
     "train": "training",
     "end": "consolidating",
     "evaluate": "evaluating",
@@ -56,13 +57,14 @@ class Watcher:
             self.console.print(f"{self.label}: {event.note}", style="yellow")
             return
         self._loss = event.loss if event.loss is not None else self._loss
-        where = f"task {event.task + 1}/{len(stream)} " if stream else ""
+        where = f"task {event.task + 1}/{len(stream)} " if stream and event.at_work is None else ""
         if event.accuracy is not None:
             loss = f", last loss {self._loss:.3f}" if self._loss is not None else ""
             self.console.print(f"{self.label}: {where}learnt; accuracy on tasks so far {event.accuracy:.1%}{loss}")
             self._loss = None
             return
         facts = f"{event.done}/{event.total}" + (f" loss {event.loss:.3f}" if event.loss is not None else "")
+        facts += f", at work: {event.at_work}" if event.at_work else ""
         if self._bar:
             total, done = (event.total or None), event.done
             described = f"{self.label}: {where}{DOING[event.phase]}"

@@ -7,6 +7,7 @@ DIR/
   events.jsonl       a line per finished phase
   results.json       the record of the finished run
   report.html        the same for people
+  parallel/          while tasks are trained side by side, see parallel.py
   lock               held by the process at work
 """
 
@@ -33,14 +34,14 @@ import psutil
 import torch
 from torch import Tensor
 
-from lamina import __version__, backbones, data, metrics, report, streams
+from lamina import __version__, backbones, data, metrics, parallel, report, streams
 from lamina import config as configuration
 from lamina.backbones import Backbone
 from lamina.config import RunConfig
 from lamina.data import Source
 from lamina.engine import checkpoint, precision
 from lamina.engine.evaluate import answers
-from lamina.engine.loop import Event, Loop
+from lamina.engine.loop import Event, Loop, Position
 from lamina.engine.order import in_order
 from lamina.errors import CheckpointError, ConfigError, RunError
 from lamina.learner import Learner
@@ -83,8 +84,9 @@ def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None) -> dict
         return _work(setup, loop, out, watch)
 
 
-def resume(out: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
-    """Go on with a run from its newest whole checkpoint; a finished one returns its record at once.
+def resume(out: Path, watch: Watch = lambda *_: None, jobs: int | None = None) -> dict[str, Any]:
+    """Go on with a run from its newest whole checkpoint; a finished one returns its record at once. jobs: tasks trained at
+    a time from now on, where that is not what the run began with.
 
     Raises RunError where the directory is not a run or in use, CheckpointError where its state is damaged or belongs to
     other data, weights or settings.
@@ -94,7 +96,7 @@ def resume(out: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
         config, environment = _saved(out)
         if (out / "results.json").exists():
             return report.read_record(out)
-        setup = _Setup(config, environment, watch)
+        setup = _Setup(config.model_copy(update={"jobs": jobs or config.jobs}), environment, watch)
         return _work(setup, setup.loop(out), out, watch)
 
 
@@ -161,6 +163,20 @@ def evaluate(out: Path, split: Split = "test") -> list[dict[str, Any]]:
     return found
 
 
+def train_task(out: Path, number: int, parent: int, watch: Watch) -> None:
+    """Train one task of a run in a folder of its own, for the process `parent`; stop when that one is gone."""
+    config, environment = _saved(out)
+    folder = parallel.place(out, number)
+    with _locked(folder, wait=True), stop_on_signals() as asked:
+        setup = _Setup(config, environment)
+        loop = setup.loop(folder)
+        loop.position = Position(number)
+        loop.on_event = lambda event: watch(setup.stream, event)
+        loop.should_stop = lambda: asked() or os.getppid() != parent
+        loop.restore()
+        loop.run(until="end")
+
+
 class _Setup:
     """Everything a run needs, made from its configuration. environment: what an earlier process decided, if any."""
 
@@ -168,6 +184,17 @@ class _Setup:
         self.started = time.perf_counter()
         self.config = config
         self.method = METHODS[config.method["name"]]
+        if config.jobs > 1 and not self.method.independent:
+            raise ConfigError(
+                f"jobs = {config.jobs}: method {self.method.name!r} learns each task from what earlier ones left, so its "
+                f"tasks cannot be trained side by side. Leave jobs at 1, or choose a method that learns each task from the "
+                f"pre-trained model alone: {', '.join(name for name, known in METHODS.items() if known.independent)}."
+            )
+        if config.jobs > 1 and config.training.distil:
+            raise ConfigError(
+                f"jobs = {config.jobs} does not go with training.distil = {config.training.distil}, which compares every task "
+                f"with what the ones before it left. Leave jobs at 1, or training.distil at 0."
+            )
         settings = {key: value for key, value in config.method.items() if key != "name"}
         self.settings = self.method.config_type(**settings)
         self.backbone = backbones.load(
@@ -300,11 +327,37 @@ def _work(setup: _Setup, loop: Loop, out: Path, watch: Watch) -> dict[str, Any]:
         loop.restore()
         seconds = loop.clock["seconds"]
         seconds["load"] = seconds.get("load", 0.0) + time.perf_counter() - setup.started
+        if setup.config.jobs > 1 or (out / "parallel").exists():
+            _train_side_by_side(setup, loop, out)
         loop.run()
     record = _record(setup, loop)
+    shutil.rmtree(out / "parallel", ignore_errors=True)
     report.write([record], out / "report.html")
     checkpoint.replace_text(out / "results.json", json.dumps(record, indent=1) + "\n")  # last: it says that all is done
     return record
+
+
+def _train_side_by_side(setup: _Setup, loop: Loop, out: Path) -> None:
+    """All tasks whose training has not begun in the loop, which then takes what other processes have trained."""
+    now = loop.position
+    begun = now.phase in ("end", "evaluate", "done") or now.step > 0
+    names = {n: task.name for n, task in enumerate(setup.stream) if n >= now.task + begun}
+    loop.trained = {n: parallel.place(out, n) / "checkpoints" for n in names}
+    left = {n: name for n, name in names.items() if loop.trained_aside(n) is None}
+    if not left:
+        return
+    started, total = time.perf_counter(), len(setup.stream)
+
+    def show(done: int, at_work: str, seconds: float = 0.0) -> None:
+        done += total - len(left)
+        loop.on_event(Event(task=now.task, phase="parallel", done=done, total=total, at_work=at_work, seconds=seconds))
+
+    try:
+        parallel.train(out, left, setup.config.jobs, show, loop.should_stop)
+        show(len(left), "", time.perf_counter() - started)
+    finally:
+        loop.clock["side_by_side"] = loop.clock.get("side_by_side", 0.0) + time.perf_counter() - started
+        loop.save()
 
 
 def _record(setup: _Setup, loop: Loop) -> dict[str, Any]:
@@ -370,6 +423,7 @@ def _record(setup: _Setup, loop: Loop) -> dict[str, Any]:
             "seconds": seconds | {"total": round(total, 3)},
             "steps": sum(entry["steps"] for entry in loop.lineage),
             "train_examples_per_second": loop.clock["examples"] / train if train else None,
+            "side_by_side_seconds": round(loop.clock["side_by_side"], 3) if "side_by_side" in loop.clock else None,
             "outside_training_share": 1 - train / total if total else None,
             "peak_memory_mb": _peak_memory_mb(),
             "trainable_parameters": loop.lineage[-1]["trainable_parameters"],
@@ -442,6 +496,8 @@ def _environment(config: RunConfig, width: int) -> dict[str, Any]:
     """What this machine is, and what was decided for it. A resumed run keeps these decisions, wherever it resumes."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    elif config.jobs > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.jobs))
     return {
         "precision": precision.resolve(config.precision, width),
         "threads": torch.get_num_threads(),
@@ -492,12 +548,12 @@ def _now() -> str:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the run directory. The system frees the lock when the process ends, however it ends. Raises RunError naming
-    the holder."""
+def _locked(out: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the run directory. The system frees the lock when the process ends, however it ends. Where another process
+    holds it: wait for that, or raise RunError naming it."""
     with (out / "lock").open("a+", encoding="utf-8") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             lock.seek(0)
             raise RunError(

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from lamina.engine import checkpoint
 from lamina.engine.evaluate import answers
-from lamina.engine.loop import Loop, Position
+from lamina.engine.loop import Interrupted, Loop, Position
 from lamina.engine.order import set_torch_seed
-from lamina.errors import MethodError
+from lamina.errors import CheckpointError, MethodError
 from lamina.head import class_scores
 from lamina.methods import METHODS
 from lamina.methods.base import SCENARIOS, describe
@@ -420,6 +420,44 @@ def test_answers_are_the_best_rows(name: str, world: World, trail: Walks):
         }
         assert found.loop.known_task.correct_ij[-1, number] == counted["own"]
         assert found.loop.matrix.correct_ij[-1, number] == counted["own" if world.scenario == "task" else "best"]
+
+
+# --------------------------------------------------------------------------------------------- tasks side by side
+
+
+@in_every_world
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.independent])
+def test_tasks_said_to_be_independent_train_alone_to_the_same_bits(
+    name: str, world: World, trail: Walks, tmp_path: Path
+):
+    found, folders = trail(name, world), {number: tmp_path / str(number) for number in range(3)}
+    for number, folder in folders.items():
+        alone = make_loop(name, world, folder)
+        alone.position = Position(number)
+        alone.run(until="end")
+        before, after = (found.tensors(found.index(task=number, phase=phase)) for phase in ("train", "end"))
+        assert alone.learner.trainable()
+        for key, value in alone.learner.tensors().items():
+            assert torch.equal(value, after["learner"][key]), f"{key} depends on what was learnt before"
+        assert alone.losses == [entry for entry in found.loop.losses if entry[0] == number]
+        assert before["memory"].keys() == after["memory"].keys()
+        assert all(torch.equal(value, after["memory"][key]) for key, value in before["memory"].items())
+    loop = make_loop(name, world, tmp_path / "whole", trained=folders)
+    loop.run()
+    assert state(newest(tmp_path / "whole")) == state(found.saved[-1])
+    assert loop.clock["examples"] == found.loop.clock["examples"]
+    assert loop.clock["tasks"].keys() == found.loop.clock["tasks"].keys()
+
+
+@pytest.mark.parametrize("until", ["train", "nothing"])
+def test_what_is_not_trained_to_its_end_is_not_taken(tmp_path: Path, until: str):
+    if until == "train":
+        alone = make_loop("color", HOME, tmp_path / "0", should_stop=lambda: True)
+        with pytest.raises(Interrupted):
+            alone.run()
+    loop = make_loop("color", HOME, tmp_path / "whole", trained={0: tmp_path / "0"})
+    with pytest.raises(CheckpointError, match=r"0 does not hold all that task 'task-01' has trained\. .*resume"):
+        loop.run()
 
 
 # -------------------------------------------------------------------------------------------------------- growth

@@ -19,7 +19,7 @@ LEVELS = (
     ("learner",),
     ("methods", "consolidate"),
     ("engine",),
-    ("report",),
+    ("report", "parallel"),
     ("run", "progress"),
     ("compare",),
     ("cli",),

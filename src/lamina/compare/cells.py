@@ -22,13 +22,12 @@ import hashlib
 import inspect
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Literal
 
 import lamina
 from lamina import __version__, backbones, report, run
@@ -38,6 +37,7 @@ from lamina.data import Source
 from lamina.engine import checkpoint
 from lamina.errors import RunError
 from lamina.methods import METHODS
+from lamina.parallel import Process
 
 PACKAGE = Path(lamina.__file__).parent
 WITHOUT_EFFECT = frozenset({"__init__.py", "cli.py", "progress.py", "report", "compare", "methods"})
@@ -282,24 +282,6 @@ def _hash(*parts: str) -> str:
 # ---------------------------------------------------------------------------------------------- starting one
 
 
-class Process(Protocol):
-    """A run that was started, on this machine or elsewhere."""
-
-    pid: int
-
-    def poll(self) -> int | None:
-        """Its exit code; None while it is at work."""
-        ...
-
-    def terminate(self) -> None:
-        """Ask it to save and stop."""
-        ...
-
-    def kill(self) -> None: ...
-
-    def wait(self) -> int: ...
-
-
 Start = Callable[[Place, IO[str]], Process]
 """Begins or resumes the run of a cell, and holds the lock for as long as it is at work. The one seam to other machines."""
 
@@ -322,12 +304,3 @@ def start_here(place: Place, lock: IO[str]) -> Process:
             pass_fds=[lock.fileno()],
             start_new_session=True,  # Ctrl-C reaches the comparison alone, which then asks its runs to stop
         )
-
-
-def why(code: int) -> str:
-    """What an exit code says."""
-    if code == 0:
-        return "it ended without a record"
-    if code < 0:
-        return f"it was killed by {signal.Signals(-code).name}"
-    return "it was asked to stop by someone else" if code == 130 else f"exit code {code}"

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from lamina import config as configuration
 from lamina import metrics
 from lamina.compare import table
-from lamina.compare.cells import Place, Start, State, Store, start_here, why
+from lamina.compare.cells import Place, Start, State, Store, start_here
 from lamina.compare.grid import Cell, Grid, Row
 from lamina.compare.work import Job, Watch, work
 from lamina.errors import ConfigError, LaminaError
+from lamina.parallel import why
 from lamina.run import with_whole_paths
 
 K = TypeVar("K", bound=Hashable)

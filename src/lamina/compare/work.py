@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from lamina.compare.cells import Place, Process, Start, note_holder
+from lamina.compare.cells import Place, Start, note_holder
 from lamina.engine.loop import Interrupted
+from lamina.parallel import Process, stop
 from lamina.run import stop_on_signals
 
 PAUSE = 0.2
@@ -77,19 +78,6 @@ def work(jobs: Sequence[Job], side_by_side: int, start: Start, watch: Watch) -> 
                 watch.look([*at_work, *held])
                 time.sleep(PAUSE if at_work or held else 0)
         finally:
-            _stop([process for process, _ in at_work.values()])
+            stop([process for process, _ in at_work.values()])
             for _, lock in at_work.values():
                 lock.close()
-
-
-def _stop(processes: Sequence[Process]) -> None:
-    """Let them save and end; at once if asked again."""
-    try:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait()
-    except KeyboardInterrupt:
-        for process in processes:
-            process.kill()
-        raise

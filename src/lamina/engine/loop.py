@@ -58,12 +58,14 @@ class Event:
     """Something a watcher may show: what is being done, and how far it is."""
 
     task: int
-    phase: Phase | Literal["load"]
+    phase: Phase | Literal["load", "parallel"]
     done: int = 0
     total: int = 0
     loss: float | None = None
     accuracy: float | None = None
     seconds: float = 0.0
+    at_work: str | None = None
+    """What processes that train side by side are doing."""
     note: str | None = None
     """Something worth saying once, for example that a damaged checkpoint was passed over."""
 
@@ -75,6 +77,7 @@ class Loop:
     on_event: called with every step and at the end of every phase. should_stop: asked between steps and batches.
     keep_chain: where to note what the method has made of each task. replay: where another run noted it; nothing is trained
     then, and only what happens around the method is done.
+    trained: for tasks that other processes train, the folder of their checkpoints; what they learnt is taken from there.
     Raises MethodError where the method does not fit the scenario of the stream, or the consolidation.
     """
 
@@ -96,6 +99,7 @@ class Loop:
         consolidation: ConsolidationConfig | None = None,
         keep_chain: Path | None = None,
         replay: Path | None = None,
+        trained: Mapping[int, Path] | None = None,
     ) -> None:
         if stream.scenario not in method.scenarios:
             raise MethodError(
@@ -110,6 +114,7 @@ class Loop:
         self.consolidation = Consolidation(consolidation or ConsolidationConfig(), method)
         self.keep_chain, self.replay = keep_chain, replay
         self.teacher: dict[str, Tensor] = {}
+        self.trained = trained or {}
         self.position = Position()
         self.matrix, self.known_task = AccuracyMatrix.empty(), AccuracyMatrix.empty()
         self.right_task: list[list[int]] = []
@@ -123,16 +128,16 @@ class Loop:
 
     # -- the state machine ------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Go on from the position to the end of the stream. Raises Interrupted when asked to stop, TrainingError where
-        the loss is not finite."""
+    def run(self, until: Phase = "done") -> None:
+        """Go on from the position to the end of the stream, or until this phase comes. Raises Interrupted when asked to
+        stop, TrainingError where the loss is not finite."""
         phases: dict[Phase, Callable[[Task], Position]] = {
             "begin": self._begin,
             "train": self._train,
             "end": self._end,
             "evaluate": self._evaluate,
         }
-        while self.position.phase != "done":
+        while self.position.phase != until:
             phase, task = self.position.phase, self.stream[self.position.task]
             started = time.perf_counter()
             following = phases[phase](task)
@@ -161,6 +166,8 @@ class Loop:
         return Position(self.position.task, "train" if self.method.trains else "end")
 
     def _train(self, task: Task) -> Position:
+        if self.position.task in self.trained:
+            return self._take(task)
         parameters = self.learner.trainable()
         later = self.position.task > 0
         rate = self.training.lr * (self.training.later_lr if later else 1.0)
@@ -186,6 +193,28 @@ class Loop:
             self._tell("train", done=step + 1, total=steps, loss=loss)
         self._spend("train", time.perf_counter() - since)
         self._optimizer, self._optimizer_state, self.teacher = None, {}, {}
+        return Position(self.position.task, "end", steps)
+
+    def trained_aside(self, number: int) -> checkpoint.Loaded | None:
+        """The state at the end of a task's training in another process; None where that is not over."""
+        loaded = self._newest(self.trained[number])
+        end = Position(number, "end", self._steps(self.stream[number]))
+        return loaded if loaded and Position(**loaded.documents["state"]["position"]) == end else None
+
+    def _take(self, task: Task) -> Position:
+        """What another process has trained of this task, as if it had been trained here."""
+        loaded = self.trained_aside(self.position.task)
+        if loaded is None:
+            raise CheckpointError(
+                f"{self.trained[self.position.task]} does not hold all that task {task.name!r} has trained. `lamina resume` "
+                f"trains the rest."
+            )
+        self.learner.take(loaded.tensors["learner"])
+        self.losses += [(number, step, loss) for number, step, loss in loaded.documents["state"]["losses"]]
+        self.clock["examples"] += loaded.documents["clock"]["examples"]
+        self._spend("train", loaded.documents["clock"]["seconds"]["train"])
+        steps = self._steps(task)
+        self._tell("train", done=steps, total=steps, loss=self.losses[-1][2])
         return Position(self.position.task, "end", steps)
 
     def _step(self, task: Task, step: Step, epoch: int, parameters: Mapping[str, Tensor]) -> float:
@@ -316,16 +345,10 @@ class Loop:
         method must be new. Raises CheckpointError where none is whole, or where it belongs to
         another configuration, stream, or backbone.
         """
-        loaded = checkpoint.load_newest(self.checkpoints)
+        loaded = self._newest(self.checkpoints)
         if loaded is None:
             return
         state, tensors = loaded.documents["state"], loaded.tensors
-        for what, value in self.identity.items():
-            if state["identity"].get(what) != value:
-                raise CheckpointError(
-                    f"checkpoint {loaded.number} in {self.checkpoints} was made with another {what} "
-                    f"({state['identity'].get(what)}, now {value}). Restore what changed, or start a new run."
-                )
         self.learner.restore(state["outline"], tensors["learner"], self.method.branch_type)
         # Copies, laid out in memory as fresh tensors are: the last bits of a product depend on where its factors begin.
         self.method.memory = {name: value.clone() for name, value in tensors["memory"].items()}
@@ -355,6 +378,20 @@ class Loop:
         self.learner.reset()
         self.learner.restore(documents["outline"], tensors["learner"], self.method.branch_type)
         self.method.memory = {name: value.clone() for name, value in tensors["memory"].items()}
+
+    def _newest(self, folder: Path) -> checkpoint.Loaded | None:
+        """The newest whole checkpoint there, which must be of this configuration, stream and backbone."""
+        loaded = checkpoint.load_newest(folder)
+        if loaded is None:
+            return None
+        for what, value in self.identity.items():
+            found = loaded.documents["state"]["identity"].get(what)
+            if found != value:
+                raise CheckpointError(
+                    f"checkpoint {loaded.number} in {folder} was made with another {what} ({found}, now {value}). Restore "
+                    f"what changed, or start a new run."
+                )
+        return loaded
 
     # -- watching ---------------------------------------------------------------------------------------------------
 

@@ -108,6 +108,9 @@ class Method(ABC, Generic[C]):
     """False for a method without gradient steps: the engine goes from `begin` straight to `end`."""
     refuses: ClassVar[tuple[Refusal, ...]] = ()
     """What of `consolidation` it cannot be combined with."""
+    independent: ClassVar[bool] = False
+    """True where what a task trains depends on nothing that earlier tasks left, and training changes nothing but what
+    `Learner.trainable` names: tasks may then be trained side by side. `begin` and `end` are called in order all the same."""
 
     def __init__(self, config: C, horizon: int | None = None) -> None:
         """horizon: how many tasks the stream has, None where it is open-ended."""
@@ -186,6 +189,7 @@ def describe(method: type[Method[Any]]) -> dict[str, Any]:
         ],
         "advice": method.advice,
         "scenarios": list(method.scenarios),
+        "independent": method.independent,
         "horizon": method.needs.horizon,
         "stored_samples": method.needs.stored_samples,
         "growth": method.needs.growth,

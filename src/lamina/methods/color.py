@@ -86,6 +86,7 @@ class CoLoR(Method[CoLoRConfig]):
         Refusal("init", "every expert starts from the pre-trained weights"),
         Refusal("merge", "an expert is chosen per input, so the weights are not one matrix to average"),
     )
+    independent = True  # CoLoR++ too: the first task's expert is used when a task ends, not while it trains
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.head.freeze()

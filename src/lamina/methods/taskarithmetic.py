@@ -122,6 +122,7 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         Refusal("init", "every task is learnt from the pre-trained weights"),
         Refusal("merge", "it merges the changes of all tasks itself"),
     )
+    independent = True
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.drop(MERGED)

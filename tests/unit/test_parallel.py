@@ -1,0 +1,80 @@
+"""Processes that train tasks side by side: started, watched, stopped; here each is a few lines of shell."""
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from lamina import parallel
+from lamina.engine.loop import Event, Interrupted
+from lamina.errors import RunError, TrainingError
+from lamina.progress import Watcher
+
+NAMES = {0: "task-01", 1: "task-02", 2: "task-03", 3: "task-04"}
+SAVES_WHEN_STOPPED = """
+    trap 'touch "$1/saved-$2"; exit 130' TERM
+    touch "$1/at-work-$2"
+    for _ in $(seq 1000); do sleep 0.01; done
+"""
+"""Ends by itself after some time, so that a test which fails leaves nothing at work."""
+
+
+def train(out: Path, script: str, jobs: int, should_stop: Callable[[], bool] = lambda: False) -> list[tuple[int, str]]:
+    """The script gets the run's directory, the number of the task, and this process as $1, $2 and $3."""
+    shown: list[tuple[int, str]] = []
+    command = ("sh", "-c", script, "sh")
+    parallel.train(out, NAMES, jobs, lambda *facts: shown.append(facts), should_stop, command)
+    return shown
+
+
+@pytest.fixture(autouse=True)
+def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "PAUSE", 0.01)
+
+
+def test_every_task_is_trained_and_no_more_than_jobs_at_a_time(tmp_path: Path):
+    shown = train(tmp_path, 'echo "1/2"; echo "$3" > $1/ran-$2; sleep 0.1; echo "2/2"', 2)
+    assert {path.name for path in tmp_path.glob("ran-*")} == {f"ran-{number}" for number in NAMES}
+    assert {path.read_text().strip() for path in tmp_path.glob("ran-*")} == {str(os.getpid())}
+    assert max(at_work.count("task-") for _, at_work in shown) == 2
+    assert shown[-1] == (4, "")
+    assert any("1/2" in at_work for _, at_work in shown)
+    assert [done for done, _ in shown] == sorted(done for done, _ in shown)
+
+
+def test_a_failure_is_told_in_the_words_of_its_process_once_the_others_have_saved(tmp_path: Path):
+    fails = (
+        "while [ ! -e $1/at-work-0 ]; do sleep 0.01; done; echo 3/80; echo 'error: the loss is nan\n  and more'; exit 2"
+    )
+    with pytest.raises(TrainingError, match=r"^the loss is nan\n  and more$"):
+        train(tmp_path, f"if [ $2 = 1 ]; then {fails}; fi\n{SAVES_WHEN_STOPPED}", 2)
+    assert (tmp_path / "saved-0").exists()
+    assert not (tmp_path / "at-work-2").exists()
+
+
+def test_a_process_that_was_killed_is_named(tmp_path: Path):
+    with pytest.raises(
+        RunError, match=r"task 'task-01' ended early: it was killed by SIGKILL\. .*0/log.txt.*fewer --jobs"
+    ):
+        train(tmp_path, "kill -9 $$", 1)
+
+
+def test_asked_to_stop_it_stops_its_processes_first(tmp_path: Path):
+    def should_stop() -> bool:
+        return len(list(tmp_path.glob("at-work-*"))) >= 2
+
+    with pytest.raises(Interrupted):
+        train(tmp_path, SAVES_WHEN_STOPPED, 2, should_stop)
+    assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
+
+
+def test_the_watcher_says_what_is_at_work():
+    event = Event(task=0, phase="parallel", done=3, total=10, at_work="task-04 60/80, task-05 10/80")
+    written, stream = io.StringIO(), [0] * 10
+    watch: Any = Watcher("mine", Console(file=written, soft_wrap=True), interval=0)
+    watch(stream, event)
+    assert written.getvalue() == "mine: tasks trained 3/10, at work: task-04 60/80, task-05 10/80\n"
