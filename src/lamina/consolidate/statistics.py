@@ -126,7 +126,7 @@ def covariance(statistics: Statistics, shrinkage: Shrinkage = "oas") -> Tensor:
         raise ValueError(f"shrinkage is {rho}, but must be in [0, 1] or 'oas'")
     variance = float(cov_dd.trace()) / d
     # Far above what rounding of float32 features leaves of a variance of 0, far below any variance that means something.
-    floor = 1e-10 * variance + 1e-13 * float(statistics.means_jd.square().mean())
+    floor = 1e-12 * variance + 1e-13 * float(statistics.means_jd.square().mean())
     eye_dd = torch.eye(d, dtype=torch.float64)
     return (1 - rho) * cov_dd + (rho * variance + (floor or 1.0)) * eye_dd
 
@@ -162,7 +162,7 @@ class Gaussians(NamedTuple):
         share = own_share if self.own_jdr.shape[2] else 0.0
         shape_kmd = (len(rows_k), per_row, len(self.centre_d))
         noise_kmd = torch.randn(shape_kmd, generator=generator, dtype=torch.float64)
-        drawn_kmd = self.means_jd[rows_k, None] + (1 - share) ** 0.5 * noise_kmd
+        drawn_kmd: Tensor = self.means_jd[rows_k, None] + (1 - share) ** 0.5 * noise_kmd
         if share:
             own_krd = self.own_jdr[rows_k].transpose(1, 2)
             noise_kmr = torch.randn((*shape_kmd[:2], own_krd.shape[1]), generator=generator, dtype=torch.float64)
