@@ -193,7 +193,8 @@ class Moments(NamedTuple):
         penalty = ratio * self.gram_mm.diagonal().mean()
         # All features are 0 where nothing was ever on; any penalty then gives V = 0.
         penalised_mm = self.gram_mm + torch.eye(len(self.gram_mm), dtype=torch.float64) * (penalty or 1.0)
-        return torch.cholesky_solve(self.cross_mj, torch.linalg.cholesky(penalised_mm))
+        # In the layout that is saved: products with another one round differently.
+        return torch.cholesky_solve(self.cross_mj, torch.linalg.cholesky(penalised_mm)).contiguous()
 
     def squared_error(self, weight_mj: Tensor) -> float:
         """Σ a |φ^T V - y|² of these examples, but for the constant Σ a |y|²."""
@@ -269,15 +270,19 @@ def mixed(
     return MixedHead(linear, ridge, torch.tensor(found, dtype=torch.float64))
 
 
-def temperature(scores_bj: Tensor, row_b: Tensor, least: float = 1e-4, most: float = 1e4) -> float:
-    """τ in [least, most] of the smallest cross-entropy of scores / τ, by golden section over log τ. There is one minimum:
-    cross-entropy is convex in 1/τ."""
+def temperature(scores_bj: Tensor, row_b: Tensor, reach: float = 100.0) -> float:
+    """τ of the smallest cross-entropy of scores / τ, by golden section over log τ. There is one minimum, as cross-entropy
+    is convex in 1/τ; but it is at 0 where every example is right. So τ stays within a factor `reach` of the scores' spread
+    (their standard deviation over the rows): heads that are always right then speak equally loud."""
+    spread = float(scores_bj.std(1, correction=0).mean())
+    if spread == 0:
+        return 1.0
 
     def cost(log_tau: float) -> float:
         return float(F.cross_entropy(scores_bj / math.exp(log_tau), row_b))
 
     ratio = (math.sqrt(5) - 1) / 2
-    low, high = math.log(least), math.log(most)
+    low, high = math.log(spread / reach), math.log(spread * reach)
     for _ in range(50):
         left, right = high - ratio * (high - low), low + ratio * (high - low)
         low, high = (low, right) if cost(left) <= cost(right) else (left, high)
