@@ -140,6 +140,16 @@ def test_where_nothing_varies_within_rows_lda_is_the_nearest_mean():
     )
 
 
+def test_what_rounding_leaves_of_constant_features_is_no_covariance():
+    """Around 1000, float32 is right to 3e-5. An error of that size in one dimension does not make the others decisive."""
+    row_n = torch.arange(3).repeat(10)
+    features_nd = 1000 + random(0, 3, 4)[row_n]
+    features_nd[:, 0] += 3e-5 * random(1, 30)
+    statistics, others_nd = of_features(features_nd, row_n, 3), 1000 + random(2, 200, 4)
+    lda, ncm = (head.scores(others_nd).argmax(1) for head in (tail.lda(statistics, 0.0), tail.ncm(statistics)))
+    assert (lda == ncm).double().mean() > 0.97
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_fewer_examples_than_dimensions_still_tell_rows_apart(n: int):
     row_n = torch.arange(4).repeat_interleave(n)

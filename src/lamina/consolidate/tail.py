@@ -144,10 +144,12 @@ def ridge(
     offset_m = -(projection_md.double() @ white.centre_d)
     moments = {False: Moments.zero(width, len(white.means_jd)), True: Moments.zero(width, len(white.means_jd))}
     for j, features_bd in examples(white, real, draws, generator, own_share):
-        phi_bm = random_features(features_bd, projection_md, offset_m)
-        held_b = torch.arange(len(phi_bm)) % HELD_OUT == HELD_OUT - 1
+        held_b = torch.arange(len(features_bd)) % HELD_OUT == HELD_OUT - 1
         for held, sums in moments.items():
-            sums.add(j, phi_bm[held_b == held], 1 / len(phi_bm))
+            for part_bd in torch.split(
+                features_bd[held_b == held], 1024
+            ):  # φ of all examples of a large row would not fit
+                sums.add(j, random_features(part_bd, projection_md, offset_m), 1 / len(features_bd))
     fitted, held_out = moments[False], moments[True]
     errors = [held_out.squared_error(fitted.solve(ratio)) for ratio in lambdas]
     whole = Moments(fitted.gram_mm + held_out.gram_mm, fitted.cross_mj + held_out.cross_mj)
