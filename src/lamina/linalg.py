@@ -45,6 +45,16 @@ def complement(basis_dk: Tensor) -> Tensor:
     return full_dd[:, basis_dk.shape[1] :]
 
 
+def roots_of(positive_dd: Tensor, relative_floor: float = 1e-13) -> tuple[Tensor, Tensor]:
+    """S^{1/2} and S^{-1/2} of a symmetric positive S, both symmetric (d, d). Where an eigenvalue is at most
+    `relative_floor` times the largest, it counts as 0 and so does its inverse (Moore-Penrose)."""
+    values_d, vectors_dd = sorted_eigh(positive_dd)
+    alive_d = values_d > relative_floor * values_d[0]
+    roots_d = values_d.sqrt() * alive_d
+    inverses_d = torch.where(alive_d, 1 / roots_d, 0)
+    return vectors_dd * roots_d @ vectors_dd.T, vectors_dd * inverses_d @ vectors_dd.T
+
+
 def steps_to_reach(values_k: Tensor, start: float, goal: float) -> int:
     """How many of the values, added to `start` one after another, are needed for a sum >= goal (at most all of them)."""
     if start >= goal:

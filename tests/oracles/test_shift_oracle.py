@@ -1,0 +1,136 @@
+"""The move of old statistics against loops in numpy, and against moves that are known.
+
+Shape letters: n examples, d width, j old rows.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lamina.consolidate.shift import drift, linear_map, local_moves, random_map, shifted
+from lamina.consolidate.statistics import Statistics, of_features
+
+D, J = 5, 3
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+
+
+def old_rows(seed: int = 9) -> Statistics:
+    return of_features(random(seed, 30, D), torch.arange(30) % J, J, own_rank=2)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+def test_a_linear_move_is_found_exactly_with_the_map_acting_on_columns():
+    true_dd, before_nd = random(0, D, D), random(1, 40, D)
+    after_nd = torch.stack([true_dd @ feature_d for feature_d in before_nd])
+    close(linear_map(before_nd, after_nd, ridge=0, blend=False), true_dd)
+
+
+def test_it_moves_old_statistics_to_where_a_linear_drift_took_them():
+    """Nothing of the old rows is seen after the drift, and all of their statistics are right."""
+    true_dd, old_nd, before_nd = random(0, D, D), random(9, 30, D), random(1, 4000, D)
+    found, _ = shifted(old_rows(), before_nd, before_nd @ true_dd.T, ridge=0)
+    expected = of_features(old_nd @ true_dd.T, torch.arange(30) % J, J, own_rank=2)
+    close(found.means_jd, expected.means_jd)
+    close(found.scatter_dd, expected.scatter_dd)
+    assert torch.equal(found.counts_j, expected.counts_j)
+
+
+@pytest.mark.parametrize("n", [2, 5, 60])
+@pytest.mark.parametrize("ridge", [0.03, 1.0])
+def test_the_map_is_the_stated_one(n: int, ridge: float):
+    before, after = random(0, n, D).numpy(), random(1, n, D).numpy()
+    gram = sum(np.outer(f, f) for f in before)
+    cross = sum(np.outer(g - f, f) for f, g in zip(before, after, strict=True))
+    fitted = np.eye(D) + cross @ np.linalg.inv(gram + ridge * np.trace(gram) / D * np.eye(D))
+    keep = math.exp(-n / D)
+    found = linear_map(torch.from_numpy(before), torch.from_numpy(after), ridge)
+    np.testing.assert_allclose(found.numpy(), (1 - keep) * fitted + keep * np.eye(D), rtol=1e-9, atol=1e-9)
+
+
+def test_the_map_is_the_best_one_near_the_identity():
+    before_nd, after_nd = random(0, 20, D), random(1, 20, D)
+    map_dd = linear_map(before_nd, after_nd, ridge=0.5, blend=False).requires_grad_()
+    penalty = 0.5 * before_nd.square().sum() / D * (map_dd - torch.eye(D)).square().sum()
+    ((before_nd @ map_dd.T - after_nd).square().sum() + penalty).backward()
+    assert map_dd.grad is not None
+    assert map_dd.grad.abs().max() < 1e-9
+
+
+def test_few_examples_keep_the_identity():
+    before_nd, after_nd = random(0, 60, D), random(1, 60, D)
+    sizes = [drift(linear_map(before_nd[:n], after_nd[:n]), before_nd, after_nd).size for n in (0, 1, 60)]
+    assert sizes[0] == 0
+    one_nd = torch.ones(1, 1000), 2 * torch.ones(1, 1000)
+    assert drift(linear_map(*one_nd), *one_nd).size < 1e-3 < sizes[1]
+
+
+def test_local_moves_are_the_loop_they_stand_for():
+    before, after, map_dd, means = random(0, 8, D), random(1, 8, D), random(2, D, D), random(3, J, D)
+    expected = np.zeros((J, D))
+    for j in range(J):
+        cosines = [float(means[j] @ f / means[j].norm() / f.norm()) for f in before]
+        weights = [math.exp(c / 0.07) for c in cosines]
+        for f, g, weight in zip(before, after, weights, strict=True):
+            expected[j] += max(0, *cosines) * weight / sum(weights) * (g - map_dd @ f).numpy()
+    np.testing.assert_allclose(local_moves(means, before, after, map_dd).numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_local_moves_follow_the_neighbours_and_ignore_the_opposite():
+    """All that is near the first mean moves by one step, which no linear map of two far places tells; the second mean
+    looks the other way from every example."""
+    eye_dd = torch.eye(2, dtype=torch.float64)
+    before_nd = torch.tensor([[10.0, 0.1], [10, -0.1], [0, 10]])
+    after_nd = before_nd + torch.tensor([[0.0, 3], [0, 3], [5, 0]])
+    found = local_moves(torch.tensor([[9.0, 0], [-1, -1]]), before_nd, after_nd, eye_dd)
+    close(found, torch.tensor([[0.0, 3], [0, 0]], dtype=torch.float64), 1e-3)
+
+
+def test_the_four_kinds():
+    old, before_nd, after_nd = old_rows(), random(0, 30, D), random(1, 30, D)
+    same, identity = shifted(old, before_nd, after_nd, "none")
+    assert same is old
+    assert torch.equal(identity, torch.eye(D, dtype=torch.float64))
+    linear, map_dd = shifted(old, before_nd, after_nd)
+    close(linear.means_jd, old.means_jd @ map_dd.T)
+    local, _ = shifted(old, before_nd, after_nd, "linear+local")
+    close(local.means_jd - linear.means_jd, local_moves(old.means_jd, before_nd, after_nd, map_dd))
+    assert torch.equal(local.scatter_dd, linear.scatter_dd)
+    noisy, noise_dd = shifted(old, before_nd, after_nd, "random", torch.Generator().manual_seed(0))
+    close(noisy.means_jd, old.means_jd @ noise_dd.T)
+    assert not torch.allclose(noise_dd, map_dd)
+
+
+def test_the_random_map_is_as_long_as_the_true_one_and_repeatable():
+    map_dd = random(0, D, D)
+    first, again = (random_map(map_dd, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again)
+    close((first - torch.eye(D)).norm(), (map_dd - torch.eye(D)).norm())
+    assert not torch.equal(first, random_map(map_dd, torch.Generator().manual_seed(4)))
+
+
+def test_the_reported_numbers():
+    before_nd, after_nd = random(0, 7, D), random(1, 7, D)
+    map_dd = random(2, D, D)
+    found = drift(map_dd, before_nd, after_nd)
+    cosines = [
+        float((map_dd @ f) @ g / (map_dd @ f).norm() / g.norm()) for f, g in zip(before_nd, after_nd, strict=True)
+    ]
+    assert found.cosine == pytest.approx(np.mean(cosines))
+    assert found.size == pytest.approx(float(np.sqrt(((map_dd.numpy() - np.eye(D)) ** 2).sum() / D)))
+    assert drift(3 * torch.eye(D, dtype=torch.float64), before_nd, before_nd) == pytest.approx((2.0, 1.0))
+
+
+def test_errors_say_what_is_wrong():
+    with pytest.raises(ValueError, match=r"shapes \(4, 5\) and \(3, 5\)"):
+        linear_map(random(0, 4, D), random(0, 3, D))
+    with pytest.raises(ValueError, match="give a generator"):
+        shifted(old_rows(), random(0, 4, D), random(1, 4, D), "random")
