@@ -138,15 +138,17 @@ class Learner:
             found.setdefault(slot.group, []).append(slot)
         return found
 
-    def input_moments(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
-        """Uncentred second moment E[x x^T] of the input of each group over all (real) tokens of one pass, (d, d) float64.
-        Live branches take part, folded."""
+    def input_moments(self, batches: Iterable[Batch], *, summed: bool = False) -> dict[str, Tensor]:
+        """Uncentred second moment E[x x^T] of the input of each group over all (real) tokens of one pass, (d, d) float64;
+        summed: their sum instead. Live branches take part, folded."""
         modules = {group: slots[0].layer for group, slots in self.groups().items()}
         with self.folded(), recording(modules) as record:
             for batch in batches:
                 record.mask_bt = batch.inputs.get("attention_mask")
                 self.features(batch)
-        return {group: moment.mean_dd for group, moment in record.moments.items()}
+        return {
+            group: m.sum_dd if summed and m.sum_dd is not None else m.mean_dd for group, m in record.moments.items()
+        }
 
     def linear(self, block: int, role: str) -> tuple[Tensor, Tensor | None]:
         """Weight (o, i) and bias (o,) at work now in this place of the backbone, adapted or not: see `effective`."""

@@ -24,6 +24,7 @@ from tests.tiny import ImageTable, TextTable
 from torch import Tensor
 
 from lamina.config import ConsolidationConfig
+from lamina.consolidate.average import weighted
 from lamina.engine import checkpoint
 from lamina.engine.consolidation import AVERAGE, change_of
 from lamina.engine.loop import Loop
@@ -303,3 +304,28 @@ def test_every_method_says_why_of_what_it_refuses():
             assert part in ConsolidationConfig.model_fields
             assert len(reason.split()) > 2
     assert stream("image", "class")
+
+
+def test_the_weighted_average_is_by_sums_over_the_tasks_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    loop = loop_with("finetune", tmp_path, {"merge": "weighted", "gamma": 1.5})
+    _, trained = spied(loop, monkeypatch)
+    seen: list[dict[str, Tensor]] = []
+    moments = loop.learner.input_moments
+    monkeypatch.setattr(
+        loop.learner, "input_moments", lambda *args, **kind: (seen.append(moments(*args, **kind)), seen[-1])[1]
+    )
+    loop.run()
+    assert len(seen) == len(loop.stream)
+    for name, slot in loop.learner.slots.items():
+        expected_oi, old_ii = trained[0][name], seen[0][slot.group]
+        for t in (1, 2):
+            new_ii = seen[t][slot.group]
+            expected_oi = weighted(expected_oi, trained[t][name], old_ii, new_ii, 1.5)
+            old_ii = old_ii + new_ii
+        torch.testing.assert_close(change_of(slot), expected_oi, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(loop.consolidation.memory[f"inputs/{slot.group}"], old_ii)
+    tokens = (
+        seen[0]["block0.attention"].trace()
+        / moments([loop.stream[0].train.batch(np.arange(4))])["block0.attention"].trace()
+    )
+    assert tokens > 3 * len(loop.stream[0].train), "a sum over all tokens, not a mean"

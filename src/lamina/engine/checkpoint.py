@@ -92,7 +92,8 @@ def _save(
     _fsync(temporary / MANIFEST)
     _fsync(temporary)
     on_step("wrote the manifest")
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():  # of a number that was asked for: what it held can be made again
+        shutil.rmtree(final)
     os.rename(temporary, final)
     _fsync(folder)
     on_step("renamed")

@@ -82,7 +82,7 @@ class Consolidation:
         """Put M_t to work in every slot, where w_t is."""
         config = self.config
         weight = average.share(old_tasks, *((1.0, 0.0) if config.merge == "mean" else (config.gamma, config.floor)))
-        moments = learner.input_moments(batches(augmented=False)) if config.merge == "weighted" else {}
+        moments = learner.input_moments(batches(augmented=False), summed=True) if config.merge == "weighted" else {}
         for slot in learner.slots.values():
             trained_oi = change_of(slot)
             deployed_oi, already_oi = trained_oi, torch.zeros_like(trained_oi)
