@@ -101,6 +101,34 @@ def test_trials_see_the_first_tasks_and_validation_data_only(tmp_path: Path):
     assert {cell.config.evaluation.split for cell in grid.cells(grid.rows[1], {})} == {"test"}
 
 
+def test_a_row_can_stand_for_every_combination(tmp_path: Path):
+    text = """\
+methods:
+  finetune: {training.lr: 0.5, each: {consolidation.merge: [none, ema], consolidation.head: [local, lda]}}
+  color: {each: {consolidation.merge: [none, ema], training.epochs: [1, 2]}}
+  other: {method: {name: inflora, rank: 3}, each: {method.epsilon: [0.5, 0.75]}}
+baseline: finetune, merge none, head local
+"""
+    grid = Grid(write_grid(tmp_path, text))
+    assert [row.method for row in grid.rows] == [
+        *(f"finetune, merge {merge}, head {head}" for merge in ("none", "ema") for head in ("local", "lda")),
+        *(f"color, merge none, epochs {epochs}" for epochs in (1, 2)),  # an average does not go with it
+        *(f"other, epsilon {epsilon}" for epsilon in (0.5, 0.75)),
+    ]
+    configs = [grid.cells(row, {})[0].config for row in grid.rows]
+    assert (configs[3].consolidation.merge, configs[3].consolidation.head, configs[3].training.lr) == (
+        "ema",
+        "lda",
+        0.5,
+    )
+    assert [c.method["name"] for c in configs[4:]] == ["color", "color", "inflora", "inflora"]
+    assert (configs[-1].method["rank"], configs[-1].method["epsilon"]) == (3, 0.75)
+    bad = problems(write_grid(tmp_path, "methods: {finetune: {each: {seed: 3}}}"))
+    assert "methods.finetune.each = {'seed': 3}: must be settings, each with a list of values" in bad[0]
+    bad = problems(write_grid(tmp_path, "methods: {color: {consolidation.merge: ema}}"))
+    assert "consolidation.merge = 'ema' does not go with color: an expert is chosen per input" in bad[0]
+
+
 def problems(file: Path) -> list[str]:
     with pytest.raises(ConfigError) as refused:
         Grid(file)

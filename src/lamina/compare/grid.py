@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from lamina import config as configuration
-from lamina.config import RunConfig, Section
+from lamina.config import ConsolidationConfig, RunConfig, Section
 from lamina.errors import ConfigError
 from lamina.methods import METHODS
 
@@ -21,6 +21,9 @@ Settings = dict[str, Any]
 """By dotted key."""
 OWNED = {"seed": "seeds", "stream.order_seed": "orders"}
 """Settings that the grid itself gives to every cell, and by which key of it."""
+
+
+DEFAULTS = {f"consolidation.{name}": field.default for name, field in ConsolidationConfig.model_fields.items()}
 
 
 class SearchConfig(Section):
@@ -54,7 +57,7 @@ class GridConfig(Section):
     """By name, settings or a file of them on top of the base; none: one stream, the base's."""
     methods: dict[str, dict[str, Any] | None] = Field(min_length=1)
     """By name, settings on top. method.name need not be said where the name of the row is that of a method. `search`
-    widens the search of this row; false takes it out."""
+    widens the search of this row; false takes it out. `each` makes a row of every combination of values."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
     """Of the runs of every row."""
     orders: tuple[int | None, ...] = Field((None,), min_length=1)
@@ -140,7 +143,11 @@ class Grid:
             name: self._layer(value or {}, f"streams.{name}")
             for name, value in (self.settings.streams or {default: {}}).items()
         }
-        rows = {name: dict(value or {}) for name, value in self.settings.methods.items()}
+        rows = {
+            name: value
+            for base_name, given in self.settings.methods.items()
+            for name, value in self._each(base_name, dict(given or {}))
+        }
         self._searches = {name: value.pop("search", None) for name, value in rows.items()}
         self.methods = {name: self._layer(value, f"methods.{name}") for name, value in rows.items()}
         for name, layer in self.methods.items():
@@ -176,6 +183,26 @@ class Grid:
             for order in self.settings.orders
             for seed in self.settings.seeds
         ]
+
+    def _each(self, name: str, row: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The rows that a row with `each` stands for: one for every combination of these values that its method goes with."""
+        each = row.pop("each", None)
+        if each is None:
+            yield name, row
+            return
+        key = f"methods.{name}.each"
+        if not isinstance(each, dict) or not each or not all(isinstance(v, list) and v for v in each.values()):
+            problem = f"{key} = {each!r}: must be settings, each with a list of values"
+            raise ConfigError(configuration.listed([self._at(key, problem)], self.file))
+        settings = dict(flat(row))
+        method = METHODS.get(settings.get("method.name", name))
+        refused = {f"consolidation.{part}" for part, _ in method.refuses} if method else set()
+        for values in product(*each.values()):
+            chosen = dict(zip(each, values, strict=True))
+            if any(chosen.get(k, DEFAULTS[k]) != DEFAULTS[k] for k in refused):
+                continue
+            short = ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in chosen.items())
+            yield f"{name}, {short}", {"method.name": name} | settings | chosen
 
     # -- settings ---------------------------------------------------------------------------------------------------
 
@@ -274,6 +301,13 @@ class Grid:
                 f"methods.{row.method}: {method.name} does not fit the {scenario}-incremental stream {row.stream!r}; it is "
                 f"made for {', '.join(method.scenarios)}",
             )
+        for part, why in method.refuses:
+            value = getattr(config.consolidation, part)
+            if value != DEFAULTS[f"consolidation.{part}"]:
+                yield self._at(
+                    f"methods.{row.method}",
+                    f"methods.{row.method}: consolidation.{part} = {value!r} does not go with {method.name}: {why}",
+                )
         if scenario not in ("class", "task") and self.settings.orders != (None,):
             yield self._at(
                 "orders",

@@ -202,6 +202,7 @@ class _Progress:
     def go(self, cells: Sequence[Cell], start: Start, part: str) -> None:
         self.cells: dict[Path, Cell] = {}
         self.part = part
+        self.seconds.clear()  # a trial takes less time than a run of the table
         todo: list[Job] = []
         for cell in cells:
             place = self.study.place(cell)
