@@ -126,7 +126,8 @@ def test_the_features_are_the_stated_ones():
 def test_lambda_is_that_of_the_smallest_held_out_error(monkeypatch: pytest.MonkeyPatch):
     features_nd, row_n = data()
     grid = (10.0, 1e-1, 1e-2, 1e-6)
-    errors = []
+    errors: list[float] = []
+    measured: list[Tensor] = []
     for ratio in grid:
         fit_n = torch.ones(N, dtype=torch.bool)
         for j in range(ROWS):
@@ -139,7 +140,7 @@ def test_lambda_is_that_of_the_smallest_held_out_error(monkeypatch: pytest.Monke
         cross = (phi[fit] * weights[fit, None]).T @ indicators[fit]
         solved = np.linalg.solve(gram + ratio * np.trace(gram) / 40 * np.eye(40), cross)
         errors.append((weights[held, None] * (phi[held] @ solved - indicators[held]) ** 2).sum())
-        measured: list[Tensor] = []
+        measured.clear()
         with monkeypatch.context() as patch:
             patch.setattr(tail.Moments, "squared_error", lambda sums, _: measured.append(sums.cross_mj) or 0.0)
             tail.ridge(statistics(), seeded(), real=data(), width=40, lambdas=(ratio,))
