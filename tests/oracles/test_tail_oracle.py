@@ -108,10 +108,10 @@ def direct(head: tail.RidgeHead, features_nd: Tensor, row_n: Tensor, ratio: floa
     return np.linalg.lstsq(stacked, np.vstack([weighted_y, np.zeros((phi.shape[1], ROWS))]), rcond=None)[0]
 
 
-@pytest.mark.parametrize("ratio", [1.0, 1e-2, 1e-4])
-def test_ridge_is_a_direct_solve_on_the_stored_features(ratio: float):
-    head = tail.ridge(statistics(), seeded(), real=data(), width=40, lambdas=(ratio,))
-    np.testing.assert_allclose(head.weight_mj.numpy(), direct(head, *data(), ratio), rtol=1e-6, atol=1e-8)
+@pytest.mark.parametrize(("ratio", "n"), [(1.0, N), (1e-2, N), (1e-4, N), (1e-2, 5000)])
+def test_ridge_is_a_direct_solve_on_the_stored_features(ratio: float, n: int):
+    head = tail.ridge(statistics(), seeded(), real=data(n=n), width=40, lambdas=(ratio,))
+    np.testing.assert_allclose(head.weight_mj.numpy(), direct(head, *data(n=n), ratio), rtol=1e-6, atol=1e-8)
 
 
 def test_the_features_are_the_stated_ones():
@@ -123,10 +123,11 @@ def test_the_features_are_the_stated_ones():
     np.testing.assert_allclose(head.scores(features_nd).numpy(), phi @ head.weight_mj.numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_lambda_is_that_of_the_smallest_held_out_error():
+def test_lambda_is_that_of_the_smallest_held_out_error(monkeypatch: pytest.MonkeyPatch):
     features_nd, row_n = data()
     grid = (10.0, 1e-1, 1e-2, 1e-6)
-    errors = []
+    errors: list[float] = []
+    measured: list[Tensor] = []
     for ratio in grid:
         fit_n = torch.ones(N, dtype=torch.bool)
         for j in range(ROWS):
@@ -139,6 +140,13 @@ def test_lambda_is_that_of_the_smallest_held_out_error():
         cross = (phi[fit] * weights[fit, None]).T @ indicators[fit]
         solved = np.linalg.solve(gram + ratio * np.trace(gram) / 40 * np.eye(40), cross)
         errors.append((weights[held, None] * (phi[held] @ solved - indicators[held]) ** 2).sum())
+        measured.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(tail.Moments, "squared_error", lambda sums, _: measured.append(sums.cross_mj) or 0.0)
+            tail.ridge(statistics(), seeded(), real=data(), width=40, lambdas=(ratio,))
+        np.testing.assert_allclose(
+            measured[0].numpy(), (phi[held] * weights[held, None]).T @ indicators[held], rtol=1e-9
+        )
     best = int(np.argmin(errors))
     assert 0 < best < len(grid) - 1, "or the choice is of an end of the grid"
     chosen = tail.ridge(statistics(), seeded(), real=data(), width=40, lambdas=grid)
@@ -213,6 +221,14 @@ def test_one_aligned_step_is_that_of_finite_differences():
     assert np.abs(change).max() > 1e-4
     np.testing.assert_allclose((found.weight_jd - start.weight_jd).numpy(), change, rtol=1e-4, atol=1e-8)
     np.testing.assert_allclose((found.bias_j - start.bias_j).numpy(), change_b, rtol=1e-4, atol=1e-8)
+
+
+def test_the_rate_falls_by_a_cosine():
+    """At steps so small that slopes do not change by them: of two, the second is half as long."""
+    generator, start = seeded(4), tail.lda(statistics()).weight_jd
+    first, second = (tail.aligned(statistics(), generator, steps=1, rate=1e-6).weight_jd - start for _ in range(2))
+    both = tail.aligned(statistics(), seeded(4), steps=2, rate=1e-6).weight_jd - start
+    torch.testing.assert_close(both, first + second / 2, rtol=1e-4, atol=1e-12)
 
 
 def test_lda_is_where_the_expected_cross_entropy_of_pooled_draws_is_smallest():

@@ -146,9 +146,8 @@ def ridge(
     for j, features_bd in examples(white, real, draws, generator, own_share):
         held_b = torch.arange(len(features_bd)) % HELD_OUT == HELD_OUT - 1
         for held, sums in moments.items():
-            for part_bd in torch.split(
-                features_bd[held_b == held], 1024
-            ):  # φ of all examples of a large row would not fit
+            # In parts: φ of all the examples of a large row would not fit.
+            for part_bd in torch.split(features_bd[held_b == held], 1024):
                 sums.add(j, random_features(part_bd, projection_md, offset_m), 1 / len(features_bd))
     fitted, held_out = moments[False], moments[True]
     errors = [held_out.squared_error(fitted.solve(ratio)) for ratio in lambdas]
