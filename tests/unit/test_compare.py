@@ -106,6 +106,7 @@ def test_a_row_can_stand_for_every_combination(tmp_path: Path):
 methods:
   finetune: {training.lr: 0.5, each: {consolidation.merge: [none, ema], consolidation.head: [local, lda]}}
   color: {each: {consolidation.merge: [none, ema], training.epochs: [1, 2]}}
+  prototype: {consolidation.head: local, each: {consolidation.drift: [none, linear]}}
   other: {method: {name: inflora, rank: 3}, each: {method.epsilon: [0.5, 0.75]}}
 baseline: finetune, merge none, head local
 """
@@ -113,6 +114,7 @@ baseline: finetune, merge none, head local
     assert [row.method for row in grid.rows] == [
         *(f"finetune, merge {merge}, head {head}" for merge in ("none", "ema") for head in ("local", "lda")),
         *(f"color, merge none, epochs {epochs}" for epochs in (1, 2)),  # an average does not go with it
+        "prototype, drift none",  # without statistics there is nothing to move
         *(f"other, epsilon {epsilon}" for epsilon in (0.5, 0.75)),
     ]
     configs = [grid.cells(row, {})[0].config for row in grid.rows]
@@ -121,7 +123,7 @@ baseline: finetune, merge none, head local
         "lda",
         0.5,
     )
-    assert [c.method["name"] for c in configs[4:]] == ["color", "color", "inflora", "inflora"]
+    assert [c.method["name"] for c in configs[4:]] == ["color", "color", "prototype", "inflora", "inflora"]
     assert (configs[-1].method["rank"], configs[-1].method["epsilon"]) == (3, 0.75)
     bad = problems(write_grid(tmp_path, "methods: {finetune: {each: {seed: 3}}}"))
     assert "methods.finetune.each = {'seed': 3}: must be settings, each with a list of values" in bad[0]

@@ -185,7 +185,7 @@ class Grid:
         ]
 
     def _each(self, name: str, row: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The rows that a row with `each` stands for: one for every combination of these values that its method goes with."""
+        """The rows that a row with `each` stands for: one for every combination of these values that can be."""
         each = row.pop("each", None)
         if each is None:
             yield name, row
@@ -199,7 +199,9 @@ class Grid:
         refused = {f"consolidation.{part}" for part, _ in method.refuses} if method else set()
         for values in product(*each.values()):
             chosen = dict(zip(each, values, strict=True))
-            if any(chosen.get(k, DEFAULTS[k]) != DEFAULTS[k] for k in refused):
+            around = DEFAULTS | settings | chosen
+            idle = around["consolidation.drift"] != "none" and around["consolidation.head"] == "local"
+            if idle or any(around[key] != DEFAULTS[key] for key in refused):
                 continue
             short = ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in chosen.items())
             yield f"{name}, {short}", {"method.name": name} | settings | chosen
