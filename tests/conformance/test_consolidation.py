@@ -329,3 +329,21 @@ def test_the_weighted_average_is_by_sums_over_the_tasks_inputs(tmp_path: Path, m
         / moments([loop.stream[0].train.batch(np.arange(4))])["block0.attention"].trace()
     )
     assert tokens > 3 * len(loop.stream[0].train), "a sum over all tokens, not a mean"
+
+
+@pytest.mark.parametrize("task", [0, 1])
+def test_what_is_learnt_can_be_measured_before_a_task_has_ended(task: int, tmp_path: Path):
+    class Stop(Exception):
+        pass
+
+    def stop(event: Any) -> None:
+        if (event.task, event.phase, event.done) == (task, "train", 1):
+            raise Stop
+
+    loop = loop_with("finetune", tmp_path, "lda-linear", on_event=stop)
+    with pytest.raises(Stop):
+        loop.run()
+    for learnt in loop.stream.tasks[: task + 1]:
+        found = loop._answers(learnt)
+        ended = loop.stream.tasks[: max(task, 1)]  # rows of the first task answer as the method has them
+        assert set(found.classes_n) <= {label for t in ended for label in t.classes}

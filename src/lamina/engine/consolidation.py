@@ -17,6 +17,7 @@ import hashlib
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lamina import linalg
@@ -141,14 +142,15 @@ class Consolidation:
         return self.config.head == "local" and self.method.routes
 
     def predict(self, learner: Learner, batch: Batch) -> Tensor:
-        """Scores of all rows, (b, r) float32, of what is deployed."""
-        if self.config.head == "local":
+        """Scores of all rows, (b, r) float32, of what is deployed. Rows of a task that has not ended have none yet."""
+        fitted = parts(self.memory, "head")
+        if not fitted:
             if self.memo is not None and type(self.method).predict is Method.predict:
                 own_br: Tensor = learner.head(self.features(learner, batch))
                 return own_br
             return self.method.predict(learner, batch)
-        head = tail.head_of(parts(self.memory, "head"))
-        return head.scores(self.features(learner, batch)).float()
+        scores_bj = tail.head_of(fitted).scores(self.features(learner, batch)).float()
+        return F.pad(scores_bj, (0, len(learner.rows) - scores_bj.shape[1]), value=-torch.inf)
 
     def predict_told(self, learner: Learner, batch: Batch, task: str) -> Tensor:
         """As `predict`, if it were known that all examples are of this task."""
