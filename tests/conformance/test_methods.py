@@ -491,7 +491,7 @@ def test_every_task_trains_as_many_parameters_as_the_first_or_as_declared(name: 
 @on_every_method
 def test_it_works_on_a_stream_without_a_known_end(name: str, tmp_path: Path):
     loop = make_loop(name, HOME, tmp_path)
-    loop.method = make_method(name, horizon=None)
+    loop.method = loop.consolidation.method = make_method(name, horizon=None)
     loop.run()
     assert loop.matrix.tasks == 3
 

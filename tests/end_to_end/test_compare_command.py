@@ -63,6 +63,7 @@ def holders(folder: Path) -> list[int]:
 
 
 @pytest.mark.usefixtures("_nothing_left_at_work")
+@pytest.mark.slow
 def test_killed_and_given_again(lamina: Command, tmp_path: Path) -> None:
     grid, cells = write_grid(tmp_path, SMALL), tmp_path / "runs" / "cells"
     begun = cells.glob("finetune-*/run/config.json")
