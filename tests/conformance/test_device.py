@@ -6,12 +6,13 @@ processor's, so they must be the same bits. With a card, its own numbers must be
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-from tests.conformance.cases import HOME, TRAINING, World, make_loop
+from tests.conformance.cases import CASES, HOME, TRAINING, World, make_loop
 from tests.pretend import OnCard, pretended_card
 from torch import Tensor
 
@@ -32,6 +33,21 @@ AROUND: dict[str, dict[str, Any]] = {
     },
     "merged": {"init": "merged", "merge": "ema", "head": "aligned", "drift": "random"},
 }
+SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "inflora random": ("inflora", {"design": "random", "spectrum": "paper", "criterion": "paper"}),
+    "merge ties": ("taskarithmetic", {"merge": "ties", "memory_per_class": 0, "head": "scaled", "kl": 0.5}),
+    "merge dare": ("taskarithmetic", {"merge": "dare", "memory_per_class": 0}),
+    "merge magnitude": ("taskarithmetic", {"merge": "magnitude", "memory_per_class": 0}),
+    "color++": ("color", {"identify": "first expert", "distance": "l1"}),
+    "clora": ("clora", {"projection": 0.9, "sides": "two", "start": "lora"}),
+    "duallora previous": ("duallora", {"residual": "previous"}),
+    "duallora none": ("duallora", {"dynamic_memory": False, "residual": "own"}),
+    "prototype": ("prototype", {"metric": "euclidean"}),
+    "sora": ("sora", {"operator": "released", "threshold": "constant", "penalty": 0.1, "lam": 0.01}),
+    "sdlora": ("sdlora", {"carry": True, "norm": "paper"}),
+    "ewc": ("ewc", {"fisher": "empirical"}),
+}
+"""What decides which lines of a method run, beyond its row in the table of cases."""
 on_every_method = pytest.mark.parametrize(("name", "world"), EVERY, ids=lambda value: str(value))
 
 
@@ -75,6 +91,13 @@ def check_same_bits(name: str, world: World, folder: Path, **how: Any) -> None:
 @on_every_method
 def test_a_run_on_a_pretended_card_leaves_nothing_behind_and_has_the_same_bits(name: str, world: World, tmp_path: Path):
     check_same_bits(name, world, tmp_path)
+
+
+@pytest.mark.parametrize("switch", sorted(SWITCHES))
+def test_so_it_is_with_every_switch(switch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    name, settings = SWITCHES[switch]
+    monkeypatch.setitem(CASES, name, replace(CASES[name], settings=CASES[name].settings | settings))
+    check_same_bits(name, HOME, tmp_path)
 
 
 @pytest.mark.parametrize("way", sorted(AROUND))
