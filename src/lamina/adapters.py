@@ -103,7 +103,8 @@ class Mixture(NamedTuple):
     def gains(self, x_bti: Tensor) -> Tensor:
         """What each input multiplies each expert by, (b, e)."""
         if isinstance(self.choice, Tensor):
-            return (self.choice[:, None] == torch.arange(len(self.ups_eor))).to(x_bti.dtype)
+            expert_e = torch.arange(len(self.ups_eor), device=self.choice.device)
+            return (self.choice[:, None] == expert_e).to(x_bti.dtype)
         return self.choice(x_bti).to(x_bti.dtype)
 
     def change(self, x_bti: Tensor) -> Tensor:
@@ -146,13 +147,17 @@ class AdaptedLinear(nn.Module):
     def d_in(self) -> int:
         return self.base_oi.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        return self.base_oi.device
+
     def add(self, name: str, branch: Branch, rows: Rows | None = None) -> None:
-        """Put a branch to work on these output rows (all of them if not said). Raises ValueError on a name in use or
-        factors of the wrong shape."""
+        """Put a branch to work on these output rows (all of them if not said), and on the device of the map, where it is
+        moved. Raises ValueError on a name in use or factors of the wrong shape."""
         rows = rows or Rows(0, self.d_out)
         if name in self.live or name in self.finished:
             raise ValueError(f"branch {name!r} exists already")
-        up_or, down_ri = branch.factors()
+        up_or, down_ri = branch.to(self.device).factors()
         wanted = (rows.stop - rows.start, self.d_in)
         if (up_or.shape[0], down_ri.shape[1]) != wanted or up_or.shape[1] != down_ri.shape[0]:
             raise ValueError(f"branch {name!r} maps {tuple(up_or.shape)} x {tuple(down_ri.shape)}, the layer {wanted}")

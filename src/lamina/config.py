@@ -208,8 +208,12 @@ class RunConfig(Section):
     """How accuracy is measured."""
     seed: int = Field(0, ge=0)
     """Of initial weights, order of batches and augmentation. Not of the class order, see stream.order_seed."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute: the processor or an NVIDIA card; auto: the card where there is one. Recorded, and kept by a resumed
+    run."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the frozen weights; auto: bf16 where this processor is measured to be faster with it. Adapters and head: fp32."""
+    """Of the frozen weights; auto: bf16 where this processor is measured to be faster with it, and on cards of compute
+    capability 8 or more. Adapters and head: fp32."""
     threads: int | None = Field(None, ge=1, le=1024)
     """Threads of the processor for each process; not set: PyTorch's choice, shared out among jobs. Recorded, since it can
     change the last bits."""

@@ -7,7 +7,7 @@ e experts.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,10 @@ class Slot:
     @property
     def rows(self) -> Rows:
         return Rows(*self.site.rows) if self.site.rows else Rows(0, self.layer.d_out)
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer.device
 
     @property
     def d_in(self) -> int:
@@ -87,7 +91,8 @@ class Slot:
 class Learner:
     """backbone: frozen, its adapted maps replaced in place. slots: by name, in the order of the backbone. head: grows.
 
-    targets: roles to adapt; blocks: which blocks (all if None); dtype: precision of the frozen weights.
+    targets: roles to adapt; blocks: which blocks (all if None); dtype: precision of the frozen weights; device: where all
+    of it is, and what is added to it goes.
     Raises ConfigError where no place of the backbone fits.
     """
 
@@ -97,6 +102,7 @@ class Learner:
         targets: Sequence[str] = ("k", "v"),
         blocks: Sequence[int] | None = None,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | Literal["cpu", "cuda"] = "cpu",
     ) -> None:
         wanted = set(range(backbone.blocks) if blocks is None else blocks)
         sites = [site for site in backbone.sites if site.role in targets and site.block in wanted]
@@ -108,13 +114,14 @@ class Learner:
                 f"Change backbone.targets or backbone.blocks."
             )
         self.backbone = backbone
-        self.dtype = dtype
+        self.dtype, self.device = dtype, torch.device(device)
+        backbone.module.to(self.device)
         self.layers: dict[str, AdaptedLinear] = {}
         for path in dict.fromkeys(site.path for site in sites):
             self.layers[path] = adapters.inject(backbone.module, path, dtype)
         backbone.cast(dtype)
         self.slots = {site.name: Slot(site, self.layers[site.path]) for site in sites}
-        self.head = Head(backbone.width)
+        self.head = Head(backbone.width, self.device)
 
     @property
     def rows(self) -> list[Row]:
@@ -232,7 +239,7 @@ class Learner:
                 copies |= {f"{slot.name}/up": ups_bor, f"{slot.name}/down": downs_bri}
                 dtype = slot.layer.weight_oi.dtype
                 slot.layer.mixtures[slot.site.role] = Mixture(
-                    slot.rows, ups_bor.to(dtype), downs_bri.to(dtype), torch.arange(count)
+                    slot.rows, ups_bor.to(dtype), downs_bri.to(dtype), torch.arange(count, device=self.device)
                 )
             yield copies
         finally:
@@ -257,7 +264,7 @@ class Learner:
         for slot in self.slots.values():
             for name in (*slot.live(), *slot.finished()):
                 slot.drop(name)
-        self.head = Head(self.backbone.width)
+        self.head = Head(self.backbone.width, self.device)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every parameter that learns, by a name that says where it is: `block0.k/task-01/up`, `head/task-01/weight`."""
@@ -328,9 +335,8 @@ class Learner:
             slot = self.slots[name]
             for branch, facts in saved["finished"].items():
                 key = f"finished/{name}/{branch}"
-                slot.layer.finished[f"{slot.site.role}:{branch}"] = Finished(
-                    slot.rows, tensors[f"{key}/up"].clone(), tensors[f"{key}/down"].clone(), facts["folded"]
-                )
+                up_or, down_ri = (tensors[f"{key}/{part}"].to(self.device, copy=True) for part in ("up", "down"))
+                slot.layer.finished[f"{slot.site.role}:{branch}"] = Finished(slot.rows, up_or, down_ri, facts["folded"])
             for branch, parts in saved["live"].items():
                 values = {
                     kind: {p: tensors[f"live/{name}/{branch}/{p}"] for p in names} for kind, names in parts.items()

@@ -80,14 +80,14 @@ def factors_of(matrix_oi: Tensor) -> tuple[Tensor, Tensor]:
 def trim(matrix_oi: Tensor, density: float) -> Tensor:
     """Only this share of the entries is left, those of largest magnitude (at least one); the others are zero."""
     kept = matrix_oi.abs().flatten().topk(max(1, round(density * matrix_oi.numel()))).indices
-    mask = torch.zeros(matrix_oi.numel(), dtype=matrix_oi.dtype).index_fill_(0, kept, 1)
+    mask = matrix_oi.new_zeros(matrix_oi.numel()).index_fill_(0, kept, 1)
     return matrix_oi * mask.view_as(matrix_oi)
 
 
 def drop_and_rescale(matrix_oi: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Every entry is left with probability `density` and divided by it, so that its mean is what it was (DARE)."""
     kept_oi = torch.rand(matrix_oi.shape, generator=generator) < density
-    return matrix_oi * kept_oi / density
+    return matrix_oi * kept_oi.to(matrix_oi.device) / density
 
 
 def agreeing_mean(matrices_noi: Tensor) -> Tensor:
@@ -105,7 +105,8 @@ def spread_points(points_nd: Tensor, count: int, generator: torch.Generator) -> 
     chosen, away_n = [first], squares_between(points_nd, points_nd[first])
     while len(chosen) < count and away_n.max() > 0:
         sums_n = away_n.cumsum(0)
-        draws_m = torch.rand(2 + int(math.log(count)), generator=generator, dtype=sums_n.dtype) * sums_n[-1]
+        draws_m = torch.rand(2 + int(math.log(count)), generator=generator, dtype=sums_n.dtype)
+        draws_m = draws_m.to(sums_n.device) * sums_n[-1]
         drawn_m = torch.searchsorted(sums_n, draws_m, right=True).clamp_max(len(points_nd) - 1)
         left_mn = torch.stack([torch.minimum(away_n, squares_between(points_nd, points_nd[m])) for m in drawn_m])
         best = int(left_mn.sum(1).argmin())

@@ -2,7 +2,7 @@
 
 DIR/
   config.json        every setting
-  environment.json   what was decided or found at the start: precision, threads, machine, versions
+  environment.json   what was decided or found at the start: device, precision, threads, machine, versions
   checkpoints/       see engine/checkpoint.py
   events.jsonl       a line per finished phase
   results.json       the record of the finished run
@@ -39,7 +39,7 @@ from lamina import config as configuration
 from lamina.backbones import Backbone
 from lamina.config import RunConfig
 from lamina.data import Source
-from lamina.engine import checkpoint, precision
+from lamina.engine import checkpoint, device, precision
 from lamina.engine.evaluate import answers
 from lamina.engine.loop import Event, Loop, Position
 from lamina.engine.order import in_order
@@ -142,7 +142,8 @@ def evaluate(out: Path, split: Split = "test") -> list[dict[str, Any]]:
     found = []
 
     def batches(examples: Examples) -> Iterator[Batch]:
-        return (examples.batch(p) for p in in_order(len(examples), config.evaluation.batch_size))
+        positions = in_order(len(examples), config.evaluation.batch_size)
+        return (examples.batch(p).to(loop.learner.device) for p in positions)
 
     for task in setup.stream:
         examples = task.split(split)
@@ -197,6 +198,7 @@ class _Setup:
             )
         settings = {key: value for key, value in config.method.items() if key != "name"}
         self.settings = self.method.config_type(**settings)
+        self.device = device.resolve(environment.get("device", "cpu") if environment else config.device)
         self.backbone = backbones.load(
             config.backbone.name,
             image_size=config.backbone.image_size,
@@ -212,13 +214,14 @@ class _Setup:
                 "evaluation.split = 'val': the data has no validation split. Hold one out, for example with "
                 "--set stream.validation=0.2"
             )
-        self.environment = environment or _environment(config, self.backbone.width)
+        device.prepare(self.device)
+        self.environment = environment or _environment(config, self.device, self.backbone.width)
         torch.set_num_threads(self.environment["threads"])
 
     def loop(self, out: Path, replay: Path | None = None) -> Loop:
         config = self.config
         dtype = precision.DTYPES[self.environment["precision"]]
-        learner = Learner(self.backbone, config.backbone.targets, config.backbone.blocks, dtype)
+        learner = Learner(self.backbone, config.backbone.targets, config.backbone.blocks, dtype, self.device)
         method: Method[Any] = self.method(self.settings, len(self.stream))
         return Loop(
             learner=learner,
@@ -426,6 +429,7 @@ def _record(setup: _Setup, loop: Loop) -> dict[str, Any]:
             "side_by_side_seconds": round(loop.clock["side_by_side"], 3) if "side_by_side" in loop.clock else None,
             "outside_training_share": 1 - train / total if total else None,
             "peak_memory_mb": _peak_memory_mb(),
+            "peak_device_memory_mb": device.peak_memory_mb(setup.device),
             "trainable_parameters": loop.lineage[-1]["trainable_parameters"],
             "stored_parameters": learner.stored_parameters(),
             "memory_bytes": loop.method.memory_bytes + loop.consolidation.memory_bytes,
@@ -492,14 +496,16 @@ def with_whole_paths(config: RunConfig) -> RunConfig:
     )
 
 
-def _environment(config: RunConfig, width: int) -> dict[str, Any]:
+def _environment(config: RunConfig, where: device.Device, width: int) -> dict[str, Any]:
     """What this machine is, and what was decided for it. A resumed run keeps these decisions, wherever it resumes."""
     if config.threads:
         torch.set_num_threads(config.threads)
     elif config.jobs > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // config.jobs))
     return {
-        "precision": precision.resolve(config.precision, width),
+        "device": where,
+        "card": device.card(where),
+        "precision": precision.resolve(config.precision, width, where),
         "threads": torch.get_num_threads(),
         "processor": _processor(),
         "cores": os.cpu_count(),

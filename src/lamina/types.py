@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -39,6 +40,17 @@ class Batch:
     def __len__(self) -> int:
         return len(self.labels_b)
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same examples on this device. Towards a card the processor does not wait for the copy."""
+
+        def moved(value: Tensor) -> Tensor:
+            if device.type == "cuda" and value.device.type == "cpu":
+                return value.pin_memory().to(device, non_blocking=True)
+            return value.to(device)
+
+        inputs = {name: moved(value) for name, value in self.inputs.items()}
+        return Batch(inputs=inputs, labels_b=moved(self.labels_b), task=self.task)
+
 
 class Table(Protocol):
     """Where the inputs of a dataset lie, decoded once (pixels) or tokenised once (text)."""
@@ -65,8 +77,6 @@ class Examples:
         return len(self.rows_n)
 
     def batch(self, positions: Ints, augment: Augment | None = None) -> Batch:
-        import torch
-
         return Batch(
             inputs=self.table.inputs(self.rows_n[positions], augment),
             labels_b=torch.from_numpy(self.labels_n[positions]),

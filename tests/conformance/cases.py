@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tests.tiny import tiny_bert, tiny_fused_vit, tiny_images, tiny_texts, tiny_vit
@@ -215,17 +215,27 @@ def make_method(name: str, horizon: int | None = 3) -> Method[Any]:
     return method(method.config_type(**CASES[name].settings), horizon)
 
 
-def make_loop(name: str, world: World, folder: Path, *, seed: int = 0, seconds: float = 1e9, **watch: Any) -> Loop:
+def make_loop(
+    name: str,
+    world: World,
+    folder: Path,
+    *,
+    seed: int = 0,
+    seconds: float = 1e9,
+    device: Literal["cpu", "cuda"] = "cpu",
+    training: TrainingConfig = TRAINING,
+    **watch: Any,
+) -> Loop:
     """A loop as a new process would have it; generators are left in a state of no meaning, which must not matter."""
     make, targets = BACKBONES[world.backbone]
     backbone = make()
-    learner = Learner(backbone, CASES[name].targets or targets, dtype=world.dtype)
+    learner = Learner(backbone, CASES[name].targets or targets, dtype=world.dtype, device=device)
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
     return Loop(
         learner=learner,
         method=make_method(name),
         stream=stream(backbone.kind, world.scenario),
-        training=TRAINING,
+        training=training,
         evaluation=EVALUATION,
         seed=seed,
         checkpoints=folder,

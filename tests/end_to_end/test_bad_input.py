@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tests.end_to_end.conftest import QUICK, Command, paint
 from tests.faults.processes import LEARNT, Moment, copy_unfinished, finish, halt_at, kill_all, newest, small_run, start
@@ -30,6 +31,14 @@ def test_a_file_with_several_errors_names_each_with_its_line(lamina: Command, tm
     assert "Did you mean 'epochs'?" in message
     assert "line 6: steam" in message
     assert "Did you mean 'stream'?" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_a_card_that_is_not_there(lamina: Command, tmp_path: Path) -> None:
+    message = lamina.refused(*DIGITS, "--set=device=cuda")
+    assert "device = 'cuda': PyTorch finds no CUDA device here" in message
+    assert "device=auto" in message
     assert not (tmp_path / "run").exists()
 
 

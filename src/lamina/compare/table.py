@@ -330,13 +330,18 @@ def _facts(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         ("Code", all_of(_code)),
         ("Torch", all_of(machine("torch"))),
         ("Python", all_of(machine("python"))),
-        ("Processor", all_of(machine("processor"))),
+        ("Processor", all_of(_processor)),
         ("Threads per run", all_of(machine("threads"))),
         ("Frozen weights in", all_of(machine("precision"))),
         ("Backbone", all_of(lambda r: f"{r['backbone']['name']}, sha256 {r['backbone']['hash']}")),
         ("Data", all_of(lambda r: f"{r['stream']['data']}, {r['stream']['scenario']}")),
         ("Stream fingerprint", all_of(lambda r: r["stream"]["fingerprint"])),
     ]
+
+
+def _processor(record: Mapping[str, Any]) -> str:
+    card = record["machine"].get("card")
+    return str(record["machine"]["processor"]) + (f", computing on {card}" if card else "")
 
 
 def _code(record: Mapping[str, Any]) -> str:

@@ -71,7 +71,8 @@ def gain(old_ii: Tensor, new_ii: Tensor, gamma: float = 1.0, cap: float | None =
         )
     pull_ii = gamma * new_ii.double()
     total_ii = old_ii.double() + pull_ii
-    total_ii = total_ii + epsilon * total_ii.diagonal().mean() * torch.eye(len(total_ii), dtype=torch.float64)
+    eye_ii = torch.eye(len(total_ii), dtype=torch.float64, device=total_ii.device)
+    total_ii = total_ii + epsilon * total_ii.diagonal().mean() * eye_ii
     root_ii, inverse_ii = roots_of(total_ii)
     # g S T^{-1} = T^{1/2} H T^{-1/2} with H symmetric: the eigenvalues of the gain are those of H, so they can be capped.
     values_i, vectors_ii = sorted_eigh(inverse_ii @ pull_ii @ inverse_ii)

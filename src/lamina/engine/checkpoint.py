@@ -80,7 +80,7 @@ def _save(
     for name, content in documents.items():
         write_json(temporary / f"{name}.json", content)
     for name, group in tensors.items():
-        save_file({key: value.contiguous() for key, value in group.items()}, temporary / f"{name}.safetensors")
+        save_file({key: value.cpu().contiguous() for key, value in group.items()}, temporary / f"{name}.safetensors")
         on_step(f"wrote {name}")
     files = sorted(path.name for path in temporary.iterdir())
     for name in files:

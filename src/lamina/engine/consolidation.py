@@ -8,7 +8,8 @@ classifier are deployed afterwards. The mathematics is in `consolidate/`; this f
                       statistics of the new rows are taken under M_t, and all rows refitted        (tail)
 
 M_t - w_t lies in every adapted map as a finished branch of its own, so whatever saves, folds or counts branches knows it.
-Everything else is in `memory`. No step uses the number of tasks, and none sees an example of another task or split.
+Everything else is in `memory`, which the processor holds wherever the learner is. No step uses the number of tasks, and
+none sees an example of another task or split.
 
 Shape letters: n examples, d width of the features, j rows of the head, o outputs, i inputs of a map.
 """
@@ -63,7 +64,7 @@ class Consolidation:
         if self.config.drift != "none":
             self.memory["before"] = self.features_of(learner, batches)[0]
         if self.config.merge != "none":
-            self.memory |= {f"deployed/{name}": change_of(slot).float() for name, slot in learner.slots.items()}
+            self.memory |= {f"deployed/{name}": change_of(slot).float().cpu() for name, slot in learner.slots.items()}
             if self.config.init != "merged":
                 learner.drop(AVERAGE)
         if self.config.init == "fresh":
@@ -88,9 +89,9 @@ class Consolidation:
             trained_oi = change_of(slot)
             deployed_oi, already_oi = trained_oi, torch.zeros_like(trained_oi)
             if old_tasks:
-                before_oi = self.memory.pop(f"deployed/{slot.name}")
+                before_oi = self.memory.pop(f"deployed/{slot.name}").to(learner.device)
                 if config.merge == "weighted":
-                    old_ii = self.memory[f"inputs/{slot.group}"]
+                    old_ii = self.memory[f"inputs/{slot.group}"].to(learner.device)
                     deployed_oi = average.weighted(before_oi, trained_oi, old_ii, moments[slot.group], config.gamma)
                 else:
                     deployed_oi = average.exponential(before_oi, trained_oi, weight)
@@ -102,7 +103,7 @@ class Consolidation:
             slot.add(AVERAGE, LowRank(trained={}, frozen={"up": up_or, "down": down_ri}))
         learner.finish(AVERAGE)
         for group, moment_ii in moments.items():
-            self.memory[f"inputs/{group}"] = moment_ii + self.memory.get(f"inputs/{group}", 0)
+            self.memory[f"inputs/{group}"] = moment_ii.cpu() + self.memory.get(f"inputs/{group}", 0)
 
     def refit(self, features_nd: Tensor, row_n: Tensor, before_nd: Tensor | None) -> None:
         """Move what is kept of older rows, add the new task's rows, and make one classifier of all. features_nd: of the new
@@ -149,7 +150,7 @@ class Consolidation:
                 own_br: Tensor = learner.head(self.features(learner, batch))
                 return own_br
             return self.method.predict(learner, batch)
-        scores_bj = tail.head_of(fitted).scores(self.features(learner, batch)).float()
+        scores_bj = tail.head_of(fitted).scores(self.features(learner, batch).cpu()).float()
         return F.pad(scores_bj, (0, len(learner.rows) - scores_bj.shape[1]), value=-torch.inf)
 
     def predict_told(self, learner: Learner, batch: Batch, task: str) -> Tensor:
@@ -162,7 +163,7 @@ class Consolidation:
         """Features (n, d) and labels (n,) of the task's training examples as evaluation sees them, under the weights at
         work now."""
         with learner.folded():
-            found = [(self.features(learner, batch), batch.labels_b) for batch in batches(augmented=False)]
+            found = [(self.features(learner, batch).cpu(), batch.labels_b.cpu()) for batch in batches(augmented=False)]
         return torch.cat([features_bd for features_bd, _ in found]), torch.cat([labels_b for _, labels_b in found])
 
     def features(self, learner: Learner, batch: Batch) -> Tensor:
@@ -171,12 +172,12 @@ class Consolidation:
             return self.method.features(learner, batch)
         digest = hashlib.blake2b(digest_size=16)
         for _, value in sorted(batch.inputs.items()):
-            digest.update(value.contiguous().numpy().data)
+            digest.update(value.cpu().contiguous().numpy().data)
         for layer in learner.layers.values():
-            digest.update(layer.effective().float().contiguous().numpy().data)
+            digest.update(layer.effective().float().cpu().contiguous().numpy().data)
         for _, value in sorted(self.method.memory.items()):  # of input-dependent gains, say
             digest.update(
-                value.contiguous().view(torch.uint8).numpy().data if value.ndim else str(value.item()).encode()
+                value.cpu().contiguous().view(torch.uint8).numpy().data if value.ndim else str(value.item()).encode()
             )
         digest.update(repr([[*slot.finished()] for slot in learner.slots.values()]).encode())
         key = digest.hexdigest()
@@ -193,7 +194,7 @@ def change_of(slot: Slot) -> Tensor:
     """What all branches of a slot, live or folded, add to the pre-trained weight, (o, i) float64."""
     factors = [(part.up_or, part.down_ri) for part in slot.finished().values() if part.folded]
     factors += [branch.factors() for branch in slot.live().values()]
-    change_oi = torch.zeros(slot.d_out, slot.d_in, dtype=torch.float64)
+    change_oi = torch.zeros(slot.d_out, slot.d_in, dtype=torch.float64, device=slot.device)
     with torch.no_grad():
         for up_or, down_ri in factors:
             change_oi += up_or.double() @ down_ri.double()

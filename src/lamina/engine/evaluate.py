@@ -72,15 +72,15 @@ def answers(
     found: list[tuple[Ints, ...]] = []
     with learner.folded():
         for batch in batches(examples.select(order_n)):
-            scores_br = predictor.predict(learner, batch)
+            scores_br = predictor.predict(learner, batch).cpu()
             classes_b = class_c[class_scores(scores_br, learner.rows, classes).argmax(1)]
             known_b = torch.full_like(classes_b, -1)
             if own_r.any():
-                told_br = predictor.predict_told(learner, batch, task) if predictor.routes else scores_br
+                told_br = predictor.predict_told(learner, batch, task).cpu() if predictor.routes else scores_br
                 known_b = label_r[told_br.masked_fill(~own_r, -torch.inf).argmax(1)]
             if told:
                 classes_b = known_b
             right_b = own_r[scores_br.argmax(1)].long()
-            found.append(tuple(t.numpy() for t in (batch.labels_b, classes_b, known_b, right_b)))
+            found.append(tuple(t.numpy() for t in (batch.labels_b.cpu(), classes_b, known_b, right_b)))
     back_n = np.argsort(order_n)
     return Answers(*(np.concatenate(column)[back_n] for column in zip(*found, strict=True)))

@@ -222,7 +222,7 @@ class Loop:
         assert self._optimizer is not None
         size = self.training.batch_size
         positions = positions_of_step(len(task.train), size, step.done, seed=self.seed, task=task.name)
-        batch = task.train.batch(positions, Augment(self.seed, epoch))
+        batch = task.train.batch(positions, Augment(self.seed, epoch)).to(self.learner.device)
         set_torch_seed(self.seed, "step", task.name, step.done)
         loss = self.method.loss(self.learner, batch, task)
         if self.teacher:
@@ -292,7 +292,7 @@ class Loop:
         for positions in in_order(len(examples), self.evaluation.batch_size):
             if self.should_stop():
                 raise Interrupted
-            yield examples.batch(positions, augment)
+            yield examples.batch(positions, augment).to(self.learner.device)
             done += len(positions)
             self._tell(phase, done=done, total=len(examples))
 
@@ -351,9 +351,9 @@ class Loop:
         state, tensors = loaded.documents["state"], loaded.tensors
         self.learner.restore(state["outline"], tensors["learner"], self.method.branch_type)
         # Copies, laid out in memory as fresh tensors are: the last bits of a product depend on where its factors begin.
-        self.method.memory = {name: value.clone() for name, value in tensors["memory"].items()}
+        self.method.memory = self._placed(tensors["memory"])
         self.consolidation.memory = {n: value.clone() for n, value in tensors.get("consolidation", {}).items()}
-        self.teacher = {path: weight_oi.clone() for path, weight_oi in tensors.get("teacher", {}).items()}
+        self.teacher = self._placed(tensors.get("teacher", {}))
         self.position = Position(**state["position"])
         self.matrix = AccuracyMatrix.from_dict(state["matrix"])
         self.known_task = AccuracyMatrix.from_dict(state["known_task"])
@@ -377,7 +377,11 @@ class Loop:
         self.lineage[-1] |= documents["lineage"]
         self.learner.reset()
         self.learner.restore(documents["outline"], tensors["learner"], self.method.branch_type)
-        self.method.memory = {name: value.clone() for name, value in tensors["memory"].items()}
+        self.method.memory = self._placed(tensors["memory"])
+
+    def _placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies where the learner is."""
+        return {name: value.to(self.learner.device, copy=True) for name, value in tensors.items()}
 
     def _newest(self, folder: Path) -> checkpoint.Loaded | None:
         """The newest whole checkpoint there, which must be of this configuration, stream and backbone."""

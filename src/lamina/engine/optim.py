@@ -68,4 +68,6 @@ def restore_optimizer(
 ) -> None:
     for key, value in tensors.items():
         kind, _, name = key.partition(":")
-        optimizer.state[parameters[name]][kind] = value.clone()
+        # PyTorch keeps the count of steps, which it reads at every step, on the processor.
+        where = value.device if kind == "step" else parameters[name].device
+        optimizer.state[parameters[name]][kind] = value.to(where, copy=True)

@@ -7,16 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lamina.engine.device import Device
+
 Precision = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORTH_IT = 1.2
 """bf16 must be this much faster before its coarser numbers are accepted."""
 
 
-def resolve(wanted: Literal["auto", "fp32", "bf16"], width: int) -> Precision:
-    """`auto` becomes bf16 where this processor runs a frozen linear layer of this width clearly faster with it."""
+def resolve(wanted: Literal["auto", "fp32", "bf16"], width: int, device: Device = "cpu") -> Precision:
+    """`auto` becomes bf16 where this processor runs a frozen linear layer of this width clearly faster with it, and on a
+    card from compute capability 8 on (Ampere), whose tensor cores take it."""
     if wanted != "auto":
         return wanted
+    if device == "cuda":
+        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp32"
     return "bf16" if bf16_speedup(width) >= WORTH_IT else "fp32"
 
 

@@ -168,7 +168,7 @@ def row_labels(task: Task, labels_b: Tensor) -> Tensor:
     """Positions (b,) of class ids among the task's own rows."""
     order = torch.full((max(task.classes) + 1,), -1)
     order[list(task.classes)] = torch.arange(len(task.classes))
-    return order[labels_b]
+    return order.to(labels_b.device)[labels_b]
 
 
 def local_cross_entropy(learner: Learner, batch: Batch, task: Task) -> Tensor:

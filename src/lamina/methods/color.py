@@ -122,7 +122,7 @@ class CoLoR(Method[CoLoRConfig]):
         return features_bd, chosen_b
 
     def predict_told(self, learner: Learner, batch: Batch, task: str) -> Tensor:
-        chosen_b = torch.zeros(len(batch), dtype=torch.int64)
+        chosen_b = torch.zeros(len(batch), dtype=torch.int64, device=learner.device)
         return own_rows(learner, through_experts(learner, batch, [task], chosen_b), [task], chosen_b)
 
     def learnt(self, learner: Learner) -> list[str]:
@@ -132,7 +132,7 @@ class CoLoR(Method[CoLoRConfig]):
     def directions(self, learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
         """The features (b, d) that tell tasks apart, as they are and of length 1."""
         if self.config.identify == "first expert":
-            first_b = torch.zeros(len(batch), dtype=torch.int64)
+            first_b = torch.zeros(len(batch), dtype=torch.int64, device=learner.device)
             features_bd = through_experts(learner, batch, learner.head.tasks[:1], first_b)
         else:
             with learner.bare():
@@ -153,14 +153,14 @@ def through_experts(learner: Learner, batch: Batch, tasks: Sequence[str], chosen
 def own_rows(learner: Learner, features_bd: Tensor, tasks: Sequence[str], chosen_b: Tensor) -> Tensor:
     """Scores (b, r): those of the chosen task's rows, minus infinity for all others."""
     position = {task: e for e, task in enumerate(tasks)}
-    task_r = torch.tensor([position.get(row.task, -1) for row in learner.rows])
+    task_r = torch.tensor([position.get(row.task, -1) for row in learner.rows], device=learner.device)
     scores_br: Tensor = learner.head(features_bd)
     return scores_br.masked_fill(task_r != chosen_b[:, None], -torch.inf)
 
 
 def nearest_task(directions_bd: Tensor, centroids: Sequence[Tensor], distance: Distance) -> Tensor:
     """Position (b,) of the task that has the nearest centroid. centroids: (k, d) of every task."""
-    owner_k = torch.repeat_interleave(torch.tensor([len(c) for c in centroids]))
+    owner_k = torch.repeat_interleave(torch.tensor([len(c) for c in centroids])).to(directions_bd.device)
     power = 1.0 if distance == "l1" else 2.0
     # Without matrix products, whose rounding depends on the size of the batch.
     away_bk = torch.cdist(directions_bd, torch.cat(list(centroids)), power, "donot_use_mm_for_euclid_dist")

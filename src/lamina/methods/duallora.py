@@ -164,13 +164,13 @@ class DualLoRA(Method[DualLoRAConfig]):
 
     def remember(self, name: str, moment_gee: Tensor, bases_dk: Tensor, epsilon: float) -> None:
         """Φ_t = [Φ_{t-1}, Ψ_t], and what share of the task's own energy lies in Ψ_t and in Ψ_{t-1}."""
-        sizes_j = self.memory.get(f"{name}/sizes", torch.zeros(0, dtype=torch.int64))
-        shares_j2 = self.memory.get(f"{name}/shares", torch.zeros(0, 2))
+        sizes_j = self.memory.get(f"{name}/sizes", torch.zeros(0, dtype=torch.int64, device=bases_dk.device))
+        shares_j2 = self.memory.get(f"{name}/shares", bases_dk.new_zeros(0, 2, dtype=torch.float32))
         new_dk = new_directions(moment_gee, bases_dk, epsilon)
         last_dk = bases_dk[:, bases_dk.shape[1] - int(sizes_j[-1:].sum()) :]
         shares_2 = torch.stack([share(moment_gee, new_dk), share(moment_gee, last_dk)])
         self.memory[f"{name}/bases"] = torch.cat([bases_dk, new_dk], 1).float()
-        self.memory[f"{name}/sizes"] = torch.cat([sizes_j, torch.tensor([new_dk.shape[1]])])
+        self.memory[f"{name}/sizes"] = torch.cat([sizes_j, sizes_j.new_tensor([new_dk.shape[1]])])
         self.memory[f"{name}/shares"] = torch.cat([shares_j2, shares_2[None].float()])
 
     def moments(self, learner: Learner, batches: Pass) -> dict[str, Tensor]:
@@ -206,7 +206,7 @@ class DualLoRA(Method[DualLoRAConfig]):
             near[slot.name] = similarity(probes_bpd, self.bases(slot), self.memory[f"{slot.name}/sizes"])
 
         def gains(slot: Slot, x: Tensor) -> Tensor:
-            return self.gains(slot, near[slot.name]) if config.dynamic_memory else torch.ones(len(x), len(experts))
+            return self.gains(slot, near[slot.name]) if config.dynamic_memory else x.new_ones(len(x), len(experts))
 
         needed = learnt and (config.calibration or (experts and config.dynamic_memory))
         choices = {slot.name: partial(gains, slot) for slot in learner.slots.values()}
@@ -229,7 +229,7 @@ class DualLoRA(Method[DualLoRAConfig]):
         """The told task's residual in full and no other; without a dynamic memory there is no choice."""
         if not self.config.dynamic_memory:
             return self.predict(learner, batch)
-        with learner.choosing([residual(task)], torch.zeros(len(batch), dtype=torch.int64)):
+        with learner.choosing([residual(task)], torch.zeros(len(batch), dtype=torch.int64, device=learner.device)):
             scores_br: Tensor = learner.head(learner.features(batch))
         return scores_br
 
@@ -247,7 +247,7 @@ class DualLoRA(Method[DualLoRAConfig]):
     def bases(self, slot: Slot) -> Tensor:
         """Φ: orthonormal columns (d, k)."""
         width = slot.d_out if slot.site.role == "k" else slot.d_in
-        return self.memory.get(f"{slot.name}/bases", torch.zeros(width, 0))
+        return self.memory.get(f"{slot.name}/bases", torch.zeros(width, 0, device=slot.device))
 
     def threshold(self, learnt: int) -> float:
         """ε_t = ε + (1 - ε) t / T with t = 0 for the first task; constant where the number of tasks is not known."""
@@ -380,8 +380,8 @@ def share(moment_gee: Tensor, basis_dk: Tensor) -> Tensor:
 def similarity(probes_bpd: Tensor, bases_dk: Tensor, sizes_j: Tensor) -> Tensor:
     """s_j: the share of each input's energy that lies in the span of Ψ_j, (b, j)."""
     squares_bk = (probes_bpd @ bases_dk).square().sum(1)
-    owner_k = torch.repeat_interleave(torch.arange(len(sizes_j)), sizes_j)
-    inside_bj = torch.zeros(len(squares_bk), len(sizes_j)).index_add_(1, owner_k, squares_bk)
+    owner_k = torch.repeat_interleave(sizes_j, output_size=squares_bk.shape[1])
+    inside_bj = squares_bk.new_zeros(len(squares_bk), len(sizes_j)).index_add_(1, owner_k, squares_bk)
     return inside_bj / probes_bpd.square().sum((1, 2)).clamp_min(1e-30)[:, None]
 
 

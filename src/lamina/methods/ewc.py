@@ -111,12 +111,13 @@ class EWC(Method[EWCConfig]):
         seed, sums = seed_of("fisher", torch.initial_seed()), dict[str, Tensor]()
         for start in range(0, count, TOGETHER):
             chosen_b = positions_n[start : start + TOGETHER]
-            batch = task.train.batch(chosen_b)
+            batch = task.train.batch(chosen_b).to(learner.device)
             with learner.per_example(SHARED, len(batch)) as copies:
                 log_bc = F.log_softmax(learner.task_logits(batch, task.name), 1)
                 labels_b = row_labels(task, batch.labels_b)
                 if self.config.fisher == "true":
-                    labels_b = drawn(log_bc, torch.from_numpy(uniform(task.train.rows_n[chosen_b], seed)))
+                    uniform_b = torch.from_numpy(uniform(task.train.rows_n[chosen_b], seed)).to(learner.device)
+                    labels_b = drawn(log_bc, uniform_b)
                 likelihood = log_bc.gather(1, labels_b[:, None]).sum()
                 gradients = torch.autograd.grad(likelihood, list(copies.values()))
             for name, gradient in zip(copies, gradients, strict=True):

@@ -174,7 +174,7 @@ class InfLoRA(Method[InfLoRAConfig]):
 
 def random_moment(moment_dd: Tensor) -> Tensor:
     """The moment of as many Gaussian inputs as there are dimensions, in place of this one (d, d)."""
-    noise_dn = torch.randn(moment_dd.shape, dtype=moment_dd.dtype)
+    noise_dn = torch.randn(moment_dd.shape, dtype=moment_dd.dtype).to(moment_dd.device)
     return noise_dn @ noise_dn.T / len(noise_dn)
 
 

@@ -52,8 +52,8 @@ class Prototype(Method[PrototypeConfig]):
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
         block = learner.head.add(task.name, task.classes)
-        sums_cd = torch.zeros(len(task.classes), learner.backbone.width, dtype=torch.float64)
-        counts_c = torch.zeros(len(task.classes), dtype=torch.float64)
+        sums_cd = block.weight.new_zeros(block.weight.shape, dtype=torch.float64)
+        counts_c = block.weight.new_zeros(len(task.classes), dtype=torch.float64)
         with learner.folded():
             for batch in batches(augmented=False):
                 positions_b = row_labels(task, batch.labels_b)
@@ -85,5 +85,5 @@ class Prototype(Method[PrototypeConfig]):
 def as_linear(means_cd: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """Class means (c, d) as the weight (c, d) and bias (c,) of a linear classifier: see the head of this file."""
     if metric == "cosine":
-        return F.normalize(means_cd, dim=1), torch.zeros(len(means_cd), dtype=means_cd.dtype)
+        return F.normalize(means_cd, dim=1), means_cd.new_zeros(len(means_cd))
     return means_cd, -means_cd.square().sum(1) / 2

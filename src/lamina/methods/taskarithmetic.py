@@ -212,7 +212,7 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         order_n = np.argsort(chance.bits(task.train.rows_n, seed), kind="stable")
         labels_n = task.train.labels_n[order_n]
         chosen = [order_n[labels_n == label][: self.config.memory_per_class] for label in task.classes]
-        batch = task.train.batch(np.concatenate(chosen))
+        batch = task.train.batch(np.concatenate(chosen)).to(learner.device)
         for part in INPUTS[learner.backbone.kind]:
             values = batch.inputs[part]
             self.memory[f"{part}/{task.name}"] = (
@@ -232,12 +232,12 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         learner.head.requires_grad_(True)
         inputs = {k: padded([self.memory[f"{k}/{task}"] for task in tasks]) for k in INPUTS[learner.backbone.kind]}
         labels_n = torch.cat([self.memory[f"labels/{task}"] for task in tasks])
-        classes_c = torch.tensor(sorted({row.label for row in learner.rows}))
+        classes_c = torch.tensor(sorted({row.label for row in learner.rows}), device=learner.device)
         optimizer = torch.optim.Adam(learner.trainable().values(), lr=config.memory_lr)
         per_epoch = -(-len(labels_n) // config.memory_batch)
         for step in range(config.memory_epochs * per_epoch):
             epoch, number = divmod(step, per_epoch)
-            order_n = torch.from_numpy(chance.permutation(len(labels_n), seed, epoch))
+            order_n = torch.from_numpy(chance.permutation(len(labels_n), seed, epoch)).to(learner.device)
             chosen_b = order_n[number * config.memory_batch : (number + 1) * config.memory_batch]
             values = {
                 k: v[chosen_b].float() if v.is_floating_point() else v[chosen_b].long() for k, v in inputs.items()

@@ -1,0 +1,130 @@
+"""The device changes where a run computes and nothing else: what is drawn, what is kept, how it is saved and resumed.
+
+Without a card, a pretended one (see tests/pretend.py) shows that nothing is left on the processor; its numbers are the
+processor's, so they must be the same bits. With a card, its own numbers must be near them.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from tests.conformance.cases import CASES, HOME, TRAINING, World, make_loop
+from tests.pretend import OnCard, pretended_card
+from torch import Tensor
+
+from lamina.config import ConsolidationConfig
+from lamina.engine import checkpoint
+from lamina.engine.loop import Interrupted, Loop, Position
+from lamina.methods import METHODS
+
+TEXT = World("bert", "domain")
+EVERY = [(name, HOME) for name in sorted(METHODS)] + [("duallora", TEXT), ("ewc", TEXT), ("taskarithmetic", TEXT)]
+AROUND: dict[str, dict[str, Any]] = {
+    "weighted": {
+        "merge": "weighted",
+        "head": "lda+ridge",
+        "drift": "linear+local",
+        "random_features": 32,
+        "own_rank": 2,
+    },
+    "merged": {"init": "merged", "merge": "ema", "head": "aligned", "drift": "random"},
+}
+SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
+    "inflora random": ("inflora", {"design": "random", "spectrum": "paper", "criterion": "paper"}),
+    "merge ties": ("taskarithmetic", {"merge": "ties", "memory_per_class": 0, "head": "scaled", "kl": 0.5}),
+    "merge dare": ("taskarithmetic", {"merge": "dare", "memory_per_class": 0}),
+    "merge magnitude": ("taskarithmetic", {"merge": "magnitude", "memory_per_class": 0}),
+    "color++": ("color", {"identify": "first expert", "distance": "l1"}),
+    "clora": ("clora", {"projection": 0.9, "sides": "two", "start": "lora"}),
+    "duallora previous": ("duallora", {"residual": "previous"}),
+    "duallora none": ("duallora", {"dynamic_memory": False, "residual": "own"}),
+    "prototype": ("prototype", {"metric": "euclidean"}),
+    "sora": ("sora", {"operator": "released", "threshold": "constant", "penalty": 0.1, "lam": 0.01}),
+    "sdlora": ("sdlora", {"carry": True, "norm": "paper"}),
+    "ewc": ("ewc", {"fisher": "empirical"}),
+}
+"""What decides which lines of a method run, beyond its row in the table of cases."""
+on_every_method = pytest.mark.parametrize(("name", "world"), EVERY, ids=lambda value: str(value))
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_fsync", lambda _: None)
+
+
+def finished(name: str, world: World, folder: Path, device: Literal["cpu", "cuda"], **how: Any) -> Loop:
+    """A run that was stopped within the second task and resumed."""
+    for last in (False, True):
+        loop = make_loop(name, world, folder, device=device, **how)
+        loop.restore()
+        loop.should_stop = lambda loop=loop, last=last: not last and loop.position == Position(1, "train", 1)
+        with suppress(Interrupted):
+            loop.run()
+    assert loop.position.phase == "done"
+    return loop
+
+
+def outcome(loop: Loop) -> dict[str, Tensor]:
+    parts = {"learner": loop.learner.tensors(), "memory": loop.method.memory, "answers": loop.last_answers}
+    parts["consolidation"] = loop.consolidation.memory
+    found = {f"{part}/{name}": value.cpu() for part, group in parts.items() for name, value in group.items()}
+    return found | {"losses": torch.tensor([loss for _, _, loss in loop.losses], dtype=torch.float64)}
+
+
+def check_same_bits(name: str, world: World, folder: Path, **how: Any) -> None:
+    with pretended_card():
+        there = finished(name, world, folder / "there", "cuda", **how)
+        got = outcome(there)
+    wanted = outcome(finished(name, world, folder / "here", "cpu", **how))
+    assert got.keys() == wanted.keys()
+    assert [key for key in wanted if not torch.equal(got[key], wanted[key])] == []
+    weights = [*there.learner.backbone.module.parameters(), *(layer.base_oi for layer in there.learner.layers.values())]
+    kept = [*there.learner.tensors().values(), *there.method.memory.values(), *weights]
+    assert [value.shape for value in kept if value.ndim and not isinstance(value, OnCard)] == []
+    assert not any(isinstance(value, OnCard) for value in there.consolidation.memory.values())
+
+
+@on_every_method
+def test_a_run_on_a_pretended_card_leaves_nothing_behind_and_has_the_same_bits(name: str, world: World, tmp_path: Path):
+    check_same_bits(name, world, tmp_path)
+
+
+@pytest.mark.parametrize("switch", sorted(SWITCHES))
+def test_so_it_is_with_every_switch(switch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    name, settings = SWITCHES[switch]
+    monkeypatch.setitem(CASES, name, replace(CASES[name], settings=CASES[name].settings | settings))
+    check_same_bits(name, HOME, tmp_path)
+
+
+@pytest.mark.parametrize("way", sorted(AROUND))
+def test_so_does_what_happens_around_a_method(way: str, tmp_path: Path):
+    distilling = TRAINING.model_copy(update={"distil": 0.5})
+    check_same_bits("finetune", HOME, tmp_path, consolidation=ConsolidationConfig(**AROUND[way]), training=distilling)
+
+
+@pytest.fixture
+def plain_float32() -> Iterator[None]:
+    """As engine/device.py prepares it."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.usefixtures("plain_float32")
+@on_every_method
+def test_a_run_on_a_card_is_near_that_on_the_processor(name: str, world: World, tmp_path: Path):
+    """With SGD: Adam turns the sign of a gradient that is rounding alone into a whole step. Compared are the scores of all
+    test examples, since directions may differ in sign."""
+    descending = TRAINING.model_copy(update={"optimizer": "sgd", "momentum": 0.0})
+    scores: dict[str, Tensor] = {}
+    for device in ("cpu", "cuda"):
+        loop = finished(name, world, tmp_path / device, device, training=descending)
+        with loop.learner.folded():
+            batches = [batch for task in loop.stream for batch in loop._batches("evaluate", task.test)]
+            scores[device] = torch.cat([loop.method.predict(loop.learner, batch).cpu() for batch in batches])
+    torch.testing.assert_close(scores["cuda"], scores["cpu"], rtol=1e-4, atol=1e-4)
