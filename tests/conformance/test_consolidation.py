@@ -18,7 +18,6 @@ from tests.conformance.cases import (
     newest,
     run_in_pieces,
     state,
-    stream,
 )
 from tests.tiny import ImageTable, TextTable
 from torch import Tensor
@@ -303,7 +302,6 @@ def test_every_method_says_why_of_what_it_refuses():
         for part, reason in method.refuses:
             assert part in ConsolidationConfig.model_fields
             assert len(reason.split()) > 2
-    assert stream("image", "class")
 
 
 def test_the_weighted_average_is_by_sums_over_the_tasks_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

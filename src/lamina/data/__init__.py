@@ -82,11 +82,13 @@ def undecoded(source: Source) -> LabelledData:
 
 
 class _Undecoded:
+    """There is nothing to read: asking for it is a mistake of ours."""
+
     def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:
-        raise NotImplementedError("nothing is decoded")
+        raise AssertionError("a plan has no inputs")
 
     def lengths(self, rows: Ints) -> Ints:
-        raise NotImplementedError("nothing is decoded")
+        raise AssertionError("a plan has no inputs")
 
 
 def _labelled(source: Source, table: Table, keep: Ints, skipped: tuple[str, ...]) -> LabelledData:
