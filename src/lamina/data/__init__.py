@@ -85,10 +85,10 @@ class _Undecoded:
     """There is nothing to read: asking for it is a mistake of ours."""
 
     def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:
-        raise AssertionError("a plan has no inputs")
+        raise AssertionError(f"rows {rows[:3]} were asked for (augment = {augment}), and nothing is decoded")
 
     def lengths(self, rows: Ints) -> Ints:
-        raise AssertionError("a plan has no inputs")
+        raise AssertionError(f"lengths of rows {rows[:3]} were asked for, and nothing is decoded")
 
 
 def _labelled(source: Source, table: Table, keep: Ints, skipped: tuple[str, ...]) -> LabelledData:
