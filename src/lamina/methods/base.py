@@ -19,11 +19,14 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from lamina.adapters import Branch, LowRank
+from lamina.chance import seed_of
 from lamina.learner import Learner
 from lamina.types import Batch, Task
 
 Scenario = Literal["class", "domain", "task", "mixed"]
 SCENARIOS: tuple[Scenario, ...] = ("class", "domain", "task", "mixed")
+SHARED = "shared"
+"""The branch of methods that have one adapter for all tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +165,17 @@ class Method(ABC, Generic[C]):
     @property
     def memory_bytes(self) -> int:
         return sum(value.numel() * value.element_size() for value in self.memory.values())
+
+
+def begin_shared(learner: Learner, task: Task, rank: int) -> None:
+    """The beginning of a task where one adapter goes on: rows of the head and, in the first task, the adapter. It is the
+    same, bit for bit, for every method that has one: without what they add, all of them are sequential LoRA."""
+    learner.head.freeze()
+    learner.head.add(task.name, task.classes)
+    for slot in learner.slots.values():
+        if SHARED not in slot.live():
+            generator = torch.Generator().manual_seed(seed_of("finetune", torch.initial_seed(), slot.name))
+            slot.add(SHARED, LowRank.fresh(slot.d_out, slot.d_in, rank, generator))
 
 
 def row_labels(task: Task, labels_b: Tensor) -> Tensor:

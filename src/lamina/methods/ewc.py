@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from lamina.adapters import LowRank
 from lamina.chance import seed_of, uniform
 from lamina.learner import Learner
 from lamina.methods.base import (
+    SHARED,
     Departure,
     Method,
     MethodConfig,
@@ -37,12 +37,12 @@ from lamina.methods.base import (
     Paper,
     Pass,
     Refusal,
+    begin_shared,
     local_cross_entropy,
     row_labels,
 )
 from lamina.types import Batch, Task
 
-SHARED = "shared"
 TOGETHER = 32
 """How many examples' gradients are computed in one pass."""
 
@@ -83,13 +83,7 @@ class EWC(Method[EWCConfig]):
     refuses = (Refusal("init", "its penalty holds the adapter where old tasks left it"),)
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
-        learner.head.freeze()
-        learner.head.add(task.name, task.classes)
-        for slot in learner.slots.values():
-            if SHARED not in slot.live():
-                # The start of sequential LoRA, bit for bit: with λ = 0 this is that.
-                generator = torch.Generator().manual_seed(seed_of("finetune", torch.initial_seed(), slot.name))
-                slot.add(SHARED, LowRank.fresh(slot.d_out, slot.d_in, self.config.rank, generator))
+        begin_shared(learner, task, self.config.rank)
 
     def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
         fitting = local_cross_entropy(learner, batch, task)

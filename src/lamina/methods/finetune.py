@@ -9,16 +9,11 @@ cross-entropy over the current task's classes only (*inferred* for this baseline
 Shape letters: o outputs, i inputs, r rank.
 """
 
-import torch
 from pydantic import Field
 
-from lamina.adapters import LowRank
-from lamina.chance import seed_of
 from lamina.learner import Learner
-from lamina.methods.base import Method, MethodConfig, Needs, Paper, Pass
+from lamina.methods.base import Method, MethodConfig, Needs, Paper, Pass, begin_shared
 from lamina.types import Task
-
-SHARED = "shared"
 
 
 class FinetuneConfig(MethodConfig):
@@ -39,12 +34,7 @@ class Finetune(Method[FinetuneConfig]):
     config_type = FinetuneConfig
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
-        learner.head.freeze()
-        learner.head.add(task.name, task.classes)
-        for slot in learner.slots.values():
-            if SHARED not in slot.live():
-                generator = torch.Generator().manual_seed(seed_of("finetune", torch.initial_seed(), slot.name))
-                slot.add(SHARED, LowRank.fresh(slot.d_out, slot.d_in, self.config.rank, generator))
+        begin_shared(learner, task, self.config.rank)
 
     def end(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.head.freeze()
