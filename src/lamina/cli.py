@@ -44,7 +44,7 @@ DEMO_METHODS: dict[str, dict[str, Any]] = {
     "prototype": {},
     "inflora": {"training.lr": 2e-3, "method.epsilon": 0.99},
 }
-"""Each with its own best settings, found by the same search on a fifth of the training images: see docs/results/digits.md."""
+"""Each with its own best settings, found by the same search on a fifth of the training images: see docs/results/demo.md."""
 
 
 def main() -> NoReturn:
