@@ -371,6 +371,10 @@ def methods(
     print("Settings (give them as --set method.NAME=VALUE, or under `method:` in YAML):")
     for key, setting in facts["settings"].items():
         print(f"  {key} = {setting['default']}\n      {' '.join(setting['what'].split())}")
+    if facts["around"]:
+        print("\nIts own defaults of settings that every method has:")
+        for key, value in facts["around"].items():
+            print(f"  {key} = {value}")
     if facts["departures"]:
         print("\nDepartures from the paper:")
         for departure in facts["departures"]:
@@ -397,7 +401,7 @@ def data_check(
     section = configuration.load(
         None,
         [("data.source", source), ("data.kind", kind), *overrides],
-        method_settings={"inflora": configuration.Section},
+        method_settings={"inflora": configuration.MethodConfig},
     ).data
     found = data.audit(
         data.open_source(

@@ -7,7 +7,7 @@ import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -19,6 +19,14 @@ Role = Literal["q", "k", "v", "out", "fc1", "fc2"]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class MethodConfig(BaseModel):
+    """Base of every method's settings: frozen, strict, a sentence per field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    around: ClassVar[Mapping[str, Any]] = {}
+    """Settings outside the method's own, by dotted key, that have this default with it instead of the general one."""
 
 
 class Columns(Section):
@@ -173,7 +181,8 @@ class ConsolidationConfig(Section):
     def _something_to_move(self) -> "ConsolidationConfig":
         if self.drift != "none" and self.head == "local":
             raise ValueError(
-                f"drift = {self.drift!r} moves stored statistics, and head = 'local' has none. Choose another head, such as lda"
+                f"drift = {self.drift!r} moves stored statistics, and head = 'local' has none. Choose another "
+                "head, such as lda, or drift = 'none'"
             )
         return self
 
@@ -229,7 +238,7 @@ def load(
     file: Path | None,
     overrides: Iterable[tuple[str, Any]] = (),
     *,
-    method_settings: Mapping[str, type[BaseModel]],
+    method_settings: Mapping[str, type[MethodConfig]],
 ) -> RunConfig:
     """The configuration from a YAML file, with `key.path` = value on top. method_settings: the settings of each method.
 
@@ -249,10 +258,13 @@ def load(
     return config
 
 
-def check(raw: Mapping[str, Any], method_settings: Mapping[str, type[BaseModel]]) -> tuple[RunConfig | None, list[str]]:
+def check(
+    raw: Mapping[str, Any], method_settings: Mapping[str, type[MethodConfig]]
+) -> tuple[RunConfig | None, list[str]]:
     """The configuration of nested settings, or None and every problem: `key.path = value: what is wrong`."""
     problems: list[str] = []
     settings: dict[str, Any] = {}
+    whole = dict(raw)
     method = raw.get("method", {"name": "inflora"})
     method = {"name": method} if isinstance(method, str) else method
     if not isinstance(method, dict):
@@ -260,16 +272,31 @@ def check(raw: Mapping[str, Any], method_settings: Mapping[str, type[BaseModel]]
     elif (name := method.get("name", "inflora")) not in list(method_settings):
         problems.append(unknown("method.name", name, method_settings, "methods"))
     else:
+        for key, value in method_settings[name].around.items():
+            if not _says(raw, key):
+                put(whole, key, value)
         given = {key: value for key, value in method.items() if key != "name"}
         try:
             settings = {"name": name} | method_settings[name].model_validate(given).model_dump(mode="json")
         except ValidationError as error:
             problems += explain(error, method_settings[name], "method")
     try:
-        config = RunConfig.model_validate({**raw, "method": settings})
+        config = RunConfig.model_validate({**whole, "method": settings})
     except ValidationError as error:
         return None, explain(error, RunConfig) + problems
     return (None if problems else config), problems
+
+
+def _says(raw: Mapping[str, Any], key: str) -> bool:
+    """Whether anything is said about a setting, be it nonsense."""
+    inner: Any = raw
+    for part in key.split("."):
+        if not isinstance(inner, Mapping):
+            return True
+        if part not in inner:
+            return False
+        inner = inner[part]
+    return True
 
 
 def listed(problems: Sequence[str], file: Path | None = None) -> str:
@@ -279,7 +306,7 @@ def listed(problems: Sequence[str], file: Path | None = None) -> str:
     return f"{len(problems)} error{'s' * (len(problems) > 1)}{where}:\n{lines}"
 
 
-def fingerprint(config: RunConfig, method_settings: type[BaseModel]) -> str:
+def fingerprint(config: RunConfig, method_settings: type[MethodConfig]) -> str:
     """A hash of every setting that decides the result and is not at its default, so that a setting which a later lamina
     adds makes no other run of an older one. Not of how often to save or how many processes train, nor of where data,
     cache and weights lie: streams and backbones have fingerprints of their own content. method_settings: the settings of

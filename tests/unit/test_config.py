@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from lamina.config import RunConfig, Section, fingerprint, load, parse_override, to_yaml
+from lamina import config as configuration
+from lamina.config import MethodConfig, RunConfig, Section, fingerprint, load, parse_override, to_yaml
 from lamina.errors import ConfigError
 from lamina.methods import METHODS
 from lamina.methods.inflora import InfLoRAConfig
@@ -250,3 +251,26 @@ def test_a_fingerprint_is_of_what_decides_the_result():
 def test_a_fingerprint_survives_the_file(tmp_path: Path):
     config = given(("training.lr", 1e-3), ("method.epsilon", 0.9))
     assert print_of(read(tmp_path, to_yaml(config))) == print_of(config)
+
+
+class _Around(MethodConfig):
+    around = {"consolidation.head": "lda", "training.later_lr": 0.5}  # noqa: RUF012
+
+
+def test_a_method_can_have_defaults_around_it_which_what_is_said_overrides() -> None:
+    def check(raw: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
+        return configuration.check(raw, SETTINGS | {"inflora": _Around})
+
+    plain, _ = check({})
+    assert plain is not None
+    assert (plain.consolidation.head, plain.training.later_lr) == ("lda", 0.5)
+    said, _ = check({"consolidation": {"head": "local"}})
+    assert said is not None
+    assert (said.consolidation.head, said.training.later_lr) == ("local", 0.5)
+    other, _ = check({"method": "finetune"})
+    assert other is not None
+    assert other.consolidation.head == "local"
+    assert check({"consolidation": 5})[1][0].startswith("consolidation = 5:")
+    raw: dict[str, Any] = {"consolidation": {"merge": "ema"}}
+    check(raw)
+    assert raw == {"consolidation": {"merge": "ema"}}

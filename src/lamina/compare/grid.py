@@ -10,10 +10,10 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from lamina import config as configuration
-from lamina.config import ConsolidationConfig, RunConfig, Section
+from lamina.config import ConsolidationConfig, MethodConfig, RunConfig, Section
 from lamina.errors import ConfigError
 from lamina.methods import METHODS
 
@@ -352,5 +352,5 @@ def said(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in settings.items())
 
 
-def _settings_types() -> dict[str, type[BaseModel]]:
+def _settings_types() -> dict[str, type[MethodConfig]]:
     return {name: method.config_type for name, method in METHODS.items()}

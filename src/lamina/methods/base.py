@@ -15,11 +15,11 @@ from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVa
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from lamina.adapters import Branch, LowRank
 from lamina.chance import seed_of
+from lamina.config import MethodConfig as MethodConfig
 from lamina.learner import Learner
 from lamina.types import Batch, Task
 
@@ -66,12 +66,6 @@ class Refusal(NamedTuple):
 
     part: Literal["init", "merge", "drift", "head"]
     why: str
-
-
-class MethodConfig(BaseModel):
-    """Base of every method's settings: frozen, strict, a sentence per field."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Pass(Protocol):
@@ -207,6 +201,7 @@ def describe(method: type[Method[Any]]) -> dict[str, Any]:
         "horizon": method.needs.horizon,
         "stored_samples": method.needs.stored_samples,
         "growth": method.needs.growth,
+        "around": dict(method.config_type.around),
         "settings": {
             name: {
                 "default": field.get_default(),
