@@ -164,9 +164,10 @@ class ConsolidationConfig(Section):
     inputs' moment (weighted)."""
     floor: float = Field(0.15, ge=0, le=1)
     """Least weight of a new task in the exponential average."""
-    drift: Literal["none", "linear", "linear+local", "random"] = "none"
+    drift: Literal["none", "linear", "linear+local", "random", "oracle"] = "none"
     """How stored statistics follow the features: not at all, by a linear map fitted on the new task, by that and what it
-    leaves over of nearby examples, or by a random map of the same size (a control)."""
+    leaves over of nearby examples, or by a random map of the same size (a control). oracle: measured anew on the old
+    examples, which no learner has: a diagnosis, for replays only."""
     head: Literal["local", "ncm", "lda", "ridge", "aligned", "lda+ridge"] = "local"
     """What classifies: the method's own scores, or one classifier of all rows, made from a mean per class and task and one
     shared covariance: nearest mean, linear discriminant, ridge on random features, aligned by training on draws, or both."""

@@ -231,6 +231,22 @@ def test_a_chain_that_was_kept_is_consolidated_without_training(name: str, tmp_p
     ]
 
 
+def test_the_oracle_measures_old_rows_on_old_examples_and_only_in_a_replay(tmp_path: Path):
+    way: dict[str, Any] = {"drift": "oracle", "head": "lda"}
+    with pytest.raises(MethodError, match="examples, which are gone"):
+        loop_with("finetune", tmp_path / "direct", way)
+    loop_with("finetune", tmp_path / "plain", {}, keep_chain=tmp_path / "chain").run()
+    loop = loop_with("finetune", tmp_path / "again", way, replay=tmp_path / "chain")
+    loop.run()
+    means = []
+    with loop.learner.folded():
+        for task in loop.stream:
+            train = task.train.batch(np.arange(len(task.train)))
+            features_nd = loop.learner.features(train).double()
+            means += [features_nd[train.labels_b == label].mean(0) for label in task.classes]
+    torch.testing.assert_close(loop.consolidation.memory["statistics/means_jd"], torch.stack(means), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["finetune", "inflora"])
 def test_a_unified_head_predicts_from_the_features_of_what_is_deployed(name: str, tmp_path: Path):
     loop = loop_with(name, tmp_path, {"head": "ncm", "merge": "ema"})

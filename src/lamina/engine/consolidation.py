@@ -15,6 +15,7 @@ Shape letters: n examples, d width of the features, j rows of the head, o output
 """
 
 import hashlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,8 +40,14 @@ AVERAGE = "average"
 class Consolidation:
     """Around one method. Raises MethodError where the method cannot be combined with what is asked for."""
 
-    def __init__(self, config: ConsolidationConfig, method: Method[Any]) -> None:
-        self.config, self.method = config, method
+    def __init__(
+        self,
+        config: ConsolidationConfig,
+        method: Method[Any],
+        past: Callable[[], Iterable[tuple[Task, Pass]]] | None = None,
+    ) -> None:
+        """past: the tasks before the current one, for the diagnosis drift = oracle; a learner has none."""
+        self.config, self.method, self.past = config, method, past
         self.memory: dict[str, Tensor] = {}
         self.memo: dict[str, Tensor] | None = None
         """Features by what they are made of, for several consolidations of one chain; None: each is computed."""
@@ -50,6 +57,12 @@ class Consolidation:
                 raise MethodError(
                     f"consolidation.{part} = {value!r} does not go with method {method.name!r}: {why}. Leave it at {default!r}."
                 )
+
+        if config.drift == "oracle" and past is None:
+            raise MethodError(
+                "consolidation.drift = 'oracle' measures old classes on old examples, which are gone: it is a diagnosis, for "
+                "replays of a kept chain (`lamina.run.replay`) only. Choose none, linear or linear+local."
+            )
 
     @property
     def memory_bytes(self) -> int:
@@ -61,7 +74,7 @@ class Consolidation:
         """Before the method's own `begin`."""
         if not learner.head.tasks:
             return
-        if self.config.drift != "none":
+        if self.config.drift not in ("none", "oracle"):
             self.memory["before"] = self.features_of(learner, batches)[0]
         if self.config.merge != "none":
             self.memory |= {f"deployed/{name}": change_of(slot).float().cpu() for name, slot in learner.slots.items()}
@@ -78,7 +91,7 @@ class Consolidation:
             self.average(learner, batches, len(learner.head.tasks) - 1)
         if self.config.head != "local":
             features_nd, labels_n = self.features_of(learner, batches)
-            self.refit(features_nd, row_labels(task, labels_n), self.memory.pop("before", None))
+            self.refit(learner, features_nd, row_labels(task, labels_n), self.memory.pop("before", None))
 
     def average(self, learner: Learner, batches: Pass, old_tasks: int) -> None:
         """Put M_t to work in every slot, where w_t is."""
@@ -105,14 +118,16 @@ class Consolidation:
         for group, moment_ii in moments.items():
             self.memory[f"inputs/{group}"] = moment_ii.cpu() + self.memory.get(f"inputs/{group}", 0)
 
-    def refit(self, features_nd: Tensor, row_n: Tensor, before_nd: Tensor | None) -> None:
+    def refit(self, learner: Learner, features_nd: Tensor, row_n: Tensor, before_nd: Tensor | None) -> None:
         """Move what is kept of older rows, add the new task's rows, and make one classifier of all. features_nd: of the new
         examples under M_t; row_n: positions of their rows among the task's own; before_nd: the features under M_{t-1}."""
         config, kept = self.config, parts(self.memory, "statistics")
         statistics = of_features(features_nd, row_n, int(row_n.max()) + 1, config.own_rank)
         if kept:
             old = Statistics.of_tensors(kept)
-            if before_nd is not None and config.drift != "none":
+            if config.drift == "oracle":
+                old = self.anew(learner)
+            elif before_nd is not None and config.drift != "none":
                 old, _ = shift.shifted(old, before_nd, features_nd, config.drift, self.generator("shift"))
             row_n = row_n + len(old.counts_j)
             statistics = joined(old, statistics)
@@ -120,6 +135,16 @@ class Consolidation:
         self.memory = {k: v for k, v in self.memory.items() if not k.startswith(("statistics/", "head/"))}
         self.memory |= {f"statistics/{key}": value for key, value in statistics.tensors().items()}
         self.memory |= {f"head/{key}": value for key, value in head.tensors().items()}
+
+    def anew(self, learner: Learner) -> Statistics:
+        """Statistics of all rows before the task's own, under M_t, on the examples they were made of."""
+        found: Statistics | None = None
+        for task, batches in self.past() if self.past else ():
+            features_nd, labels_n = self.features_of(learner, batches)
+            own = of_features(features_nd, row_labels(task, labels_n), len(task.classes), self.config.own_rank)
+            found = own if found is None else joined(found, own)
+        assert found is not None  # there are rows, so there were tasks
+        return found
 
     def fitted(self, statistics: Statistics, real: tuple[Tensor, Tensor]) -> tail.Head:
         config, draws = self.config, self.generator("tail")

@@ -111,7 +111,8 @@ class Loop:
         self.checkpoints, self.checkpoint_seconds = checkpoints, checkpoint_seconds
         self.identity = {"format": str(FORMAT)} | dict(identity or {})
         self.on_event, self.should_stop, self.on_save = on_event, should_stop, on_save
-        self.consolidation = Consolidation(consolidation or ConsolidationConfig(), method)
+        around = consolidation or ConsolidationConfig()
+        self.consolidation = Consolidation(around, method, None if replay is None else self._past)
         self.keep_chain, self.replay = keep_chain, replay
         self.teacher: dict[str, Tensor] = {}
         self.trained = trained or {}
@@ -286,6 +287,9 @@ class Loop:
             return self._batches(phase, task.train, augment)
 
         return batches
+
+    def _past(self) -> Iterator[tuple[Task, Pass]]:
+        return ((task, self._pass("end", task)) for task in self.stream.tasks[: self.position.task])
 
     def _batches(self, phase: Phase, examples: Examples, augment: Augment | None = None) -> Iterator[Batch]:
         done = 0
