@@ -244,7 +244,9 @@ def test_the_oracle_measures_old_rows_on_old_examples_and_only_in_a_replay(tmp_p
             train = task.train.batch(np.arange(len(task.train)))
             features_nd = loop.learner.features(train).double()
             means += [features_nd[train.labels_b == label].mean(0) for label in task.classes]
-    torch.testing.assert_close(loop.consolidation.memory["statistics/means_jd"], torch.stack(means), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        loop.consolidation.memory["statistics/means_jd"], torch.stack(means), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["finetune", "inflora"])

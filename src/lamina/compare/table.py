@@ -169,7 +169,11 @@ def _section(stream: str, rows: Mapping[str, RowRuns], baseline: str | None) -> 
     if runs:
         drawn = f", class orders {', '.join(map(str, orders))}" if orders else ""
         caption += f" (seeds {', '.join(map(str, seeds))}{drawn}), measured on {' and '.join(splits)} data"
-    notes = [*_row_notes(rows, baseline), *_difference_notes([gain for gain in gains.values() if gain])]
+    notes = [
+        *_row_notes(rows, baseline),
+        *_code_notes(rows),
+        *_difference_notes([gain for gain in gains.values() if gain]),
+    ]
     return Section(
         name=stream,
         caption=f"{caption}.",
@@ -225,11 +229,6 @@ def _row_notes(rows: Mapping[str, RowRuns], baseline: str | None) -> Iterable[st
     for name, row in rows.items():
         if missing := row.planned - len(row.runs):
             yield f"`{name}`: {count(missing, 'run')} of {row.planned} missing."
-        if older := [run for run in row.runs if run.older]:
-            code = sorted({_code(run.record) for run in older})
-            yield f"`{name}`: {count(len(older), 'run')} made with other code than this one, {' and '.join(code)}."
-        if older_trials := sum(trial.older for trial in row.trials):
-            yield f"`{name}`: {count(older_trials, 'trial')} of its search made with other code than this one."
         if any(run.joined for run in row.runs):
             yield (
                 f"`{name}` learns all tasks at once, so it is no continual learner: it has one task, and the only figure that "
@@ -244,6 +243,18 @@ def _row_notes(rows: Mapping[str, RowRuns], baseline: str | None) -> Iterable[st
             yield f"`{name}` took no part in the search."
         elif len(row.trials) != usual:
             yield f"`{name}`: its search had {count(len(row.trials), 'trial')}, where most had {usual}."
+
+
+def _code_notes(rows: Mapping[str, RowRuns]) -> Iterable[str]:
+    older = {name: [run for run in row.runs if run.older] for name, row in rows.items()}
+    trials = {name: sum(trial.older for trial in row.trials) for name, row in rows.items()}
+    if any(older.values()):
+        code = sorted({_code(run.record) for runs in older.values() for run in runs})
+        found = ", ".join(f"{len(runs)} of `{name}`" for name, runs in older.items() if runs)
+        yield f"Runs made with other code than this one ({' and '.join(code)}): {found}."
+    if any(trials.values()):
+        found = ", ".join(f"{number} of `{name}`" for name, number in trials.items() if number)
+        yield f"Trials of the search made with other code than this one: {found}."
 
 
 def _difference_notes(gains: Sequence[Difference]) -> Iterable[str]:
