@@ -138,6 +138,8 @@ class _Architecture:
     """Path of block {} in that module, as transformers 5 names it; checked against the module that was built."""
     parts: tuple[str, ...]
     """Paths inside a block, in the order of ROLES."""
+    middle: str = "layernorm_after"
+    """Path inside a block of what its MLP's input goes through; for images."""
     pooler: bool = True
     """Whether the class takes `add_pooling_layer`, which is always declined."""
     mean: Triple = (0.5, 0.5, 0.5)
@@ -146,11 +148,11 @@ class _Architecture:
 
 _ARCHITECTURES = {  # by the model_type in config.json
     "vit": _Architecture("image", "ViTModel", "layers.{}", _VIT),
-    "deit": _Architecture("image", "DeiTModel", "layers.{}", _VIT, True, *IMAGENET),
-    "dinov2": _Architecture("image", "Dinov2Model", "encoder.layer.{}", _VIT, False, *IMAGENET),
+    "deit": _Architecture("image", "DeiTModel", "layers.{}", _VIT, mean=IMAGENET[0], std=IMAGENET[1]),
+    "dinov2": _Architecture("image", "Dinov2Model", "encoder.layer.{}", _VIT, "norm2", False, *IMAGENET),
     "bert": _Architecture("text", "BertModel", "encoder.layer.{}", _BERT),
     "roberta": _Architecture("text", "RobertaModel", "encoder.layer.{}", _BERT),
-    "distilbert": _Architecture("text", "DistilBertModel", "transformer.layer.{}", _DISTILBERT, False),
+    "distilbert": _Architecture("text", "DistilBertModel", "transformer.layer.{}", _DISTILBERT, pooler=False),
 }
 
 
@@ -167,6 +169,12 @@ def _check_sites(module: nn.Module, sites: Sequence[Site]) -> None:
         d_out = modules[s.path].out_features
         if s.rows is not None and not 0 <= s.rows[0] < s.rows[1] <= d_out:
             raise BackboneError(f"site {s.name}: rows {s.rows} are not within the {d_out} output rows of {s.path}")
+
+
+def _class_token(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    """The feature is the class token, so after its attention the last block need not compute the others: they get what
+    the class token adds to itself, and nobody looks at them."""
+    return (inputs[0][:, :1],)
 
 
 def _image_features(module: nn.Module, inputs: Mapping[str, Tensor], *, pooling: Pooling, patches: int) -> Tensor:
@@ -241,7 +249,14 @@ def load(
         chosen = _text_pooling(folder, name) if pooling == "auto" else pooling
         tokenizer = folder if any((folder / file).is_file() for file in _TOKENIZER_FILES) else None
         forward = partial(_text_features, pooling=chosen)
+    if (architecture.kind, chosen) == ("image", "cls"):
+        last = architecture.block.format(blocks - 1)
+        for path in (f"{last}.{architecture.parts[ROLES.index('out')]}", f"{last}.{architecture.middle}"):
+            module.get_submodule(path).register_forward_pre_hook(_class_token)
     module = module.to(dtype).eval().requires_grad_(False)
+    # In a mapped file they lie at odd addresses, which change the last bits of a product.
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
     return Backbone(
         *(name, architecture.kind, stored_hash, module, sites, config.hidden_size, blocks, image, tokenizer, chosen),
         forward=forward,

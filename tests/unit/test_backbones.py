@@ -160,6 +160,27 @@ def test_image_architectures_give_the_raw_models_class_token(kind, tmp_path):
         torch.testing.assert_close(patches.features(pixels(32)), tokens_btd[:, -16:].mean(1))
 
 
+@pytest.mark.parametrize("kind", ["ViT", "DeiT", "Dinov2"])
+def test_leaving_out_what_the_class_token_does_not_need_leaves_every_gradient_as_it_was(kind, tmp_path):
+    config = getattr(transformers, f"{kind}Config")(**SMALL, image_size=16, patch_size=8)
+    raw = seeded(getattr(transformers, f"{kind}Model"), config)
+    raw.save_pretrained(tmp_path)
+    backbone = load(str(tmp_path))
+    weights = {s.name: backbone.module.get_submodule(s.path).weight for s in backbone.sites}
+    whole = {s.name: raw.get_submodule(s.path).weight for s in backbone.sites}
+    for weight in weights.values():
+        weight.requires_grad_()
+    shapes = {}
+    backbone.module.get_submodule(backbone.sites[-1].path).register_forward_hook(
+        lambda _, inputs, __: shapes.update(last=inputs[0].shape)
+    )
+    found = torch.autograd.grad(backbone.features(pixels(16)).square().sum(), list(weights.values()))
+    expected = torch.autograd.grad(raw(**pixels(16)).last_hidden_state[:, 0].square().sum(), list(whole.values()))
+    assert shapes["last"][1] == 1, "the last block computes more than the class token"
+    for name, mine, theirs in zip(weights, found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, msg=name)
+
+
 @pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert"])
 def test_text_architectures_pool_the_last_hidden_state(kind, tmp_path):
     raw = seeded(
@@ -170,7 +191,6 @@ def test_text_architectures_pool_the_last_hidden_state(kind, tmp_path):
     inputs = {"input_ids": IDS, "attention_mask": MASK}
     backbone, first = load(str(tmp_path)), load(str(tmp_path), pooling="cls")
     assert (len(backbone.sites), backbone.tokenizer, backbone.image) == (12, None, None)
-    assert backbone.heads == 2
     assert backbone.heads == 2
     with torch.no_grad():
         tokens_btd = raw(**inputs).last_hidden_state
