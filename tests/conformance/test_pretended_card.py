@@ -93,6 +93,7 @@ def test_a_run_on_a_pretended_card_leaves_nothing_behind_and_has_the_same_bits(n
     check_same_bits(name, world, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", sorted(SWITCHES))
 def test_so_it_is_with_every_switch(switch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     name, settings = SWITCHES[switch]

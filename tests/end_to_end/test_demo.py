@@ -31,7 +31,8 @@ def run_demo(lamina: Command, out: Path) -> dict[str, Any]:
 
 
 def test_demo_in_short(lamina: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cli.DEMO_SETTINGS, "training.epochs", 1)
+    for key, value in {"training.epochs": 1, "data.per_class": 20, "evaluation.per_class": 10}.items():
+        monkeypatch.setitem(cli.DEMO_SETTINGS, key, value)
     run_demo(lamina, tmp_path / "demo")
 
 
