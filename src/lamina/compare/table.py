@@ -248,12 +248,17 @@ def _row_notes(rows: Mapping[str, RowRuns], baseline: str | None) -> Iterable[st
 def _code_notes(rows: Mapping[str, RowRuns]) -> Iterable[str]:
     older = {name: [run for run in row.runs if run.older] for name, row in rows.items()}
     trials = {name: sum(trial.older for trial in row.trials) for name, row in rows.items()}
+
+    def named(counts: Mapping[str, int], totals: Iterable[int]) -> str:
+        whole = sum(counts.values()) == sum(totals)
+        return "all" if whole else ", ".join(f"{number} of `{name}`" for name, number in counts.items() if number)
+
     if any(older.values()):
         code = sorted({_code(run.record) for runs in older.values() for run in runs})
-        found = ", ".join(f"{len(runs)} of `{name}`" for name, runs in older.items() if runs)
-        yield f"Runs made with other code than this one ({' and '.join(code)}): {found}."
+        found = named({name: len(runs) for name, runs in older.items()}, (len(row.runs) for row in rows.values()))
+        yield f"Runs made with other code than this one ({'; '.join(code)}): {found}."
     if any(trials.values()):
-        found = ", ".join(f"{number} of `{name}`" for name, number in trials.items() if number)
+        found = named(trials, (len(row.trials) for row in rows.values()))
         yield f"Trials of the search made with other code than this one: {found}."
 
 
