@@ -126,6 +126,49 @@ def test_every_gate_and_nothing_else_is_shrunk_after_a_step(tmp_path: Path, sett
     assert gates == len(loop.learner.slots)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "quarter-cosine"])
+def test_an_idle_gate_falls_by_lam_of_its_start_however_long_the_task(tmp_path: Path, schedule: Any):
+    """The engine says the sum of the rates beforehand. With SGD, and a loss that has no gradient, the threshold alone acts."""
+    for epochs, later_lr in ((2, 1.0), (5, 0.25)):
+        training = TrainingConfig(
+            optimizer="sgd", epochs=epochs, batch_size=16, lr=0.02, later_lr=later_lr, schedule=schedule
+        )
+        loop = make_loop(tmp_path / f"{epochs}", training, lam=0.6, warmup=0.0)
+        rates: list[tuple[float, float]] = []
+        left: list[float] = []
+        after, end = loop.method.after_step, loop.method.end
+
+        def watched(learner: Learner, at: Step, loop: Loop = loop, after: Any = after, rates: Any = rates) -> None:
+            after(learner, at)
+            rates.append((at.rate, loop.method.total_rate))
+
+        def ending(learner: Learner, *rest: Any, loop: Loop = loop, end: Any = end, left: Any = left) -> None:
+            left.extend(v for b in gated(learner) for v in (b.gate / loop.method.total_rate).tolist())
+            end(learner, *rest)
+
+        loop.method.loss = lambda learner, *_: sum(p.sum() for p in learner.trainable().values()) * 0.0  # type: ignore[method-assign]
+        loop.method.after_step, loop.method.end = watched, ending  # type: ignore[method-assign]
+        loop.run()
+        half = len(rates) // 2
+        for task in (rates[:half], rates[half:]):
+            assert sum(rate for rate, _ in task) == pytest.approx(task[0][1])
+        assert left == pytest.approx([0.4] * len(left), abs=1e-5)
+
+
+def test_where_gates_start_does_not_change_what_the_adapter_does(tmp_path: Path):
+    plain, scaled = begun(tmp_path, gate_start="ones"), begun(tmp_path)
+    assert scaled.method.total_rate == 1.0, "said by the engine only"
+    scaled.method.total_rate = 0.05
+    scaled.learner.reset()
+    torch.manual_seed(0)
+    scaled.method.begin(scaled.learner, scaled.stream[0], scaled._pass("begin", scaled.stream[0]))
+    for one, other in zip(gated(plain.learner), gated(scaled.learner), strict=True):
+        one.up.data, other.up.data = (torch.ones_like(one.up) for _ in range(2))
+        assert other.gate.tolist() == pytest.approx([0.05] * 4)
+        for mine, theirs in zip(one.factors(), other.factors(), strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
 def test_at_the_first_step_no_gradient_reaches_a_gate(tmp_path: Path):
     """up is 0: without a warm-up the threshold would be all that acts on the gates."""
     loop = begun(tmp_path)
@@ -268,7 +311,7 @@ def test_a_process_that_dies_after_all_is_pruned_goes_on(tmp_path: Path):
 def test_weight_decay_leaves_gates_alone(tmp_path: Path, kind: Any):
     """In the engine: in the first step up is 0, no gradient reaches the gates, and a decayed one would leave 1."""
     training = TrainingConfig(optimizer=kind, lr=0.1, weight_decay=0.5, batch_size=16, epochs=1)
-    loop = make_loop(tmp_path, training, lam=0.0)
+    loop = make_loop(tmp_path, training, lam=0.0, gate_start="ones")
     gates: list[list[float]] = []
     step = loop.method.after_step
 

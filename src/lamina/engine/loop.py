@@ -156,6 +156,8 @@ class Loop:
             return Position(self.position.task, "end")
         if self.training.distil and self.learner.head.tasks:
             self.teacher = distil.teacher_of(self.learner)
+        per_epoch = steps_per_epoch(len(task.train), self.training.batch_size)
+        self.method.total_rate = optim.total_rate(self.training, per_epoch, later=self.position.task > 0)
         self.method.begin(self.learner, task, self._pass("begin", task))
         self.lineage.append(
             {
@@ -171,7 +173,7 @@ class Loop:
             return self._take(task)
         parameters = self.learner.trainable()
         later = self.position.task > 0
-        rate = self.training.lr * (self.training.later_lr if later else 1.0)
+        rate = optim.adapter_rate(self.training, later=later)
         self._optimizer = optim.make_optimizer(parameters, self.training, self.learner.undecayed(), later=later)
         optim.restore_optimizer(self._optimizer, parameters, self._optimizer_state)
         per_epoch, steps = steps_per_epoch(len(task.train), self.training.batch_size), self._steps(task)

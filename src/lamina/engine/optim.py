@@ -18,7 +18,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Up to three groups: the adapters, the head (names starting with `head/`), and what weight decay leaves alone (by
     name); each with its base rate as `base_lr`. later: of a task that is not the first."""
-    adapter_lr = config.lr * (config.later_lr if later else 1.0)
+    adapter_lr = adapter_rate(config, later=later)
     head = {name for name in parameters if name.startswith("head/")}
     head_lr = config.head_lr if config.head_lr is not None else config.lr
     groups = [
@@ -34,6 +34,17 @@ def make_optimizer(
         return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
     return kind(groups, betas=(0.9, 0.999), weight_decay=config.weight_decay)
+
+
+def adapter_rate(config: TrainingConfig, *, later: bool) -> float:
+    """Base rate of the adapters. later: in a task that is not the first."""
+    return config.lr * (config.later_lr if later else 1.0)
+
+
+def total_rate(config: TrainingConfig, per_epoch: int, *, later: bool) -> float:
+    """Sum of the adapters' rates over all steps of a task with so many steps an epoch."""
+    factors = (rate_factor(config, epoch) for epoch in range(config.epochs))
+    return adapter_rate(config, later=later) * per_epoch * sum(factors)
 
 
 def rate_factor(config: TrainingConfig, epoch: int) -> float:

@@ -114,6 +114,8 @@ class Method(ABC, Generic[C]):
         self.config = config
         self.horizon = horizon
         self.memory: dict[str, Tensor] = {}
+        self.total_rate = 1.0
+        """Sum of the adapters' learning rates over the steps of a task. The engine says it before each `begin`."""
 
     @abstractmethod
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:

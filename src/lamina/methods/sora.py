@@ -9,8 +9,8 @@ T_ξ is the proximal step of λ ‖g‖₁ at learning rate η: a gate that the 
     paper   here                                       shape
     W_d     down (trained)                             (r, i)
     W_u     up (trained, starts 0)                     (o, r)
-    g       gate (trained, starts 1)                   (r,)
-    s       scale (frozen)                             ()       alpha / r
+    g       gate (trained, starts alike)               (r,)
+    s       scale (frozen)                             ()       alpha / r, over what g starts at
     r_max   rank
     η_t λ   the threshold of `soft_threshold`: the step's rate times `lam`
 
@@ -39,8 +39,9 @@ class SoRAConfig(MethodConfig):
     """r_max: rank of each task's adapter in every adapted map, before ranks are cut out."""
     scale: float = Field(2.0, gt=0)
     """s = alpha / r: factor of the adapter; 2 in the released scripts."""
-    lam: float = Field(2.0, ge=0)
-    """λ: strength of the sparsity. A gate that the loss leaves alone falls by λ times the sum of the task's learning rates."""
+    lam: float = Field(1.25, ge=0)
+    """λ: strength of the sparsity. A gate that the loss leaves alone falls by λ times the sum of the task's learning rates
+    after the warm-up: with gate_start = task and no warm-up, 1 takes it to 0 by the end of the task."""
     warmup: float = Field(0.1, ge=0, lt=1)
     """Share of a task's steps before the threshold acts, so that up has left 0 and the loss can hold gates up."""
     levels: int = Field(1, ge=1)
@@ -49,8 +50,9 @@ class SoRAConfig(MethodConfig):
     """The soft threshold (prox), or the released code's, which also zeroes what is left below the threshold."""
     threshold: Literal["rate", "constant"] = "rate"
     """ξ is the step's learning rate times lam (rate), or lam itself as in the released code (constant; 3e-4 there)."""
-    gate_start: Literal["ones", "normal"] = "ones"
-    """Gates start at 1, or are drawn from the standard normal as in the released code."""
+    gate_start: Literal["task", "ones", "normal"] = "task"
+    """Gates start at the sum of the task's learning rates, over which the scale is divided, so that loss and threshold can
+    move them as far in a short task as in a long one; at 1; or at standard normal draws, as in the released code."""
     penalty: float = Field(0.0, ge=0)
     """Weight of the mean of |g| in the loss, which the released code adds to the threshold (10 there); 0 is none."""
 
@@ -93,6 +95,7 @@ class SoRA(Method[SoRAConfig]):
                 what="the mean of |g| over all gates is in the loss too", whose="released code", switch="penalty"
             ),
             Departure(what="gates start at standard normal draws", whose="released code", switch="gate_start"),
+            Departure(what="gates are measured in steps of the task", whose="ours", switch="gate_start"),
             Departure(
                 what="the schedule's stages have a learning rate that has reached 0 already", whose="released code"
             ),
@@ -113,8 +116,9 @@ class SoRA(Method[SoRAConfig]):
             generator = torch.Generator().manual_seed(seed_of("sora", torch.initial_seed(), slot.name))
             fresh = LowRank.fresh(slot.d_out, slot.d_in, self.config.rank, generator)
             drawn_r = torch.randn(self.config.rank, generator=generator)
-            gate_r = torch.ones(self.config.rank) if self.config.gate_start == "ones" else drawn_r
-            scale = torch.tensor(self.config.scale)
+            unit = self.total_rate if self.config.gate_start == "task" else 1.0
+            gate_r = drawn_r if self.config.gate_start == "normal" else torch.full_like(drawn_r, unit)
+            scale = torch.tensor(self.config.scale / unit)
             slot.add(task.name, Gated(trained=fresh.trained() | {"gate": gate_r}, frozen={"scale": scale}))
 
     def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
