@@ -13,6 +13,7 @@ from typing import Any
 from lamina.compare import Study
 
 ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "docs" / "results" / "records"
 STREAMS = {
     "demo": "digits, 5 tasks (the demo)",
     "cifar100": "Split CIFAR-100, 10 tasks",
@@ -27,7 +28,7 @@ def column(name: str) -> dict[str, str]:
     study = Study(
         ROOT / "benchmarks" / "grids" / f"{name}.yaml",
         keep_code=True,
-        records=ROOT / "docs" / "results" / "records" / f"{name}.jsonl",
+        records=RECORDS / f"{name}.jsonl",
     )
     (section,) = study.content("").sections
     return {line.name: cell(line.record["figures"]) for line in section.lines}
@@ -45,9 +46,9 @@ def cell(figures: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main() -> None:
-    columns = {name: column(name) for name in STREAMS}
+    columns = {name: column(name) for name in STREAMS if (RECORDS / f"{name}.jsonl").exists()}
     names = list(dict.fromkeys(name for found in reversed(columns.values()) for name in found))
-    head = [f"[{title}](docs/results/{name}.md)" for name, title in STREAMS.items()]
+    head = [f"[{STREAMS[name]}](docs/results/{name}.md)" for name in columns]
     lines = ["| | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
     lines += [
         f"| `{name}` | " + " | ".join(found.get(name, "–") for found in columns.values()) + " |" for name in names
