@@ -95,6 +95,7 @@ def tiny_vit(seed: int = 0, size: int = 16, width: int = 32, blocks: int = 3, pa
         name="tiny_vit",
         image=ImageInput(size, HALF, HALF),
         heads=2,
+        stages=["embeddings", *(f"layers.{block}" for block in range(blocks))],
     )
 
 
@@ -115,6 +116,7 @@ def tiny_bert(seed: int = 0, width: int = 32, blocks: int = 2, vocabulary: int =
         name="tiny_bert",
         pooling="mean",
         heads=2,
+        stages=["embeddings", *(f"encoder.layer.{block}" for block in range(blocks))],
     )
 
 
@@ -200,6 +202,7 @@ class ImageTable:
     """Images in memory; augmentation adds noise drawn for (seed, epoch, row)."""
 
     pixels_nchw: Tensor
+    augments = True
 
     def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:
         pixels_bchw = self.pixels_nchw[torch.from_numpy(np.asarray(rows, np.int64))]
@@ -219,6 +222,7 @@ class TextTable:
 
     ids_nt: Tensor
     mask_nt: Tensor
+    augments = False
 
     def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:
         index = torch.from_numpy(np.asarray(rows, np.int64))

@@ -90,6 +90,9 @@ class Backbone:
     """Of every attention layer; None where it is not known."""
     ignored: tuple[str, ...] = ()
     """Tensors in the file that the backbone has no use for, such as an old classification head."""
+    stages: tuple[str, ...] = ()
+    """Paths inside `module` of the embeddings, block 0, block 1, ...: each returns hidden states (b, t, d), which are the
+    first argument of the next. Empty where they are not known; `below` and `above` need them."""
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Features (b, d) of `pixel_values` (b, c, h, w), or of `input_ids` and `attention_mask` (b, t).
@@ -103,6 +106,23 @@ class Backbone:
             raise BackboneError(f"{self.name} takes {self.image.size} px images, got {got}; resize them")
         return self.forward(self.module, inputs)
 
+    def below(self, inputs: Mapping[str, Tensor], block: int) -> Tensor:
+        """The hidden states (b, t, d) that this block gets; neither it nor any after it computes. Errors as `features`."""
+        found: list[Tensor] = []
+
+        def take(hidden_btd: Tensor, *_: object, **__: object) -> Tensor:
+            found.append(hidden_btd)
+            return hidden_btd
+
+        with _computing(self.module, self.stages[block + 1 :], take):
+            self.features(inputs)
+        return found[0]
+
+    def above(self, hidden_btd: Tensor, inputs: Mapping[str, Tensor], block: int) -> Tensor:
+        """Features (b, d) from what `below` gave; nothing before this block computes. inputs: for their masks and shapes."""
+        with _computing(self.module, self.stages[: block + 1], lambda *_, **__: hidden_btd):
+            return self.features(inputs)
+
     def cast(self, dtype: torch.dtype) -> None:
         """Hold the frozen weights in this precision.
 
@@ -115,6 +135,19 @@ class Backbone:
         if isinstance(self.module, PreTrainedModel):
             on_processor = self.module.device.type == "cpu"
             self.module.set_attn_implementation("eager" if on_processor and dtype == torch.bfloat16 else "sdpa")
+
+
+@contextmanager
+def _computing(module: nn.Module, paths: Sequence[str], forward: Callable[..., Tensor]) -> Iterator[None]:
+    """While open, the parts at these paths compute this instead of what they are made for."""
+    parts = [module.get_submodule(path) for path in paths]
+    try:
+        for part in parts:
+            vars(part)["forward"] = forward
+        yield
+    finally:
+        for part in parts:
+            vars(part).pop("forward", None)
 
 
 # ---------------------------------------------------------------------------------------------- architectures
@@ -262,6 +295,7 @@ def load(
         forward=forward,
         heads=config.num_attention_heads,
         ignored=tuple(sorted([*ignored, *unused])),
+        stages=("embeddings", *(architecture.block.format(block) for block in range(blocks))),
     )
 
 
@@ -277,20 +311,28 @@ def from_module(
     tokenizer: Path | None = None,
     pooling: Pooling = "cls",
     heads: int | None = None,
+    stages: Sequence[str] = (),
 ) -> Backbone:
     """A backbone out of any model of yours, for example one with a fused qkv layer. The module itself is frozen.
 
     `features(module, inputs)` returns (b, width). `pooling` is a record of what it does; `heads` (of every attention layer)
-    is asked for by methods that look into attention. Raises BackboneError for a
-    site that is not a linear layer of the module, or whose rows are outside it.
+    is asked for by methods that look into attention, `stages` (see `Backbone`) by `backbone.reuse_mb`. Raises BackboneError
+    for a site that is not a linear layer of the module, or whose rows are outside it, and for stages that do not fit.
     """
     _check_sites(module, sites)
     stored_hash, module = tensors_hash(module.state_dict()), module.eval().requires_grad_(False)
     blocks = 1 + max((s.block for s in sites), default=-1)
+    unknown = sorted(set(stages) - dict(module.named_modules()).keys())
+    if unknown or (stages and len(stages) <= blocks):
+        raise BackboneError(
+            f"{name}: stages must be paths of the embeddings and of each of the {blocks} blocks, in their order; "
+            + (f"there is nothing at {_some(unknown)}" if unknown else f"found {len(stages)} paths")
+        )
     return Backbone(
         *(name, kind, stored_hash, module, tuple(sites), width, blocks, image, tokenizer, pooling),
         forward=features,
         heads=heads,
+        stages=tuple(stages),
     )
 
 

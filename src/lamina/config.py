@@ -64,6 +64,9 @@ class DataConfig(Section):
     """Training images: random resized crop and horizontal flip, crop alone (digits and letters do not flip), or neither."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Least and largest share of the image a random crop covers."""
+    views: int | None = Field(None, ge=1)
+    """How many random augmentations there are of a training image: epoch e uses number e mod views. Not set: every epoch
+    draws a new one."""
     max_length: int = Field(128, ge=2)
     """Longest text, in tokens; the rest is cut off."""
 
@@ -119,6 +122,10 @@ class BackboneConfig(Section):
     """Which linear maps of each block get adapters."""
     blocks: tuple[int, ...] | None = None
     """Which blocks, counted from 0; not set: all."""
+    reuse_mb: int = Field(0, ge=0)
+    """For adapters in the last blocks only: what the frozen blocks below them make of an example is computed once and kept
+    on disk, at most so many megabytes (of each process), for later epochs, passes and evaluations. Training images that are
+    augmented take part if data.views is set. How much is kept changes no bit of a result. 0: off."""
 
 
 class TrainingConfig(Section):
@@ -309,9 +316,9 @@ def listed(problems: Sequence[str], file: Path | None = None) -> str:
 
 def fingerprint(config: RunConfig, method_settings: type[MethodConfig]) -> str:
     """A hash of every setting that decides the result and is not at its default, so that a setting which a later lamina
-    adds makes no other run of an older one. Not of how often to save or how many processes train, nor of where data,
-    cache and weights lie: streams and backbones have fingerprints of their own content. method_settings: the settings of
-    its method.
+    adds makes no other run of an older one. Not of how often to save, how many processes train or how much is kept for
+    reuse, nor of where data, cache and weights lie: streams and backbones have fingerprints of their own content.
+    method_settings: the settings of its method.
     """
     own = {key: value for key, value in config.method.items() if key != "name"}
     without = {"checkpoint_seconds", "jobs", "keep_chain", "method"}
@@ -320,6 +327,8 @@ def fingerprint(config: RunConfig, method_settings: type[MethodConfig]) -> str:
     record["method"]["name"] = config.method["name"]
     for section, key in (("data", "cache"), ("data", "source"), ("backbone", "name")):
         record.get(section, {}).pop(key, None)
+    if "reuse_mb" in record.get("backbone", {}):
+        record["backbone"]["reuse_mb"] = "some"  # whether there is reuse may change last bits; how much changes none
     record = {key: value for key, value in record.items() if value != {}}
     return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()
 

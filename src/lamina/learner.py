@@ -7,6 +7,7 @@ e experts.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from lamina.backbones import Backbone, Site
 from lamina.errors import ConfigError
 from lamina.head import Head, Row
 from lamina.moments import recording
+from lamina.reuse import Reuse
 from lamina.types import Batch
 
 
@@ -122,14 +124,28 @@ class Learner:
         backbone.cast(dtype)
         self.slots = {site.name: Slot(site, self.layers[site.path]) for site in sites}
         self.head = Head(backbone.width, self.device)
+        self.reuse: Reuse | None = None
+        """Where hidden states below the first adapted block are kept, if they are."""
 
     @property
     def rows(self) -> list[Row]:
         return self.head.rows
 
+    def reuse_below(self, folder: Path, megabytes: int, views: int | None = None) -> None:
+        """From now on keep what the frozen blocks below all slots make of examples: see `Reuse`, and for what is raised."""
+        first = min(slot.site.block for slot in self.slots.values())
+        self.reuse = Reuse(self.backbone, first, self.dtype, folder, megabytes, views)
+
+    def close(self) -> None:
+        """Give back to the system what is kept on disk for reuse."""
+        if self.reuse is not None:
+            self.reuse.close()
+
     def features(self, batch: Batch) -> Tensor:
         """What the backbone makes of each example, (b, d) float32."""
         inputs = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
+        if self.reuse is not None and self.reuse.covers(batch):
+            return self.reuse.features(batch, inputs).float()
         features_bd: Tensor = self.backbone.features(inputs).float()
         return features_bd
 

@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -145,20 +145,21 @@ def evaluate(out: Path, split: Split = "test") -> list[dict[str, Any]]:
         positions = in_order(len(examples), config.evaluation.batch_size)
         return (examples.batch(p).to(loop.learner.device) for p in positions)
 
-    for task in setup.stream:
-        examples = task.split(split)
-        if task.name in learnt and len(examples):
-            answer = answers(
-                loop.learner, loop.consolidation, examples, batches, task.name, told=setup.stream.tells_task
-            )
-            found.append(
-                {
-                    "task": task.name,
-                    "correct": answer.correct,
-                    "correct_known_task": answer.correct_known_task,
-                    "total": len(examples),
-                }
-            )
+    with closing(loop.learner):
+        for task in setup.stream:
+            examples = task.split(split)
+            if task.name in learnt and len(examples):
+                answer = answers(
+                    loop.learner, loop.consolidation, examples, batches, task.name, told=setup.stream.tells_task
+                )
+                found.append(
+                    {
+                        "task": task.name,
+                        "correct": answer.correct,
+                        "correct_known_task": answer.correct_known_task,
+                        "total": len(examples),
+                    }
+                )
     if not found:
         raise RunError(f"{out}: no task is learnt yet, or none has {split} examples. `lamina resume {out}` goes on.")
     return found
@@ -174,8 +175,9 @@ def train_task(out: Path, number: int, parent: int, watch: Watch) -> None:
         loop.position = Position(number)
         loop.on_event = lambda event: watch(setup.stream, event)
         loop.should_stop = lambda: asked() or os.getppid() != parent
-        loop.restore()
-        loop.run(until="end")
+        with closing(loop.learner):
+            loop.restore()
+            loop.run(until="end")
 
 
 class _Setup:
@@ -222,6 +224,8 @@ class _Setup:
         config = self.config
         dtype = precision.DTYPES[self.environment["precision"]]
         learner = Learner(self.backbone, config.backbone.targets, config.backbone.blocks, dtype, self.device)
+        if config.backbone.reuse_mb:
+            learner.reuse_below(out, config.backbone.reuse_mb, config.data.views)
         method: Method[Any] = self.method(self.settings, len(self.stream))
         return Loop(
             learner=learner,
@@ -235,6 +239,7 @@ class _Setup:
             checkpoint_seconds=config.checkpoint_seconds,
             keep_chain=out / "chain" if config.keep_chain else None,
             replay=replay,
+            views=config.data.views,
             identity={
                 "configuration": configuration.fingerprint(config, self.method.config_type),
                 "stream": self.stream.fingerprint,
@@ -325,7 +330,7 @@ def _work(setup: _Setup, loop: Loop, out: Path, watch: Watch) -> dict[str, Any]:
                 log.write(json.dumps(record) + "\n")
         watch(setup.stream, event)
 
-    with stop_on_signals() as should_stop:
+    with stop_on_signals() as should_stop, closing(loop.learner):
         loop.on_event, loop.should_stop = on_event, should_stop
         loop.restore()
         seconds = loop.clock["seconds"]

@@ -4,7 +4,7 @@ Shape letters used here: n examples, b batch, c channels, h w pixels, t tokens.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ class Augment(NamedTuple):
 
     seed: int
     epoch: int
+    """Or view, where epochs share a few."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,11 @@ class Batch:
     inputs: Mapping[str, Tensor]
     labels_b: Tensor
     task: str | None = None
+    rows_b: Ints | None = None
+    """Rows of the table the inputs are from, (b,); None where they are from no table. They and the view decide the inputs
+    (padding aside), so that what was computed from them can be found again."""
+    view: int | None = None
+    """Epoch of the augmentation; None where there is none."""
 
     def __len__(self) -> int:
         return len(self.labels_b)
@@ -49,11 +55,25 @@ class Batch:
             return value.to(device)
 
         inputs = {name: moved(value) for name, value in self.inputs.items()}
-        return Batch(inputs=inputs, labels_b=moved(self.labels_b), task=self.task)
+        return replace(self, inputs=inputs, labels_b=moved(self.labels_b))
+
+    def select(self, keep_b: Tensor) -> "Batch":
+        """The examples where keep_b (b,) is true."""
+        return replace(
+            self,
+            inputs={name: value[keep_b] for name, value in self.inputs.items()},
+            labels_b=self.labels_b[keep_b],
+            rows_b=None if self.rows_b is None else self.rows_b[keep_b.cpu().numpy()],
+        )
 
 
 class Table(Protocol):
     """Where the inputs of a dataset lie, decoded once (pixels) or tokenised once (text)."""
+
+    @property
+    def augments(self) -> bool:
+        """Whether `augment` makes any difference to `inputs`."""
+        ...
 
     def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:
         """The inputs of these rows. With `augment`, the training transform, drawn for (seed, epoch, row); without, the
@@ -80,6 +100,8 @@ class Examples:
         return Batch(
             inputs=self.table.inputs(self.rows_n[positions], augment),
             labels_b=torch.from_numpy(self.labels_n[positions]),
+            rows_b=self.rows_n[positions],
+            view=augment.epoch if augment is not None and self.table.augments else None,
         )
 
     def lengths(self) -> Ints:

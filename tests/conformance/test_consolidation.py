@@ -102,6 +102,8 @@ def test_killed_at_any_phase_it_ends_in_the_same_bits(way: str, tmp_path: Path):
 class Watched:
     """A table that notes the rows that are asked for."""
 
+    augments = True
+
     def __init__(self, table: ImageTable | TextTable) -> None:
         self.table, self.rows = table, set[int]()
 

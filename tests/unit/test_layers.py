@@ -16,6 +16,7 @@ LEVELS = (
     ("errors", "types"),
     ("linalg", "metrics", "config", "chance"),
     ("adapters", "attention", "moments", "head", "backbones", "data", "streams"),
+    ("reuse",),
     ("learner",),
     ("methods", "consolidate"),
     ("engine",),

@@ -84,6 +84,8 @@ def undecoded(source: Source) -> LabelledData:
 class _Undecoded:
     """There is nothing to read: asking for it is a mistake of ours."""
 
+    augments = False
+
     def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:
         raise AssertionError(f"rows {rows[:3]} were asked for (augment = {augment}), and nothing is decoded")
 

@@ -19,6 +19,8 @@ _MULTIPLE = 8
 class TokenTable:
     """Token ids of all texts, one after another; row k is ids[starts[k] : starts[k + 1]]."""
 
+    augments = False
+
     def __init__(self, ids: NDArray[np.int32], starts: Ints, pad_id: int, max_length: int) -> None:
         self.ids = ids
         self.starts = starts

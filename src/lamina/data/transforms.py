@@ -148,6 +148,10 @@ class PixelTable:
         self._mean_c11 = torch.tensor(transform.mean)[:, None, None]
         self._std_c11 = torch.tensor(transform.std)[:, None, None]
 
+    @property
+    def augments(self) -> bool:
+        return self.transform.train != "none"
+
     def lengths(self, rows: Ints) -> Ints:
         return np.ones(len(rows), np.int64)
 

@@ -77,6 +77,7 @@ class Loop:
     on_event: called with every step and at the end of every phase. should_stop: asked between steps and batches.
     keep_chain: where to note what the method has made of each task. replay: where another run noted it; nothing is trained
     then, and only what happens around the method is done.
+    views: epoch e of training sees augmentation e mod views; None: every epoch one of its own.
     trained: for tasks that other processes train, the folder of their checkpoints; what they learnt is taken from there.
     Raises MethodError where the method does not fit the scenario of the stream, or the consolidation.
     """
@@ -100,6 +101,7 @@ class Loop:
         keep_chain: Path | None = None,
         replay: Path | None = None,
         trained: Mapping[int, Path] | None = None,
+        views: int | None = None,
     ) -> None:
         if stream.scenario not in method.scenarios:
             raise MethodError(
@@ -116,6 +118,7 @@ class Loop:
         self.keep_chain, self.replay = keep_chain, replay
         self.teacher: dict[str, Tensor] = {}
         self.trained = trained or {}
+        self.views = views
         self.position = Position()
         self.matrix, self.known_task = AccuracyMatrix.empty(), AccuracyMatrix.empty()
         self.right_task: list[list[int]] = []
@@ -225,7 +228,8 @@ class Loop:
         assert self._optimizer is not None
         size = self.training.batch_size
         positions = positions_of_step(len(task.train), size, step.done, seed=self.seed, task=task.name)
-        batch = task.train.batch(positions, Augment(self.seed, epoch)).to(self.learner.device)
+        view = epoch if self.views is None else epoch % self.views
+        batch = task.train.batch(positions, Augment(self.seed, view)).to(self.learner.device)
         set_torch_seed(self.seed, "step", task.name, step.done)
         loss = self.method.loss(self.learner, batch, task)
         if self.teacher:
@@ -255,6 +259,8 @@ class Loop:
         if self.keep_chain is not None:
             self._keep(self.keep_chain)
         self.consolidation.end(self.learner, task, self._pass("end", task))
+        if self.learner.reuse is not None:
+            self.learner.reuse.free(task.train.rows_n)
         return Position(self.position.task, "evaluate")
 
     def _evaluate(self, task: Task) -> Position:

@@ -117,8 +117,7 @@ class CoLoR(Method[CoLoRConfig]):
         chosen_b = nearest_task(directions_bd, [self.memory[f"centroids/{t}"] for t in tasks], self.config.distance)
         again_b = chosen_b >= (1 if self.config.identify == "first expert" else 0)
         if again_b.any():
-            part = Batch(inputs={k: v[again_b] for k, v in batch.inputs.items()}, labels_b=batch.labels_b[again_b])
-            features_bd[again_b] = through_experts(learner, part, tasks, chosen_b[again_b])
+            features_bd[again_b] = through_experts(learner, batch.select(again_b), tasks, chosen_b[again_b])
         return features_bd, chosen_b
 
     def predict_told(self, learner: Learner, batch: Batch, task: str) -> Tensor:
