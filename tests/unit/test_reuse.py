@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tests.conformance.cases import CASES, EVALUATION, TRAINING, Killed, make_method, newest, run_in_pieces, state, stream
+from tests.conformance.cases import EVALUATION, TRAINING, Killed, make_method, newest, run_in_pieces, state, stream
 from tests.pretend import pretended_card
 from tests.tiny import ImageTable, noise, scatter, tiny_bert, tiny_fused_vit, tiny_images, tiny_texts, tiny_vit
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ def test_the_model_is_left_as_it_was_after_an_error_too(tmp_path):
 def test_stages_of_a_model_of_ones_own_are_checked():
     backbone = tiny_vit()
     how = {"kind": "image", "width": 32, "features": backbone.forward}
-    with pytest.raises(BackboneError, match="nothing at layers.7"):
+    with pytest.raises(BackboneError, match=r"nothing at layers\.7"):
         from_module(backbone.module, backbone.sites, **how, stages=["embeddings", "layers.0", "layers.1", "layers.7"])
     with pytest.raises(BackboneError, match="each of the 3 blocks, in their order; found 3 paths"):
         from_module(backbone.module, backbone.sites, **how, stages=["embeddings", "layers.0", "layers.1"])
@@ -118,7 +118,7 @@ def learner_on(backbone: Backbone, block: int = 1, **how: Any) -> Learner:
     learner = Learner(backbone, ("k", "v"), range(block, backbone.blocks), **how)
     for slot in learner.slots.values():
         branch = LowRank.fresh(slot.d_out, slot.d_in, 2, torch.Generator().manual_seed(1))
-        nn.init.normal_(branch.up_or, std=0.3, generator=torch.Generator().manual_seed(2))
+        nn.init.normal_(dict(branch.named_parameters())["up"], std=0.3, generator=torch.Generator().manual_seed(2))
         slot.add("task", branch)
     return learner
 
@@ -168,7 +168,7 @@ def test_features_moments_and_gradients_are_those_without_reuse(kind, dtype, kep
                 for learner, copies in ((plain, there), (keeping, here))
             ]
         for wanted_grad, found_grad in zip(*gradients, strict=True):
-            torch.testing.assert_close(found_grad, wanted_grad, rtol=1e-3 if dtype == torch.float32 else 0.1, atol=near["atol"] * 10)
+            torch.testing.assert_close(found_grad, wanted_grad, **near)
 
 
 @pytest.mark.parametrize("kind", ["image", "text"])
@@ -287,7 +287,9 @@ def test_a_full_disk_costs_time_only(way, kept, tmp_path):
 
 
 def test_reuse_with_nothing_below_or_of_unknown_blocks_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"backbone\.reuse_mb = 7: there are adapters in block 0.*backbone\.blocks = \[2\]"):
+    with pytest.raises(
+        ConfigError, match=r"backbone\.reuse_mb = 7: there are adapters in block 0.*backbone\.blocks = \[2\]"
+    ):
         learner_on(tiny_vit(), 0).reuse_below(tmp_path, 7)
     with pytest.raises(ConfigError, match=r"backbone\.reuse_mb = 7: backbone 'tiny_fused_vit'.*Leave it at 0.*stages"):
         learner_on(tiny_fused_vit(), 1).reuse_below(tmp_path, 7)
@@ -317,7 +319,9 @@ def uneven(backbone: Backbone) -> Backbone:
     return backbone
 
 
-def loop_of(name: str, kind: str, folder: Path, megabytes: int | None, room: int | None = None, **how: Any) -> Loop:
+def loop_of(
+    name: str, kind: str, folder: Path, megabytes: int | None, room: int | None = None, epochs: int = 3, **how: Any
+) -> Loop:
     backbone = how.pop("backbone", None) or {"image": lambda: tiny_vit(blocks=2), "text": tiny_bert}[kind]()
     device = how.pop("device", "cpu")
     learner = Learner(backbone, ("k", "v"), [1], device=device)
@@ -329,7 +333,7 @@ def loop_of(name: str, kind: str, folder: Path, megabytes: int | None, room: int
         learner=learner,
         method=make_method(name),
         stream=stream(kind, "class"),
-        training=TRAINING.model_copy(update={"epochs": 3}),
+        training=TRAINING.model_copy(update={"epochs": epochs}),
         evaluation=EVALUATION,
         seed=0,
         checkpoints=folder / "checkpoints",
@@ -372,7 +376,7 @@ def test_no_bit_of_a_run_depends_on_what_is_kept(name, kind, tmp_path, monkeypat
     finally:
         for loop in loops:
             loop.learner.close()
-    assert processes > 3
+    assert processes > 2
     assert state(newest(last.checkpoints)) == unbroken
 
 
@@ -384,7 +388,7 @@ def backbone_of(kind: str) -> Backbone:
 def test_a_run_with_reuse_is_near_one_without_and_computes_less(kind, tmp_path):
     found = {}
     for megabytes in (None, LARGE):
-        loop = loop_of("inflora", kind, tmp_path / str(megabytes), megabytes)
+        loop = loop_of("inflora", kind, tmp_path / str(megabytes), megabytes, epochs=12)
         counts = examples_through(loop.learner.backbone)
         loop.run()
         loop.learner.close()
@@ -446,7 +450,3 @@ def test_on_a_pretended_card_it_has_the_bits_of_the_processor(name, kind, tmp_pa
     wanted = here.learner.tensors()
     assert found.keys() == wanted.keys()
     assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
-
-
-def test_the_table_of_cases_fits():
-    assert CASES.keys() == METHODS.keys()
