@@ -116,7 +116,7 @@ class Reuse:
         """Hidden states (n, d) of the examples at these positions of a batch."""
         found: dict[int, Tensor] = {}
         size, device = CHUNK[self.backbone.kind], next(iter(inputs.values())).device
-        alike = [(missing, inputs)]
+        alike: list[tuple[Ints, Mapping[str, Tensor]]] = [(missing, inputs)]
         if self.backbone.kind == "text":
             counts_b = inputs["attention_mask"].sum(1).clamp(min=1).cpu().numpy()
             alike = [
