@@ -14,7 +14,17 @@ import torch
 import transformers
 from tests.conformance.cases import EVALUATION, TRAINING, Killed, make_method, newest, run_in_pieces, state, stream
 from tests.pretend import pretended_card
-from tests.tiny import ImageTable, noise, scatter, tiny_bert, tiny_fused_vit, tiny_images, tiny_texts, tiny_vit
+from tests.tiny import (
+    ImageTable,
+    TextTable,
+    noise,
+    scatter,
+    tiny_bert,
+    tiny_fused_vit,
+    tiny_images,
+    tiny_texts,
+    tiny_vit,
+)
 from torch import Tensor, nn
 
 from lamina import reuse
@@ -29,7 +39,8 @@ from lamina.errors import BackboneError, ConfigError
 from lamina.learner import Learner
 from lamina.methods import METHODS
 from lamina.methods.inflora import InfLoRAConfig
-from lamina.types import Augment, Batch, Examples
+from lamina.streams import Stream
+from lamina.types import SPLITS, Augment, Batch, Examples, Ints, Task
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
 IDS = torch.tensor([[1, 5, 9, 7], [1, 4, 0, 0], [1, 8, 6, 0]])
@@ -308,8 +319,7 @@ def test_how_much_is_kept_is_no_part_of_a_fingerprint_but_whether_and_views_are(
 
 
 def uneven(backbone: Backbone) -> Backbone:
-    """Its numbers depend on how many examples, and of how many tokens, are computed together, and on whether any is padded,
-    as the last bits of real ones may."""
+    """Its numbers depend on how many examples, and of how many tokens, are computed together, as last bits may."""
 
     def stray(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output + 0.01 * len(output) + 0.003 * output.shape[1]
@@ -317,6 +327,23 @@ def uneven(backbone: Backbone) -> Backbone:
     site = next(site for site in backbone.sites if (site.block, site.role) == (0, "fc2"))
     backbone.module.get_submodule(site.path).register_forward_hook(stray)
     return backbone
+
+
+class Padded(TextTable):
+    """Texts padded to the longest of their batch, as those of a run are."""
+
+    def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:
+        longest = int(self.lengths(rows).max())
+        return {name: value_bt[:, :longest] for name, value_bt in super().inputs(rows, augment).items()}
+
+
+def stream_of(kind: str) -> Stream:
+    def padded(task: Task) -> Task:
+        table = Padded(task.train.table.ids_nt, task.train.table.mask_nt)
+        return replace(task, **{split: replace(task.split(split), table=table) for split in SPLITS})
+
+    whole = stream(kind, "class")
+    return whole if kind == "image" else replace(whole, tasks=tuple(map(padded, whole.tasks)))
 
 
 def loop_of(
@@ -332,7 +359,7 @@ def loop_of(
     return Loop(
         learner=learner,
         method=make_method(name),
-        stream=stream(kind, "class"),
+        stream=stream_of(kind),
         training=TRAINING.model_copy(update={"epochs": epochs}),
         evaluation=EVALUATION,
         seed=0,
