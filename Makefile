@@ -23,8 +23,8 @@ lint: .stamps/dev         ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .stamps/bench      ## speed and memory against PEFT and the bare frozen backbone
-	$(BIN)/python benchmarks/speed.py
+bench: .stamps/bench      ## speed and memory against the floor of this machine and against PEFT (QUICK=1: under five minutes)
+	$(BIN)/python benchmarks/bench.py
 
 results: runs/minilm      ## the tables of docs/results and of the README (needs ../shared; hours; goes on where it stopped)
 	for grid in demo cifar100 pacs clinc150 claims; do \
