@@ -214,8 +214,9 @@ def collect(names: Sequence[str], tasks: int, out: Path) -> list[str]:
             continue
         line = found.stdout.splitlines()[-1]
         print(line, flush=True)
+        cut_short = out.exists() and out.read_text(encoding="utf-8")[-1:] not in ("", "\n")
         with out.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(("\n" if cut_short else "") + line + "\n")
     return failed
 
 
