@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: demo test test-slow lint bench results tables clean
+.PHONY: demo test test-slow lint bench growth results tables clean
 
 demo: .stamps/demo        ## learn five tasks of handwritten digits three ways and write a report
 	$(BIN)/lamina demo
@@ -23,8 +23,12 @@ lint: .stamps/dev         ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .stamps/bench      ## speed and memory against PEFT and the bare frozen backbone
-	$(BIN)/python benchmarks/speed.py
+bench: .stamps/bench      ## speed and memory against the floor of this machine and against PEFT (QUICK=1: under five minutes)
+	$(BIN)/python benchmarks/bench.py
+
+growth: .stamps/bench     ## how the cost of every method grows over 200 tasks (hours; goes on where it stopped)
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/growth.py --page docs/results/growth.md
 
 results: runs/minilm      ## the tables of docs/results and of the README (needs ../shared; hours; goes on where it stopped)
 	for grid in demo cifar100 pacs clinc150 claims; do \

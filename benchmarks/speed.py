@@ -1,7 +1,7 @@
 """Speed and memory of lamina against Hugging Face PEFT and against the bare frozen backbone, on one machine.
 
-    make bench             everything; writes docs/results/speed.md
-    QUICK=1 make bench     a minute: few repeats, no whole run; prints the page instead of writing it
+    python benchmarks/speed.py            everything; writes docs/results/speed.md
+    python benchmarks/speed.py --quick    a minute: few repeats, no whole run; prints the page instead of writing it
 
 Backbone: the embedded `nano`, low-rank adapters of rank 10 on k and v of every block, batches of 64 prepared beforehand,
 Adam at lamina's defaults, cross-entropy over ten classes. A training step is forward, reading the loss, backward and the
@@ -41,6 +41,7 @@ from lamina.config import TrainingConfig
 from lamina.engine import optim, precision
 from lamina.learner import Learner
 from lamina.methods import METHODS
+from lamina.methods.base import Step
 from lamina.types import Augment, Batch, Task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,7 +94,7 @@ def lamina_variant(method_name: str, precision: str, finished: int = 0) -> Maker
         def step(batch: Batch) -> None:
             loss = method.loss(learner, batch, task)
             descend(loss, optimizer, lambda: method.after_backward(learner))
-            method.after_step(learner)
+            method.after_step(learner, Step(0, 1, 1e-3))
 
         def evaluate(batches: Sequence[Batch]) -> None:
             with learner.folded():

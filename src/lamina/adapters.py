@@ -7,13 +7,16 @@ branches that are not folded: they are idle unless a `Mixture` gives each input 
 kept, and the folded weight is always computed anew from it and the factors, in float32 and in the order the branches
 were finished: folding gives the same bits however often it is done, and can be undone.
 
+In training the live branches are computed beside the map, as the formula says, or within it where that is faster: see
+`_ChangedMap`.
+
 Shape letters: o outputs, i inputs, r rank, b batch, t tokens, e experts.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -185,7 +188,7 @@ class AdaptedLinear(nn.Module):
         """Compute the weight in use from the base and the factors: W_0 + sum_k up_k down_k in float32, then rounded."""
         changes = [change for change in self.finished.values() if change.folded]
         if with_live:
-            changes += [Finished(self.rows[n], *b.factors()) for n, b in self.live.items() if isinstance(b, Branch)]
+            changes += [Finished(*change) for change in self._live_changes()]
         self._fold(changes)
         self._live_apart = not with_live
 
@@ -202,28 +205,66 @@ class AdaptedLinear(nn.Module):
             return self.weight_oi
         weight_oi = self.weight_oi.clone()
         with torch.no_grad():
-            for name, branch in self.live.items():
-                assert isinstance(branch, Branch)
-                up_or, down_ri = branch.factors()
-                weight_oi[self.rows[name].start : self.rows[name].stop] += (up_or @ down_ri).to(weight_oi.dtype)
+            for (start, stop), up_or, down_ri in self._live_changes():
+                weight_oi[start:stop] += (up_or @ down_ri).to(weight_oi.dtype)
         return weight_oi
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight_oi, self.bias_o)
+        changes = self._live_changes() if self._live_apart else []
+        if changes and x.dtype == torch.float32 and x.shape[:-1].numel() >= self.d_in:
+            places, factors = [rows for rows, _, _ in changes], [factor for _, *pair in changes for factor in pair]
+            y: Tensor = _ChangedMap.apply(x, self.weight_oi, self.bias_o, places, *factors)  # type: ignore[no-untyped-call]
+            changes = []
+        else:
+            y = F.linear(x, self.weight_oi, self.bias_o)
         for mixture in self.mixtures.values():
             y = y + F.pad(mixture.change(x), (mixture.rows.start, self.d_out - mixture.rows.stop))
-        if not self._live_apart:
-            return y
-        for name, branch in self.live.items():
-            assert isinstance(branch, Branch)
-            rows = self.rows[name]
-            up_or, down_ri = (factor.to(x.dtype) for factor in branch.factors())
-            inner = F.linear(x, down_ri)
+        for rows, up_or, down_ri in changes:
+            inner, up_or = F.linear(x, down_ri.to(x.dtype)), up_or.to(x.dtype)
             if rows == (0, self.d_out):  # one pass over y instead of two
                 y = torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), up_or.T).view(y.shape)
             else:
                 y = y + F.pad(F.linear(inner, up_or), (rows.start, self.d_out - rows.stop))
         return y
+
+    def _live_changes(self) -> list[tuple[Rows, Tensor, Tensor]]:
+        return [
+            (self.rows[name], *branch.factors()) for name, branch in self.live.items() if isinstance(branch, Branch)
+        ]
+
+
+class _ChangedMap(torch.autograd.Function):
+    """y = (W + sum_k up_k down_k) x + b with gradients for x and the factors, none for W and b.
+
+    What the branches cost beside the frozen map is then two thin products in the backward, where up and down are learnt,
+    and no pass over x or y. To build the changed weight is cheap where a batch has more tokens than the map has inputs. In
+    half precision the weight would round small changes away, so there the branches stay beside it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight_oi: Tensor, bias_o: Tensor | None, rows: list[Rows], *factors: Tensor
+    ) -> Tensor:
+        changed_oi = weight_oi.clone()
+        for (start, stop), up_or, down_ri in zip(rows, factors[::2], factors[1::2], strict=True):
+            changed_oi[start:stop].addmm_(up_or, down_ri)
+        ctx.rows = rows
+        ctx.save_for_backward(x, changed_oi, *factors)
+        return F.linear(x, changed_oi, bias_o)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, changed_oi, *factors = ctx.saved_tensors
+        wanted_x, _, _, _, *wanted = ctx.needs_input_grad
+        grad_no, x_ni = grad_y.flatten(0, -2), x.flatten(0, -2)
+        grads: list[Tensor | None] = []
+        for number, (start, stop) in enumerate(ctx.rows):
+            up_or, down_ri = factors[2 * number : 2 * number + 2]
+            own_no = grad_no[:, start:stop]
+            grads.append(own_no.T @ (x_ni @ down_ri.T) if wanted[2 * number] else None)
+            grads.append((own_no @ up_or).T @ x_ni if wanted[2 * number + 1] else None)
+        return ((grad_no @ changed_oi).view(x.shape) if wanted_x else None, None, None, None, *grads)
 
 
 @contextmanager

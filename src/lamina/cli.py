@@ -355,8 +355,9 @@ def methods(
             print(f"    fits: {', '.join(facts['scenarios'])}-incremental streams{alone}")
             needs = "the number of tasks helps it" if facts["horizon"] else "no number of tasks"
             print(
-                f"    needs: {needs}; {facts['stored_samples']} stored samples per class\n    growth: {facts['growth']}\n"
+                f"    needs: {needs}; {facts['stored_samples']} stored samples per class\n    growth: {facts['growth']}"
             )
+            print(f"    operations grow: {facts['operations']}\n")
         return
     if name not in METHODS:
         import difflib

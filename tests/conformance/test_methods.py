@@ -119,8 +119,9 @@ def test_every_setting_is_explained_has_a_default_and_cannot_be_changed(name: st
 def test_its_record_is_complete_and_plain_json(name: str):
     method, facts = METHODS[name], describe(METHODS[name])
     assert json.loads(json.dumps(facts)) == facts
-    assert facts.keys() >= {"name", "title", "authors", "venue", "link", "advice", "scenarios", "growth", "settings"}
-    for fact in ("title", "authors", "venue", "advice", "growth"):
+    told = ("title", "authors", "venue", "advice", "growth", "operations")
+    assert facts.keys() >= {"name", "link", "scenarios", "settings", *told}
+    for fact in told:
         assert facts[fact].strip(), f"{name} says nothing as its {fact}"
         assert "\n" not in facts[fact]
     assert re.fullmatch(r"https://\S+", facts["link"])

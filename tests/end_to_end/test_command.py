@@ -72,6 +72,8 @@ def test_methods(lamina: Command) -> None:
     listed = lamina("methods").out
     assert re.findall(r"^\w+$", listed, re.MULTILINE)[:2] == ["inflora", "finetune"]
     assert "fits: class" in listed
+    assert "growth: two copies of the adapter's size however many the tasks" in listed
+    assert "operations grow: a step not at all; an answer, which is two passes, by the distances" in listed
     one = lamina("methods", "inflora").out
     for part in ("InfLoRA", "CVPR", "rank = 10", "Departures from the paper"):
         assert part in one

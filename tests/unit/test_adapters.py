@@ -3,6 +3,8 @@
 Shape letters: o outputs, i inputs, r rank, b batch.
 """
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from tests.tiny import noise
@@ -272,3 +274,52 @@ def test_stripping_while_folded_goes_back_to_folded():
             assert torch.equal(layer(x_bi), linear()(x_bi))
         assert torch.equal(layer.weight_oi, folded_oi)
         assert torch.equal(layer(x_bi), y_bo), "the live branch is not added twice"
+
+
+# -- branches computed within the map, where a batch has many tokens
+
+
+def trained_pair(key: str, o: int = 6, i: int = 5, rank: int = 2) -> LowRank:
+    return LowRank(trained={"up": noise((o, rank), key, "up"), "down": noise((rank, i), key, "down")})
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cut", [(Rows(0, 6),), (Rows(2, 6),), (Rows(0, 6), Rows(1, 3), Rows(4, 6))])
+def test_branches_within_the_map_are_those_beside_it(cut: tuple[Rows, ...], bias: bool):
+    def made() -> AdaptedLinear:
+        layer = AdaptedLinear(linear(bias=bias))
+        layer.add("before", low_rank("before"))
+        layer.finish("before")
+        for number, rows in enumerate(cut):
+            layer.add(str(number), trained_pair(str(number), o=rows.stop - rows.start), rows)
+        return layer
+
+    def gradients(batches: Sequence[Tensor]) -> dict[str, Tensor | None]:
+        layer, x_bti = made(), noise((4, 3, 5), "x").requires_grad_()
+        y_bto = torch.cat([layer(x_bti[batch]) for batch in batches])
+        (y_bto * noise((4, 3, 6), "towards")).sum().backward()
+        return {"y": y_bto, "x": x_bti.grad} | {name: p.grad for name, p in layer.named_parameters()}
+
+    within = gradients([torch.arange(4)])  # 12 tokens of width 5
+    beside = gradients([torch.tensor([k]) for k in range(4)])  # 3 tokens
+    assert len(within) == 2 + 2 * len(cut)
+    for name, value in within.items():
+        assert value is not None
+        torch.testing.assert_close(value, beside[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_what_is_not_learnt_gets_no_gradient():
+    layer = AdaptedLinear(linear())
+    layer.add("now", low_rank("now"))  # its down is frozen
+    layer(noise((9, 5), "x")).sum().backward()
+    (up_or,) = layer.parameters()
+    assert up_or.grad is not None
+    assert layer.live["now"].down.grad is None
+
+
+def test_half_precision_keeps_changes_that_its_weights_could_not_hold():
+    layer = AdaptedLinear(linear(bias=False), torch.bfloat16)
+    layer.weight_oi = torch.ones(6, 5, dtype=torch.bfloat16)
+    x_bi = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0], dtype=torch.bfloat16).repeat(9, 1)
+    layer.add("now", LowRank(trained={"up": torch.full((6, 1), 1e-3), "down": x_bi[:1].float()}))
+    torch.testing.assert_close(layer(x_bi), torch.full((9, 6), 4e-3, dtype=torch.bfloat16))

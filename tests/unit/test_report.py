@@ -190,6 +190,14 @@ def test_accuracy_measured_ahead_of_learning_is_shown_but_not_counted() -> None:
     assert "186 of 200" in shown
 
 
+def test_peak_memory_is_shown_where_there_is_any() -> None:
+    run = record()
+    assert "Peak memory944 MB" in parsed(report.render([run])).text
+    assert "on the card" not in report.render([run])
+    run["cost"]["peak_device_memory_mb"] = 2**11
+    assert "Peak memory on the card2.15 GB" in parsed(report.render([run])).text
+
+
 def test_runs_are_compared_sorted_and_the_best_is_marked() -> None:
     better, worse = record("better"), record("worse")
     worse["matrix"]["correct"] = (np.array(worse["matrix"]["correct"]) // 2).tolist()

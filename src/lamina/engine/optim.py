@@ -17,7 +17,8 @@ def make_optimizer(
     later: bool = False,
 ) -> torch.optim.Optimizer:
     """Up to three groups: the adapters, the head (names starting with `head/`), and what weight decay leaves alone (by
-    name); each with its base rate as `base_lr`. later: of a task that is not the first."""
+    name); each with its base rate as `base_lr`. later: of a task that is not the first. One kernel steps all of them: dozens
+    of small matrices, each in several kernels of its own, would take longer to call than to compute."""
     adapter_lr = adapter_rate(config, later=later)
     head = {name for name in parameters if name.startswith("head/")}
     head_lr = config.head_lr if config.head_lr is not None else config.lr
@@ -31,9 +32,9 @@ def make_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+        return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, betas=(0.9, 0.999), weight_decay=config.weight_decay)
+    return kind(groups, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)
 
 
 def adapter_rate(config: TrainingConfig, *, later: bool) -> float:
@@ -79,6 +80,4 @@ def restore_optimizer(
 ) -> None:
     for key, value in tensors.items():
         kind, _, name = key.partition(":")
-        # PyTorch keeps the count of steps, which it reads at every step, on the processor.
-        where = value.device if kind == "step" else parameters[name].device
-        optimizer.state[parameters[name]][kind] = value.to(where, copy=True)
+        optimizer.state[parameters[name]][kind] = value.to(parameters[name].device, copy=True)

@@ -58,7 +58,10 @@ class Needs:
     stored_samples: int = 0
     """Training examples kept per class."""
     growth: str
-    """How what it keeps grows with the number of tasks, in words."""
+    """How what it keeps grows with the number of tasks, in words. Head rows, one per class and task, go without saying."""
+    operations: str
+    """How the operations of a training step, of an answer, and of what is done once around them grow with the number of
+    tasks, in words. Head rows, which every answer goes through, go without saying."""
 
 
 class Refusal(NamedTuple):
@@ -203,6 +206,7 @@ def describe(method: type[Method[Any]]) -> dict[str, Any]:
         "horizon": method.needs.horizon,
         "stored_samples": method.needs.stored_samples,
         "growth": method.needs.growth,
+        "operations": method.needs.operations,
         "around": dict(method.config_type.around),
         "settings": {
             name: {

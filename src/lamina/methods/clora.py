@@ -99,7 +99,9 @@ class CLoRA(Method[CLoRAConfig]):
             Departure(what="each task has rows of the head of its own, which later tasks do not train", whose="ours"),
         ),
     )
-    needs = Needs(growth="the adapter not at all, the head by a row per class")
+    needs = Needs(
+        growth="the adapter not at all, the head by a row per class", operations="a step and an answer not at all"
+    )
     config_type = CLoRAConfig
     branch_type = Routed
 

@@ -80,7 +80,11 @@ class CoLoR(Method[CoLoRConfig]):
             ),
         ),
     )
-    needs = Needs(growth="one expert, one block of the head and `clusters` centroids per task")
+    needs = Needs(
+        growth="one expert, one block of the head and `clusters` centroids per task",
+        operations="a step not at all; an answer, which is two passes, by the distances to `clusters` centroids with every "
+        "task, and with the number of different experts in a batch",
+    )
     config_type = CoLoRConfig
     refuses = (
         Refusal("init", "every expert starts from the pre-trained weights"),

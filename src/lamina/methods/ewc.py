@@ -78,7 +78,10 @@ class EWC(Method[EWCConfig]):
             Departure(what="the Fisher is estimated on some of the examples", whose="ours", switch="fisher_samples"),
         ),
     )
-    needs = Needs(growth="two copies of the adapter's size however many the tasks, the head by a row per class")
+    needs = Needs(
+        growth="two copies of the adapter's size however many the tasks, the head by a row per class",
+        operations="a step and an answer not at all",
+    )
     config_type = EWCConfig
     refuses = (Refusal("init", "its penalty holds the adapter where old tasks left it"),)
 

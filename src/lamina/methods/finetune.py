@@ -30,7 +30,9 @@ class Finetune(Method[FinetuneConfig]):
         venue="ICLR 2022",
         link="https://arxiv.org/abs/2106.09685",
     )
-    needs = Needs(growth="the adapter not at all, the head by a row per class")
+    needs = Needs(
+        growth="the adapter not at all, the head by a row per class", operations="a step and an answer not at all"
+    )
     config_type = FinetuneConfig
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:

@@ -78,7 +78,7 @@ class Subspace(NamedTuple):
 
 class InfLoRA(Method[InfLoRAConfig]):
     name = "inflora"
-    advice = "Many tasks, no stored samples, constant memory: new tasks are kept out of the old ones' input space."
+    advice = "Many tasks, no stored samples, bounded memory: new tasks are kept out of the old ones' input space."
     paper = Paper(
         title="InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning",
         authors="Liang & Li",
@@ -127,7 +127,13 @@ class InfLoRA(Method[InfLoRAConfig]):
             ),
         ),
     )
-    needs = Needs(horizon=True, growth="at most d/2 directions of d numbers per adapted input, however many the tasks")
+    needs = Needs(
+        horizon=True,
+        growth="an adapter of rank r in every adapted map with every task; of the inputs at most d/2 directions of d numbers "
+        "per adapted input, however many the tasks",
+        operations="a step and an answer not at all; folding, before answers and passes over a task's data, by a product of "
+        "rank r per adapted map with every task",
+    )
     config_type = InfLoRAConfig
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:

@@ -42,7 +42,10 @@ class Prototype(Method[PrototypeConfig]):
             Departure(what="a class that comes back has one mean per task, and the nearest counts", whose="ours"),
         ),
     )
-    needs = Needs(growth="one mean (a row of the head) per class and task")
+    needs = Needs(
+        growth="one mean (a row of the head) per class and task",
+        operations="an answer not at all; nothing is trained but for one pass over the data of each task",
+    )
     config_type = PrototypeConfig
     refuses = (
         Refusal("init", "it trains nothing"),

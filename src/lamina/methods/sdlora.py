@@ -90,7 +90,11 @@ class SDLoRA(Method[SDLoRAConfig]):
             Departure(what="the variant that drops a direction near the span of old ones is left out", whose="ours"),
         ),
     )
-    needs = Needs(growth="a direction of rank r in every adapted map, and a scale, with every task")
+    needs = Needs(
+        growth="a direction of rank r in every adapted map, and a scale, with every task",
+        operations="a step by a branch of rank r in every adapted map with every task; an answer not at all; folding, before "
+        "answers, by a product of rank r per adapted map with every task",
+    )
     config_type = SDLoRAConfig
     refuses = (Refusal("init", "its old directions go on learning, so they must be there"),)
     branch_type = Directions

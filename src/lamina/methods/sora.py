@@ -105,7 +105,10 @@ class SoRA(Method[SoRAConfig]):
             Departure(what="the schedule keeps the last model only, not one per stage", whose="ours", switch="levels"),
         ),
     )
-    needs = Needs(growth="every task, in every adapted map, the ranks that its loss held up: at most `rank`")
+    needs = Needs(
+        growth="every task, in every adapted map, the ranks that its loss held up: at most `rank`",
+        operations="a step and an answer not at all; folding, before answers, by a product of those ranks with every task",
+    )
     config_type = SoRAConfig
     branch_type = Gated
 

@@ -114,8 +114,9 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
     )
     needs = Needs(
         stored_samples=10,
-        growth="kept examples and head rows by class; the changes not at all, but with merge = ties by one per task. "
-        "With memory_per_class = 0 no example is kept",
+        growth="kept examples, and head rows with a copy of each, by class; the merged change until its rank is full, but "
+        "with merge = ties by one change per task. With memory_per_class = 0 no example is kept",
+        operations="a step and an answer not at all; the end of a task by the fine-tuning on the kept examples of one more",
     )
     config_type = TaskArithmeticConfig
     refuses = (

@@ -1,0 +1,233 @@
+"""Speed, end to end: the floor of this machine, a whole run against it, the same stream by rival loops. `make bench`.
+
+    python benchmarks/bench.py             most of an hour; adds a line to docs/results/records/speed.jsonl, writes the page
+    python benchmarks/bench.py --quick     under five minutes; notes nothing
+    python benchmarks/bench.py --page      the page and its plot from the lines there are, nothing measured
+
+The last line is JSON: floor_ratio (whole run over the floor of as many images), peft_speedup (whole run of the fastest PEFT
+loop over that of lamina's `finetune`, which trains the same numbers), task20_over_task1 (training step), outside_steps (share
+of the run outside training steps), peak_mb, peft_peak_mb, precision, accuracy and reference_accuracy (final, of InfLoRA in
+this precision and in fp32, mean over the same seeds); and, for the page, all that lies behind them.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import rivals
+import run as whole
+import torch
+from markupsafe import Markup
+
+from lamina.report.charts import tag
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, PLOT = ROOT / "docs" / "results" / "speed.md", ROOT / "docs" / "results" / "speed.svg"
+RECORDS = ROOT / "docs" / "results" / "records" / "speed.jsonl"
+INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}
+
+
+def measure(quick: bool) -> dict[str, Any]:
+    """Each part in a process of its own, one after another: what one leaves in memory must not be counted for the next."""
+    quickly = ["--quick"] if quick else []
+    run = part("run.py", quickly)
+    found = part("rivals.py", quickly + (["--epochs", "6"] if quick else []))
+    accuracy = {name: statistics.mean(runs["accuracy"]) for name, runs in found["runs"].items()}
+    best = min(
+        (name for name in rivals.PEFT_LOOPS if name in found["runs"]),
+        key=lambda name: statistics.median(found["runs"][name]["seconds"]),
+    )
+    ours = f"lamina finetune, {found['precision']}"
+    return {
+        "floor_ratio": run["floor_ratio"],
+        "peft_speedup": rivals.speedup(found, ours, rivals.PEFT_LOOPS)[1],
+        "task20_over_task1": run["task20_over_task1"][1],
+        "outside_steps": run["outside_steps"],
+        "peak_mb": max(found["runs"][ours]["peak_mb"]),
+        "peft_peak_mb": max(found["runs"][best]["peak_mb"]),
+        "precision": run["precision"],
+        "accuracy": round(accuracy[f"lamina inflora, {found['precision']}"], 4),
+        "reference_accuracy": round(accuracy["lamina inflora, fp32"], 4),
+        "fastest_peft": best,
+        "quick": quick,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "run": run,
+        "rivals": found,
+    }
+
+
+def part(file: str, arguments: list[str]) -> dict[str, Any]:
+    command = [sys.executable, str(Path(__file__).with_name(file)), *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def machine() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "bf16_instructions": sorted(INSTRUCTIONS & set(flags)),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "peft", "lamina")},
+    }
+
+
+# ---------------------------------------------------------------------------------------------- the page
+
+
+def page(lines: list[dict[str, Any]]) -> str:
+    """Of the newest line in each precision, so that nobody is misled about where a gain comes from."""
+    newest = {line["precision"]: line for line in lines if not line["quick"]}
+    parts = [
+        "# Speed and memory",
+        "Made by `make bench`, which measures and then writes this page from the lines of `records/speed.jsonl`; do not edit. "
+        "What grows with the number of tasks is on [a page of its own](growth.md).",
+        summary(newest),
+        "![Seconds of a whole run, by contender](speed.svg)",
+        *(section(line) for line in newest.values()),
+    ]
+    if "bf16" not in newest:
+        parts.append(
+            "## bf16\n\nNot measured: no machine with native bf16 instructions (`avx512_bf16`, `amx_bf16`) was at hand. There, "
+            "`make bench` adds the section by itself."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def summary(newest: dict[str, dict[str, Any]]) -> str:
+    rows = {
+        "whole run over the floor": "floor_ratio",
+        "fastest PEFT loop over lamina, whole run": "peft_speedup",
+        "step in task 20 over step in task 1": "task20_over_task1",
+        "share outside training steps": "outside_steps",
+        "peak memory, MB": "peak_mb",
+        "peak memory of that PEFT loop, MB": "peft_peak_mb",
+        "final accuracy, InfLoRA": "accuracy",
+        "the same in fp32": "reference_accuracy",
+    }
+    lines = ["| | " + " | ".join(newest) + " |", "|---|" + "---:|" * len(newest)]
+    for what, key in rows.items():
+        lines.append(f"| {what} | " + " | ".join(show(key, line[key]) for line in newest.values()) + " |")
+    return "\n".join(lines)
+
+
+def show(key: str, value: float) -> str:
+    if key in ("outside_steps", "accuracy", "reference_accuracy"):
+        return f"{100 * value:.1f} %"
+    return f"{value:.0f}" if key.endswith("_mb") else f"{value:.2f}"
+
+
+def section(line: dict[str, Any]) -> str:
+    about, run, found = line["machine"], line["run"], line["rivals"]
+    low, middle, high = run["floor_ms_per_image"]
+    phases = ", ".join(f"{phase} {value:.1f} s" for phase, value in run["seconds"].items() if phase != "total")
+    early, median, late = run["task20_over_task1"]
+    half = ", ".join(about["bf16_instructions"]) or "none"
+    ours = f"lamina finetune, {found['precision']}"
+    rows = [
+        "| | Whole run, s | Training step, ms | in the last task over the first | Evaluation, s | Peak memory, MB "
+        "| Final accuracy |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        *(row(name, runs) for name, runs in found["runs"].items()),
+    ]
+    a, b, c = rivals.speedup(found, ours, rivals.PEFT_LOOPS)
+    return "\n\n".join(
+        [
+            f"## In {line['precision']}",
+            f"{line['date']}, {about['processor']}, {about['cores']} cores, {about['threads']} threads, "
+            f"{about['memory_gb']} GB, {about['system']}, no GPU; bf16 instructions: {half}. Python "
+            f"{about['python']}, torch {about['torch']}, transformers {about['transformers']}, PEFT {about['peft']}, lamina "
+            f"{about['lamina']}.",
+            f"**Against the floor.** Split CIFAR-100 in ten tasks, {run['per_class']} training images of each class (of 500) "
+            f"and a fifth as many test images, as in the whole; `{run['method']}` on `nano`, rank {whole.RANK} on "
+            f"{' and '.join(whole.TARGETS)}, twenty epochs, batch {whole.BATCH}. Forward and input-gradient backward of the "
+            f"bare frozen backbone take {middle:.2f} ms per image (quartiles {low:.2f} to {high:.2f}, after every task "
+            f"of this run). The run takes {run['seconds']['total']:.0f} s for {run['images']} training images: "
+            f"**{run['floor_ratio']:.2f} times the floor**, its training steps alone {run['training_over_floor']:.2f} times. "
+            f"Outside the steps: {100 * run['outside_steps']:.1f} %. {phases}. The two passes for moments and all else at the "
+            f"beginning and end of tasks: {100 * run['moments_share_at_most']:.1f} %. A step in task 20 takes {median:.2f} "
+            f"times that in task 1 (quartiles {early:.2f} to {late:.2f}).",
+            f"**Against loops by hand.** The same stream with {found['per_class']} images of each class and {found['epochs']} "
+            f"epochs, medians over {found['seeds']} seeds. lamina's `finetune` trains the same numbers as PEFT and is the one "
+            f"to compare: the fastest PEFT loop ({line['fastest_peft']}) takes {b:.2f} times as long (over the seeds "
+            f"{a:.2f} to {c:.2f}).",
+            "\n".join(rows),
+        ]
+    )
+
+
+def row(name: str, runs: dict[str, list[Any]]) -> str:
+    steps = [statistics.median(of_task) for of_task in zip(*runs["step_ms"], strict=True)]
+    growth = statistics.median(ms[-1] / ms[0] for ms in runs["step_ms"])
+    return (
+        f"| {name} | {statistics.median(runs['seconds']):.1f} | {statistics.median(steps):.0f} | {growth:.2f} "
+        f"| {statistics.median(runs['evaluate_seconds']):.1f} | {max(runs['peak_mb']):.0f} "
+        f"| {100 * statistics.mean(runs['accuracy']):.1f} % |"
+    )
+
+
+def plot(lines: list[dict[str, Any]]) -> Markup:
+    """Bars: seconds of a whole run for every contender, one group per precision of lamina."""
+    bars: list[tuple[str, float]] = []
+    for line in {line["precision"]: line for line in lines if not line["quick"]}.values():
+        runs = line["rivals"]["runs"]
+        bars += [(name, statistics.median(of["seconds"])) for name, of in runs.items()]
+    longest, left, wide, high = max(seconds for _, seconds in bars), 260.0, 380.0, 24.0
+    parts = []
+    for number, (name, seconds) in enumerate(bars):
+        y, length = 10 + number * high, wide * seconds / longest
+        fill = "#2b6cb0" if name.startswith("lamina") else "#a0aec0"
+        parts += [
+            tag("text", name, x=left - 8, y=y + 13, text_anchor="end"),
+            tag("rect", x=left, y=y, width=length, height=high - 6, fill=fill),
+            tag("text", f"{seconds:.0f} s", x=left + length + 6, y=y + 13),
+        ]
+    height = 20 + len(bars) * high
+    return tag(
+        "svg",
+        tag("title", "Seconds of a whole run"),
+        tag("rect", width="100%", height="100%", fill="white"),
+        tag("g", *parts, font_family="sans-serif", font_size=12),
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"0 0 {left + wide + 60:g} {height:g}",
+        width=left + wide + 60,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", default=os.environ.get("QUICK", "") not in ("", "0"))
+    parser.add_argument("--page", action="store_true", help="only write the page and the plot again")
+    options = parser.parse_args()
+    found = None if options.page else measure(options.quick)
+    if found and not found["quick"]:
+        with RECORDS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")
+    if options.page or (found and not found["quick"]):
+        lines = [json.loads(line) for line in RECORDS.read_text(encoding="utf-8").splitlines()]
+        PAGE.write_text(page(lines), encoding="utf-8")
+        PLOT.write_text(str(plot(lines)) + "\n", encoding="utf-8")
+        whole.say(f"wrote {PAGE.relative_to(ROOT)} and {PLOT.relative_to(ROOT)}")
+    if found:
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The floor of learning on this machine: what a frozen backbone costs when it learns nothing.
+
+    python benchmarks/floor.py --pixels 32 --batch 64 --rounds 9
+
+A floor step is a forward and the backward of gradients with regard to inputs, from the features down to the outputs of the
+first layers that would be adapted: no adapter, no head, no optimiser, and batches that are ready. No learner of these layers
+can do with less, unless it stores activations. The last line is JSON: milliseconds per image, median and quartiles.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lamina import backbones
+from lamina.backbones import Backbone
+from lamina.engine import precision
+
+
+class Floor:
+    """Steps of a backbone that learns nothing. targets: roles that would be adapted, in every block."""
+
+    def __init__(self, backbone: Backbone, targets: Sequence[str], dtype: torch.dtype) -> None:
+        self.backbone, self.dtype = backbone, dtype
+        backbone.cast(dtype)
+        for site in backbone.sites:
+            if site.block == 0 and site.role in targets:
+                backbone.module.get_submodule(site.path).register_forward_hook(_differentiate)
+
+    def step(self, pixels_bchw: Tensor) -> None:
+        features_bd = self.backbone.features({"pixel_values": pixels_bchw.to(self.dtype)})
+        features_bd.sum().backward()
+
+    def seconds_per_image(self, pixels_bchw: Tensor, steps: int) -> float:
+        started = time.perf_counter()
+        for _ in range(steps):
+            self.step(pixels_bchw)
+        return (time.perf_counter() - started) / (steps * len(pixels_bchw))
+
+
+def _differentiate(_: nn.Module, __: object, output: Tensor) -> Tensor:
+    return output.requires_grad_()
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    """Lower quartile, median, upper quartile; of one value, three times that."""
+    if len(values) == 1:
+        return [values[0]] * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="nano")
+    parser.add_argument("--pixels", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--targets", nargs="+", default=["k", "v"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=3, help="steps in one round")
+    options = parser.parse_args()
+    backbone = backbones.load(options.backbone, image_size=options.pixels)
+    name = precision.resolve(options.precision, backbone.width)
+    floor = Floor(backbone, options.targets, precision.DTYPES[name])
+    pixels_bchw = torch.randn(options.batch, 3, options.pixels, options.pixels)
+    floor.seconds_per_image(pixels_bchw, 2)
+    found = quartiles([1000 * floor.seconds_per_image(pixels_bchw, options.steps) for _ in range(options.rounds)])
+    print(
+        json.dumps(
+            {"precision": name, "threads": torch.get_num_threads(), "ms_per_image": [round(x, 3) for x in found]}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

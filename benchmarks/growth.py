@@ -1,0 +1,440 @@
+"""How the cost of every method grows with the number of tasks: time of a training step and of an answer, memory, disk.
+
+    python benchmarks/growth.py                                   measures; hours. Stop it anywhere and give it again:
+                                                                  methods that are in the records are not measured again
+    python benchmarks/growth.py --tasks 10 --methods ewc,color --out /tmp/growth.jsonl        a minute
+    python benchmarks/growth.py --page docs/results/growth.md     page and plot from the records; nothing is measured
+
+Every method learns one stream of 200 tasks, of two new classes each, in a process of its own; streams of 10 and 50 tasks are
+its prefixes (but for methods that use the number of tasks, which are told 200). It is looked at after 1, 2, 5, 10, ... tasks.
+The images are random: what is in them does not change the cost. Backbone: the embedded `nano` at 32 px, fp32, adapters of
+rank 10 on k and v of every block. Time is that of the processor in one thread, which other work on the machine hardly
+changes; on an idle machine a clock on the wall would show the same.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import psutil
+import torch
+
+from lamina import __version__, backbones, data, streams
+from lamina.config import EvaluationConfig, TrainingConfig
+from lamina.engine.loop import Loop, Position
+from lamina.learner import Learner
+from lamina.methods import METHODS
+from lamina.report import charts
+from lamina.report.text import scaled
+from lamina.streams import Stream
+from lamina.types import Batch, Examples, Task
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "docs" / "results" / "records" / "growth.jsonl"
+TASKS, LOOKED_AT, SHOWN = 200, (1, 2, 5, 10, 20, 50, 100, 200), (1, 10, 50, 200)
+CLASSES, PER_CLASS, TEST_SHARE, BATCH, RANK, ANSWERED = 2, 16, 0.2, 16, 10, 64
+EPOCHS = 8
+"""Of a task that is looked at, so that there are steps enough for a median; others have one."""
+WARM_UP = 2
+"""Steps at the beginning of a task that are not counted."""
+REPEATS = 5
+SETTINGS: dict[str, dict[str, Any]] = {"taskarithmetic": {"memory_per_class": 2, "memory_epochs": 1}}
+"""Beside the rank; otherwise the defaults. With those, fine-tuning on the kept examples of 200 tasks would take hours."""
+
+Point = dict[str, float]
+Record = dict[str, Any]
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+class Measured(Loop):
+    """A loop that measures, after some of the tasks, where another one evaluates on all tasks so far, and saves only then."""
+
+    def __init__(self, wanted: Collection[int], answered: Batch, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.wanted, self.answered = wanted, answered
+        self.points: list[Point] = []
+        self.steps: list[float] = []
+        self.around = 0.0
+
+    def save(self) -> None:
+        """Not after every phase: what a checkpoint of 200 tasks costs would be paid 800 times."""
+
+    def _begin(self, task: Task) -> Position:
+        self.steps, self.around = [], 0.0
+        looked_at = self.position.task + 1 in self.wanted
+        self.training = self.training.model_copy(update={"epochs": EPOCHS if looked_at else 1})
+        started = time.process_time()
+        position = super()._begin(task)
+        self.around += time.process_time() - started
+        return position
+
+    def _end(self, task: Task) -> Position:
+        started = time.process_time()
+        position = super()._end(task)
+        self.around += time.process_time() - started
+        return position
+
+    def _step(self, *arguments: Any) -> float:
+        started = time.process_time()
+        loss = super()._step(*arguments)
+        self.steps.append(time.process_time() - started)
+        return loss
+
+    def _evaluate(self, task: Task) -> Position:  # noqa: ARG002
+        now = self.position.task + 1
+        if now in self.wanted:
+            self.points.append(self.point())
+            say(f"{self.method.name}: {now} of {len(self.stream)} tasks")
+        return Position(now - 1, "done") if now == len(self.stream) else Position(now, "begin")
+
+    @property
+    def step_seconds(self) -> float | None:
+        return float(np.median(self.steps[WARM_UP:])) if self.steps else None
+
+    def point(self) -> Point:
+        def answer() -> None:
+            with self.learner.folded():
+                self.method.predict(self.learner, self.answered)
+
+        def fold() -> None:
+            with self.learner.folded():
+                pass
+
+        super().save()
+        newest = max(path for path in self.checkpoints.iterdir() if path.name.isdigit())
+        gc.collect()
+        return {
+            "tasks": self.position.task + 1,
+            "resident_bytes": psutil.Process().memory_info().rss,
+            "checkpoint_bytes": sum(path.stat().st_size for path in newest.iterdir()),
+            "memory_bytes": self.method.memory_bytes,
+            "stored_parameters": self.learner.stored_parameters(),
+            "step_seconds": self.step_seconds,
+            "answer_seconds_per_image": median_of(answer) / len(self.answered),
+            "fold_seconds": median_of(fold),
+            "around_seconds": self.around,
+        }
+
+
+def median_of(work: Callable[[], None]) -> float:
+    found = []
+    for _ in range(1 + REPEATS):
+        started = time.process_time()
+        work()
+        found.append(time.process_time() - started)
+    return float(np.median(found[1:]))
+
+
+def make_stream(tasks: int, cache: Path) -> tuple[Stream, Batch]:
+    """Random images through lamina's own data path, and those of them that are answered."""
+    per_class = math.ceil(PER_CLASS / (1 - TEST_SHARE))
+    count = tasks * CLASSES * per_class
+    images = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    names = [f"class {number}" for number in range(tasks * CLASSES)]
+    source = data.from_arrays(
+        images, np.arange(count) % len(names), class_names=names, test_fraction=TEST_SHARE, name="noise"
+    )
+    transform = data.ImageTransform(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    labelled = data.load_images(source, transform, cache=cache)
+    stream = streams.make_stream(labelled, streams.class_plan(labelled, tasks), "class", per_class=PER_CLASS)
+    rows_n = np.arange(ANSWERED) % count
+    return stream, Examples(labelled.table, rows_n, labelled.labels_n[rows_n]).batch(np.arange(ANSWERED))
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    rank = {"rank": RANK} if "rank" in METHODS[name].config_type.model_fields else {}
+    return rank | SETTINGS.get(name, {})
+
+
+def measure(name: str, tasks: int) -> Record:
+    """One method, in this process."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        stream, answered = make_stream(tasks, Path(folder) / "cache")
+
+        def loop_over(part: Stream, wanted: Collection[int], checkpoints: str) -> Measured:
+            method = METHODS[name]
+            return Measured(
+                wanted,
+                answered,
+                learner=Learner(backbones.load("nano", image_size=32)),
+                method=method(method.config_type(**settings_of(name)), tasks),
+                stream=part,
+                training=TrainingConfig(batch_size=BATCH),
+                evaluation=EvaluationConfig(),
+                seed=0,
+                checkpoints=Path(folder) / checkpoints,
+                checkpoint_seconds=math.inf,
+            )
+
+        loop = loop_over(stream, LOOKED_AT, "checkpoints")
+        loop.run()
+        again = loop_over(stream.first(1), (1,), "again")
+        again.run()
+    return {
+        "method": name,
+        "tasks": tasks,
+        "settings": settings_of(name),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": {"system": sys.platform, "cores": os.cpu_count(), "threads": 1},
+        "versions": {"lamina": __version__, "torch": torch.__version__},
+        "points": loop.points,
+        "again": again.points[0],
+    }
+
+
+def collect(names: Sequence[str], tasks: int, out: Path) -> list[str]:
+    """Measure those that are not in the records, one after another; the names of those that failed."""
+    done, failed = {record["method"] for record in read(out, tasks)}, []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if name in done:
+            say(f"{name}: in {out} already")
+            continue
+        command = [sys.executable, __file__, "--alone", name, "--tasks", str(tasks)]
+        found = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if found.returncode:
+            failed.append(name)
+            continue
+        line = found.stdout.splitlines()[-1]
+        print(line, flush=True)
+        cut_short = out.exists() and out.read_text(encoding="utf-8")[-1:] not in ("", "\n")
+        with out.open("a", encoding="utf-8") as file:
+            file.write(("\n" if cut_short else "") + line + "\n")
+    return failed
+
+
+def read(records: Path, tasks: int) -> list[Record]:
+    """Those of streams of this length, in the order of the methods. A line that was cut short counts as none."""
+    found: dict[str, Record] = {}
+    for line in records.read_text(encoding="utf-8").splitlines() if records.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            say(f"{records}: passed over a line that is not JSON; its method will be measured again")
+            continue
+        if record["tasks"] == tasks:
+            found[record["method"]] = record
+    return [found[name] for name in METHODS if name in found]
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+BLOCK = re.compile(r"(<!-- growth -->\n).*(<!-- /growth -->)", re.DOTALL)
+START = "# Growth with the number of tasks\n\n<!-- growth -->\n<!-- /growth -->\n"
+
+
+def in_seconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
+
+
+def in_bytes(count: float) -> str:
+    return scaled(count, "B")
+
+
+QUANTITIES: dict[str, tuple[str, Callable[[float], str]]] = {
+    "step_seconds": ("A training step of 16 images", in_seconds),
+    "answer_seconds_per_image": ("Answering, per image of 64, folding included", in_seconds),
+    "resident_bytes": ("Resident memory of the process", in_bytes),
+    "checkpoint_bytes": ("A checkpoint on disk", in_bytes),
+    "fold_seconds": ("Of answering 64 images: folding before and undoing it after", in_seconds),
+    "around_seconds": ("Beginning and ending a task, without its steps", in_seconds),
+    "memory_bytes": ("Memory of the method, in a checkpoint too", in_bytes),
+    "stored_parameters": ("Numbers kept in the learner, the head's included", scaled),
+}
+PANELS = {
+    "step_seconds": ("training step", "ms", 1e3),
+    "answer_seconds_per_image": ("answering one image", "ms", 1e3),
+    "resident_bytes": ("resident memory", "MB", 1e-6),
+    "checkpoint_bytes": ("checkpoint on disk", "MB", 1e-6),
+}
+
+
+def write_page(page: Path, records: Sequence[Record], tasks: int) -> None:
+    text = page.read_text(encoding="utf-8") if page.exists() else START
+    if not BLOCK.search(text):
+        sys.exit(f"{page}: it needs a line <!-- growth --> and, after it, a line <!-- /growth -->.")
+    plot = page.with_suffix(".svg")
+    block = content(records, tasks, plot.name)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(BLOCK.sub(lambda m: f"{m[1]}\n{block}\n{m[2]}", text), encoding="utf-8")
+    if records:
+        plot.write_text(drawing(records), encoding="utf-8")
+
+
+def content(records: Sequence[Record], tasks: int, plot: str) -> str:
+    laws = [[f"`{name}`", method.needs.growth, method.needs.operations] for name, method in METHODS.items()]
+    parts = [table(["method", "how what is kept grows", "how operations grow"], laws, numbers=False)]
+    if not records:
+        return "\n\n".join([*parts, "Nothing is measured yet.", ""])
+    parts.append(f"![Step time, answering time, resident memory and checkpoint size of every method]({plot})")
+    shown = [n for n in SHOWN if n <= tasks]
+    for key, (title, write) in QUANTITIES.items():
+        rows = [[f"`{r['method']}`", *row(r, key, shown, write)] for r in records]
+        last = f"{shown[-1]} over {shown[0]}"
+        parts.append(f"**{title}**, after so many tasks\n\n{table(['method', *map(str, shown), last], rows)}")
+    drift = [r["again"]["step_seconds"] / at(r, 1)["step_seconds"] for r in records if r["again"]["step_seconds"]]
+    if drift:
+        parts.append(
+            f"Steps of task 1, done again on a new learner when the stream was over, took {min(drift):.2f} to "
+            f"{max(drift):.2f} times as long as the first time: so far the machine itself may have drifted."
+        )
+    parts.append(facts(records, tasks))
+    return "\n\n".join([*parts, ""])
+
+
+def at(record: Record, tasks: int) -> Point:
+    return next(point for point in record["points"] if point["tasks"] == tasks)
+
+
+def row(record: Record, key: str, shown: Sequence[int], write: Callable[[float], str]) -> list[str]:
+    values = [at(record, tasks)[key] for tasks in shown]
+    texts = ["–" if value is None else write(value) for value in values]
+    return [*texts, f"{values[-1] / values[0]:.2f}" if values[0] and values[-1] else "–"]
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
+    rule = "|---" + ("|---:" if numbers else "|---") * (len(columns) - 1) + "|"
+    return "\n".join([f"| {' | '.join(columns)} |", rule, *(f"| {' | '.join(line)} |" for line in rows)])
+
+
+def facts(records: Sequence[Record], tasks: int) -> str:
+    def each(key: str) -> str:
+        return ", ".join(sorted({str(r[key]) if isinstance(r[key], str) else told(r[key]) for r in records}))
+
+    def told(values: Mapping[str, Any]) -> str:
+        return " ".join(f"{key} {value}" for key, value in values.items())
+
+    special = "; ".join(f"`{name}` {told(values)}" for name, values in SETTINGS.items())
+    return (
+        f"Streams of {tasks} tasks; {each('date')}; {each('machine')}; {each('versions')}. Rank {RANK}, and {special}; "
+        f"otherwise the defaults. A task that is looked at has {EPOCHS} epochs, the others have one. The time of a step is the "
+        f"median over the task but for its first {WARM_UP}, of folding and answering over {REPEATS} repeats; it is time of "
+        "the processor, in one thread."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- the plot
+
+WIDTH, HEIGHT, GUTTER = 560.0, 330.0, 106.0
+STYLE = """
+svg { --s0:#0b5fa5; --s1:#b34700; --s2:#00735c; --s3:#97387f; --s4:#6d5c00; --s5:#4b4f5c; background:#fff }
+text { font: 12px system-ui, "Noto Sans", "Liberation Sans", sans-serif; fill: #1b1f24 }
+.a { font-weight: 600 } .t { fill: #59626c } .e { text-anchor: end } .c { text-anchor: middle } .label { fill: var(--c) }
+.g { stroke: #d9dee3; fill: none } .l { stroke: var(--c); stroke-width: 1.6; fill: none } .m { fill: var(--c) }
+.leader { stroke: var(--c); stroke-width: .8; stroke-dasharray: 1 2; fill: none }
+"""
+
+
+def drawing(records: Sequence[Record]) -> str:
+    """Four panels, both axes logarithmic: what is proportional to the number of tasks climbs as steeply as the diagonal of
+    equal factors, what does not grow is level."""
+    parts = [charts.tag("style", STYLE), charts.tag("rect", width="100%", height="100%", fill="#fff")]
+    for number, (key, (title, unit, factor)) in enumerate(PANELS.items()):
+        found = {r["method"]: [(p["tasks"], factor * p[key]) for p in r["points"] if p[key]] for r in records}
+        inside = panel(f"{title}, {unit}", {name: points for name, points in found.items() if points})
+        place = f"translate({WIDTH * (number % 2):g} {HEIGHT * (number // 2):g})"
+        parts.append(charts.tag("g", *inside, transform=place))
+    size = {"width": 2 * WIDTH, "height": 2 * HEIGHT}
+    xmlns = "http://www.w3.org/2000/svg"
+    return (
+        str(charts.drawing("Growth with the number of tasks", "One line per method", parts, xmlns=xmlns, **size)) + "\n"
+    )
+
+
+def panel(title: str, lines: Mapping[str, Sequence[charts.Point]]) -> list[str]:
+    values = [y for points in lines.values() for _, y in points]
+    tasks = sorted({x for points in lines.values() for x, _ in points})
+    low, high = min(values) / 1.1, max(values) * 1.1
+    frame = charts.Frame(
+        (math.log10(tasks[0]), math.log10(tasks[-1])),
+        (math.log10(low), math.log10(high)),
+        left=54.0,
+        right=WIDTH - GUTTER,
+        bottom=HEIGHT - 46,
+    )
+    parts = [charts.tag("text", title, class_="a", x=8, y=14)]
+    for value in marks(low, high):
+        y = frame.y(math.log10(value))
+        parts.append(charts.tag("path", class_="g", d=f"M{frame.left:g} {y:.1f}H{frame.right:g}"))
+        parts.append(charts.tag("text", f"{value:g}", class_="t e", x=frame.left - 6, y=y + 4))
+    for value in tasks:
+        parts.append(charts.tag("text", f"{value:g}", class_="t c", x=frame.x(math.log10(value)), y=frame.bottom + 18))
+    middle = (frame.left + frame.right) / 2
+    parts.append(charts.tag("text", "tasks learnt", class_="t c", x=middle, y=frame.bottom + 36))
+    ends = [frame.y(math.log10(points[-1][1])) for points in lines.values()]
+    for (name, points), label in zip(lines.items(), charts.spread(ends, 14, frame.top, frame.bottom), strict=True):
+        style = list(METHODS).index(name)
+        spots = [(frame.x(math.log10(x)), frame.y(math.log10(y))) for x, y in points]
+        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in spots)
+        drawn = [
+            charts.tag("path", class_="l", d=path, stroke_dasharray=charts.dash(style)),
+            *(charts.marker(style, x, y) for x, y in spots),
+            charts.tag(
+                "path",
+                class_="leader",
+                d=f"M{spots[-1][0] + 5:.1f} {spots[-1][1]:.1f}L{frame.right + 12:.1f} {label:.1f}",
+            ),
+            charts.tag("text", name, class_="label", x=frame.right + 15, y=label + 4),
+        ]
+        parts.append(charts.tag("g", *drawn, style=charts.colour(style)))
+    return parts
+
+
+def marks(low: float, high: float) -> list[float]:
+    """Where a logarithmic axis has its numbers."""
+    if high < 10 * low:
+        return [value for value in charts.ticks(low, high, 5) if value > 0]
+    digits = (1, 2, 5) if high < 1000 * low else (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [d * 10.0**p for p in powers for d in digits if low <= d * 10.0**p <= high]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=int, default=TASKS, help=f"length of the stream ({TASKS})")
+    parser.add_argument("--methods", default=",".join(METHODS), help="separated by commas; all if not said")
+    parser.add_argument(
+        "--out", type=Path, default=RECORDS, help="records, JSON lines; a line taken out is measured again"
+    )
+    parser.add_argument(
+        "--page", type=Path, help="write this page and the plot beside it from the records, and measure nothing"
+    )
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.tasks not in LOOKED_AT:
+        parser.error(f"--tasks {options.tasks}: choose one of {', '.join(map(str, LOOKED_AT))}")
+    if options.alone:
+        print(json.dumps(measure(options.alone, options.tasks)))
+    elif options.page:
+        write_page(options.page, read(options.out, options.tasks), options.tasks)
+    else:
+        names = options.methods.split(",")
+        if unknown := sorted(set(names) - set(METHODS)):
+            parser.error(f"--methods: no {', '.join(unknown)}; there are {', '.join(METHODS)}")
+        if failed := collect(names, options.tasks, options.out):
+            sys.exit(f"failed: {', '.join(failed)}; the others are in {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""A whole run of lamina, taken apart by phase and held against this machine's floor, which is measured between its tasks.
+
+    python benchmarks/run.py            Split CIFAR-100 in ten tasks, InfLoRA, every fifth image, twenty epochs
+    python benchmarks/run.py --quick    every fiftieth image
+
+Training and test images are thinned alike, so that the phases have the shares they have on the whole stream. Images are
+decoded before, which happens once for a dataset. Then the step of task 20 against that of task 1, in turn, round by round.
+The last line is JSON. Needs ../shared/data/cifar100.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from floor import Floor, quartiles
+from torch import nn
+
+from lamina import backbones, run
+from lamina.adapters import LowRank
+from lamina.config import RunConfig, TrainingConfig
+from lamina.engine import optim, precision
+from lamina.learner import Learner
+from lamina.methods import METHODS
+from lamina.methods.base import Step
+from lamina.types import Batch, Task
+
+CIFAR = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "cifar100"
+RANK, BATCH, TARGETS, PIXELS = 10, 64, ("k", "v"), 32
+SETTINGS: dict[str, Any] = {
+    "data.source": str(CIFAR),
+    "data.crop_scale": [0.5, 1.0],
+    "stream.tasks": 10,
+    "backbone.name": "nano",
+    "backbone.image_size": PIXELS,
+    "backbone.targets": list(TARGETS),
+    "training.optimizer": "adam",
+    "training.lr": 1e-3,
+    "training.head_lr": 5e-3,
+    "training.schedule": "quarter-cosine",
+    "training.batch_size": BATCH,
+    "training.epochs": 20,
+}
+FLOOR_STEPS = 4
+"""Steps of the floor after every task."""
+ROUNDS, STEPS = 15, 3
+
+
+def configuration(method: str, per_class: int, cache: Path, **more: Any) -> RunConfig:
+    """per_class: training images of each class; a fifth as many test images, as in CIFAR-100."""
+    thinned = {"data.per_class": per_class, "evaluation.per_class": max(1, per_class // 5), "data.cache": str(cache)}
+    return run.load_config(None, [*({"method.name": method} | SETTINGS | thinned | more).items()])
+
+
+def decode(config: RunConfig) -> None:
+    run.load_data(config, backbones.load(config.backbone.name, image_size=PIXELS))
+
+
+def measure(config: RunConfig, out: Path) -> dict[str, Any]:
+    """Seconds of every phase, and the whole as a multiple of the floor over the same number of training images."""
+    name = precision.resolve(config.precision, backbones.load(config.backbone.name).width)
+    floor = Floor(backbones.load(config.backbone.name, image_size=PIXELS), TARGETS, precision.DTYPES[name])
+    pixels_bchw = torch.randn(BATCH, 3, PIXELS, PIXELS)
+    floor.seconds_per_image(pixels_bchw, 2)
+    samples: list[float] = []
+    aside = 0.0
+
+    def watch(_: Any, event: Any) -> None:
+        nonlocal aside
+        if event.phase == "evaluate" and event.seconds:
+            started = time.perf_counter()
+            samples.append(floor.seconds_per_image(pixels_bchw, FLOOR_STEPS))
+            aside += time.perf_counter() - started
+            say(f"run: {len(samples)} tasks done")
+
+    started = time.perf_counter()
+    record = run.create(config.model_copy(update={"precision": name}), out, watch)
+    total = time.perf_counter() - started - aside
+    seconds = record["cost"]["seconds"]
+    images = config.training.epochs * sum(task["train"] for task in record["stream"]["tasks"])
+    low, middle, high = quartiles(samples)
+    return {
+        "precision": name,
+        "seconds": {k: v for k, v in seconds.items() if k != "total"} | {"total": round(total, 2)},
+        "images": images,
+        "floor_ms_per_image": [round(1000 * x, 3) for x in (low, middle, high)],
+        "floor_ratio": round(total / (middle * images), 3),
+        "training_over_floor": round(seconds["train"] / (middle * images), 3),
+        "outside_steps": round(1 - seconds["train"] / total, 4),
+        "moments_share_at_most": round((seconds["begin"] + seconds["end"]) / total, 4),
+        "accuracy": record["metrics"]["final_accuracy"],
+        "threads": record["machine"]["threads"],
+    }
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------ the step of a late task
+
+
+def stepper(method_name: str, dtype: torch.dtype, finished: int, batch: Batch) -> Any:
+    """A training step as the engine makes it, after so many finished tasks."""
+    learner = Learner(backbones.load("nano", image_size=PIXELS), TARGETS, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(finished):
+        learner.head.add(f"before-{number}", range(5))
+        for slot in learner.slots.values():
+            branch = LowRank.fresh(slot.d_out, slot.d_in, RANK, generator)
+            nn.init.normal_(branch.up, std=0.01, generator=generator)
+            slot.add(f"before-{number}", branch)
+        learner.finish(f"before-{number}")
+    task = Task(name="now", classes=tuple(range(5)), train=None, val=None, test=None)  # type: ignore[arg-type]
+    method = METHODS[method_name](METHODS[method_name].config_type(rank=RANK), 20)
+    method.begin(learner, task, lambda *, augmented: iter([batch]))  # noqa: ARG005
+    optimizer = optim.make_optimizer(learner.trainable(), TrainingConfig())
+
+    def step(done: int) -> None:
+        loss = method.loss(learner, batch, task)
+        loss.item()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        method.after_backward(learner)
+        optimizer.step()
+        method.after_step(learner, Step(done, 10**6, 1e-3))
+
+    return step
+
+
+def late_over_early(
+    method: str, precision_name: str, tasks: Sequence[int] = (1, 20), rounds: int = ROUNDS
+) -> list[float]:
+    """Quartiles over the rounds of the time of a step in the later task, over that in the earlier one."""
+    generator = np.random.default_rng(0)
+    pixels_bchw = torch.from_numpy(generator.standard_normal((BATCH, 3, PIXELS, PIXELS), dtype=np.float32))
+    batch = Batch(inputs={"pixel_values": pixels_bchw}, labels_b=torch.from_numpy(generator.integers(0, 5, BATCH)))
+    steps = [stepper(method, precision.DTYPES[precision_name], task - 1, batch) for task in tasks]
+    found: list[list[float]] = [[], []]
+    for number in range(rounds + 1):
+        for which in (0, 1) if number % 2 else (1, 0):
+            started = time.perf_counter()
+            for done in range(STEPS):
+                steps[which](done)
+            if number:  # the first round warms up
+                found[which].append(time.perf_counter() - started)
+    return [round(x, 3) for x in quartiles([late / early for early, late in zip(*found, strict=True)])]
+
+
+def bench(method: str, per_class: int, seed: int = 0) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
+        config = configuration(method, per_class, Path(folder) / "cache", seed=seed)
+        decode(config)
+        say("run: images decoded")
+        found = measure(config, Path(folder) / "run")
+    return {
+        "method": method,
+        "per_class": per_class,
+        "seed": seed,
+        **found,
+        "task20_over_task1": late_over_early(method, found["precision"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", default="inflora", choices=list(METHODS))
+    parser.add_argument("--per-class", type=int, default=100, help="training images of each class, of 500")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    print(json.dumps(bench(options.method, 10 if options.quick else options.per_class, options.seed)))
+
+
+if __name__ == "__main__":
+    main()
