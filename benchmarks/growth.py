@@ -352,7 +352,8 @@ def drawing(records: Sequence[Record]) -> str:
     parts = [charts.tag("style", STYLE), charts.tag("rect", width="100%", height="100%", fill="#fff")]
     for number, (key, (title, unit, factor)) in enumerate(PANELS.items()):
         found = {r["method"]: [(p["tasks"], factor * p[key]) for p in r["points"] if p[key]] for r in records}
-        inside = panel(f"{title}, {unit}", {name: points for name, points in found.items() if points})
+        lines = {name: points for name, points in found.items() if points}
+        inside = panel(f"{title}, {unit}", lines) if lines else []
         place = f"translate({WIDTH * (number % 2):g} {HEIGHT * (number // 2):g})"
         parts.append(charts.tag("g", *inside, transform=place))
     size = {"width": 2 * WIDTH, "height": 2 * HEIGHT}
