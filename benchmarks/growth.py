@@ -2,7 +2,7 @@
 
     python benchmarks/growth.py                                   measures; hours. Stop it anywhere and give it again:
                                                                   methods that are in the records are not measured again
-    python benchmarks/growth.py --tasks 10 --methods ewc,color --out /tmp/growth.jsonl        a minute
+    python benchmarks/growth.py --tasks 10 --methods ewc,color --out runs/growth.jsonl        a minute
     python benchmarks/growth.py --page docs/results/growth.md     page and plot from the records; nothing is measured
 
 Every method learns one stream of 200 tasks, of two new classes each, in a process of its own; streams of 10 and 50 tasks are

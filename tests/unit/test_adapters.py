@@ -300,6 +300,11 @@ def test_branches_within_the_map_are_those_beside_it(cut: tuple[Rows, ...], bias
         (y_bto * noise((4, 3, 6), "towards")).sum().backward()
         return {"y": y_bto, "x": x_bti.grad} | {name: p.grad for name, p in layer.named_parameters()}
 
+    def how(tokens: int) -> str:
+        return type(made()(noise((tokens, 5), "x")).grad_fn).__name__
+
+    assert "ChangedMap" in how(12)
+    assert "ChangedMap" not in how(3)
     within = gradients([torch.arange(4)])  # 12 tokens of width 5
     beside = gradients([torch.tensor([k]) for k in range(4)])  # 3 tokens
     assert len(within) == 2 + 2 * len(cut)
