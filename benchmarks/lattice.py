@@ -29,10 +29,11 @@ Cells = list[tuple[str, RunConfig, Path]]
 
 
 def chain_of(config: RunConfig) -> RunConfig:
-    """The run that trains what this one consolidates."""
+    """The run that trains what this one consolidates. Its own answers are no cell's, so there are few."""
     own = config.consolidation
     kept = own if own.init == "merged" else ConsolidationConfig(init=own.init)
-    return config.model_copy(update={"consolidation": kept, "keep_chain": True})
+    few = config.evaluation.model_copy(update={"per_class": 1})
+    return config.model_copy(update={"consolidation": kept, "keep_chain": True, "evaluation": few})
 
 
 def groups(study: Study) -> dict[Path, tuple[RunConfig, Cells]]:

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -351,13 +352,7 @@ def methods(
     if name is None:
         for facts in map(describe, METHODS.values()):
             print(f"{facts['name']}\n    {facts['advice']}\n    {facts['authors']}, {facts['venue']}: {facts['title']}")
-            alone = "; tasks can be trained side by side (--jobs)" if facts["independent"] else ""
-            print(f"    fits: {', '.join(facts['scenarios'])}-incremental streams{alone}")
-            needs = "the number of tasks helps it" if facts["horizon"] else "no number of tasks"
-            print(
-                f"    needs: {needs}; {facts['stored_samples']} stored samples per class\n    growth: {facts['growth']}"
-            )
-            print(f"    operations grow: {facts['operations']}\n")
+            print("".join(f"    {line}\n" for line in _needs(facts)))
         return
     if name not in METHODS:
         import difflib
@@ -369,6 +364,7 @@ def methods(
     print(
         f"{facts['name']}: {facts['title']}\n{facts['authors']}, {facts['venue']}, {facts['link']}\n\n{facts['advice']}\n"
     )
+    print("\n".join([*_needs(facts), ""]))
     print("Settings (give them as --set method.NAME=VALUE, or under `method:` in YAML):")
     for key, setting in facts["settings"].items():
         print(f"  {key} = {setting['default']}\n      {' '.join(setting['what'].split())}")
@@ -380,6 +376,18 @@ def methods(
         print("\nDepartures from the paper:")
         for departure in facts["departures"]:
             print(f"  - {departure}")
+
+
+def _needs(facts: Mapping[str, Any]) -> list[str]:
+    """What `describe` says a method fits and asks of its user, a line each."""
+    alone = "; tasks can be trained side by side (--jobs)" if facts["independent"] else ""
+    horizon = "the number of tasks helps it" if facts["horizon"] else "no number of tasks"
+    return [
+        f"fits: {', '.join(facts['scenarios'])}-incremental streams{alone}",
+        f"needs: {horizon}; {facts['stored_samples']} stored samples per class",
+        f"growth: {facts['growth']}",
+        f"operations grow: {facts['operations']}",
+    ]
 
 
 @data_app.command("check")
@@ -402,7 +410,7 @@ def data_check(
     section = configuration.load(
         None,
         [("data.source", source), ("data.kind", kind), *overrides],
-        method_settings={"inflora": configuration.MethodConfig},
+        method_settings={"lamina": configuration.MethodConfig},
     ).data
     found = data.audit(
         data.open_source(

@@ -209,7 +209,7 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     """Everything that decides the result of a run."""
 
-    method: dict[str, Any] = Field(default_factory=lambda: {"name": "inflora"})
+    method: dict[str, Any] = Field(default_factory=lambda: {"name": "lamina"})
     """`name` and the method's own settings; `lamina methods NAME` lists them."""
     backbone: BackboneConfig = BackboneConfig()
     """The pre-trained model."""
@@ -273,11 +273,11 @@ def check(
     problems: list[str] = []
     settings: dict[str, Any] = {}
     whole = dict(raw)
-    method = raw.get("method", {"name": "inflora"})
+    method = raw.get("method", {"name": "lamina"})
     method = {"name": method} if isinstance(method, str) else method
     if not isinstance(method, dict):
         problems.append(f"method = {method!r}: must be a name, or a name and settings")
-    elif (name := method.get("name", "inflora")) not in list(method_settings):
+    elif (name := method.get("name", "lamina")) not in list(method_settings):
         problems.append(unknown("method.name", name, method_settings, "methods"))
     else:
         for key, value in method_settings[name].around.items():

@@ -104,14 +104,15 @@ def replay(
     chain: Path, config: RunConfig, out: Path, memo: dict[str, Tensor] | None = None, watch: Watch = lambda *_: None
 ) -> dict[str, Any]:
     """The run that this configuration describes, without training: what the method made of every task is taken from a run
-    that kept it (`keep_chain`) and differs from this one in `consolidation` at most. The result is that of training anew.
+    that kept it (`keep_chain`) and differs from this one in `consolidation` and `evaluation` at most. The result is that of
+    training anew.
 
     memo: features are noted there and taken from there, so that several replays of one run compute them once.
     Raises RunError where the other run has no chain or another configuration.
     """
     kept, environment = _saved(chain)
     config = with_whole_paths(config)
-    same = {"consolidation": kept.consolidation, "keep_chain": True}
+    same = {"consolidation": kept.consolidation, "evaluation": kept.evaluation, "keep_chain": True}
     if (
         not kept.keep_chain
         or config.model_copy(update=same) != kept
@@ -119,7 +120,7 @@ def replay(
     ):
         raise RunError(
             f"{chain} cannot stand for the training of this run: it must have keep_chain = true, the same "
-            "consolidation.init, and differ in nothing else outside consolidation."
+            "consolidation.init, and differ in nothing else outside consolidation and evaluation."
         )
     _refuse_used(out)
     setup = _Setup(config, environment, watch)

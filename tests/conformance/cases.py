@@ -82,6 +82,13 @@ CASES: dict[str, Case] = {
         stored=lambda learner, _: adapter_numbers(learner, 3) + head_numbers(learner),
         remembers=False,
     ),
+    "lamina": Case(
+        settings={"rank": 3},
+        moves=("live/.*/shared/up", "live/.*/shared/down", "head/TASK/weight", "head/TASK/bias"),
+        random=True,
+        stored=lambda learner, _: adapter_numbers(learner, 3) + head_numbers(learner),
+        remembers=False,
+    ),
     "prototype": Case(
         moves=(),
         random=False,

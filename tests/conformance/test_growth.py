@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lamina.config import ConsolidationConfig, MethodConfig
 from lamina.engine import checkpoint
 from lamina.engine.loop import Event, Loop
 from lamina.learner import Learner
@@ -47,6 +48,8 @@ class Law:
     """Operations of answering one example. Of more, CoLoR gathers as many experts as they happen to use."""
     fold: Growth
     """Operations of folding before answers and undoing it after them."""
+    around: Growth = "none"
+    """Bytes kept for what happens around it by default."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Instead of those in the table of cases, so that what has a limit has reached it after two tasks."""
 
@@ -56,6 +59,15 @@ ONE_PER_TASK = Law(branches="linear", memory="none", step="constant", answer="co
 LAWS: dict[str, Law] = {
     "inflora": Law(branches="linear", memory="bounded", step="constant", answer="constant", fold="linear"),
     "finetune": ONE_ADAPTER,
+    "lamina": Law(
+        branches="constant",
+        memory="none",
+        step="constant",
+        answer="constant",
+        fold="constant",
+        around="linear",  # a mean, a count and a row of the classifier per class and task
+        settings={"rank": 32},  # the average along the chain is of full rank after two tasks
+    ),
     "prototype": Law(branches="none", memory="none", step="none", answer="constant", fold="constant"),
     "taskarithmetic": Law(
         branches="constant",
@@ -132,6 +144,7 @@ class Cost:
     step: int
     answer: int
     fold: int
+    around: int
     bound: int
     """In bytes: `memory_bound`."""
 
@@ -162,6 +175,7 @@ def costs_of(name: str, folder: Path) -> dict[int, Cost]:
     loop = Loop(
         learner=Learner(tiny_vit(blocks=2), ("k", "v")),
         method=method(config, TASKS[-1]),
+        consolidation=around(method.config_type),
         stream=eight_tasks(),
         training=TRAINING.model_copy(update={"batch_size": 20}),
         evaluation=EVALUATION,
@@ -174,20 +188,30 @@ def costs_of(name: str, folder: Path) -> dict[int, Cost]:
     return found
 
 
+def around(config: type[MethodConfig]) -> ConsolidationConfig:
+    """What is the default with this method."""
+    section = "consolidation."
+    return ConsolidationConfig(
+        **{key.removeprefix(section): value for key, value in config.around.items() if key.startswith(section)}
+    )
+
+
 def cost(loop: Loop, step: int) -> Cost:
     learner, method = loop.learner, loop.method
     one = loop.stream[0].test.batch(np.arange(1))
     with learner.folded(), Operations() as answering:
-        method.predict(learner, one)
+        loop.consolidation.predict(learner, one)
     with Operations() as folding, learner.folded():
         pass
-    products_and_joining = len(learner.rows) * (2 * learner.backbone.width + 1)
+    written = 1 if loop.consolidation.config.head == "local" else 3  # joined; or with the bias, rounded, and joined
+    of_rows = len(learner.rows) * (2 * learner.backbone.width + written)
     return Cost(
         branches=learner.stored_parameters() - head_numbers(learner),
         memory=method.memory_bytes,
         step=step,
-        answer=answering.count - products_and_joining,
+        answer=answering.count - of_rows,
         fold=folding.count,
+        around=loop.consolidation.memory_bytes,
         bound=method.memory_bound(learner),
     )
 

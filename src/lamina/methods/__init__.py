@@ -9,6 +9,7 @@ from lamina.methods.duallora import DualLoRA
 from lamina.methods.ewc import EWC
 from lamina.methods.finetune import Finetune
 from lamina.methods.inflora import InfLoRA
+from lamina.methods.lamina import Lamina
 from lamina.methods.olora import OLoRA
 from lamina.methods.prototype import Prototype
 from lamina.methods.sdlora import SDLoRA
@@ -16,6 +17,7 @@ from lamina.methods.sora import SoRA
 from lamina.methods.taskarithmetic import TaskArithmetic
 
 METHODS: dict[str, type[Method[Any]]] = {
+    "lamina": Lamina,
     "inflora": InfLoRA,
     "finetune": Finetune,
     "prototype": Prototype,

@@ -1,0 +1,66 @@
+"""lamina: sequential LoRA that goes on slowly, and around it an average, a shift and a tail.
+
+    the adapter of task t starts from that of task t-1, from the second task on at a tenth of the rate        (chain)
+    M_t = M_{t-1} + a_t (w_t - M_{t-1})                                                                       (average)
+    means and the shared scatter of older rows move with the linear map W from old features to new ones       (shift)
+    one linear discriminant of the rows of all tasks                                                          (tail)
+
+Nothing of it is new in itself: the adapter is that of `methods/finetune.py`, and what happens around it is `consolidate/`,
+where each equation has its source. New is the choice: one configuration for all streams, made on validation data only
+(`benchmarks/grids/choose.yaml`), so that whoever knows nothing of their stream need set nothing.
+
+Shape letters: o outputs, i inputs, r rank.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from lamina.learner import Learner
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, begin_shared
+from lamina.types import Task
+
+
+class LaminaConfig(MethodConfig):
+    around: ClassVar[Mapping[str, Any]] = {
+        "training.later_lr": 0.1,
+        "consolidation.init": "chain",
+        "consolidation.merge": "ema",
+        "consolidation.drift": "linear",
+        "consolidation.head": "lda",
+    }
+    rank: int = Field(10, ge=1)
+    """Rank of the one adapter in every adapted linear map."""
+
+
+class Lamina(Method[LaminaConfig]):
+    name = "lamina"
+    advice = "Start here: one adapter, and one classifier of all classes from their moved means. Needs no settings."
+    paper = Paper(
+        title="Chain, average, shift and tail around sequential LoRA: a combination of published parts",
+        authors="lamina's authors; the parts by Hu et al., Hayes & Kanan, Gomez-Villa et al. and others",
+        venue="this library",
+        link="https://arxiv.org/abs/2106.09685",
+        departures=(
+            Departure(
+                what="the parts are published one by one; that they are combined, and which, is our choice on validation data",
+                whose="ours",
+                switch="consolidation.*",
+            ),
+        ),
+    )
+    needs = Needs(
+        growth="the adapter not at all; a mean, a count and a row of the classifier for every class and task",
+        operations="a step and an answer not at all; the end of a task once through its examples, and one solve",
+    )
+    config_type = LaminaConfig
+
+    def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
+        begin_shared(learner, task, self.config.rank)
+
+    def end(self, learner: Learner, task: Task, batches: Pass) -> None:
+        learner.head.freeze()
+
+    def memory_bound(self, learner: Learner) -> int:
+        return 0
