@@ -109,6 +109,7 @@ methods:
   color: {each: {consolidation.merge: [none, ema], training.epochs: [1, 2]}}
   prototype: {consolidation.head: local, each: {consolidation.drift: [none, linear]}}
   other: {method: {name: inflora, rank: 3}, each: {method.epsilon: [0.5, 0.75]}}
+  lamina: {each: {consolidation.drift: [none, random]}}
 baseline: finetune, merge none, head local
 """
     grid = Grid(write_grid(tmp_path, text))
@@ -117,8 +118,9 @@ baseline: finetune, merge none, head local
         *(f"color, merge none, epochs {epochs}" for epochs in (1, 2)),  # an average does not go with it
         "prototype, drift none",  # without statistics there is nothing to move
         *(f"other, epsilon {epsilon}" for epsilon in (0.5, 0.75)),
+        *(f"lamina, drift {drift}" for drift in ("none", "random")),  # it has a classifier of its own, said or not
     ]
-    configs = [grid.cells(row, {})[0].config for row in grid.rows]
+    configs = [grid.cells(row, {})[0].config for row in grid.rows[:-2]]
     assert (configs[3].consolidation.merge, configs[3].consolidation.head, configs[3].training.lr) == (
         "ema",
         "lda",

@@ -199,7 +199,7 @@ class Grid:
         refused = {f"consolidation.{part}" for part, _ in method.refuses} if method else set()
         for values in product(*each.values()):
             chosen = dict(zip(each, values, strict=True))
-            around = DEFAULTS | settings | chosen
+            around = DEFAULTS | (dict(method.config_type.around) if method else {}) | settings | chosen
             idle = around["consolidation.drift"] != "none" and around["consolidation.head"] == "local"
             if idle or any(around[key] != DEFAULTS[key] for key in refused):
                 continue
