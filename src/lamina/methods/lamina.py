@@ -27,7 +27,7 @@ class LaminaConfig(MethodConfig):
         "training.later_lr": 0.1,
         "consolidation.init": "chain",
         "consolidation.merge": "ema",
-        "consolidation.drift": "linear",
+        "consolidation.drift": "linear+local",
         "consolidation.head": "lda",
     }
     rank: int = Field(10, ge=1)
