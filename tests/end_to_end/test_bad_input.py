@@ -69,7 +69,7 @@ def test_a_file_of_another_form(lamina: Command, tmp_path: Path, text: str, told
         ("method=finetun", ["'finetun'", "inflora, finetune", "Did you mean 'finetune'?"]),
         ("training.lr=.inf", ["training.lr = inf", "finite"]),
         ("training.schedule=cosin", ["'cosin'", "'quarter-cosine'", "Did you mean 'cosine'?"]),
-        ("jobs=2", ["jobs = 2", "'inflora'", "cannot be trained side by side", "taskarithmetic, color"]),
+        ("jobs=2", ["jobs = 2", "'lamina'", "cannot be trained side by side", "taskarithmetic, color"]),
         ("threads=100000", ["threads = 100000", "less than or equal to"]),
         ("stream.tasks=11", ["stream.tasks = 11", "'digits' has 10 classes", "1 to 10"]),
         ("stream.scenario=domain", ["domain", "two or more", "'digits'"]),

@@ -70,13 +70,14 @@ def test_every_command_explains_itself(lamina: Command, command: str) -> None:
 
 def test_methods(lamina: Command) -> None:
     listed = lamina("methods").out
-    assert re.findall(r"^\w+$", listed, re.MULTILINE)[:2] == ["inflora", "finetune"]
+    assert re.findall(r"^\w+$", listed, re.MULTILINE)[:2] == ["lamina", "inflora"]
     assert "fits: class" in listed
     assert "growth: two copies of the adapter's size however many the tasks" in listed
     assert "operations grow: a step not at all; an answer, which is two passes, by the distances" in listed
     one = lamina("methods", "inflora").out
-    for part in ("InfLoRA", "CVPR", "rank = 10", "Departures from the paper"):
+    for part in ("InfLoRA", "CVPR", "rank = 10", "Departures from the paper", "operations grow:"):
         assert part in one
+    assert "consolidation.head = lda" in lamina("methods", "lamina").out
     assert "Did you mean 'inflora'?" in lamina.refused("methods", "inflra")
 
 
@@ -91,6 +92,8 @@ def test_methods(lamina: Command) -> None:
         ("--scenario", "domain", "--set", "stream.domains=[photo, sketch]", "--set", "data.crop_scale=[0.5, 1]"),
         ("--set", "stream.scenario=mixed", "--set", "stream.plan=[{name: a, classes: ['1', '2']}]", "--joined"),
         (
+            "--method",
+            "inflora",
             "--set",
             "method.epsilon=0.97",
             "--set",
@@ -172,7 +175,7 @@ def test_a_folder_of_images_from_data_to_report(lamina: Command, tmp_path: Path)
     assert compared.code == 0
     assert str(tmp_path / "both.html") in compared.out
     page = (tmp_path / "both.html").read_text()
-    assert "inflora" in page
+    assert "lamina" in page
     assert "finetune" in page
     assert_self_contained(tmp_path / "both.html")
 

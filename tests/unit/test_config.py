@@ -43,7 +43,7 @@ def test_every_setting_is_explained_and_sections_are_frozen_and_strict(section: 
 
 def test_nothing_said_is_a_complete_run():
     config = given()
-    assert config.method == {"name": "inflora"} | SETTINGS["inflora"]().model_dump(mode="json")
+    assert config.method == {"name": "lamina"} | SETTINGS["lamina"]().model_dump(mode="json")
     assert (config.training.lr, config.training.head_lr) == (1e-3, 5e-3)
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3
@@ -215,7 +215,7 @@ def test_a_setting_at_its_default_is_no_part_of_a_fingerprint():
     class Later(InfLoRAConfig):
         another: int = 3
 
-    config = given(("method.epsilon", 0.9))
+    config = given(("method.name", "inflora"), ("method.epsilon", 0.9))
     assert fingerprint(config, Later) == print_of(config)
     more = config.model_copy(update={"method": config.method | {"another": 4}})
     assert fingerprint(more, Later) != print_of(config)
@@ -229,7 +229,7 @@ def test_a_fingerprint_is_of_what_decides_the_result():
         given(("backbone.name", "a/copy")),
         given(("checkpoint_seconds", 1)),
         given(("jobs", 4)),
-        given(("method", {"name": "inflora", "rank": 10})),
+        given(("method", {"name": "lamina", "rank": 10})),
     ]
     assert len({print_of(config) for config in same}) == 1
     others = [
@@ -249,7 +249,7 @@ def test_a_fingerprint_is_of_what_decides_the_result():
 
 
 def test_a_fingerprint_survives_the_file(tmp_path: Path):
-    config = given(("training.lr", 1e-3), ("method.epsilon", 0.9))
+    config = given(("training.lr", 1e-3), ("method.name", "inflora"), ("method.epsilon", 0.9))
     assert print_of(read(tmp_path, to_yaml(config))) == print_of(config)
 
 
@@ -259,7 +259,7 @@ class _Around(MethodConfig):
 
 def test_a_method_can_have_defaults_around_it_which_what_is_said_overrides() -> None:
     def check(raw: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
-        return configuration.check(raw, SETTINGS | {"inflora": _Around})
+        return configuration.check(raw, SETTINGS | {"lamina": _Around})
 
     plain, _ = check({})
     assert plain is not None

@@ -40,13 +40,13 @@ class Lamina(Method[LaminaConfig]):
     paper = Paper(
         title="Chain, average, shift and tail around sequential LoRA: a combination of published parts",
         authors="lamina's authors; the parts by Hu et al., Hayes & Kanan, Gomez-Villa et al. and others",
-        venue="this library",
+        venue="this library, 2026",
         link="https://arxiv.org/abs/2106.09685",
         departures=(
             Departure(
-                what="the parts are published one by one; that they are combined, and which, is our choice on validation data",
+                what="the parts are published one by one; which of them are combined is our choice, on validation data, and each "
+                "has a setting of its own under `consolidation`",
                 whose="ours",
-                switch="consolidation.*",
             ),
         ),
     )
