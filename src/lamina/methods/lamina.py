@@ -44,8 +44,8 @@ class Lamina(Method[LaminaConfig]):
         link="https://arxiv.org/abs/2106.09685",
         departures=(
             Departure(
-                what="the parts are published one by one; which of them are combined is our choice, on validation data, and each "
-                "has a setting of its own under `consolidation`",
+                what="the parts are published one by one; which of them are combined is our choice, on validation data, and "
+                "each has a setting of its own under `consolidation`",
                 whose="ours",
             ),
         ),
