@@ -83,8 +83,11 @@ def raw_bert(seed: int = 0, width: int = 32, blocks: int = 2, vocabulary: int = 
 def tiny_vit(seed: int = 0, size: int = 16, width: int = 32, blocks: int = 3, patch: int = 8) -> Backbone:
     """transformers' ViT: `size` px, 2 heads, sites for all six roles of every block."""
 
+    def class_token(tokens_btd: Tensor, _: Mapping[str, Tensor]) -> Tensor:
+        return tokens_btd[:, 0]
+
     def features(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        return module(pixel_values=inputs["pixel_values"]).last_hidden_state[:, 0]
+        return class_token(module(pixel_values=inputs["pixel_values"]).last_hidden_state, inputs)
 
     return from_module(
         raw_vit(seed, size, width, blocks, patch),
@@ -96,16 +99,20 @@ def tiny_vit(seed: int = 0, size: int = 16, width: int = 32, blocks: int = 3, pa
         image=ImageInput(size, HALF, HALF),
         heads=2,
         stages=["embeddings", *(f"layers.{block}" for block in range(blocks))],
+        pool=class_token,
     )
 
 
 def tiny_bert(seed: int = 0, width: int = 32, blocks: int = 2, vocabulary: int = 60) -> Backbone:
     """transformers' BERT, mean-pooled; token ids below `vocabulary`, at most 32 tokens."""
 
+    def mean(tokens_btd: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        mask_bt = inputs["attention_mask"]
+        return (tokens_btd * mask_bt[..., None]).sum(1) / mask_bt.sum(1, keepdim=True)
+
     def features(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         mask_bt = inputs["attention_mask"]
-        tokens_btd = module(input_ids=inputs["input_ids"], attention_mask=mask_bt).last_hidden_state
-        return (tokens_btd * mask_bt[..., None]).sum(1) / mask_bt.sum(1, keepdim=True)
+        return mean(module(input_ids=inputs["input_ids"], attention_mask=mask_bt).last_hidden_state, inputs)
 
     return from_module(
         raw_bert(seed, width, blocks, vocabulary),
@@ -117,6 +124,7 @@ def tiny_bert(seed: int = 0, width: int = 32, blocks: int = 2, vocabulary: int =
         pooling="mean",
         heads=2,
         stages=["embeddings", *(f"encoder.layer.{block}" for block in range(blocks))],
+        pool=mean,
     )
 
 

@@ -28,6 +28,7 @@ Kind = Literal["image", "text"]
 Pooling = Literal["cls", "mean"]
 Triple = tuple[float, float, float]
 Features = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+Pool = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 ROLES = ("q", "k", "v", "out", "fc1", "fc2")
 IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -92,7 +93,9 @@ class Backbone:
     """Tensors in the file that the backbone has no use for, such as an old classification head."""
     stages: tuple[str, ...] = ()
     """Paths inside `module` of the embeddings, block 0, block 1, ...: each returns hidden states (b, t, d), which are the
-    first argument of the next. Empty where they are not known; `below` and `above` need them."""
+    first argument of the next. Empty where they are not known; `below`, `above` and `layered` need them."""
+    pool: Pool | None = None
+    """Hidden states (b, t, d) and inputs to (b, d), as `features` has it; None where it is not known, which `layered` needs."""
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Features (b, d) of `pixel_values` (b, c, h, w), or of `input_ids` and `attention_mask` (b, t).
@@ -105,6 +108,39 @@ class Backbone:
             got = "x".join(map(str, inputs["pixel_values"].shape[-2:]))
             raise BackboneError(f"{self.name} takes {self.image.size} px images, got {got}; resize them")
         return self.forward(self.module, inputs)
+
+    def layered(self, inputs: Mapping[str, Tensor], layers: int) -> Tensor:
+        """Features of the last `layers` blocks side by side, (b, layers d): those of `features`, and before them the hidden
+        states that the blocks before the last one leave, in their order, pooled alike (not normalised). Errors as `features`,
+        and as `check_layers`."""
+        self.check_layers(layers)
+        found: list[Tensor] = []
+
+        def note(_: nn.Module, __: object, hidden_btd: Tensor) -> None:
+            assert self.pool is not None
+            found.append(self.pool(hidden_btd, inputs))
+
+        blocks = self.stages[len(self.stages) - layers : -1]
+        hooks = [self.module.get_submodule(path).register_forward_hook(note) for path in blocks]
+        try:
+            last_bd = self.features(inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat([*found, last_bd], 1)
+
+    def check_layers(self, layers: int) -> None:
+        """Raises BackboneError where there are no features of so many blocks."""
+        if layers > 1 and (self.pool is None or not self.stages):
+            raise BackboneError(
+                f"{self.name} does not say what it computes block by block, so there are features of its last block only; give "
+                "`stages` and `pool` to from_module(), or leave consolidation.layers at 1"
+            )
+        if not 1 <= layers <= self.blocks:
+            raise BackboneError(
+                f"features of {layers} blocks are asked for, but {self.name} has {self.blocks}; set consolidation.layers "
+                f"from 1 to {self.blocks}"
+            )
 
     def below(self, inputs: Mapping[str, Tensor], block: int) -> Tensor:
         """The hidden states (b, t, d) that this block gets; neither it nor any after it computes. Errors as `features`."""
@@ -210,16 +246,19 @@ def _class_token(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
     return (inputs[0][:, :1],)
 
 
-def _image_features(module: nn.Module, inputs: Mapping[str, Tensor], *, pooling: Pooling, patches: int) -> Tensor:
-    tokens_btd: Tensor = module(pixel_values=inputs["pixel_values"]).last_hidden_state
+def _features(module: nn.Module, inputs: Mapping[str, Tensor], *, names: Sequence[str], pool: Pool) -> Tensor:
+    tokens_btd: Tensor = module(**{name: inputs[name] for name in names}).last_hidden_state
+    return pool(tokens_btd, inputs)
+
+
+def _image_pool(tokens_btd: Tensor, _: Mapping[str, Tensor], *, pooling: Pooling, patches: int) -> Tensor:
     return tokens_btd[:, 0] if pooling == "cls" else tokens_btd[:, -patches:].mean(1)
 
 
-def _text_features(module: nn.Module, inputs: Mapping[str, Tensor], *, pooling: Pooling) -> Tensor:
-    mask_bt = inputs["attention_mask"]
-    tokens_btd: Tensor = module(input_ids=inputs["input_ids"], attention_mask=mask_bt).last_hidden_state
+def _text_pool(tokens_btd: Tensor, inputs: Mapping[str, Tensor], *, pooling: Pooling) -> Tensor:
     if pooling == "cls":
         return tokens_btd[:, 0]
+    mask_bt = inputs["attention_mask"]
     total_bd = (tokens_btd * mask_bt.unsqueeze(-1)).sum(1, dtype=torch.float32)
     return (total_bd / mask_bt.sum(1, keepdim=True).clamp(min=1)).to(tokens_btd.dtype)
 
@@ -277,11 +316,12 @@ def load(
         size = _resize_positions(module, image_size or config.image_size, name)
         found_mean, found_std = _normalisation(folder, settings, architecture)
         image = ImageInput(size, _three("mean", mean or found_mean), _three("std", std or found_std))
-        forward = partial(_image_features, pooling=chosen, patches=(size // config.patch_size) ** 2)
+        names: tuple[str, ...] = ("pixel_values",)
+        pool: Pool = partial(_image_pool, pooling=chosen, patches=(size // config.patch_size) ** 2)
     else:
         chosen = _text_pooling(folder, name) if pooling == "auto" else pooling
         tokenizer = folder if any((folder / file).is_file() for file in _TOKENIZER_FILES) else None
-        forward = partial(_text_features, pooling=chosen)
+        names, pool = ("input_ids", "attention_mask"), partial(_text_pool, pooling=chosen)
     if (architecture.kind, chosen) == ("image", "cls"):
         last = architecture.block.format(blocks - 1)
         for path in (f"{last}.{architecture.parts[ROLES.index('out')]}", f"{last}.{architecture.middle}"):
@@ -292,10 +332,11 @@ def load(
         tensor.data = tensor.data.clone()
     return Backbone(
         *(name, architecture.kind, stored_hash, module, sites, config.hidden_size, blocks, image, tokenizer, chosen),
-        forward=forward,
+        forward=partial(_features, names=names, pool=pool),
         heads=config.num_attention_heads,
         ignored=tuple(sorted([*ignored, *unused])),
         stages=("embeddings", *(architecture.block.format(block) for block in range(blocks))),
+        pool=pool,
     )
 
 
@@ -312,12 +353,14 @@ def from_module(
     pooling: Pooling = "cls",
     heads: int | None = None,
     stages: Sequence[str] = (),
+    pool: Pool | None = None,
 ) -> Backbone:
     """A backbone out of any model of yours, for example one with a fused qkv layer. The module itself is frozen.
 
     `features(module, inputs)` returns (b, width). `pooling` is a record of what it does; `heads` (of every attention layer)
-    is asked for by methods that look into attention, `stages` (see `Backbone`) by `backbone.reuse_mb`. Raises BackboneError
-    for a site that is not a linear layer of the module, or whose rows are outside it, and for stages that do not fit.
+    is asked for by methods that look into attention, `stages` (see `Backbone`) by `backbone.reuse_mb`, and with `pool` by
+    `consolidation.layers`. Raises BackboneError for a site that is not a linear layer of the module, or whose rows are
+    outside it, and for stages that do not fit.
     """
     _check_sites(module, sites)
     stored_hash, module = tensors_hash(module.state_dict()), module.eval().requires_grad_(False)
@@ -333,6 +376,7 @@ def from_module(
         forward=features,
         heads=heads,
         stages=tuple(stages),
+        pool=pool,
     )
 
 

@@ -178,6 +178,8 @@ class ConsolidationConfig(Section):
     head: Literal["local", "ncm", "lda", "ridge", "aligned", "lda+ridge"] = "local"
     """What classifies: the method's own scores, or one classifier of all rows, made from a mean per class and task and one
     shared covariance: nearest mean, linear discriminant, ridge on random features, aligned by training on draws, or both."""
+    layers: int = Field(1, ge=1)
+    """Of how many of the last blocks the classifier sees the features, side by side."""
     shrinkage: float | None = Field(None, ge=0, le=1)
     """Of the shared covariance towards a multiple of the identity; not set: chosen by its sampling error (OAS)."""
     random_features: int = Field(2048, ge=1)
@@ -191,6 +193,11 @@ class ConsolidationConfig(Section):
             raise ValueError(
                 f"drift = {self.drift!r} moves stored statistics, and head = 'local' has none. Choose another "
                 "head, such as lda, or drift = 'none'"
+            )
+        if self.layers > 1 and self.head == "local":
+            raise ValueError(
+                f"layers = {self.layers} is of the classifier made from statistics, and head = 'local' has none. Choose "
+                "another head, such as lda, or layers = 1"
             )
         return self
 

@@ -141,9 +141,12 @@ class Learner:
         if self.reuse is not None:
             self.reuse.close()
 
-    def features(self, batch: Batch) -> Tensor:
-        """What the backbone makes of each example, (b, d) float32."""
+    def features(self, batch: Batch, layers: int = 1) -> Tensor:
+        """What the backbone makes of each example, (b, d) float32; of its last `layers` blocks, (b, layers d), which always
+        goes through the whole of it. Errors as `Backbone.layered`."""
         inputs = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
+        if layers > 1:
+            return self.backbone.layered(inputs, layers).float()
         if self.reuse is not None and self.reuse.covers(batch):
             return self.reuse.features(batch, inputs).float()
         features_bd: Tensor = self.backbone.features(inputs).float()

@@ -27,7 +27,7 @@ from lamina.consolidate.average import weighted
 from lamina.engine import checkpoint
 from lamina.engine.consolidation import AVERAGE, change_of
 from lamina.engine.loop import Loop
-from lamina.errors import MethodError
+from lamina.errors import BackboneError, MethodError
 from lamina.methods import METHODS
 from lamina.types import Augment, Ints
 
@@ -36,6 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fresh-mean": {"init": "fresh", "merge": "mean"},
     "merged-ema": {"init": "merged", "merge": "ema"},
     "lda-linear": {"head": "lda", "drift": "linear", "own_rank": 2},
+    "deep": {"merge": "ema", "head": "lda", "drift": "linear+local", "layers": 2},
     "ridge-local": {"head": "ridge", "drift": "linear+local", "random_features": 32},
     "aligned": {"merge": "ema", "head": "aligned", "drift": "linear"},
     "both": {"merge": "ema", "drift": "random", "head": "lda+ridge", "random_features": 32},
@@ -61,7 +62,7 @@ def refused(name: str, way: str) -> list[str]:
     return [part for part, _ in METHODS[name].refuses if settings[part] != ASKED[part]]
 
 
-@pytest.mark.parametrize("way", ["fresh-mean", "merged-ema", "lda-linear"])
+@pytest.mark.parametrize("way", ["fresh-mean", "merged-ema", "lda-linear", "deep"])
 @on_every_method
 def test_what_does_not_fit_is_refused_with_the_reason_and_all_else_works(name: str, way: str, tmp_path: Path):
     if parts := refused(name, way):
@@ -79,7 +80,7 @@ def test_what_does_not_fit_is_refused_with_the_reason_and_all_else_works(name: s
         assert torch.isfinite(layer.weight_oi).all()
 
 
-@pytest.mark.parametrize("way", ["merged-ema", "weighted", "ridge-local", "aligned", "both"])
+@pytest.mark.parametrize("way", ["merged-ema", "weighted", "ridge-local", "aligned", "both", "deep"])
 def test_killed_at_any_phase_it_ends_in_the_same_bits(way: str, tmp_path: Path):
     world = TEXT if way == "both" else HOME
     whole = loop_with("finetune", tmp_path / "whole", way, world)
@@ -251,22 +252,34 @@ def test_the_oracle_measures_old_rows_on_old_examples_and_only_in_a_replay(tmp_p
     )
 
 
-@pytest.mark.parametrize("name", ["finetune", "inflora"])
-def test_a_unified_head_predicts_from_the_features_of_what_is_deployed(name: str, tmp_path: Path):
-    loop = loop_with(name, tmp_path, {"head": "ncm", "merge": "ema"})
+@pytest.mark.parametrize(("name", "layers"), [("finetune", 1), ("inflora", 1), ("finetune", 2)])
+def test_a_unified_head_predicts_from_the_features_of_what_is_deployed(name: str, layers: int, tmp_path: Path):
+    loop = loop_with(name, tmp_path, {"head": "ncm", "merge": "ema", "layers": layers})
     loop.run()
+    assert loop.consolidation.memory["statistics/means_jd"].shape[1] == layers * loop.learner.backbone.width
     task = loop.stream[-1]
     batch = task.test.batch(np.arange(len(task.test)))
     with loop.learner.folded():
-        features_bd = loop.learner.features(batch).double()
+        features_bd = loop.learner.features(batch, layers).double()
         scores_br = loop.consolidation.predict(loop.learner, batch).double()
         train = task.train.batch(np.arange(len(task.train)))
-        train_nd = loop.learner.features(train).double()
+        train_nd = loop.learner.features(train, layers).double()
     first = len(loop.learner.rows) - len(task.classes)
     for position, label in enumerate(task.classes):
         mean_d = train_nd[train.labels_b == label].mean(0)
         expected_b = 2 * features_bd @ mean_d - mean_d @ mean_d
         torch.testing.assert_close(scores_br[:, first + position], expected_b, atol=1e-3, rtol=1e-4)
+
+
+def test_features_of_several_blocks_are_refused_where_there_are_none(tmp_path: Path):
+    way: dict[str, Any] = {"head": "lda", "layers": 2}
+    for name in ("color", "duallora"):
+        with pytest.raises(MethodError, match=rf"consolidation\.layers = 2 does not go with method {name!r}"):
+            loop_with(name, tmp_path, way)
+    with pytest.raises(BackboneError, match=r"leave consolidation\.layers at 1"):
+        loop_with("finetune", tmp_path, way, World("fused_vit", "mixed"))
+    with pytest.raises(BackboneError, match=r"consolidation\.layers from 1 to 2"):
+        loop_with("finetune", tmp_path, way | {"layers": 3})
 
 
 def test_a_later_rate_and_self_distillation(tmp_path: Path):

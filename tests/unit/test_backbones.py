@@ -158,6 +158,12 @@ def test_image_architectures_give_the_raw_models_class_token(kind, tmp_path):
         torch.testing.assert_close(larger.features(pixels(32)), tokens_btd[:, 0])
         patches = load(str(tmp_path), image_size=32, pooling="mean")
         torch.testing.assert_close(patches.features(pixels(32)), tokens_btd[:, -16:].mean(1))
+        first_btd = raw(**pixels(32), **interpolate, output_hidden_states=True).hidden_states[1]
+        both_bd = torch.cat([first_btd[:, 0], tokens_btd[:, 0]], 1)
+        torch.testing.assert_close(larger.layered(pixels(32), 2), both_bd)
+        assert torch.equal(larger.layered(pixels(32), 1), larger.features(pixels(32)))
+        both_bd = torch.cat([first_btd[:, -16:].mean(1), tokens_btd[:, -16:].mean(1)], 1)
+        torch.testing.assert_close(patches.layered(pixels(32), 2), both_bd)
 
 
 @pytest.mark.parametrize("kind", ["ViT", "DeiT", "Dinov2"])
@@ -197,6 +203,17 @@ def test_text_architectures_pool_the_last_hidden_state(kind, tmp_path):
         torch.testing.assert_close(first.features(inputs), tokens_btd[:, 0])
         expected = torch.stack([tokens_btd[0].mean(0), tokens_btd[1, :2].mean(0)])
         torch.testing.assert_close(backbone.features(inputs), expected)
+        first_btd = raw(**inputs, output_hidden_states=True).hidden_states[1]
+        before = torch.stack([first_btd[0].mean(0), first_btd[1, :2].mean(0)])
+        torch.testing.assert_close(backbone.layered(inputs, 2), torch.cat([before, expected], 1))
+        torch.testing.assert_close(first.layered(inputs, 2), torch.cat([first_btd[:, 0], tokens_btd[:, 0]], 1))
+
+
+def test_features_of_blocks_there_are_none_of_are_refused():
+    with pytest.raises(BackboneError, match="features of 4 blocks are asked for, but tiny_vit has 3"):
+        tiny_vit().layered(pixels(16), 4)
+    with pytest.raises(BackboneError, match="tiny_fused_vit does not say what it computes block by block"):
+        tiny_fused_vit().layered(pixels(16), 2)
 
 
 def test_a_classifiers_prefix_and_head_are_handled(tmp_path):

@@ -11,7 +11,8 @@ M_t - w_t lies in every adapted map as a finished branch of its own, so whatever
 Everything else is in `memory`, which the processor holds wherever the learner is. No step uses the number of tasks, and
 none sees an example of another task or split.
 
-Shape letters: n examples, d width of the features, j rows of the head, o outputs, i inputs of a map.
+Shape letters: n examples, d width of the features (of several blocks side by side, if asked for), j rows of the head,
+o outputs, i inputs of a map.
 """
 
 import hashlib
@@ -58,6 +59,11 @@ class Consolidation:
                     f"consolidation.{part} = {value!r} does not go with method {method.name!r}: {why}. Leave it at {default!r}."
                 )
 
+        if config.layers > 1 and type(method).features is not Method.features:
+            raise MethodError(
+                f"consolidation.layers = {config.layers} does not go with method {method.name!r}, which makes features its own "
+                "way, of the last block. Leave it at 1."
+            )
         if config.drift == "oracle" and past is None:
             raise MethodError(
                 "consolidation.drift = 'oracle' measures old classes on old examples, which are gone: it is a diagnosis, for "
@@ -67,6 +73,10 @@ class Consolidation:
     @property
     def memory_bytes(self) -> int:
         return sum(value.numel() * value.element_size() for value in self.memory.values())
+
+    def check(self, learner: Learner) -> None:
+        """Raises BackboneError where the backbone does not have what is asked for."""
+        learner.backbone.check_layers(self.config.layers)
 
     # -- around a task ----------------------------------------------------------------------------------------------
 
@@ -171,7 +181,7 @@ class Consolidation:
         """Scores of all rows, (b, r) float32, of what is deployed. Rows of a task that has not ended have none yet."""
         fitted = parts(self.memory, "head")
         if not fitted:
-            if self.memo is not None and type(self.method).predict is Method.predict:
+            if self.memo is not None and self.config.layers == 1 and type(self.method).predict is Method.predict:
                 own_br: Tensor = learner.head(self.features(learner, batch))
                 return own_br
             return self.method.predict(learner, batch)
@@ -194,7 +204,7 @@ class Consolidation:
     def features(self, learner: Learner, batch: Batch) -> Tensor:
         """Of a batch, (b, d), under the weights at work now."""
         if self.memo is None:
-            return self.method.features(learner, batch)
+            return self.made(learner, batch)
         digest = hashlib.blake2b(digest_size=16)
         for _, value in sorted(batch.inputs.items()):
             digest.update(value.cpu().contiguous().numpy().data)
@@ -204,11 +214,16 @@ class Consolidation:
             digest.update(
                 value.cpu().contiguous().view(torch.uint8).numpy().data if value.ndim else str(value.item()).encode()
             )
-        digest.update(repr([[*slot.finished()] for slot in learner.slots.values()]).encode())
+        digest.update(repr([self.config.layers, [[*slot.finished()] for slot in learner.slots.values()]]).encode())
         key = digest.hexdigest()
         if key not in self.memo:
-            self.memo[key] = self.method.features(learner, batch)
+            self.memo[key] = self.made(learner, batch)
         return self.memo[key]
+
+    def made(self, learner: Learner, batch: Batch) -> Tensor:
+        if self.config.layers > 1:
+            return learner.features(batch, self.config.layers)
+        return self.method.features(learner, batch)
 
     def generator(self, what: str) -> torch.Generator:
         """The engine seeds every phase by seed and task."""

@@ -115,6 +115,7 @@ class Loop:
         self.on_event, self.should_stop, self.on_save = on_event, should_stop, on_save
         around = consolidation or ConsolidationConfig()
         self.consolidation = Consolidation(around, method, None if replay is None else self._past)
+        self.consolidation.check(learner)
         self.keep_chain, self.replay = keep_chain, replay
         self.teacher: dict[str, Tensor] = {}
         self.trained = trained or {}
