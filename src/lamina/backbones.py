@@ -110,9 +110,9 @@ class Backbone:
         return self.forward(self.module, inputs)
 
     def layered(self, inputs: Mapping[str, Tensor], layers: int) -> Tensor:
-        """Features of the last `layers` blocks side by side, (b, layers d): those of `features`, and before them the hidden
-        states that the blocks before the last one leave, in their order, pooled alike (not normalised). Errors as `features`,
-        and as `check_layers`."""
+        """Features of the last `layers` blocks, or of all if there are fewer, side by side, (b, layers d): those of `features`,
+        and before them the hidden states that the blocks before the last one leave, in their order, pooled alike (not
+        normalised). Errors as `features`, and as `check_layers`."""
         self.check_layers(layers)
         found: list[Tensor] = []
 
@@ -120,7 +120,7 @@ class Backbone:
             assert self.pool is not None
             found.append(self.pool(hidden_btd, inputs))
 
-        blocks = self.stages[len(self.stages) - layers : -1]
+        blocks = self.stages[1:][-layers:-1]
         hooks = [self.module.get_submodule(path).register_forward_hook(note) for path in blocks]
         try:
             last_bd = self.features(inputs)
@@ -130,16 +130,11 @@ class Backbone:
         return torch.cat([*found, last_bd], 1)
 
     def check_layers(self, layers: int) -> None:
-        """Raises BackboneError where there are no features of so many blocks."""
+        """Raises BackboneError where there are features of the last block only."""
         if layers > 1 and (self.pool is None or not self.stages):
             raise BackboneError(
                 f"{self.name} does not say what it computes block by block, so there are features of its last block only; give "
                 "`stages` and `pool` to from_module(), or leave consolidation.layers at 1"
-            )
-        if not 1 <= layers <= self.blocks:
-            raise BackboneError(
-                f"features of {layers} blocks are asked for, but {self.name} has {self.blocks}; set consolidation.layers "
-                f"from 1 to {self.blocks}"
             )
 
     def below(self, inputs: Mapping[str, Tensor], block: int) -> Tensor:

@@ -179,7 +179,7 @@ class ConsolidationConfig(Section):
     """What classifies: the method's own scores, or one classifier of all rows, made from a mean per class and task and one
     shared covariance: nearest mean, linear discriminant, ridge on random features, aligned by training on draws, or both."""
     layers: int = Field(1, ge=1)
-    """Of how many of the last blocks the classifier sees the features, side by side."""
+    """Of how many of the last blocks, or of all if there are fewer, the classifier sees the features, side by side."""
     shrinkage: float | None = Field(None, ge=0, le=1)
     """Of the shared covariance towards a multiple of the identity; not set: chosen by its sampling error (OAS)."""
     random_features: int = Field(2048, ge=1)

@@ -142,8 +142,8 @@ class Learner:
             self.reuse.close()
 
     def features(self, batch: Batch, layers: int = 1) -> Tensor:
-        """What the backbone makes of each example, (b, d) float32; of its last `layers` blocks, (b, layers d), which always
-        goes through the whole of it. Errors as `Backbone.layered`."""
+        """What the backbone makes of each example, (b, d) float32; of its last `layers` blocks, if it has as many,
+        (b, layers d), which always goes through the whole of it. Errors as `Backbone.layered`."""
         inputs = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
         if layers > 1:
             return self.backbone.layered(inputs, layers).float()

@@ -29,6 +29,7 @@ class LaminaConfig(MethodConfig):
         "consolidation.merge": "ema",
         "consolidation.drift": "linear+local",
         "consolidation.head": "lda",
+        "consolidation.layers": 4,
     }
     rank: int = Field(10, ge=1)
     """Rank of the one adapter in every adapted linear map."""
