@@ -203,8 +203,10 @@ def cost(loop: Loop, step: int) -> Cost:
         loop.consolidation.predict(learner, one)
     with Operations() as folding, learner.folded():
         pass
-    written = 1 if loop.consolidation.config.head == "local" else 3  # joined; or with the bias, rounded, and joined
-    of_rows = len(learner.rows) * (2 * learner.backbone.width + written)
+    width, written = learner.backbone.width, 1  # joined
+    if loop.consolidation.config.head != "local":
+        width, written = loop.consolidation.memory["head/weight_jd"].shape[1], 3  # with the bias, rounded, joined
+    of_rows = len(learner.rows) * (2 * width + written)
     return Cost(
         branches=learner.stored_parameters() - head_numbers(learner),
         memory=method.memory_bytes,
