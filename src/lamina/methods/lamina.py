@@ -3,7 +3,7 @@
     the adapter of task t starts from that of task t-1, from the second task on at a tenth of the rate        (chain)
     M_t = M_{t-1} + a_t (w_t - M_{t-1})                                                                       (average)
     means and the shared scatter of older rows move with the linear map W from old features to new ones       (shift)
-    one linear discriminant of the rows of all tasks                                                          (tail)
+    one linear discriminant of the rows of all tasks, on the features of four blocks side by side             (tail)
 
 Nothing of it is new in itself: the adapter is that of `methods/finetune.py`, and what happens around it is `consolidate/`,
 where each equation has its source. New is the choice: one configuration for all streams, made on validation data only
