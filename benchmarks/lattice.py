@@ -1,8 +1,8 @@
 """Make the cells of a grid that differ only in `consolidation`: every chain is trained once, and all its consolidations are
 replayed from it. They become ordinary finished cells, of which `lamina compare` makes the table.
 
-    python benchmarks/lattice.py benchmarks/grids/lattice-clinc150.yaml --jobs 2
-    lamina compare benchmarks/grids/lattice-clinc150.yaml
+    python benchmarks/lattice.py benchmarks/grids/lattice.yaml --jobs 2
+    lamina compare benchmarks/grids/lattice.yaml
 
 Stop it anywhere and give the command again.
 """
@@ -77,9 +77,10 @@ def main() -> None:
     parser.add_argument("grid", type=Path)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", help="only cells whose name holds this")
-    parser.add_argument("--records", type=Path)
+    parser.add_argument("--records", type=Path, help="as of `lamina compare`")
+    parser.add_argument("--keep-code", action="store_true", help="as of `lamina compare`")
     options = parser.parse_args()
-    todo = groups(Study(options.grid, records=options.records))
+    todo = groups(Study(options.grid, records=options.records, keep_code=options.keep_code))
     if options.only:
         todo = {
             f: (chain, kept)

@@ -52,8 +52,8 @@ class Lamina(Method[LaminaConfig]):
         ),
     )
     needs = Needs(
-        growth="the adapter not at all; a mean, a count and a row of the classifier for every class and task",
-        operations="a step and an answer not at all; the end of a task once through its examples, and one solve",
+        growth="the adapter and the average not at all; a mean, a count and a row of the classifier for every class and task",
+        operations="a step, an answer, and the two passes around a task not at all",
     )
     config_type = LaminaConfig
 
