@@ -1,4 +1,4 @@
-"""The first thing anyone runs: three methods on digits, compared, and InfLoRA visibly worth it."""
+"""The first thing anyone runs: four methods on digits, compared, and what is more than the floor visibly worth it."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def run_demo(lamina: Command, out: Path) -> dict[str, Any]:
     for title in ("method", "final accuracy", "forgetting"):
         assert title in said.out
     measured = {}
-    for method in ("finetune", "prototype", "inflora"):
+    for method in ("finetune", "prototype", "inflora", "lamina"):
         record = json.loads((out / method / "results.json").read_text())
         measured[method] = record["metrics"]
         assert f"{measured[method]['final_accuracy']:.1%}" in said.out
@@ -41,6 +41,8 @@ def test_demo_shows_forgetting_and_its_cure(lamina: Command, tmp_path: Path) -> 
     measured = run_demo(lamina, tmp_path / "demo")
     assert measured["inflora"]["final_accuracy"] >= measured["finetune"]["final_accuracy"] + 0.05
     assert measured["inflora"]["forgetting"] < measured["finetune"]["forgetting"]
+    assert measured["lamina"]["final_accuracy"] >= 0.9
+    assert measured["lamina"]["forgetting"] < 0.05
 
 
 def test_the_table_fits_a_narrow_terminal_however_long_a_run_was(capsys: pytest.CaptureFixture[str]) -> None:
