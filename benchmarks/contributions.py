@@ -26,7 +26,7 @@ SWITCHES = {
 NAME = "{method}, init {chain}, merge {average}, drift {shift}, head {tail}"
 METHODS = ("finetune", "inflora", "clora")
 TABLES = {"cifar100": "Split CIFAR-100, 10 tasks", "pacs": "PACS", "clinc150": "CLINC150"}
-NO_PAPERS = ("lamina", "finetune", "prototype", "joined")
+NO_PAPERS = ("lamina", "finetune", "prototype", "frozen", "joined")
 Seeds = dict[int, float]
 """Final accuracy by seed."""
 
@@ -109,7 +109,7 @@ def against_the_papers() -> str:
     found = {title: next(iter(rows_of(study_of(name)).values())) for name, title in TABLES.items()}
     papers = [row for row in next(iter(found.values())) if row not in NO_PAPERS]
     lines = ["| `lamina` minus | " + " | ".join(found) + " |", "|---|" + "---:|" * len(found)]
-    for row in [*papers, "finetune", "prototype"]:
+    for row in [*papers, "finetune", "prototype", "frozen"]:
         cells = (
             f"{told(rows['lamina'], rows[row])}" + (" **best**" if row == best(rows, papers) else "")
             for rows in found.values()
