@@ -97,7 +97,8 @@ def contributions() -> str:
             )
             gains = " | ".join(told({s: values[s][switch] for s in seeds}, zero) for switch in SWITCHES)
             lines.append(f"| `{method}` | {off} | {gains} | {on} |")
-        parts.append(f"### {stream}\n\n" + "\n".join(lines))
+        if len(lines) > 2:
+            parts.append(f"### {stream}\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
 

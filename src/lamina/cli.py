@@ -84,7 +84,7 @@ def demo(
         "demo"
     ),
 ) -> None:
-    """Learn handwritten digits two at a time, in four ways, and compare them in one report. Offline, three to six minutes.
+    """Learn handwritten digits two at a time, in four ways, and compare them in one report. Offline, about six minutes.
 
     A demo that was interrupted goes on where it was; one that is finished is shown again (remove its directory to
     start anew).
