@@ -106,7 +106,9 @@ def demo(
 @app.command("run")
 def run_command(
     file: Annotated[Path | None, typer.Argument(help="YAML file with settings. Flags and --set go on top.")] = None,
-    method: Annotated[str | None, typer.Option("--method", "-m", help="`lamina methods` lists them.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="`lamina methods` lists them. Default: lamina.")
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(

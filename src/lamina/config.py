@@ -202,6 +202,10 @@ class ConsolidationConfig(Section):
         return self
 
 
+OF_A_CLASSIFIER = ("consolidation.drift", "consolidation.layers")
+"""What a method has around it of these goes when its classifier is declined (`consolidation.head` = local)."""
+
+
 class EvaluationConfig(Section):
     split: Literal["test", "val"] = "test"
     """What the accuracy matrix is measured on. Choose settings on val, never on test."""
@@ -287,8 +291,10 @@ def check(
     elif (name := method.get("name", "lamina")) not in list(method_settings):
         problems.append(unknown("method.name", name, method_settings, "methods"))
     else:
+        asked = raw.get("consolidation")
+        idle = OF_A_CLASSIFIER if isinstance(asked, Mapping) and asked.get("head") == "local" else ()
         for key, value in method_settings[name].around.items():
-            if not _says(raw, key):
+            if not _says(raw, key) and key not in idle:
                 put(whole, key, value)
         given = {key: value for key, value in method.items() if key != "name"}
         try:

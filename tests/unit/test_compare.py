@@ -110,6 +110,7 @@ methods:
   prototype: {consolidation.head: local, each: {consolidation.drift: [none, linear]}}
   other: {method: {name: inflora, rank: 3}, each: {method.epsilon: [0.5, 0.75]}}
   lamina: {each: {consolidation.drift: [none, random]}}
+  plain: {method.name: lamina, each: {consolidation.head: [local, ncm]}}
 baseline: finetune, merge none, head local
 """
     grid = Grid(write_grid(tmp_path, text))
@@ -119,8 +120,10 @@ baseline: finetune, merge none, head local
         "prototype, drift none",  # without statistics there is nothing to move
         *(f"other, epsilon {epsilon}" for epsilon in (0.5, 0.75)),
         *(f"lamina, drift {drift}" for drift in ("none", "random")),  # it has a classifier of its own, said or not
+        *(f"plain, head {head}" for head in ("local", "ncm")),
     ]
-    configs = [grid.cells(row, {})[0].config for row in grid.rows[:-2]]
+    assert [grid.cells(row, {})[0].config.consolidation.drift for row in grid.rows[-2:]] == ["none", "linear+local"]
+    configs = [grid.cells(row, {})[0].config for row in grid.rows[:-4]]
     assert (configs[3].consolidation.merge, configs[3].consolidation.head, configs[3].training.lr) == (
         "ema",
         "lda",

@@ -267,6 +267,9 @@ def test_a_method_can_have_defaults_around_it_which_what_is_said_overrides() -> 
     said, _ = check({"consolidation": {"head": "local"}})
     assert said is not None
     assert (said.consolidation.head, said.training.later_lr) == ("local", 0.5)
+    own, _ = configuration.check({"consolidation": {"head": "local"}}, SETTINGS)
+    assert own is not None
+    assert (own.consolidation.drift, own.consolidation.layers, own.consolidation.merge) == ("none", 1, "ema")
     other, _ = check({"method": "finetune"})
     assert other is not None
     assert other.consolidation.head == "local"

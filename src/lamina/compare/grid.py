@@ -199,12 +199,16 @@ class Grid:
         refused = {f"consolidation.{part}" for part, _ in method.refuses} if method else set()
         for values in product(*each.values()):
             chosen = dict(zip(each, values, strict=True))
-            around = DEFAULTS | (dict(method.config_type.around) if method else {}) | settings | chosen
+            said = settings | chosen
+            own = dict(method.config_type.around) if method else {}
+            if said.get("consolidation.head") == "local":
+                own = {key: value for key, value in own.items() if key not in configuration.OF_A_CLASSIFIER}
+            around = DEFAULTS | own | said
             idle = around["consolidation.drift"] != "none" and around["consolidation.head"] == "local"
             if idle or any(around[key] != DEFAULTS[key] for key in refused):
                 continue
             short = ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in chosen.items())
-            yield f"{name}, {short}", {"method.name": name} | settings | chosen
+            yield f"{name}, {short}", {"method.name": name} | said
 
     # -- settings ---------------------------------------------------------------------------------------------------
 
