@@ -52,7 +52,8 @@ class Lamina(Method[LaminaConfig]):
         ),
     )
     needs = Needs(
-        growth="the adapter and the average not at all; a mean, a count and a row of the classifier for every class and task",
+        growth="the adapter not at all, the average until its rank is full; a mean, a count and a row of the classifier for "
+        "every class and task",
         operations="a step, an answer, and the two passes around a task not at all",
     )
     config_type = LaminaConfig
