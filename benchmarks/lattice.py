@@ -23,6 +23,7 @@ from lamina import run
 from lamina.compare import Study
 from lamina.compare.cells import Place
 from lamina.config import ConsolidationConfig, RunConfig
+from lamina.engine.consolidation import Memo
 
 Cells = list[tuple[str, RunConfig, Path]]
 """Name, settings and folder."""
@@ -64,7 +65,7 @@ def work(folder: Path, chain: RunConfig, cells: Cells) -> str:
         own = config.consolidation
         by_weights[f"{own.merge} {own.gamma} {own.floor}"].append((name, config, place))
     for same in by_weights.values():
-        memo: dict[str, torch.Tensor] = {}
+        memo: Memo = {}
         for name, config, place in same:
             shutil.rmtree(Place(place).run, ignore_errors=True)
             record = run.replay(folder, config, Place(place).run, memo)

@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
 
 from lamina import __version__, backbones, data, metrics, parallel, report, streams
 from lamina import config as configuration
@@ -40,6 +39,7 @@ from lamina.backbones import Backbone
 from lamina.config import RunConfig
 from lamina.data import Source
 from lamina.engine import checkpoint, device, precision
+from lamina.engine.consolidation import Memo
 from lamina.engine.evaluate import answers
 from lamina.engine.loop import Event, Loop, Position
 from lamina.engine.order import in_order
@@ -101,14 +101,15 @@ def resume(out: Path, watch: Watch = lambda *_: None, jobs: int | None = None) -
 
 
 def replay(
-    chain: Path, config: RunConfig, out: Path, memo: dict[str, Tensor] | None = None, watch: Watch = lambda *_: None
+    chain: Path, config: RunConfig, out: Path, memo: Memo | None = None, watch: Watch = lambda *_: None
 ) -> dict[str, Any]:
     """The run that this configuration describes, without training: what the method made of every task is taken from a run
-    that kept it (`keep_chain`) and differs from this one in `consolidation` and `evaluation` at most. The result is that of
-    training anew.
+    that kept it (`keep_chain`), is finished, and differs from this one in `consolidation` and `evaluation` at most. The result
+    is that of training anew, seconds included: those of the training, and those of features that were found in the memo. Only
+    the peak of memory is not known.
 
     memo: features are noted there and taken from there, so that several replays of one run compute them once.
-    Raises RunError where the other run has no chain or another configuration.
+    Raises RunError where the other run is not finished, or has no chain or another configuration.
     """
     kept, environment = _saved(chain)
     config = with_whole_paths(config)
@@ -122,10 +123,16 @@ def replay(
             f"{chain} cannot stand for the training of this run: it must have keep_chain = true, the same "
             "consolidation.init, and differ in nothing else outside consolidation and evaluation."
         )
+    if not (chain / "results.json").exists():
+        raise RunError(
+            f"{chain} cannot stand for the training of this run: it is not finished. `lamina resume {chain}` goes on."
+        )
     _refuse_used(out)
+    spent = report.read_record(chain)["cost"]["seconds"]
     setup = _Setup(config, environment, watch)
     loop = setup.loop(out, replay=chain / "chain")
     loop.consolidation.memo = memo
+    loop.clock["seconds"] = {phase: spent[phase] for phase in ("begin", "train", "end") if phase in spent}
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         checkpoint.replace_text(out / "environment.json", json.dumps(setup.environment, indent=1) + "\n")
@@ -431,10 +438,10 @@ def _record(setup: _Setup, loop: Loop) -> dict[str, Any]:
         "cost": {
             "seconds": seconds | {"total": round(total, 3)},
             "steps": sum(entry["steps"] for entry in loop.lineage),
-            "train_examples_per_second": loop.clock["examples"] / train if train else None,
+            "train_examples_per_second": loop.clock["examples"] / train if loop.clock["examples"] and train else None,
             "side_by_side_seconds": round(loop.clock["side_by_side"], 3) if "side_by_side" in loop.clock else None,
             "outside_training_share": 1 - train / total if total else None,
-            "peak_memory_mb": _peak_memory_mb(),
+            "peak_memory_mb": None if loop.replay else _peak_memory_mb(),
             "peak_device_memory_mb": device.peak_memory_mb(setup.device),
             "trainable_parameters": loop.lineage[-1]["trainable_parameters"],
             "stored_parameters": learner.stored_parameters(),

@@ -144,11 +144,12 @@ class Loop:
         }
         while self.position.phase != until:
             phase, task = self.position.phase, self.stream[self.position.task]
-            started = time.perf_counter()
+            started, self.consolidation.spared = time.perf_counter(), 0.0
             following = phases[phase](task)
+            seconds = time.perf_counter() - started + self.consolidation.spared
             if phase != "train":  # which keeps its own time, so that little of it is lost in a crash
-                self._spend(phase, time.perf_counter() - started)
-            self._tell(phase, done=1, total=1, seconds=time.perf_counter() - started)
+                self._spend(phase, seconds)
+            self._tell(phase, done=1, total=1, seconds=seconds)
             self.position = following
             self.save()
 
