@@ -209,8 +209,9 @@ OF_A_CLASSIFIER = ("consolidation.drift", "consolidation.layers")
 class EvaluationConfig(Section):
     split: Literal["test", "val"] = "test"
     """What the accuracy matrix is measured on. Choose settings on val, never on test."""
-    batch_size: int = Field(250, ge=1)
-    """Examples in a batch when nothing is trained."""
+    batch_size: int = Field(64, ge=1)
+    """Examples in a batch when nothing is trained. Larger ones are slower on processors: what lies between two layers no longer
+    fits their caches, and short texts are padded to longer ones."""
     unseen: bool = False
     """Also measure tasks not learnt yet (above the diagonal), which forward transfer needs."""
     per_class: int | None = Field(None, ge=1)
