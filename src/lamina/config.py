@@ -330,8 +330,9 @@ def listed(problems: Sequence[str], file: Path | None = None) -> str:
 
 def fingerprint(config: RunConfig, method_settings: type[MethodConfig]) -> str:
     """A hash of every setting that decides the result and is not at its default, so that a setting which a later lamina
-    adds makes no other run of an older one. Not of how often to save, how many processes train or how much is kept for
-    reuse, nor of where data, cache and weights lie: streams and backbones have fingerprints of their own content.
+    adds makes no other run of an older one. Not of how often to save, how many processes train, how many examples are
+    measured at a time or how much is kept for reuse, nor of where data, cache and weights lie: streams and backbones have
+    fingerprints of their own content.
     method_settings: the settings of its method.
     """
     own = {key: value for key, value in config.method.items() if key != "name"}
@@ -339,7 +340,7 @@ def fingerprint(config: RunConfig, method_settings: type[MethodConfig]) -> str:
     record = config.model_dump(mode="json", exclude_defaults=True, exclude=without)
     record["method"] = method_settings(**own).model_dump(mode="json", exclude_defaults=True)
     record["method"]["name"] = config.method["name"]
-    for section, key in (("data", "cache"), ("data", "source"), ("backbone", "name")):
+    for section, key in (("data", "cache"), ("data", "source"), ("backbone", "name"), ("evaluation", "batch_size")):
         record.get(section, {}).pop(key, None)
     if "reuse_mb" in record.get("backbone", {}):
         record["backbone"]["reuse_mb"] = "some"  # whether there is reuse may change last bits; how much changes none

@@ -229,6 +229,7 @@ def test_a_fingerprint_is_of_what_decides_the_result():
         given(("backbone.name", "a/copy")),
         given(("checkpoint_seconds", 1)),
         given(("jobs", 4)),
+        given(("evaluation.batch_size", 250)),
         given(("method", {"name": "lamina", "rank": 10})),
     ]
     assert len({print_of(config) for config in same}) == 1
