@@ -539,6 +539,25 @@ def test_the_table_says_what_the_runs_say(tmp_path: Path):
     assert all((Path(run["cell"]) / "run" / "results.json").exists() for run in row["runs"])
 
 
+def test_a_cost_that_is_not_known_is_left_out(tmp_path: Path):
+    """As of a run that shared its features with others, before that was counted."""
+    records = tmp_path / "grid.jsonl"
+    found = study(tmp_path, GRID, records=records)
+    found.work(1, Told(), MadeUp(accuracies))
+    found.content("")
+    shutil.rmtree(tmp_path / "cells")
+    noted = [json.loads(line) for line in records.read_text().splitlines()]
+    for record in noted:
+        record["cost"] |= {"seconds": {"total": None}, "peak_memory_mb": None}
+    records.write_text("".join(json.dumps(record) + "\n" for record in noted[1:]))
+    found, told, start = study(tmp_path, GRID, records=records), Told(), MadeUp(accuracies)
+    found.work(1, told, start)
+    assert len(start.started) == 1, "the one that is not in the records"
+    text = table.block(found.content(""))
+    assert text.count("| 10 | 1.20 k | 3.40 k | 0 B | 524 MB |") == 1
+    assert text.count("| – | 1.20 k | 3.40 k | 0 B | – |") == len(found.grid.rows) - 1
+
+
 def test_a_row_that_is_not_like_the_others_says_so(tmp_path: Path):
     text = SEARCHED.replace("inflora: {method.epsilon: 0.99}", "inflora: {search: {method.epsilon: [0.9, 0.99]}}")
     text = text.replace("  noproj", "  prototype: {search: false}\n  noproj").replace("[0, 1, 2]", "[3]")

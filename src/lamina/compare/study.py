@@ -251,8 +251,8 @@ class _Progress:
         self.viewer.show(len(self.cells) - len(self.left), len(self.cells), self.remaining(), lines)
 
     def _note(self, cell: Cell, place: Place) -> None:
-        key = cell.row, cell.tried is not None
-        self.seconds.setdefault(key, []).append(place.record()["cost"]["seconds"]["total"])
+        if (spent := place.record()["cost"]["seconds"]["total"]) is not None:
+            self.seconds.setdefault((cell.row, cell.tried is not None), []).append(spent)
 
     def remaining(self) -> float | None:
         keys = [(cell.row, cell.tried is not None) for folder, cell in self.cells.items() if folder in self.left]
