@@ -1,6 +1,7 @@
 """The floor of learning on this machine: what a frozen backbone costs when it learns nothing.
 
     python benchmarks/floor.py --pixels 32 --batch 64 --rounds 9
+    python benchmarks/floor.py --compile              the same beside it through torch.compile, and what compiling took
 
 A floor step is a forward and the backward of gradients with regard to inputs, from the features down to the outputs of the
 first layers that would be adapted: no adapter, no head, no optimiser, and batches that are ready. No learner of these layers
@@ -62,18 +63,29 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["k", "v"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=3, help="steps in one round")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile, round by round in turn")
     options = parser.parse_args()
-    backbone = backbones.load(options.backbone, image_size=options.pixels)
-    name = precision.resolve(options.precision, backbone.width)
-    floor = Floor(backbone, options.targets, precision.DTYPES[name])
     pixels_bchw = torch.randn(options.batch, 3, options.pixels, options.pixels)
-    floor.seconds_per_image(pixels_bchw, 2)
-    found = quartiles([1000 * floor.seconds_per_image(pixels_bchw, options.steps) for _ in range(options.rounds)])
-    print(
-        json.dumps(
-            {"precision": name, "threads": torch.get_num_threads(), "ms_per_image": [round(x, 3) for x in found]}
-        )
-    )
+    floors: dict[str, Floor] = {}
+    first: dict[str, float] = {}
+    for kind in ("eager", "compiled") if options.compile else ("eager",):
+        backbone = backbones.load(options.backbone, image_size=options.pixels)
+        name = precision.resolve(options.precision, backbone.width)
+        floors[kind] = Floor(backbone, options.targets, precision.DTYPES[name])
+        if kind == "compiled":
+            backbone.module.compile()
+        started = time.perf_counter()
+        floors[kind].seconds_per_image(pixels_bchw, 2)
+        first[kind] = time.perf_counter() - started
+    rounds: dict[str, list[float]] = {kind: [] for kind in floors}
+    for _ in range(options.rounds):
+        for kind, floor in floors.items():
+            rounds[kind].append(1000 * floor.seconds_per_image(pixels_bchw, options.steps))
+    found = {kind: [round(x, 3) for x in quartiles(values)] for kind, values in rounds.items()}
+    line = {"precision": name, "threads": torch.get_num_threads(), "ms_per_image": found["eager"]}
+    if options.compile:
+        line |= {"compiled_ms_per_image": found["compiled"], "compile_seconds": round(first["compiled"], 1)}
+    print(json.dumps(line))
 
 
 if __name__ == "__main__":
