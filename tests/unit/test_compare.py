@@ -558,6 +558,17 @@ def test_a_cost_that_is_not_known_is_left_out(tmp_path: Path):
     assert text.count("| – | 1.20 k | 3.40 k | 0 B | – |") == len(found.grid.rows) - 1
 
 
+def test_a_stream_without_runs_says_so_in_a_line(tmp_path: Path):
+    text = GRID.replace("seeds", "streams: {begun: {}, planned: {data.per_class: 2}}\nseeds")
+    found = study(tmp_path, text, only="begun/")
+    found.work(1, Told(), MadeUp(accuracies))
+    told = found.content("")
+    assert "## planned\n\nNo run of this stream is done; 12 are planned.\n\n### Columns" in table.block(told)
+    page = table.write(told, found.out).read_text()
+    assert page.count("<table") == 3, "two of the stream that is begun, and what it ran on"
+    assert "<p>No run of this stream is done; 12 are planned.</p>" in page
+
+
 def test_a_row_that_is_not_like_the_others_says_so(tmp_path: Path):
     text = SEARCHED.replace("inflora: {method.epsilon: 0.99}", "inflora: {search: {method.epsilon: [0.9, 0.99]}}")
     text = text.replace("  noproj", "  prototype: {search: false}\n  noproj").replace("[0, 1, 2]", "[3]")

@@ -158,6 +158,9 @@ def content(grid: Grid, rows: Mapping[Row, RowRuns], command: str) -> Content:
 
 
 def _section(stream: str, rows: Mapping[str, RowRuns], baseline: str | None) -> Section:
+    if not any(row.runs or row.trials for row in rows.values()):
+        planned = sum(row.planned for row in rows.values())
+        return Section(stream, f"No run of this stream is done; {planned} are planned.", lines=[], notes=[], search=[])
     against = rows[baseline].runs if baseline else []
     gains = {name: _difference(row.runs, against) for name, row in rows.items() if name != baseline}
     lines = [_line(name, row, gains.get(name), baseline) for name, row in rows.items()]
@@ -376,8 +379,10 @@ def block(told: Content) -> str:
             parts.append(f"## {section.name}")
         accuracies = [(f"`{line.name}`", *line.accuracies) for line in section.lines]
         costs = [(f"`{line.name}`", *line.costs) for line in section.lines]
-        parts += [section.caption, _markdown_table(["Method", *told.accuracies], accuracies)]
-        parts += [COST_CAPTION, _markdown_table(["Method", *told.costs], costs)]
+        parts.append(section.caption)
+        if section.lines:
+            parts += [_markdown_table(["Method", *told.accuracies], accuracies), COST_CAPTION]
+            parts.append(_markdown_table(["Method", *told.costs], costs))
         parts += ["\n".join(f"- {note}" for note in section.notes)] if section.notes else []
         if section.search:
             tried = [
