@@ -66,17 +66,16 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also measure torch.compile, round by round in turn")
     options = parser.parse_args()
     pixels_bchw = torch.randn(options.batch, 3, options.pixels, options.pixels)
+    name = precision.resolve(options.precision, backbones.load(options.backbone).width)
     floors: dict[str, Floor] = {}
-    first: dict[str, float] = {}
     for kind in ("eager", "compiled") if options.compile else ("eager",):
         backbone = backbones.load(options.backbone, image_size=options.pixels)
-        name = precision.resolve(options.precision, backbone.width)
         floors[kind] = Floor(backbone, options.targets, precision.DTYPES[name])
         if kind == "compiled":
             backbone.module.compile()
         started = time.perf_counter()
         floors[kind].seconds_per_image(pixels_bchw, 2)
-        first[kind] = time.perf_counter() - started
+        warming_up = time.perf_counter() - started
     rounds: dict[str, list[float]] = {kind: [] for kind in floors}
     for _ in range(options.rounds):
         for kind, floor in floors.items():
@@ -84,7 +83,7 @@ def main() -> None:
     found = {kind: [round(x, 3) for x in quartiles(values)] for kind, values in rounds.items()}
     line = {"precision": name, "threads": torch.get_num_threads(), "ms_per_image": found["eager"]}
     if options.compile:
-        line |= {"compiled_ms_per_image": found["compiled"], "compile_seconds": round(first["compiled"], 1)}
+        line |= {"compiled_ms_per_image": found["compiled"], "compile_seconds": round(warming_up, 1)}
     print(json.dumps(line))
 
 

@@ -210,8 +210,7 @@ class EvaluationConfig(Section):
     split: Literal["test", "val"] = "test"
     """What the accuracy matrix is measured on. Choose settings on val, never on test."""
     batch_size: int = Field(64, ge=1)
-    """Examples in a batch when nothing is trained. Larger ones are slower on processors: what lies between two layers no longer
-    fits their caches, and short texts are padded to longer ones."""
+    """Examples in a batch when nothing is trained. Texts of a batch are padded to its longest, so many at a time cost more."""
     unseen: bool = False
     """Also measure tasks not learnt yet (above the diagonal), which forward transfer needs."""
     per_class: int | None = Field(None, ge=1)
@@ -331,8 +330,8 @@ def listed(problems: Sequence[str], file: Path | None = None) -> str:
 def fingerprint(config: RunConfig, method_settings: type[MethodConfig]) -> str:
     """A hash of every setting that decides the result and is not at its default, so that a setting which a later lamina
     adds makes no other run of an older one. Not of how often to save, how many processes train, how many examples are
-    measured at a time or how much is kept for reuse, nor of where data, cache and weights lie: streams and backbones have
-    fingerprints of their own content.
+    measured at a time (which may change last bits) or how much is kept for reuse, nor of where data, cache and weights
+    lie: streams and backbones have fingerprints of their own content.
     method_settings: the settings of its method.
     """
     own = {key: value for key, value in config.method.items() if key != "name"}
