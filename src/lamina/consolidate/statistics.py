@@ -158,17 +158,17 @@ class Gaussians(NamedTuple):
     """Σ^{-1/2} U_j"""
 
     def draws(self, rows_k: Tensor, per_row: int, generator: torch.Generator, own_share: float = 0.5) -> Tensor:
-        """z (k, m, d) float64: `per_row` draws of each of these rows. own_share is 0 where no own part is kept.
+        """z (k, m, d) of the means' type: `per_row` draws of each of these rows. own_share is 0 where no own part is kept.
 
         The noise itself is drawn in float32, which is twice as fast and rounded far more finely than a mean is known.
         """
         share = own_share if self.own_jdr.shape[2] else 0.0
         shape_kmd = (len(rows_k), per_row, len(self.centre_d))
-        noise_kmd = torch.randn(shape_kmd, generator=generator).double()
+        noise_kmd = torch.randn(shape_kmd, generator=generator).to(self.means_jd.dtype)
         drawn_kmd: Tensor = self.means_jd[rows_k, None] + (1 - share) ** 0.5 * noise_kmd
         if share:
             own_krd = self.own_jdr[rows_k].transpose(1, 2)
-            noise_kmr = torch.randn((*shape_kmd[:2], own_krd.shape[1]), generator=generator).double()
+            noise_kmr = torch.randn((*shape_kmd[:2], own_krd.shape[1]), generator=generator).to(own_krd.dtype)
             drawn_kmd += share**0.5 * noise_kmr @ own_krd
         return drawn_kmd
 

@@ -220,9 +220,12 @@ def aligned(
 
     The steps are taken where the pooled covariance is I, so that the rate means the same for features of any scale or
     shape. With the draws' covariance that of lda (no own part) lda is already the minimum of the expected cross-entropy.
+    They are computed in float32, which is twice as fast and rounds far less than the draws are random.
     """
     white, start = gaussians(statistics, shrinkage), lda(statistics, shrinkage)
-    base_jd, base_j = white.means_jd, -white.means_jd.square().sum(1) / 2
+    base_jd = white.means_jd.float()
+    base_j = (-white.means_jd.square().sum(1) / 2).float()
+    white = white._replace(means_jd=base_jd, own_jdr=white.own_jdr.float())
     weight_jd = torch.zeros_like(base_jd, requires_grad=True)
     bias_j = torch.zeros_like(base_j, requires_grad=True)
     for step in range(steps):
@@ -236,8 +239,8 @@ def aligned(
         with torch.no_grad():
             weight_jd -= now * slope_jd
             bias_j -= now * slope_j
-    change_jd = weight_jd.detach() @ white.whiten_dd
-    change_j = bias_j.detach() - change_jd @ white.centre_d
+    change_jd = weight_jd.detach().double() @ white.whiten_dd
+    change_j = bias_j.detach().double() - change_jd @ white.centre_d
     return LinearHead(start.weight_jd + change_jd, start.bias_j + change_j)
 
 
