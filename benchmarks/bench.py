@@ -39,7 +39,7 @@ def measure(quick: bool) -> dict[str, Any]:
     """Each part in a process of its own, one after another: what one leaves in memory must not be counted for the next."""
     quickly = ["--quick"] if quick else []
     run = part("run.py", quickly)
-    found = part("rivals.py", quickly + (["--epochs", "6"] if quick else []))
+    found = part("rivals.py", quickly + (["--epochs", "4"] if quick else []))
     accuracy = {name: statistics.mean(runs["accuracy"]) for name, runs in found["runs"].items()}
     best = min(
         (name for name in rivals.PEFT_LOOPS if name in found["runs"]),
