@@ -1,6 +1,6 @@
 """Speed, end to end: the floor of this machine, a whole run against it, the same stream by rival loops. `make bench`.
 
-    python benchmarks/bench.py             most of an hour; adds a line to docs/results/records/speed.jsonl, writes the page
+    python benchmarks/bench.py             about an hour; adds a line to docs/results/records/speed.jsonl, writes the page
     python benchmarks/bench.py --quick     under five minutes; notes nothing
     python benchmarks/bench.py --page      the page and its plot from the lines there are, nothing measured
 
@@ -39,6 +39,7 @@ def measure(quick: bool) -> dict[str, Any]:
     """Each part in a process of its own, one after another: what one leaves in memory must not be counted for the next."""
     quickly = ["--quick"] if quick else []
     run = part("run.py", quickly)
+    compiled = None if quick else part("floor.py", ["--compile", "--precision", run["precision"]], optional=True)
     found = part("rivals.py", quickly + (["--epochs", "4"] if quick else []))
     accuracy = {name: statistics.mean(runs["accuracy"]) for name, runs in found["runs"].items()}
     best = min(
@@ -61,15 +62,16 @@ def measure(quick: bool) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
         "run": run,
+        "compiled": compiled,
         "rivals": found,
     }
 
 
-def part(file: str, arguments: list[str]) -> dict[str, Any]:
+def part(file: str, arguments: list[str], optional: bool = False) -> Any:
+    """What a part ends with. optional: None where it fails, as torch.compile does without a C++ compiler."""
     command = [sys.executable, str(Path(__file__).with_name(file)), *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=not optional)
+    return None if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
 
 def machine() -> dict[str, Any]:
@@ -148,6 +150,13 @@ def section(line: dict[str, Any]) -> str:
         *(row(name, runs) for name, runs in found["runs"].items()),
     ]
     a, b, c = rivals.speedup(found, ours, rivals.PEFT_LOOPS)
+    compiled = "could not be measured here: it needs a C++ compiler."
+    if line["compiled"]:
+        eager_ms, compiled_ms = line["compiled"]["ms_per_image"][1], line["compiled"]["compiled_ms_per_image"][1]
+        compiled = (
+            f"takes {compiled_ms:.2f} ms per image instead of {eager_ms:.2f} (round by round in turn), after "
+            f"{line['compiled']['compile_seconds']:.0f} s of compiling. lamina does not use it."
+        )
     return "\n\n".join(
         [
             f"## In {line['precision']}",
@@ -164,6 +173,7 @@ def section(line: dict[str, Any]) -> str:
             f"Outside the steps: {100 * run['outside_steps']:.1f} %. {phases}. The two passes for moments and all else at the "
             f"beginning and end of tasks: {100 * run['moments_share_at_most']:.1f} %. A step in task 20 takes {median:.2f} "
             f"times that in task 1 (quartiles {early:.2f} to {late:.2f}).",
+            f"**`torch.compile`** on the same bare backbone {compiled}",
             f"**Against loops by hand.** The same stream with {found['per_class']} images of each class and {found['epochs']} "
             f"epochs, medians over {found['seeds']} seeds. lamina's `finetune` trains the same numbers as PEFT and is the one "
             f"to compare: the fastest PEFT loop ({line['fastest_peft']}) takes {b:.2f} times as long (over the seeds "
