@@ -68,7 +68,7 @@ def measure(quick: bool) -> dict[str, Any]:
 
 
 def part(file: str, arguments: list[str], optional: bool = False) -> Any:
-    """What a part ends with. optional: None where it fails, as torch.compile does without a C++ compiler."""
+    """What a part ends with. optional: None where it fails (it has said why), as torch.compile does without a compiler."""
     command = [sys.executable, str(Path(__file__).with_name(file)), *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=not optional)
     return None if done.returncode else json.loads(done.stdout.splitlines()[-1])
@@ -150,7 +150,7 @@ def section(line: dict[str, Any]) -> str:
         *(row(name, runs) for name, runs in found["runs"].items()),
     ]
     a, b, c = rivals.speedup(found, ours, rivals.PEFT_LOOPS)
-    compiled = "could not be measured here: it needs a C++ compiler."
+    compiled = "could not be measured here; `python benchmarks/floor.py --compile` says why."
     if line["compiled"]:
         eager_ms, compiled_ms = line["compiled"]["ms_per_image"][1], line["compiled"]["compiled_ms_per_image"][1]
         compiled = (

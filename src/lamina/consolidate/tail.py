@@ -220,7 +220,7 @@ def aligned(
 
     The steps are taken where the pooled covariance is I, so that the rate means the same for features of any scale or
     shape. With the draws' covariance that of lda (no own part) lda is already the minimum of the expected cross-entropy.
-    They are computed in float32, which is twice as fast and rounds far less than the draws are random.
+    They are computed in float32, which rounds far less than the draws are random, and takes little more than half the time.
     """
     white, start = gaussians(statistics, shrinkage), lda(statistics, shrinkage)
     base_jd = white.means_jd.float()
