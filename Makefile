@@ -38,9 +38,11 @@ results: runs/minilm      ## the tables of docs/results and of the README (needs
 	$(BIN)/python benchmarks/summary.py
 
 lattice: runs/minilm      ## the tables of what happens around methods (needs ../shared; most of a day; goes on where it stopped)
-	for grid in choose lattice; do \
-	  $(if $(KEEP),,OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lattice.py benchmarks/grids/$$grid.yaml \
-	    --records docs/results/records/$$grid.jsonl &&) \
+	$(if $(KEEP),,for grid in choose lattice; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lattice.py benchmarks/grids/$$grid.yaml \
+	    --records docs/results/records/$$grid.jsonl || exit; \
+	done)
+	for grid in choose lattice cifar100x20; do \
 	  $(BIN)/lamina compare benchmarks/grids/$$grid.yaml $(KEEP) --records docs/results/records/$$grid.jsonl \
 	    --page docs/results/$$grid.md || exit; \
 	done

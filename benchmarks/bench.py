@@ -2,6 +2,7 @@
 
     python benchmarks/bench.py             about an hour; adds a line to docs/results/records/speed.jsonl, writes the page
     python benchmarks/bench.py --quick     under five minutes; notes nothing
+    python benchmarks/bench.py --short     between the two, for a machine that is at hand for minutes; noted, with what it was
     python benchmarks/bench.py --page      the page and its plot from the lines there are, nothing measured
 
 The last line is JSON: floor_ratio (whole run over the floor of as many images), peft_speedup (whole run of the fastest PEFT
@@ -32,15 +33,16 @@ from lamina.report.charts import tag
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, PLOT = ROOT / "docs" / "results" / "speed.md", ROOT / "docs" / "results" / "speed.svg"
 RECORDS = ROOT / "docs" / "results" / "records" / "speed.jsonl"
+CARDS = ROOT / "docs" / "results" / "records" / "shapes.jsonl"
 INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}
 
 
-def measure(quick: bool) -> dict[str, Any]:
+def measure(quick: bool, short: bool) -> dict[str, Any]:
     """Each part in a process of its own, one after another: what one leaves in memory must not be counted for the next."""
-    quickly = ["--quick"] if quick else []
-    run = part("run.py", quickly)
-    compiled = None if quick else part("floor.py", ["--compile", "--precision", run["precision"]], optional=True)
-    found = part("rivals.py", quickly + (["--epochs", "4"] if quick else []))
+    run = part("run.py", ["--quick"] if quick else ["--per-class", "20"] if short else [])
+    full = not (quick or short)
+    compiled = part("floor.py", ["--compile", "--precision", run["precision"]], optional=True) if full else None
+    found = part("rivals.py", ["--quick", "--epochs", "4"] if quick else ["--short"] if short else [])
     accuracy = {name: statistics.mean(runs["accuracy"]) for name, runs in found["runs"].items()}
     best = min(
         (name for name in rivals.PEFT_LOOPS if name in found["runs"]),
@@ -59,6 +61,7 @@ def measure(quick: bool) -> dict[str, Any]:
         "reference_accuracy": round(accuracy["lamina inflora, fp32"], 4),
         "fastest_peft": best,
         "quick": quick,
+        "short": short,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
         "run": run,
@@ -94,23 +97,60 @@ def machine() -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- the page
 
 
-def page(lines: list[dict[str, Any]]) -> str:
-    """Of the newest line in each precision, so that nobody is misled about where a gain comes from."""
-    newest = {line["precision"]: line for line in lines if not line["quick"]}
+def page(lines: list[dict[str, Any]], cards: list[dict[str, Any]]) -> str:
+    """Of the newest line in each precision and number of threads, so that nobody is misled about where a gain comes from."""
+    newest = newest_of(lines)
     parts = [
         "# Speed and memory",
         "Made by `make bench`, which measures and then writes this page from the lines of `records/speed.jsonl`; do not edit. "
         "What grows with the number of tasks is on [a page of its own](growth.md).",
         summary(newest),
         "![Seconds of a whole run, by contender](speed.svg)",
-        *(section(line) for line in newest.values()),
+        *(section(name, line) for name, line in newest.items()),
     ]
-    if "bf16" not in newest:
+    if not any(line["precision"] == "bf16" for line in newest.values()):
         parts.append(
             "## bf16\n\nNot measured: no machine with native bf16 instructions (`avx512_bf16`, `amx_bf16`) was at hand. There, "
             "`make bench` adds the section by itself."
         )
+    parts += [on_a_card(line) for line in cards]
     return "\n\n".join(parts) + "\n"
+
+
+def newest_of(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def name(line: dict[str, Any]) -> str:
+        threads = line["machine"]["threads"]
+        return f"{line['precision']}, {threads} thread{'s' if threads > 1 else ''}"
+
+    return {name(line): line for line in lines if not line["quick"]}
+
+
+def on_a_card(line: dict[str, Any]) -> str:
+    """What `shapes.py` measured on one card."""
+    about = line["machine"]
+    parts = [
+        f"## On a card: {line['card']}",
+        f"{line['date']}, `python benchmarks/shapes.py`; torch {about['torch']}, transformers {about['transformers']}, PEFT "
+        f"{about['peft']}, lamina {about['lamina']}. Training steps with random weights at 224 px, rank 10 on k and v, of a "
+        "batch that lies ready. The fraction of the peak counts the operations of the floor, over a bf16 matrix product of "
+        f"8192 rows and columns measured in the same process ({line['peak_tflops']:.0f} TFLOP/s). *Recorded* is what lamina "
+        "does by itself on a card: loss and gradients replayed from a CUDA graph.",
+    ]
+    for size in line["sizes"]:
+        rows = [
+            f"**{size['shape']}, batch {size['batch']}**\n",
+            "| | Step, ms (quartiles) | Images/s | Fraction of the peak | Memory, MB |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        for name, found in size["steps"].items():
+            low, middle, high = found["step_ms"]
+            fraction = size["operations_per_step"] / (middle / 1000) / (1e12 * line["peak_tflops"])
+            rows.append(
+                f"| {name} | {middle:.2f} ({low:.2f} to {high:.2f}) | {found['images_per_second']:.0f} | {fraction:.3f} "
+                f"| {found['peak_mb']} |"
+            )
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
 
 
 def summary(newest: dict[str, dict[str, Any]]) -> str:
@@ -136,7 +176,7 @@ def show(key: str, value: float) -> str:
     return f"{value:.0f}" if key.endswith("_mb") else f"{value:.2f}"
 
 
-def section(line: dict[str, Any]) -> str:
+def section(name: str, line: dict[str, Any]) -> str:
     about, run, found = line["machine"], line["run"], line["rivals"]
     low, middle, high = run["floor_ms_per_image"]
     phases = ", ".join(f"{phase} {value:.1f} s" for phase, value in run["seconds"].items() if phase != "total")
@@ -150,16 +190,21 @@ def section(line: dict[str, Any]) -> str:
         *(row(name, runs) for name, runs in found["runs"].items()),
     ]
     a, b, c = rivals.speedup(found, ours, rivals.PEFT_LOOPS)
-    compiled = "could not be measured here; `python benchmarks/floor.py --compile` says why."
+    compiled = (
+        "was not measured here."
+        if line["short"]
+        else "could not be measured; `python benchmarks/floor.py --compile` says why."
+    )
     if line["compiled"]:
         eager_ms, compiled_ms = line["compiled"]["ms_per_image"][1], line["compiled"]["compiled_ms_per_image"][1]
         compiled = (
             f"takes {compiled_ms:.2f} ms per image instead of {eager_ms:.2f} (round by round in turn), after "
             f"{line['compiled']['compile_seconds']:.0f} s of compiling. lamina does not use it."
         )
+    seeds = "one seed" if found["seeds"] == 1 else f"medians over {found['seeds']} seeds (quartiles in brackets)"
     return "\n\n".join(
         [
-            f"## In {line['precision']}",
+            f"## In {name}",
             f"{line['date']}, {about['processor']}, {about['cores']} cores, {about['threads']} threads, "
             f"{about['memory_gb']} GB, {about['system']}, no GPU; bf16 instructions: {half}. Python "
             f"{about['python']}, torch {about['torch']}, transformers {about['transformers']}, PEFT {about['peft']}, lamina "
@@ -175,12 +220,20 @@ def section(line: dict[str, Any]) -> str:
             f"times that in task 1 (quartiles {early:.2f} to {late:.2f}).",
             f"**`torch.compile`** on the same bare backbone {compiled}",
             f"**Against loops by hand.** The same stream with {found['per_class']} images of each class and {found['epochs']} "
-            f"epochs, medians over {found['seeds']} seeds. lamina's `finetune` trains the same numbers as PEFT and is the one "
-            f"to compare: the fastest PEFT loop ({line['fastest_peft']}) takes {b:.2f} times as long (over the seeds "
-            f"{a:.2f} to {c:.2f}).",
+            f"epochs; {seeds}. lamina's `finetune` trains the same numbers as PEFT and is the one "
+            f"to compare: the fastest PEFT loop ({line['fastest_peft']}) takes {b:.2f} times as long ({a:.2f} to {c:.2f})"
+            f"{like_for_like(found)}.",
             "\n".join(rows),
         ]
     )
+
+
+def like_for_like(found: dict[str, Any]) -> str:
+    """Where lamina takes bf16: what each precision gives by itself, so that nobody is misled about where a gain comes from."""
+    if found["precision"] == "fp32":
+        return ""
+    both, same = (rivals.speedup(found, f"lamina finetune, {kind}", ["PEFT, fp32"])[1] for kind in ("bf16", "fp32"))
+    return f". PEFT in fp32 takes {both:.2f} times as long as lamina in bf16, and {same:.2f} times as long as lamina in fp32"
 
 
 def row(name: str, runs: dict[str, list[Any]]) -> str:
@@ -196,7 +249,7 @@ def row(name: str, runs: dict[str, list[Any]]) -> str:
 def plot(lines: list[dict[str, Any]]) -> Markup:
     """Bars: seconds of a whole run for every contender, one group per precision of lamina."""
     bars: list[tuple[str, float]] = []
-    for line in {line["precision"]: line for line in lines if not line["quick"]}.values():
+    for line in newest_of(lines).values():
         runs = line["rivals"]["runs"]
         bars += [(name, statistics.median(of["seconds"])) for name, of in runs.items()]
     longest, left, wide, high = max(seconds for _, seconds in bars), 260.0, 380.0, 24.0
@@ -224,15 +277,17 @@ def plot(lines: list[dict[str, Any]]) -> Markup:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", default=os.environ.get("QUICK", "") not in ("", "0"))
+    parser.add_argument("--short", action="store_true")
     parser.add_argument("--page", action="store_true", help="only write the page and the plot again")
     options = parser.parse_args()
-    found = None if options.page else measure(options.quick)
+    found = None if options.page else measure(options.quick, options.short)
     if found and not found["quick"]:
         with RECORDS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
     if options.page or (found and not found["quick"]):
         lines = [json.loads(line) for line in RECORDS.read_text(encoding="utf-8").splitlines()]
-        PAGE.write_text(page(lines), encoding="utf-8")
+        cards = [json.loads(line) for line in CARDS.read_text(encoding="utf-8").splitlines()] if CARDS.exists() else []
+        PAGE.write_text(page(lines, cards), encoding="utf-8")
         PLOT.write_text(str(plot(lines)) + "\n", encoding="utf-8")
         whole.say(f"wrote {PAGE.relative_to(ROOT)} and {PLOT.relative_to(ROOT)}")
     if found:

@@ -35,6 +35,7 @@ from lamina.types import Batch, Task
 CIFAR = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "cifar100"
 RANK, BATCH, TARGETS, PIXELS = 10, 64, ("k", "v"), 32
 SETTINGS: dict[str, Any] = {
+    "device": "cpu",
     "data.source": str(CIFAR),
     "data.crop_scale": [0.5, 1.0],
     "stream.tasks": 10,

@@ -7,12 +7,17 @@ of the energy, say. These have the values that the processor gives, so that whol
 What it cannot show: kernels that a card lacks, and tensors that are made and mixed within one function of PyTorch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from lamina.engine import loop
+from lamina.types import Batch
 
 CARD = torch.device("cuda")
 COPIES = (Tensor.copy_, Tensor.__setitem__)
@@ -108,6 +113,12 @@ def _moved(value: Tensor, device: torch.device) -> Tensor:
     return value.clone().as_subclass(OnCard if device.type == "cuda" else Tensor)
 
 
-def pretended_card() -> TorchFunctionMode:
-    """While open, `cuda` is a device."""
-    return _Card()
+@contextmanager
+def pretended_card() -> Iterator[None]:
+    """While open, `cuda` is a device. Batches are made when they are asked for: other threads know nothing of the card."""
+
+    def when_asked(makers: Iterable[Callable[[], Batch]], _: torch.device) -> Iterator[Batch]:
+        return (make() for make in makers)
+
+    with _Card(), mock.patch.object(loop, "ahead", when_asked):
+        yield

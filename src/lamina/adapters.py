@@ -8,7 +8,7 @@ kept, and the folded weight is always computed anew from it and the factors, in 
 were finished: folding gives the same bits however often it is done, and can be undone.
 
 In training the live branches are computed beside the map, as the formula says, or within it where that is faster: see
-`_ChangedMap`.
+`_Within` and `_Beside`.
 
 Shape letters: o outputs, i inputs, r rank, b batch, t tokens, e experts.
 """
@@ -211,20 +211,14 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         changes = self._live_changes() if self._live_apart else []
-        if changes and x.dtype == torch.float32 and x.shape[:-1].numel() >= self.d_in:
+        if changes:
+            within = x.dtype == torch.float32 and x.shape[:-1].numel() >= self.d_in
             places, factors = [rows for rows, _, _ in changes], [factor for _, *pair in changes for factor in pair]
-            y: Tensor = _ChangedMap.apply(x, self.weight_oi, self.bias_o, places, *factors)  # type: ignore[no-untyped-call]
-            changes = []
+            y: Tensor = (_Within if within else _Beside).apply(x, self.weight_oi, self.bias_o, places, *factors)  # type: ignore[no-untyped-call]
         else:
             y = F.linear(x, self.weight_oi, self.bias_o)
         for mixture in self.mixtures.values():
             y = y + F.pad(mixture.change(x), (mixture.rows.start, self.d_out - mixture.rows.stop))
-        for rows, up_or, down_ri in changes:
-            inner, up_or = F.linear(x, down_ri.to(x.dtype)), up_or.to(x.dtype)
-            if rows == (0, self.d_out):  # one pass over y instead of two
-                y = torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), up_or.T).view(y.shape)
-            else:
-                y = y + F.pad(F.linear(inner, up_or), (rows.start, self.d_out - rows.stop))
         return y
 
     def _live_changes(self) -> list[tuple[Rows, Tensor, Tensor]]:
@@ -233,7 +227,7 @@ class AdaptedLinear(nn.Module):
         ]
 
 
-class _ChangedMap(torch.autograd.Function):
+class _Within(torch.autograd.Function):
     """y = (W + sum_k up_k down_k) x + b with gradients for x and the factors, none for W and b.
 
     What the branches cost beside the frozen map is then two thin products in the backward, where up and down are learnt,
@@ -265,6 +259,53 @@ class _ChangedMap(torch.autograd.Function):
             grads.append(own_no.T @ (x_ni @ down_ri.T) if wanted[2 * number] else None)
             grads.append((own_no @ up_or).T @ x_ni if wanted[2 * number + 1] else None)
         return ((grad_no @ changed_oi).view(x.shape) if wanted_x else None, None, None, None, *grads)
+
+
+class _Beside(torch.autograd.Function):
+    """The same where the branches are computed beside the map, in the precision of x: y = W x + b + sum_k up_k (down_k x).
+
+    What they add to y and to the gradient for x is added in place, without a pass of its own over either.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight_oi: Tensor, bias_o: Tensor | None, rows: list[Rows], *factors: Tensor
+    ) -> Tensor:
+        y = F.linear(x, weight_oi, bias_o)
+        y_no, x_ni = y.flatten(0, -2), x.flatten(0, -2)
+        kept: list[Tensor] = []
+        for (start, stop), up_or, down_ri in zip(rows, factors[::2], factors[1::2], strict=True):
+            spare = -len(down_ri) % _multiple(x)
+            up_or, down_ri = F.pad(up_or, (0, spare)).to(x.dtype), F.pad(down_ri, (0, 0, 0, spare)).to(x.dtype)
+            inner_nr = x_ni @ down_ri.T
+            y_no[:, start:stop].addmm_(inner_nr, up_or.T)
+            kept += [up_or, down_ri, inner_nr]
+        ctx.rows, ctx.ranks = rows, [len(down_ri) for down_ri in factors[1::2]]
+        ctx.save_for_backward(x, weight_oi, *kept)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_oi, *kept = ctx.saved_tensors
+        wanted_x, _, _, _, *wanted = ctx.needs_input_grad
+        grad_no, x_ni = grad_y.flatten(0, -2), x.flatten(0, -2)
+        grad_x_ni = grad_no @ weight_oi if wanted_x else None
+        grads: list[Tensor | None] = []
+        for number, ((start, stop), rank) in enumerate(zip(ctx.rows, ctx.ranks, strict=True)):
+            up_or, down_ri, inner_nr = kept[3 * number : 3 * number + 3]
+            own_no = grad_no[:, start:stop]
+            grad_inner_nr = own_no @ up_or
+            if grad_x_ni is not None:
+                grad_x_ni.addmm_(grad_inner_nr, down_ri)
+            grads.append((own_no.T @ inner_nr)[:, :rank].float() if wanted[2 * number] else None)
+            grads.append((grad_inner_nr.T @ x_ni)[:rank].float() if wanted[2 * number + 1] else None)
+        return (None if grad_x_ni is None else grad_x_ni.view(x.shape), None, None, None, *grads)
+
+
+def _multiple(x: Tensor) -> int:
+    """What ranks are filled up to with zeros: a card multiplies half-precision matrices of other sides on slower paths."""
+    return 8 if x.is_cuda else 1
 
 
 @contextmanager

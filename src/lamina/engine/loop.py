@@ -10,19 +10,22 @@ a state: order, augmentation and initial weights are functions of (seed, task, e
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lamina.config import ConsolidationConfig, EvaluationConfig, TrainingConfig
 from lamina.engine import checkpoint, distil, optim
+from lamina.engine.ahead import ahead
 from lamina.engine.consolidation import Consolidation
 from lamina.engine.evaluate import Answers, answers
+from lamina.engine.graphs import WORTH_IT, Gradients
 from lamina.engine.order import in_order, positions_of_step, set_torch_seed, steps_per_epoch
 from lamina.errors import CheckpointError, MethodError, TrainingError
 from lamina.learner import Learner
@@ -183,7 +186,10 @@ class Loop:
         optim.restore_optimizer(self._optimizer, parameters, self._optimizer_state)
         per_epoch, steps = steps_per_epoch(len(task.train), self.training.batch_size), self._steps(task)
         since = time.perf_counter()
-        for step in range(self.position.step, steps):
+        first = self.position.step
+        gradients = self._gradients(task, parameters.values())
+        makers = (partial(self._training_batch, task, step, step // per_epoch) for step in range(first, steps))
+        for step, batch in enumerate(ahead(makers, self.learner.device), first):
             stopping = self.should_stop()
             if stopping or time.perf_counter() - since >= self.checkpoint_seconds:
                 self._spend("train", time.perf_counter() - since)
@@ -194,7 +200,7 @@ class Loop:
             epoch = step // per_epoch
             factor = optim.rate_factor(self.training, epoch)
             optim.set_rate(self._optimizer, factor)
-            loss = self._step(task, Step(step, steps, rate * factor), epoch, parameters)
+            loss = self._step(task, batch, Step(step, steps, rate * factor), parameters, gradients)
             self.position = Position(self.position.task, "train", step + 1)
             if step % max(1, steps // LOSS_POINTS) == 0 or step == steps - 1:
                 self.losses.append((self.position.task, step, loss))
@@ -225,25 +231,40 @@ class Loop:
         self._tell("train", done=steps, total=steps, loss=self.losses[-1][2])
         return Position(self.position.task, "end", steps)
 
-    def _step(self, task: Task, step: Step, epoch: int, parameters: Mapping[str, Tensor]) -> float:
+    def _training_batch(self, task: Task, step: int, epoch: int) -> Batch:
+        size = self.training.batch_size
+        positions = positions_of_step(len(task.train), size, step, seed=self.seed, task=task.name)
+        view = epoch if self.views is None else epoch % self.views
+        return task.train.batch(positions, Augment(self.seed, view)).to(self.learner.device)
+
+    def _gradients(self, task: Task, parameters: Collection[nn.Parameter]) -> Gradients:
+        def loss(batch: Batch) -> Tensor:
+            fitting = self.method.loss(self.learner, batch, task)
+            if not self.teacher:
+                return fitting
+            return fitting + self.training.distil * distil.divergence(self.learner, self.teacher, batch, task)
+
+        size = self.training.batch_size
+        alike = self.learner.backbone.kind == "image" and self.learner.reuse is None
+        enough = self.training.epochs * (len(task.train) // size) >= WORTH_IT
+        on_card = self.learner.device.type == "cuda"
+        return Gradients(
+            *(loss, list(parameters), size if on_card and alike and enough else None),
+            note=lambda text: self._tell("train", note=text),
+        )
+
+    def _step(
+        self, task: Task, batch: Batch, step: Step, parameters: Mapping[str, nn.Parameter], gradients: Gradients
+    ) -> float:
         """One training step; its loss."""
         assert self._optimizer is not None
-        size = self.training.batch_size
-        positions = positions_of_step(len(task.train), size, step.done, seed=self.seed, task=task.name)
-        view = epoch if self.views is None else epoch % self.views
-        batch = task.train.batch(positions, Augment(self.seed, view)).to(self.learner.device)
         set_torch_seed(self.seed, "step", task.name, step.done)
-        loss = self.method.loss(self.learner, batch, task)
-        if self.teacher:
-            loss = loss + self.training.distil * distil.divergence(self.learner, self.teacher, batch, task)
-        value = loss.item()
+        value = gradients(batch).item()
         if not math.isfinite(value):
             raise TrainingError(
                 f"the loss is {value} in task {task.name!r} at step {step.done + 1}. The last good state is in "
                 f"{self.checkpoints}. A smaller training.lr (now {self.training.lr}) or training.clip=1 usually helps."
             )
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
         self.method.after_backward(self.learner)
         if self.training.clip is not None:
             torch.nn.utils.clip_grad_norm_(parameters.values(), self.training.clip)
@@ -303,11 +324,15 @@ class Loop:
 
     def _batches(self, phase: Phase, examples: Examples, augment: Augment | None = None) -> Iterator[Batch]:
         done = 0
-        for positions in in_order(len(examples), self.evaluation.batch_size):
+        makers = (
+            partial(lambda positions: examples.batch(positions, augment).to(self.learner.device), positions)
+            for positions in in_order(len(examples), self.evaluation.batch_size)
+        )
+        for batch in ahead(makers, self.learner.device):
             if self.should_stop():
                 raise Interrupted
-            yield examples.batch(positions, augment).to(self.learner.device)
-            done += len(positions)
+            yield batch
+            done += len(batch)
             self._tell(phase, done=done, total=len(examples))
 
     def _answers(self, task: Task) -> Answers:

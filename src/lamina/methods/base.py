@@ -11,6 +11,7 @@ Shape letters: b batch, r rows of the head.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -179,9 +180,16 @@ def begin_shared(learner: Learner, task: Task, rank: int) -> None:
 
 def row_labels(task: Task, labels_b: Tensor) -> Tensor:
     """Positions (b,) of class ids among the task's own rows."""
-    order = torch.full((max(task.classes) + 1,), -1)
-    order[list(task.classes)] = torch.arange(len(task.classes))
-    return order.to(labels_b.device)[labels_b]
+    return _positions(task.classes, labels_b.device)[labels_b]
+
+
+@lru_cache(maxsize=8)
+def _positions(classes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Of every class id up to the largest of these, -1 for the others. Kept: a card would have to wait for a new one in every
+    step."""
+    order = torch.full((max(classes) + 1,), -1)
+    order[list(classes)] = torch.arange(len(classes))
+    return order.to(device)
 
 
 def local_cross_entropy(learner: Learner, batch: Batch, task: Task) -> Tensor:

@@ -1,0 +1,90 @@
+"""The law that lets an engine record a training step once and replay it (engine/graphs.py): between two steps of a task nothing
+that a loss depends on changes but numbers in tensors, which stay where they are.
+
+Without a card, a step is recorded as a graph of PyTorch's operations, which knows as little as a CUDA graph of what Python
+does; with one, a run from recordings must be near one without.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.conformance.cases import HOME, TRAINING, make_loop
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from lamina.engine import graphs, loop
+from lamina.engine.loop import Loop
+from lamina.learner import Learner
+from lamina.methods import METHODS
+from lamina.types import Batch
+
+TRAINED = sorted(name for name, method in METHODS.items() if method.trains)
+LONG = TRAINING.model_copy(update={"epochs": 4, "batch_size": 8, "distil": 0.5})
+
+
+def at_work(learner: Learner) -> list[Tensor]:
+    """What a forward reads."""
+    weights = [layer.weight_oi for layer in learner.layers.values()]
+    return [*learner.backbone.module.parameters(), *learner.backbone.module.buffers(), *weights]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_step_that_was_recorded_goes_on_to_be_the_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    replayed: list[int] = []
+
+    class Recorded(graphs.Gradients):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.graph: Any = None
+            self.places: list[int] = []
+
+        def __call__(self, batch: Batch) -> Tensor:
+            def step(pixels_bchw: Tensor, labels_b: Tensor) -> list[Tensor]:
+                loss = self.compute(Batch(inputs={"pixel_values": pixels_bchw}, labels_b=labels_b))
+                return [loss, *torch.autograd.grad(loss, self.parameters, allow_unused=True)]
+
+            loss, given = self._plain(batch), (batch.inputs["pixel_values"], batch.labels_b)
+            places = [value.data_ptr() for value in at_work(learnt.learner)]
+            if len(batch) == LONG.batch_size and self.graph is None:
+                self.graph, self.places = make_fx(step)(*given), places
+            elif len(batch) == LONG.batch_size:
+                wanted = [loss, *(p.grad for p in self.parameters)]
+                for number, (got, want) in enumerate(zip(self.graph(*given), wanted, strict=True)):
+                    torch.testing.assert_close(
+                        got, want, rtol=1e-4, atol=1e-6, msg=lambda text, n=number: f"{n}: {text}"
+                    )
+                assert places == self.places
+                replayed.append(learnt.position.task)
+            return loss
+
+    monkeypatch.setattr(loop, "Gradients", Recorded)
+    learnt = make_loop(name, HOME, tmp_path, training=LONG)
+    learnt.run()
+    assert set(replayed) == {0, 1, 2}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_run_from_recordings_is_near_one_without(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def run(folder: str) -> Loop:
+        notes: list[str] = []
+        training = LONG.model_copy(update={"optimizer": "sgd", "momentum": 0.0})
+        made = make_loop(name, HOME, tmp_path / folder, device="cuda", training=training)
+        made.on_event = lambda event: notes.append(event.note) if event.note else None
+        made.run()
+        assert notes == []
+        return made
+
+    recordings: list[object] = []
+    record = graphs._Recording.__init__
+    monkeypatch.setattr(graphs._Recording, "__init__", lambda self, *a: (recordings.append(self), record(self, *a))[1])
+    without = run("without")
+    assert recordings == []
+    monkeypatch.setattr(loop, "WORTH_IT", 1)
+    monkeypatch.setattr(graphs, "FASTER", float("inf"))
+    recorded = run("recorded")
+    assert len(recordings) == len(recorded.stream)
+    losses = [torch.tensor([loss for _, _, loss in made.losses]) for made in (recorded, without)]
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
