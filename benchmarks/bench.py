@@ -128,13 +128,16 @@ def newest_of(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def on_a_card(line: dict[str, Any]) -> str:
     """What `shapes.py` measured on one card."""
     about = line["machine"]
+    shown = any("recorded" in name for size in line["sizes"] for name in size["steps"])
+    recorded = "is in the rows *recorded*." if shown else "is not in here."
     parts = [
         f"## On a card: {line['card']}",
         f"{line['date']}, `python benchmarks/shapes.py`; torch {about['torch']}, transformers {about['transformers']}, PEFT "
         f"{about['peft']}, lamina {about['lamina']}. Training steps with random weights at 224 px, rank 10 on k and v, of a "
         "batch that lies ready. The fraction of the peak counts the operations of the floor, over a bf16 matrix product of "
-        f"8192 rows and columns measured in the same process ({line['peak_tflops']:.0f} TFLOP/s). *Recorded* is what lamina "
-        "does by itself on a card: loss and gradients replayed from a CUDA graph.",
+        f"8192 rows and columns measured in the same process ({line['peak_tflops']:.0f} TFLOP/s). What recording the step as "
+        f"a CUDA graph gives, which lamina does by itself where it is faster, {recorded} While a step is compiled or recorded, "
+        "transformers 5.17 gives attention a mask, which keeps it from the fast kernels, and 5.23 does not.",
     ]
     for size in line["sizes"]:
         rows = [

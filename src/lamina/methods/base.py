@@ -126,7 +126,10 @@ class Method(ABC, Generic[C]):
         """Prepare for a task: add rows to the head, and branches."""
 
     def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
-        """What a training step descends. Unless a method says otherwise: cross-entropy over the task's own rows."""
+        """What a training step descends. Unless a method says otherwise: cross-entropy over the task's own rows.
+
+        Within a task it is one function of the batch and of tensors whose numbers may change and whose place may not: it may
+        be recorded once and replayed."""
         return local_cross_entropy(learner, batch, task)
 
     def after_backward(self, learner: Learner) -> None:
