@@ -8,7 +8,8 @@
 The last line is JSON: floor_ratio (whole run over the floor of as many images), peft_speedup (whole run of the fastest PEFT
 loop over that of lamina's `finetune`, which trains the same numbers), task20_over_task1 (training step), outside_steps (share
 of the run outside training steps), peak_mb, peft_peak_mb, precision, accuracy and reference_accuracy (final, of InfLoRA in
-this precision and in fp32, mean over the same seeds); and, for the page, all that lies behind them.
+this precision and in fp32, mean over the same seeds); and, for the page, all that lies behind them. A `note` that somebody adds
+to a line of the records is shown with its section.
 """
 
 import argparse
@@ -204,14 +205,17 @@ def section(name: str, line: dict[str, Any]) -> str:
             f"takes {compiled_ms:.2f} ms per image instead of {eager_ms:.2f} (round by round in turn), after "
             f"{line['compiled']['compile_seconds']:.0f} s of compiling. lamina does not use it."
         )
-    seeds = "one seed" if found["seeds"] == 1 else f"medians over {found['seeds']} seeds (quartiles in brackets)"
+    alone = found["seeds"] == 1
+    seeds = "one seed" if alone else f"medians over {found['seeds']} seeds (quartiles in brackets)"
+    spread = "" if alone else f" ({a:.2f} to {c:.2f})"
+    note = f" {line['note']}" if "note" in line else ""
     return "\n\n".join(
         [
             f"## In {name}",
             f"{line['date']}, {about['processor']}, {about['cores']} cores, {about['threads']} threads, "
             f"{about['memory_gb']} GB, {about['system']}, no GPU; bf16 instructions: {half}. Python "
             f"{about['python']}, torch {about['torch']}, transformers {about['transformers']}, PEFT {about['peft']}, lamina "
-            f"{about['lamina']}.",
+            f"{about['lamina']}.{note}",
             f"**Against the floor.** Split CIFAR-100 in ten tasks, {run['per_class']} training images of each class (of 500) "
             f"and a fifth as many test images, as in the whole; `{run['method']}` on `nano`, rank {whole.RANK} on "
             f"{' and '.join(whole.TARGETS)}, twenty epochs, batch {whole.BATCH}. Forward and input-gradient backward of the "
@@ -224,7 +228,7 @@ def section(name: str, line: dict[str, Any]) -> str:
             f"**`torch.compile`** on the same bare backbone {compiled}",
             f"**Against loops by hand.** The same stream with {found['per_class']} images of each class and {found['epochs']} "
             f"epochs; {seeds}. lamina's `finetune` trains the same numbers as PEFT and is the one "
-            f"to compare: the fastest PEFT loop ({line['fastest_peft']}) takes {b:.2f} times as long ({a:.2f} to {c:.2f})"
+            f"to compare: the fastest PEFT loop ({line['fastest_peft']}) takes {b:.2f} times as long{spread}"
             f"{like_for_like(found)}.",
             "\n".join(rows),
         ]
