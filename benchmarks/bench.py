@@ -254,22 +254,23 @@ def row(name: str, runs: dict[str, list[Any]]) -> str:
 
 
 def plot(lines: list[dict[str, Any]]) -> Markup:
-    """Bars: seconds of a whole run for every contender, one group per precision of lamina."""
-    bars: list[tuple[str, float]] = []
-    for line in newest_of(lines).values():
-        runs = line["rivals"]["runs"]
-        bars += [(name, statistics.median(of["seconds"])) for name, of in runs.items()]
-    longest, left, wide, high = max(seconds for _, seconds in bars), 260.0, 380.0, 24.0
+    """Bars: seconds of a whole run for every contender, a group and a scale for every section of the page."""
+    left, wide, high, y = 260.0, 380.0, 24.0, 10.0
     parts = []
-    for number, (name, seconds) in enumerate(bars):
-        y, length = 10 + number * high, wide * seconds / longest
-        fill = "#2b6cb0" if name.startswith("lamina") else "#a0aec0"
-        parts += [
-            tag("text", name, x=left - 8, y=y + 13, text_anchor="end"),
-            tag("rect", x=left, y=y, width=length, height=high - 6, fill=fill),
-            tag("text", f"{seconds:.0f} s", x=left + length + 6, y=y + 13),
-        ]
-    height = 20 + len(bars) * high
+    for heading, line in newest_of(lines).items():
+        parts.append(tag("text", f"{heading}: {line['machine']['processor']}", x=10, y=y + 14, font_weight="bold"))
+        bars = {name: statistics.median(of["seconds"]) for name, of in line["rivals"]["runs"].items()}
+        for name, seconds in bars.items():
+            y += high
+            length = wide * seconds / max(bars.values())
+            fill = "#2b6cb0" if name.startswith("lamina") else "#a0aec0"
+            parts += [
+                tag("text", name, x=left - 8, y=y + 13, text_anchor="end"),
+                tag("rect", x=left, y=y, width=length, height=high - 6, fill=fill),
+                tag("text", f"{seconds:.0f} s", x=left + length + 6, y=y + 13),
+            ]
+        y += 1.5 * high
+    height = y
     return tag(
         "svg",
         tag("title", "Seconds of a whole run"),
