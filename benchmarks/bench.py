@@ -1,6 +1,6 @@
 """Speed, end to end: the floor of this machine, a whole run against it, the same stream by rival loops. `make bench`.
 
-    python benchmarks/bench.py             about an hour; adds a line to docs/results/records/speed.jsonl, writes the page
+    python benchmarks/bench.py             about half an hour; adds a line to docs/results/records/speed.jsonl, writes the page
     python benchmarks/bench.py --quick     under five minutes; notes nothing
     python benchmarks/bench.py --short     between the two, for a machine that is at hand for minutes; noted, with what it was
     python benchmarks/bench.py --page      the page and its plot from the lines there are, nothing measured
