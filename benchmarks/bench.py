@@ -137,8 +137,7 @@ def on_a_card(line: dict[str, Any]) -> str:
         f"{about['peft']}, lamina {about['lamina']}. Training steps with random weights at 224 px, rank 10 on k and v, of a "
         "batch that lies ready. The fraction of the peak counts the operations of the floor, over a bf16 matrix product of "
         f"8192 rows and columns measured in the same process ({line['peak_tflops']:.0f} TFLOP/s). What recording the step as "
-        f"a CUDA graph gives, which lamina does by itself where it is faster, {recorded} While a step is compiled or recorded, "
-        "transformers 5.17 gives attention a mask, which keeps it from the fast kernels, and 5.23 does not.",
+        f"a CUDA graph gives, which lamina does by itself where it is faster, {recorded}{noted(line)}",
     ]
     for size in line["sizes"]:
         rows = [
@@ -183,6 +182,7 @@ def show(key: str, value: float) -> str:
 def section(name: str, line: dict[str, Any]) -> str:
     about, run, found = line["machine"], line["run"], line["rivals"]
     low, middle, high = run["floor_ms_per_image"]
+    least, most = (1000 * run["seconds"]["total"] / run["images"] / ms for ms in (high, low))
     phases = ", ".join(f"{phase} {value:.1f} s" for phase, value in run["seconds"].items() if phase != "total")
     early, median, late = run["task20_over_task1"]
     half = ", ".join(about["bf16_instructions"]) or "none"
@@ -208,20 +208,20 @@ def section(name: str, line: dict[str, Any]) -> str:
     alone = found["seeds"] == 1
     seeds = "one seed" if alone else f"medians over {found['seeds']} seeds (quartiles in brackets)"
     spread = "" if alone else f" ({a:.2f} to {c:.2f})"
-    note = f" {line['note']}" if "note" in line else ""
     return "\n\n".join(
         [
             f"## In {name}",
             f"{line['date']}, {about['processor']}, {about['cores']} cores, {about['threads']} threads, "
             f"{about['memory_gb']} GB, {about['system']}, no GPU; bf16 instructions: {half}. Python "
             f"{about['python']}, torch {about['torch']}, transformers {about['transformers']}, PEFT {about['peft']}, lamina "
-            f"{about['lamina']}.{note}",
+            f"{about['lamina']}.{noted(line)}",
             f"**Against the floor.** Split CIFAR-100 in ten tasks, {run['per_class']} training images of each class (of 500) "
             f"and a fifth as many test images, as in the whole; `{run['method']}` on `nano`, rank {whole.RANK} on "
             f"{' and '.join(whole.TARGETS)}, twenty epochs, batch {whole.BATCH}. Forward and input-gradient backward of the "
             f"bare frozen backbone take {middle:.2f} ms per image (quartiles {low:.2f} to {high:.2f}, after every task "
             f"of this run). The run takes {run['seconds']['total']:.0f} s for {run['images']} training images: "
-            f"**{run['floor_ratio']:.2f} times the floor**, its training steps alone {run['training_over_floor']:.2f} times. "
+            f"**{run['floor_ratio']:.2f} times the floor** ({least:.2f} to {most:.2f} by the floor's quartiles), its training "
+            f"steps alone {run['training_over_floor']:.2f} times. "
             f"Outside the steps: {100 * run['outside_steps']:.1f} %. {phases}. The two passes for moments and all else at the "
             f"beginning and end of tasks: {100 * run['moments_share_at_most']:.1f} %. A step in task 20 takes {median:.2f} "
             f"times that in task 1 (quartiles {early:.2f} to {late:.2f}).",
@@ -233,6 +233,10 @@ def section(name: str, line: dict[str, Any]) -> str:
             "\n".join(rows),
         ]
     )
+
+
+def noted(line: dict[str, Any]) -> str:
+    return f" {line['note']}" if "note" in line else ""
 
 
 def like_for_like(found: dict[str, Any]) -> str:

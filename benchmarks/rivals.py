@@ -207,9 +207,8 @@ def one(name: str, per_class: int, epochs: int, seed: int, cache: Path) -> None:
     """The inner side of `bench`: one run in this process."""
     more = {"training.epochs": epochs, "seed": seed}
     config = configuration("finetune", per_class, cache, **more)
-    Loop(
-        config, "one" if name.startswith("PEFT") else "none, all weights", "fp32"
-    )  # imports what is imported when used
+    # What is imported when it is first used.
+    Loop(config, "one" if name.startswith("PEFT") else "none, all weights", "fp32")
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         result = CONTENDERS[name](config, Path(folder) / "run")
     result.peak_mb = peak_memory_mb()

@@ -248,10 +248,8 @@ class Loop:
         alike = self.learner.backbone.kind == "image" and self.learner.reuse is None
         enough = self.training.epochs * (len(task.train) // size) >= WORTH_IT
         on_card = self.learner.device.type == "cuda"
-        return Gradients(
-            *(loss, list(parameters), size if on_card and alike and enough else None),
-            note=lambda text: self._tell("train", note=text),
-        )
+        recorded = size if on_card and alike and enough else None
+        return Gradients(loss, list(parameters), recorded, lambda text: self._tell("train", note=text))
 
     def _step(
         self, task: Task, batch: Batch, step: Step, parameters: Mapping[str, nn.Parameter], gradients: Gradients
