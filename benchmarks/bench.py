@@ -30,6 +30,7 @@ import torch
 from markupsafe import Markup
 
 from lamina.report.charts import tag
+from lamina.report.text import DASH
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, PLOT = ROOT / "docs" / "results" / "speed.md", ROOT / "docs" / "results" / "speed.svg"
@@ -182,15 +183,17 @@ def show(key: str, value: float) -> str:
 def section(name: str, line: dict[str, Any]) -> str:
     about, run, found = line["machine"], line["run"], line["rivals"]
     low, middle, high = run["floor_ms_per_image"]
-    least, most = (1000 * run["seconds"]["total"] / run["images"] / ms for ms in (high, low))
+    spread_of_tasks = ""
+    if "tasks_over_floor" in run:
+        spread_of_tasks = " (by task, quartiles {0:.2f} to {2:.2f})".format(*run["tasks_over_floor"])
     phases = ", ".join(f"{phase} {value:.1f} s" for phase, value in run["seconds"].items() if phase != "total")
     early, median, late = run["task20_over_task1"]
     half = ", ".join(about["bf16_instructions"]) or "none"
     ours = f"lamina finetune, {found['precision']}"
     rows = [
-        "| | Whole run, s | Training step, ms | in the last task over the first | Evaluation, s | Peak memory, MB "
-        "| Final accuracy |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| | Whole run, s | of processors, s | Training step, ms | in the last task over the first | Evaluation, s "
+        "| Peak memory, MB | Final accuracy |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
         *(row(name, runs) for name, runs in found["runs"].items()),
     ]
     a, b, c = rivals.speedup(found, ours, rivals.PEFT_LOOPS)
@@ -205,6 +208,10 @@ def section(name: str, line: dict[str, Any]) -> str:
             f"takes {compiled_ms:.2f} ms per image instead of {eager_ms:.2f} (round by round in turn), after "
             f"{line['compiled']['compile_seconds']:.0f} s of compiling. lamina does not use it."
         )
+    by_processor = ""
+    if "processor_seconds" in found["runs"][ours]:
+        used = rivals.speedup(found, ours, rivals.PEFT_LOOPS, "processor_seconds")
+        by_processor = ", and {1:.2f} times the time of processors ({0:.2f} to {2:.2f})".format(*used)
     alone = found["seeds"] == 1
     seeds = "one seed" if alone else f"medians over {found['seeds']} seeds (quartiles in brackets)"
     spread = "" if alone else f" ({a:.2f} to {c:.2f})"
@@ -218,17 +225,17 @@ def section(name: str, line: dict[str, Any]) -> str:
             f"**Against the floor.** Split CIFAR-100 in ten tasks, {run['per_class']} training images of each class (of 500) "
             f"and a fifth as many test images, as in the whole; `{run['method']}` on `nano`, rank {whole.RANK} on "
             f"{' and '.join(whole.TARGETS)}, twenty epochs, batch {whole.BATCH}. Forward and input-gradient backward of the "
-            f"bare frozen backbone take {middle:.2f} ms per image (quartiles {low:.2f} to {high:.2f}, after every task "
-            f"of this run). The run takes {run['seconds']['total']:.0f} s for {run['images']} training images: "
-            f"**{run['floor_ratio']:.2f} times the floor** ({least:.2f} to {most:.2f} by the floor's quartiles), its training "
-            f"steps alone {run['training_over_floor']:.2f} times. "
+            f"bare frozen backbone take {middle:.2f} ms per image (quartiles {low:.2f} to {high:.2f}, measured "
+            f"within this run). The run takes {run['seconds']['total']:.0f} s for {run['images']} training images: "
+            f"**{run['floor_ratio']:.2f} times the floor**, its training steps alone "
+            f"{run['training_over_floor']:.2f} times{spread_of_tasks}. "
             f"Outside the steps: {100 * run['outside_steps']:.1f} %. {phases}. The two passes for moments and all else at the "
             f"beginning and end of tasks: {100 * run['moments_share_at_most']:.1f} %. A step in task 20 takes {median:.2f} "
             f"times that in task 1 (quartiles {early:.2f} to {late:.2f}).",
             f"**`torch.compile`** on the same bare backbone {compiled}",
             f"**Against loops by hand.** The same stream with {found['per_class']} images of each class and {found['epochs']} "
             f"epochs; {seeds}. lamina's `finetune` trains the same numbers as PEFT and is the one "
-            f"to compare: the fastest PEFT loop ({line['fastest_peft']}) takes {b:.2f} times as long{spread}"
+            f"to compare: the fastest PEFT loop ({line['fastest_peft']}) takes {b:.2f} times as long{spread}{by_processor}"
             f"{like_for_like(found)}.",
             "\n".join(rows),
         ]
@@ -250,8 +257,9 @@ def like_for_like(found: dict[str, Any]) -> str:
 def row(name: str, runs: dict[str, list[Any]]) -> str:
     steps = [statistics.median(of_task) for of_task in zip(*runs["step_ms"], strict=True)]
     growth = statistics.median(ms[-1] / ms[0] for ms in runs["step_ms"])
+    used = f"{statistics.median(runs['processor_seconds']):.1f}" if "processor_seconds" in runs else DASH
     return (
-        f"| {name} | {statistics.median(runs['seconds']):.1f} | {statistics.median(steps):.0f} | {growth:.2f} "
+        f"| {name} | {statistics.median(runs['seconds']):.1f} | {used} | {statistics.median(steps):.0f} | {growth:.2f} "
         f"| {statistics.median(runs['evaluate_seconds']):.1f} | {max(runs['peak_mb']):.0f} "
         f"| {100 * statistics.mean(runs['accuracy']):.1f} % |"
     )

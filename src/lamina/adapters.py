@@ -230,9 +230,10 @@ class AdaptedLinear(nn.Module):
 class _Within(torch.autograd.Function):
     """y = (W + sum_k up_k down_k) x + b with gradients for x and the factors, none for W and b.
 
-    What the branches cost beside the frozen map is then two thin products in the backward, where up and down are learnt,
-    and no pass over x or y. To build the changed weight is cheap where a batch has more tokens than the map has inputs. In
-    half precision the weight would round small changes away, so there the branches stay beside it.
+    What the branches cost beside the frozen map is then a thin product or two for each factor that is learnt, and no pass
+    over y; where no down is learnt, x need not be kept. To build the changed weight is cheap where a batch has more tokens
+    than the map has inputs. In half precision the weight would round small changes away, so there the branches stay beside
+    it. Thin matrices lie in few long rows: products of few long columns take up to twice as long on a processor.
     """
 
     @staticmethod
@@ -242,29 +243,34 @@ class _Within(torch.autograd.Function):
         changed_oi = weight_oi.clone()
         for (start, stop), up_or, down_ri in zip(rows, factors[::2], factors[1::2], strict=True):
             changed_oi[start:stop].addmm_(up_or, down_ri)
+        _, _, _, _, *wanted = ctx.needs_input_grad
+        x_ni = x.flatten(0, -2)
+        inner_rn = [down_ri @ x_ni.T if up else None for up, down_ri in zip(wanted[::2], factors[1::2], strict=True)]
         ctx.rows = rows
-        ctx.save_for_backward(x, changed_oi, *factors)
+        ctx.save_for_backward(x_ni if any(wanted[1::2]) else None, changed_oi, *inner_rn, *factors[::2])
         return F.linear(x, changed_oi, bias_o)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, changed_oi, *factors = ctx.saved_tensors
+        x_ni, changed_oi, *kept = ctx.saved_tensors
         wanted_x, _, _, _, *wanted = ctx.needs_input_grad
-        grad_no, x_ni = grad_y.flatten(0, -2), x.flatten(0, -2)
+        grad_no = grad_y.flatten(0, -2)
         grads: list[Tensor | None] = []
         for number, (start, stop) in enumerate(ctx.rows):
-            up_or, down_ri = factors[2 * number : 2 * number + 2]
+            inner_rn, up_or = kept[number], kept[len(ctx.rows) + number]
             own_no = grad_no[:, start:stop]
-            grads.append(own_no.T @ (x_ni @ down_ri.T) if wanted[2 * number] else None)
-            grads.append((own_no @ up_or).T @ x_ni if wanted[2 * number + 1] else None)
-        return ((grad_no @ changed_oi).view(x.shape) if wanted_x else None, None, None, None, *grads)
+            grads.append((inner_rn @ own_no).T if wanted[2 * number] else None)
+            grads.append(up_or.T.contiguous() @ own_no.T @ x_ni if wanted[2 * number + 1] else None)
+        grad_x = (grad_no @ changed_oi).view(*grad_y.shape[:-1], -1) if wanted_x else None
+        return (grad_x, None, None, None, *grads)
 
 
 class _Beside(torch.autograd.Function):
     """The same where the branches are computed beside the map, in the precision of x: y = W x + b + sum_k up_k (down_k x).
 
-    What they add to y and to the gradient for x is added in place, without a pass of its own over either.
+    What they add to y and to the gradient for x is added in place, without a pass of its own over either. Here too x is kept
+    only where a down is learnt.
     """
 
     @staticmethod
@@ -281,15 +287,16 @@ class _Beside(torch.autograd.Function):
             y_no[:, start:stop].addmm_(inner_nr, up_or.T)
             kept += [up_or, down_ri, inner_nr]
         ctx.rows, ctx.ranks = rows, [len(down_ri) for down_ri in factors[1::2]]
-        ctx.save_for_backward(x, weight_oi, *kept)
+        _, _, _, _, *wanted = ctx.needs_input_grad
+        ctx.save_for_backward(x_ni if any(wanted[1::2]) else None, weight_oi, *kept)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_oi, *kept = ctx.saved_tensors
+        x_ni, weight_oi, *kept = ctx.saved_tensors
         wanted_x, _, _, _, *wanted = ctx.needs_input_grad
-        grad_no, x_ni = grad_y.flatten(0, -2), x.flatten(0, -2)
+        grad_no = grad_y.flatten(0, -2)
         grad_x_ni = grad_no @ weight_oi if wanted_x else None
         grads: list[Tensor | None] = []
         for number, ((start, stop), rank) in enumerate(zip(ctx.rows, ctx.ranks, strict=True)):
@@ -300,7 +307,8 @@ class _Beside(torch.autograd.Function):
                 grad_x_ni.addmm_(grad_inner_nr, down_ri)
             grads.append((own_no.T @ inner_nr)[:, :rank].float() if wanted[2 * number] else None)
             grads.append((grad_inner_nr.T @ x_ni)[:rank].float() if wanted[2 * number + 1] else None)
-        return (None if grad_x_ni is None else grad_x_ni.view(x.shape), None, None, None, *grads)
+        grad_x = None if grad_x_ni is None else grad_x_ni.view(*grad_y.shape[:-1], -1)
+        return (grad_x, None, None, None, *grads)
 
 
 def _multiple(x: Tensor) -> int:

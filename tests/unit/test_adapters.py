@@ -349,13 +349,25 @@ def test_branches_beside_the_map_are_what_autograd_makes_of_the_formula(
         assert (ours - wanted).norm() <= tolerance * wanted.norm()
 
 
-def test_what_is_not_learnt_gets_no_gradient():
-    layer = AdaptedLinear(linear())
-    layer.add("now", low_rank("now"))  # its down is frozen
-    layer(noise((9, 5), "x")).sum().backward()
-    (up_or,) = layer.parameters()
-    assert up_or.grad is not None
-    assert layer.live["now"].down.grad is None
+@pytest.mark.parametrize("tokens", [9, 3], ids=["within", "beside"])
+def test_what_is_not_learnt_gets_no_gradient_and_keeps_no_input(tokens: int):
+    def kept(branch: LowRank) -> list[tuple[int, ...]]:
+        layer, shapes = AdaptedLinear(linear()), list[tuple[int, ...]]()
+        layer.add("now", branch)
+
+        def note(value: Tensor) -> Tensor:
+            shapes.append(tuple(value.shape))
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+            y_bo = layer(noise((tokens, 5), "x"))
+        y_bo.sum().backward()
+        assert branch.up.grad is not None
+        assert (branch.down.grad is not None) == ("down" in branch.trained())
+        return shapes
+
+    assert (tokens, 5) not in kept(low_rank("its down is frozen"))
+    assert (tokens, 5) in kept(trained_pair("both are learnt"))
 
 
 def test_half_precision_keeps_changes_that_its_weights_could_not_hold():
