@@ -11,9 +11,14 @@ from torch import Tensor
 
 
 def sorted_eigh(symmetric_dd: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (d,) from large to small, negatives of rounding set to 0, and eigenvectors (d, d) in columns."""
-    values_d, vectors_dd = torch.linalg.eigh((symmetric_dd + symmetric_dd.T) / 2)
-    return values_d.flip(0).clamp_min(0), vectors_dd.flip(1)
+    """Eigenvalues (d,) from large to small, negatives of rounding set to 0, and eigenvectors (d, d) in columns.
+
+    Computed on the processor in any case: a card may give a vector the other sign, which changes what is learnt where
+    vectors of several blocks are put together to one.
+    """
+    values_d, vectors_dd = torch.linalg.eigh(((symmetric_dd + symmetric_dd.T) / 2).cpu())
+    device = symmetric_dd.device
+    return values_d.flip(0).clamp_min(0).to(device), vectors_dd.flip(1).to(device)
 
 
 def top_eigenvectors(symmetric_dd: Tensor, rank: int, relative_floor: float = 1e-12) -> Tensor:

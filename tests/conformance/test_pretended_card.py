@@ -14,11 +14,13 @@ import pytest
 import torch
 from tests.conformance.cases import CASES, HOME, TRAINING, World, make_loop
 from tests.pretend import OnCard, pretended_card
+from tests.tiny import noise
 from torch import Tensor
 
 from lamina.config import ConsolidationConfig
 from lamina.engine import checkpoint
 from lamina.engine.loop import Interrupted, Loop, Position
+from lamina.linalg import sorted_eigh
 from lamina.methods import METHODS
 
 TEXT = World("bert", "domain")
@@ -91,6 +93,18 @@ def check_same_bits(name: str, world: World, folder: Path, **how: Any) -> None:
 @on_every_method
 def test_a_run_on_a_pretended_card_leaves_nothing_behind_and_has_the_same_bits(name: str, world: World, tmp_path: Path):
     check_same_bits(name, world, tmp_path)
+
+
+def test_eigenvectors_have_the_signs_of_the_processor(monkeypatch: pytest.MonkeyPatch):
+    eigh, seen = torch.linalg.eigh, list[Tensor]()
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix_dd: seen.append(matrix_dd) or eigh(matrix_dd))
+    rows_nd = noise((9, 4), "rows").double()
+    with pretended_card():
+        values_d, vectors_dd = sorted_eigh((rows_nd.T @ rows_nd).to("cuda"))
+    assert isinstance(values_d, OnCard)
+    assert isinstance(vectors_dd, OnCard)
+    assert not any(isinstance(matrix_dd, OnCard) for matrix_dd in seen)
+    assert len(seen) == 1
 
 
 @pytest.mark.slow
