@@ -4,8 +4,8 @@
 
 Finished branches are folded into the weight, so only the live ones cost anything; their gain is 1. Experts are finished
 branches that are not folded: they are idle unless a `Mixture` gives each input gains of its own. The pristine base is
-kept, and the folded weight is always computed anew from it and the factors, in float32 and in the order the branches
-were finished: folding gives the same bits however often it is done, and can be undone.
+kept, and the folded weight is W_0 and one product after another, in float32 and in the order the branches were finished:
+it has the same bits whether it grows branch by branch or is computed anew, and folding can be undone.
 
 In training the live branches are computed beside the map, as the formula says, or within it where that is faster: see
 `_Within` and `_Beside`.
@@ -14,7 +14,7 @@ Shape letters: o outputs, i inputs, r rank, b batch, t tokens, e experts.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
@@ -140,6 +140,7 @@ class AdaptedLinear(nn.Module):
         self.live = nn.ModuleDict()
         self.rows: dict[str, Rows] = {}
         self.mixtures: dict[str, Mixture] = {}
+        self._folded_oi = self.base_oi
         self._live_apart = True
 
     @property
@@ -173,47 +174,44 @@ class AdaptedLinear(nn.Module):
         assert isinstance(branch, Branch)
         up_or, down_ri = (_own(factor) for factor in branch.factors())
         self.finished[name] = Finished(self.rows.pop(name), up_or, down_ri, fold)
-        self.refold()
+        if fold:
+            self._folded_oi = _plus(self._folded_oi, [self.finished[name]])
+        self.unfold_live()
 
     def drop(self, name: str) -> None:
         """Take a branch away, live or finished, as if it had never been. Raises KeyError where there is none."""
         if name in self.live:
             self.live.pop(name)
             self.rows.pop(name)
+            self.unfold_live()
         else:
             del self.finished[name]
-        self.refold()
+            self.refold()
 
-    def refold(self, *, with_live: bool = False) -> None:
-        """Compute the weight in use from the base and the factors: W_0 + sum_k up_k down_k in float32, then rounded."""
-        changes = [change for change in self.finished.values() if change.folded]
-        if with_live:
-            changes += [Finished(*change) for change in self._live_changes()]
-        self._fold(changes)
-        self._live_apart = not with_live
+    def refold(self) -> None:
+        """Compute the weight in use anew from the base and the factors: W_0 + sum_k up_k down_k in float32, then rounded."""
+        self._folded_oi = _plus(self.base_oi, [change for change in self.finished.values() if change.folded])
+        self.unfold_live()
 
-    def _fold(self, changes: list[Finished]) -> None:
-        with torch.no_grad():
-            weight_oi = self.base_oi.clone()
-            for rows, up_or, down_ri, _ in changes:
-                weight_oi[rows.start : rows.stop] += up_or @ down_ri
-            self.weight_oi = weight_oi.to(self.weight_oi.dtype)
+    def fold_live(self) -> None:
+        """Put the live branches into the weight too. No gradients reach them there."""
+        self.weight_oi = _plus(self._folded_oi, self._live_changes()).to(self.weight_oi.dtype)
+        self._live_apart = False
+
+    def unfold_live(self) -> None:
+        self.weight_oi = self._folded_oi.to(self.weight_oi.dtype)
+        self._live_apart = True
 
     def effective(self) -> Tensor:
         """The weight (o, i) at work now, live branches included, folded or not; experts are not in it. Not to be changed."""
-        if not self._live_apart or not self.live:
-            return self.weight_oi
-        weight_oi = self.weight_oi.clone()
-        with torch.no_grad():
-            for (start, stop), up_or, down_ri in self._live_changes():
-                weight_oi[start:stop] += (up_or @ down_ri).to(weight_oi.dtype)
-        return weight_oi
+        return _plus(self.weight_oi, self._live_changes() if self._live_apart else [])
 
     def forward(self, x: Tensor) -> Tensor:
         changes = self._live_changes() if self._live_apart else []
         if changes:
             within = x.dtype == torch.float32 and x.shape[:-1].numel() >= self.d_in
-            places, factors = [rows for rows, _, _ in changes], [factor for _, *pair in changes for factor in pair]
+            places = [change.rows for change in changes]
+            factors = [factor for change in changes for factor in (change.up_or, change.down_ri)]
             y: Tensor = (_Within if within else _Beside).apply(x, self.weight_oi, self.bias_o, places, *factors)  # type: ignore[no-untyped-call]
         else:
             y = F.linear(x, self.weight_oi, self.bias_o)
@@ -221,10 +219,20 @@ class AdaptedLinear(nn.Module):
             y = y + F.pad(mixture.change(x), (mixture.rows.start, self.d_out - mixture.rows.stop))
         return y
 
-    def _live_changes(self) -> list[tuple[Rows, Tensor, Tensor]]:
-        return [
-            (self.rows[name], *branch.factors()) for name, branch in self.live.items() if isinstance(branch, Branch)
-        ]
+    def _live_changes(self) -> list[Finished]:
+        live = [(self.rows[name], branch) for name, branch in self.live.items() if isinstance(branch, Branch)]
+        return [Finished(rows, *branch.factors()) for rows, branch in live]
+
+
+def _plus(weight_oi: Tensor, changes: Sequence[Finished]) -> Tensor:
+    """A new matrix, one change added after another; the same one where there are none."""
+    if not changes:
+        return weight_oi
+    with torch.no_grad():
+        sum_oi = weight_oi.clone()
+        for rows, up_or, down_ri, _ in changes:
+            sum_oi[rows.start : rows.stop] += up_or @ down_ri
+    return sum_oi
 
 
 class _Within(torch.autograd.Function):
@@ -320,12 +328,12 @@ def _multiple(x: Tensor) -> int:
 def all_folded(layers: Mapping[str, AdaptedLinear]) -> Iterator[None]:
     """While open, live branches are folded too, so that a forward costs what the bare backbone costs. No gradients."""
     for layer in layers.values():
-        layer.refold(with_live=True)
+        layer.fold_live()
     try:
         yield
     finally:
         for layer in layers.values():
-            layer.refold()
+            layer.unfold_live()
 
 
 @contextmanager

@@ -47,7 +47,7 @@ class Law:
     answer: Growth
     """Operations of answering one example. Of more, CoLoR gathers as many experts as they happen to use."""
     fold: Growth
-    """Operations of folding before answers and undoing it after them."""
+    """Operations of folding what is still live before answers, and undoing it after them."""
     around: Growth = "none"
     """Bytes kept for what happens around it by default."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -55,9 +55,9 @@ class Law:
 
 
 ONE_ADAPTER = Law(branches="constant", memory="none", step="constant", answer="constant", fold="constant")
-ONE_PER_TASK = Law(branches="linear", memory="none", step="constant", answer="constant", fold="linear")
+ONE_PER_TASK = Law(branches="linear", memory="none", step="constant", answer="constant", fold="none")
 LAWS: dict[str, Law] = {
-    "inflora": Law(branches="linear", memory="bounded", step="constant", answer="constant", fold="linear"),
+    "inflora": Law(branches="linear", memory="bounded", step="constant", answer="constant", fold="none"),
     "finetune": ONE_ADAPTER,
     "lamina": Law(
         branches="constant",
@@ -68,34 +68,34 @@ LAWS: dict[str, Law] = {
         around="linear",  # a mean, a count and a row of the classifier per class and task
         settings={"rank": 32},  # the average along the chain is of full rank after two tasks
     ),
-    "prototype": Law(branches="none", memory="none", step="none", answer="constant", fold="constant"),
+    "prototype": Law(branches="none", memory="none", step="none", answer="constant", fold="none"),
     "taskarithmetic": Law(
         branches="constant",
         memory="linear",
         step="constant",
         answer="constant",
-        fold="constant",
+        fold="none",
         settings={"rank": 16},  # two tasks fill the 32 dimensions of the merged change
     ),
     "ewc": Law(branches="constant", memory="constant", step="constant", answer="constant", fold="constant"),
-    "color": Law(branches="linear", memory="linear", step="constant", answer="linear", fold="constant"),
+    "color": Law(branches="linear", memory="linear", step="constant", answer="linear", fold="none"),
     "sora": Law(
         branches="linear",
         memory="none",
         step="constant",
         answer="constant",
-        fold="linear",
+        fold="none",
         settings={"lam": 0},  # no rank is cut out: the most that may be kept
     ),
     "sdlora": Law(branches="linear", memory="none", step="linear", answer="constant", fold="linear"),
     "clora": ONE_ADAPTER,
-    "olora": Law(branches="linear", memory="none", step="linear", answer="constant", fold="linear"),
+    "olora": Law(branches="linear", memory="none", step="linear", answer="constant", fold="none"),
     "duallora": Law(
         branches="linear",
         memory="linear",  # 16 bytes per task and map beside the bases, which are full after the first task
         step="constant",
         answer="linear",
-        fold="linear",
+        fold="none",
         settings={"epsilon": 1.0},
     ),
 }

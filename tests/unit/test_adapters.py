@@ -68,9 +68,12 @@ def test_folding_gives_the_same_bits_however_often_and_is_undone(dtype: torch.dt
         raise RuntimeError("inside")
     assert torch.equal(layer.weight_oi, weight_oi)
     assert torch.equal(layer.base_oi, linear().weight)
-    layer.live.pop("live")
-    layer.finished.clear()
-    layer.refold()
+    layer.drop("live")
+    layer.drop("b")
+    without_oi = linear().weight + product(low_rank("a")) + product(low_rank("c"))
+    assert torch.equal(layer.weight_oi, without_oi.to(dtype)), "of all branches but the one taken away, anew"
+    layer.drop("a")
+    layer.drop("c")
     assert torch.equal(layer.weight_oi, linear().weight.to(dtype)), "without its branches it is the base again"
 
 
@@ -217,7 +220,8 @@ def test_each_input_gets_the_expert_it_chose(rows: Rows, folded: bool):
     layer, mixture = experts(3, rows)
     x_bti, choice_b = noise((5, 4, 5), "x"), torch.tensor([2, -1, 0, 0, 1])
     layer.mixtures["k"] = mixture._replace(choice=choice_b)
-    layer.refold(with_live=folded)
+    if folded:
+        layer.fold_live()
     for x_ti, choice, y_to in zip(x_bti, choice_b.tolist(), layer(x_bti), strict=True):
         weight_oi = linear().weight.clone()
         if choice >= 0:

@@ -194,7 +194,8 @@ def test_the_weight_at_work_is_what_the_layer_does(kind: str, folded: bool):
     """Of an adapted map, with finished and live branches, and of one that is not adapted."""
     learner, x_bti = grown(kind), noise((2, 3, 32), "x")
     for layer in learner.layers.values():
-        layer.refold(with_live=folded)
+        if folded:
+            layer.fold_live()
     for role in ("q", "k", "v", "out"):
         site = next(site for site in learner.backbone.sites if (site.block, site.role) == (1, role))
         rows = slice(*site.rows) if site.rows else slice(None)

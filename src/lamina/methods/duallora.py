@@ -105,7 +105,7 @@ class DualLoRA(Method[DualLoRAConfig]):
         growth="two adapters of rank r and 16 bytes per task and adapted map; at most d directions of d numbers per adapted "
         "map, however many the tasks",
         operations="a step by the projection out of at most d directions per adapted map; an answer by an expert of rank r per "
-        "adapted map with every task; folding, before answers, by a product of rank r per adapted map with every task",
+        "adapted map with every task",
     )
     config_type = DualLoRAConfig
     refuses = (

@@ -131,8 +131,7 @@ class InfLoRA(Method[InfLoRAConfig]):
         horizon=True,
         growth="an adapter of rank r in every adapted map with every task; of the inputs at most d/2 directions of d numbers "
         "per adapted input, however many the tasks",
-        operations="a step and an answer not at all; folding, before answers and passes over a task's data, by a product of "
-        "rank r per adapted map with every task",
+        operations="a step and an answer not at all",
     )
     config_type = InfLoRAConfig
 

@@ -84,8 +84,7 @@ class OLoRA(Method[OLoRAConfig]):
     )
     needs = Needs(
         growth="an adapter of rank r in every adapted map with every task",
-        operations="a step by the overlap with r more old rows per adapted map with every task; an answer not at all; "
-        "folding, before answers, by a product of rank r per adapted map with every task",
+        operations="a step by the overlap with r more old rows per adapted map with every task; an answer not at all",
     )
     config_type = OLoRAConfig
     refuses = (Refusal("init", "its penalty is about its own old adapters, which must be there"),)

@@ -107,7 +107,7 @@ class SoRA(Method[SoRAConfig]):
     )
     needs = Needs(
         growth="every task, in every adapted map, the ranks that its loss held up: at most `rank`",
-        operations="a step and an answer not at all; folding, before answers, by a product of those ranks with every task",
+        operations="a step and an answer not at all",
     )
     config_type = SoRAConfig
     branch_type = Gated
