@@ -26,7 +26,7 @@ lint: .stamps/dev         ## ruff and mypy
 bench: .stamps/bench      ## speed and memory against the floor of this machine and against PEFT (QUICK=1: under five minutes)
 	$(BIN)/python benchmarks/bench.py
 
-growth: .stamps/bench     ## how the cost of every method grows over 200 tasks (hours; goes on where it stopped)
+growth: .stamps/bench     ## how the cost of every method grows over 200 tasks (an hour; goes on where it stopped)
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/growth.py --page docs/results/growth.md
 

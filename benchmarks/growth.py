@@ -1,6 +1,6 @@
 """How the cost of every method grows with the number of tasks: time of a training step and of an answer, memory, disk.
 
-    python benchmarks/growth.py                                   measures; hours. Stop it anywhere and give it again:
+    python benchmarks/growth.py                                   measures; an hour. Stop it anywhere and give it again:
                                                                   methods that are in the records are not measured again
     python benchmarks/growth.py --tasks 10 --methods ewc,color --out runs/growth.jsonl        a minute
     python benchmarks/growth.py --page docs/results/growth.md     page and plot from the records; nothing is measured
