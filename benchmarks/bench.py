@@ -30,7 +30,6 @@ import torch
 from markupsafe import Markup
 
 from lamina.report.charts import tag
-from lamina.report.text import DASH
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, PLOT = ROOT / "docs" / "results" / "speed.md", ROOT / "docs" / "results" / "speed.svg"
@@ -191,9 +190,9 @@ def section(name: str, line: dict[str, Any]) -> str:
     half = ", ".join(about["bf16_instructions"]) or "none"
     ours = f"lamina finetune, {found['precision']}"
     rows = [
-        "| | Whole run, s | of processors, s | Training step, ms | in the last task over the first | Evaluation, s "
+        "| | Whole run, s | Training step, ms | in the last task over the first | Evaluation, s "
         "| Peak memory, MB | Final accuracy |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---:|---:|",
         *(row(name, runs) for name, runs in found["runs"].items()),
     ]
     a, b, c = rivals.speedup(found, ours, rivals.PEFT_LOOPS)
@@ -208,10 +207,6 @@ def section(name: str, line: dict[str, Any]) -> str:
             f"takes {compiled_ms:.2f} ms per image instead of {eager_ms:.2f} (round by round in turn), after "
             f"{line['compiled']['compile_seconds']:.0f} s of compiling. lamina does not use it."
         )
-    by_processor = ""
-    if "processor_seconds" in found["runs"][ours]:
-        used = rivals.speedup(found, ours, rivals.PEFT_LOOPS, "processor_seconds")
-        by_processor = ", and {1:.2f} times the time of processors ({0:.2f} to {2:.2f})".format(*used)
     alone = found["seeds"] == 1
     seeds = "one seed" if alone else f"medians over {found['seeds']} seeds (quartiles in brackets)"
     spread = "" if alone else f" ({a:.2f} to {c:.2f})"
@@ -235,7 +230,7 @@ def section(name: str, line: dict[str, Any]) -> str:
             f"**`torch.compile`** on the same bare backbone {compiled}",
             f"**Against loops by hand.** The same stream with {found['per_class']} images of each class and {found['epochs']} "
             f"epochs; {seeds}. lamina's `finetune` trains the same numbers as PEFT and is the one "
-            f"to compare: the fastest PEFT loop ({line['fastest_peft']}) takes {b:.2f} times as long{spread}{by_processor}"
+            f"to compare: the fastest PEFT loop ({line['fastest_peft']}) takes {b:.2f} times as long{spread}"
             f"{like_for_like(found)}.",
             "\n".join(rows),
         ]
@@ -257,9 +252,8 @@ def like_for_like(found: dict[str, Any]) -> str:
 def row(name: str, runs: dict[str, list[Any]]) -> str:
     steps = [statistics.median(of_task) for of_task in zip(*runs["step_ms"], strict=True)]
     growth = statistics.median(ms[-1] / ms[0] for ms in runs["step_ms"])
-    used = f"{statistics.median(runs['processor_seconds']):.1f}" if "processor_seconds" in runs else DASH
     return (
-        f"| {name} | {statistics.median(runs['seconds']):.1f} | {used} | {statistics.median(steps):.0f} | {growth:.2f} "
+        f"| {name} | {statistics.median(runs['seconds']):.1f} | {statistics.median(steps):.0f} | {growth:.2f} "
         f"| {statistics.median(runs['evaluate_seconds']):.1f} | {max(runs['peak_mb']):.0f} "
         f"| {100 * statistics.mean(runs['accuracy']):.1f} % |"
     )

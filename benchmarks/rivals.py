@@ -1,6 +1,6 @@
 """Whole runs of lamina against hand-written loops over Hugging Face PEFT and transformers, on one stream.
 
-    python benchmarks/rivals.py            Split CIFAR-100 in ten tasks, 20 images per class, eight epochs; five seeds (one of
+    python benchmarks/rivals.py            Split CIFAR-100 in ten tasks, 20 images per class, eight epochs; three seeds (one of
                                            loops that are slow by design)
     python benchmarks/rivals.py --quick    one seed, five images per class, and no loop that is slow by design
     python benchmarks/rivals.py --short    one seed, fifteen images per class, four epochs, and no such loop either
@@ -8,13 +8,17 @@
 All have the same images, batches, weights, adapted layers, rank, epochs, optimiser and rates, and are measured after every
 task on the test images of all tasks so far. The loops are what a competent user writes: transformers' own model with its
 default attention, adapters merged before every evaluation and unmerged after it, no gradients and large batches there.
-Where lamina takes bf16, PEFT is tried in the three ways its users have. Every run is a process of its own; the contenders
-take turns, seed by seed. Time is from the beginning of loading to the last answer; imports and decoding are left out for
-all. The last line is JSON. Needs ../shared/data/cifar100.
+Where lamina takes bf16, PEFT is tried in the three ways its users have. Every run is a process of its own. All of one seed
+take turns, second by second, each stopped while another computes: a shared machine is now faster, now slower, and so for
+all alike. Time is that of a run's own turns, from the beginning of loading to the last answer; imports and decoding are left
+out for all. Times of steps and of evaluation are the main thread's on the processor, which stands still when it is stopped.
+The last line is JSON. Needs ../shared/data/cifar100.
 """
 
 import argparse
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -52,8 +56,6 @@ class Result:
     """Of one whole run."""
 
     seconds: float = 0.0
-    processor_seconds: float = 0.0
-    """Of all threads: without what a shared machine gave to others."""
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     step_ms: list[float] = field(default_factory=list)
@@ -202,21 +204,26 @@ CONTENDERS: dict[str, Callable[[RunConfig, Path], Result]] = {
     "all weights, fp32": partial(by_hand, adapters="none, all weights"),
 }
 PEFT_LOOPS = ("PEFT, fp32", "PEFT, autocast to bf16", "PEFT, bf16 weights")
+TURN = 1.0
+"""Seconds."""
 SLOW_BY_DESIGN = ("PEFT, an active adapter per task, fp32", "all weights, fp32")
 
 
-def one(name: str, per_class: int, epochs: int, seed: int, cache: Path) -> None:
-    """The inner side of `bench`: one run in this process."""
+def one(name: str, per_class: int, epochs: int, seed: int, cache: Path, waits: bool) -> None:
+    """The inner side of `bench`: one run in this process. waits: it stops when all is imported, for `in_turns`."""
     more = {"training.epochs": epochs, "seed": seed}
     config = configuration("finetune", per_class, cache, **more)
     # What is imported when it is first used.
     Loop(config, "one" if name.startswith("PEFT") else "none, all weights", "fp32")
+    if waits:
+        time.perf_counter = time.thread_time
+        signal.raise_signal(signal.SIGSTOP)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        started = time.process_time()
         result = CONTENDERS[name](config, Path(folder) / "run")
-        result.processor_seconds = time.process_time() - started
     result.peak_mb = peak_memory_mb()
-    print(json.dumps(vars(result)))
+    print(json.dumps(vars(result)), flush=True)
+    if waits:
+        os._exit(0)  # to take the interpreter apart is no part of a run
 
 
 def peak_memory_mb() -> float:
@@ -240,16 +247,15 @@ def bench(per_class: int, epochs: int, seeds: int, quick: bool) -> dict[str, Any
     with tempfile.TemporaryDirectory() as folder:
         decode(configuration("finetune", per_class, Path(folder)))
         for seed in range(seeds):
-            for name in np.roll(names, -seed).tolist():
-                if seed and name in SLOW_BY_DESIGN:
-                    continue
-                command = [
-                    *(sys.executable, __file__, "--one", name, "--cache", folder),
-                    *("--per-class", str(per_class), "--epochs", str(epochs), "--seed", str(seed)),
-                ]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                found[name].append(json.loads(done.stdout.splitlines()[-1]))
-                say(f"rivals: seed {seed}, {name}: {found[name][-1]['seconds']:.0f} s")
+            common = ["--per-class", str(per_class), "--epochs", str(epochs), "--seed", str(seed), "--cache", folder]
+            commands = {
+                name: [sys.executable, __file__, "--one", name, "--waits", *common]
+                for name in np.roll(names, -seed).tolist()
+                if not (seed and name in SLOW_BY_DESIGN)
+            }
+            for name, result in in_turns(commands).items():
+                found[name].append(result)
+                say(f"rivals: seed {seed}, {name}: {result['seconds']:.0f} s")
     return {
         "per_class": per_class,
         "epochs": epochs,
@@ -261,16 +267,46 @@ def bench(per_class: int, epochs: int, seeds: int, quick: bool) -> dict[str, Any
     }
 
 
+def in_turns(commands: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """What every run ends with, and as `seconds` those of its own turns."""
+    processes = {name: subprocess.Popen(c, stdout=subprocess.PIPE, text=True) for name, c in commands.items()}
+    seconds, results = dict.fromkeys(commands, 0.0), dict[str, dict[str, Any]]()
+    try:
+        for process in processes.values():
+            _, status = os.waitpid(process.pid, os.WUNTRACED)
+            if not os.WIFSTOPPED(status):
+                raise subprocess.CalledProcessError(status, process.args)
+        while len(results) < len(processes):
+            for name, process in processes.items():
+                if name in results:
+                    continue
+                started = time.perf_counter()
+                process.send_signal(signal.SIGCONT)
+                try:
+                    process.wait(TURN)
+                except subprocess.TimeoutExpired:
+                    process.send_signal(signal.SIGSTOP)
+                seconds[name] += time.perf_counter() - started
+                if process.returncode is not None:
+                    output = process.communicate()[0]
+                    if process.returncode:
+                        raise subprocess.CalledProcessError(process.returncode, process.args, output)
+                    results[name] = json.loads(output.splitlines()[-1]) | {"seconds": seconds[name]}
+    finally:
+        for process in processes.values():
+            process.kill()
+    return {name: results[name] for name in commands}
+
+
 def round_(value: Any) -> Any:
     return [round(x, 2) for x in value] if isinstance(value, list) else round(value, 4)
 
 
-def speedup(found: dict[str, Any], ours: str, theirs: Sequence[str], of: str = "seconds") -> list[float]:
-    """Quartiles over the seeds: how many times as fast a whole run of ours is as the fastest of theirs; or by other figures
-    than the seconds."""
+def speedup(found: dict[str, Any], ours: str, theirs: Sequence[str]) -> list[float]:
+    """Quartiles over the seeds: how many times as fast a whole run of ours is as the fastest of theirs."""
     runs = found["runs"]
     best = min((name for name in theirs if name in runs), key=lambda name: statistics.median(runs[name]["seconds"]))
-    pairs = zip(runs[best][of], runs[ours][of], strict=True)
+    pairs = zip(runs[best]["seconds"], runs[ours]["seconds"], strict=True)
     return [round(x, 3) for x in quartiles([slow / fast for slow, fast in pairs])]
 
 
@@ -278,12 +314,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--per-class", type=int, default=20, help="training images of each class, of 500")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--one", choices=CONTENDERS, help="one run in this process")
     parser.add_argument("--seed", type=int, default=0, help="of that run")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()), help="decoded images, of that run")
+    parser.add_argument(
+        "--waits", action="store_true", help="it stops itself before it begins, until it is sent SIGCONT"
+    )
     options = parser.parse_args()
     per_class, epochs, seeds = options.per_class, options.epochs, options.seeds
     if options.quick:
@@ -291,7 +330,7 @@ def main() -> None:
     if options.short:
         per_class, epochs, seeds = 15, 4, 1
     if options.one:
-        one(options.one, options.per_class, options.epochs, options.seed, options.cache)
+        one(options.one, options.per_class, options.epochs, options.seed, options.cache, options.waits)
     else:
         print(json.dumps(bench(per_class, epochs, seeds, options.quick or options.short)))
 
