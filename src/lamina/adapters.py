@@ -175,7 +175,7 @@ class AdaptedLinear(nn.Module):
         up_or, down_ri = (_own(factor) for factor in branch.factors())
         self.finished[name] = Finished(self.rows.pop(name), up_or, down_ri, fold)
         if fold:
-            self._folded_oi = _plus(self._folded_oi, [self.finished[name]])
+            self._folded_oi = _plus(self._folded_oi, [self.finished[name][:3]])
         self.unfold_live()
 
     def drop(self, name: str) -> None:
@@ -190,7 +190,7 @@ class AdaptedLinear(nn.Module):
 
     def refold(self) -> None:
         """Compute the weight in use anew from the base and the factors: W_0 + sum_k up_k down_k in float32, then rounded."""
-        self._folded_oi = _plus(self.base_oi, [change for change in self.finished.values() if change.folded])
+        self._folded_oi = _plus(self.base_oi, [part[:3] for part in self.finished.values() if part.folded])
         self.unfold_live()
 
     def fold_live(self) -> None:
@@ -210,8 +210,7 @@ class AdaptedLinear(nn.Module):
         changes = self._live_changes() if self._live_apart else []
         if changes:
             within = x.dtype == torch.float32 and x.shape[:-1].numel() >= self.d_in
-            places = [change.rows for change in changes]
-            factors = [factor for change in changes for factor in (change.up_or, change.down_ri)]
+            places, factors = [rows for rows, _, _ in changes], [factor for _, *pair in changes for factor in pair]
             y: Tensor = (_Within if within else _Beside).apply(x, self.weight_oi, self.bias_o, places, *factors)  # type: ignore[no-untyped-call]
         else:
             y = F.linear(x, self.weight_oi, self.bias_o)
@@ -219,18 +218,19 @@ class AdaptedLinear(nn.Module):
             y = y + F.pad(mixture.change(x), (mixture.rows.start, self.d_out - mixture.rows.stop))
         return y
 
-    def _live_changes(self) -> list[Finished]:
-        live = [(self.rows[name], branch) for name, branch in self.live.items() if isinstance(branch, Branch)]
-        return [Finished(rows, *branch.factors()) for rows, branch in live]
+    def _live_changes(self) -> list[tuple[Rows, Tensor, Tensor]]:
+        return [
+            (self.rows[name], *branch.factors()) for name, branch in self.live.items() if isinstance(branch, Branch)
+        ]
 
 
-def _plus(weight_oi: Tensor, changes: Sequence[Finished]) -> Tensor:
+def _plus(weight_oi: Tensor, changes: Sequence[tuple[Rows, Tensor, Tensor]]) -> Tensor:
     """A new matrix, one change added after another; the same one where there are none."""
     if not changes:
         return weight_oi
     with torch.no_grad():
         sum_oi = weight_oi.clone()
-        for rows, up_or, down_ri, _ in changes:
+        for rows, up_or, down_ri in changes:
             sum_oi[rows.start : rows.stop] += up_or @ down_ri
     return sum_oi
 

@@ -93,7 +93,7 @@ class SDLoRA(Method[SDLoRAConfig]):
     needs = Needs(
         growth="a direction of rank r in every adapted map, and a scale, with every task",
         operations="a step by a branch of rank r in every adapted map with every task; an answer not at all; folding, before "
-        "answers, by a product of rank r per adapted map with every task",
+        "answers, by a product of rank r, and the beginning of a task by a copy, per adapted map with every task",
     )
     config_type = SDLoRAConfig
     refuses = (Refusal("init", "its old directions go on learning, so they must be there"),)
