@@ -221,8 +221,8 @@ def section(name: str, line: dict[str, Any]) -> str:
             f"and a fifth as many test images, as in the whole; `{run['method']}` on `nano`, rank {whole.RANK} on "
             f"{' and '.join(whole.TARGETS)}, twenty epochs, batch {whole.BATCH}. Forward and input-gradient backward of the "
             f"bare frozen backbone take {middle:.2f} ms per image (quartiles {low:.2f} to {high:.2f}, measured "
-            f"within this run). The run takes {run['seconds']['total']:.0f} s for {run['images']} training images: "
-            f"**{run['floor_ratio']:.2f} times the floor**, its training steps alone "
+            f"within this run{other_ways(run)}). The run takes {run['seconds']['total']:.0f} s for {run['images']} training "
+            f"images: **{run['floor_ratio']:.2f} times the floor**, its training steps alone "
             f"{run['training_over_floor']:.2f} times{spread_of_tasks}. "
             f"Outside the steps: {100 * run['outside_steps']:.1f} %. {phases}. The two passes for moments and all else at the "
             f"beginning and end of tasks: {100 * run['moments_share_at_most']:.1f} %. A step in task 20 takes {median:.2f} "
@@ -235,6 +235,14 @@ def section(name: str, line: dict[str, Any]) -> str:
             "\n".join(rows),
         ]
     )
+
+
+def other_ways(run: dict[str, Any]) -> str:
+    """What the floor is in the ways that are not the fastest."""
+    ways = run.get("floor_ways_ms_per_image", {})
+    fastest = next((way for way, ms in ways.items() if ms == run["floor_ms_per_image"]), None)
+    others = [f"{way} {ms[1]:.2f}" for way, ms in ways.items() if way != fastest]
+    return f", with a batch {fastest}; {', '.join(others)}" if others else ""
 
 
 def noted(line: dict[str, Any]) -> str:

@@ -5,14 +5,16 @@
 
 A floor step is a forward and the backward of gradients with regard to inputs, from the features down to the outputs of the
 first layers that would be adapted: no adapter, no head, no optimiser, and batches that are ready. No learner of these layers
-can do with less, unless it stores activations. The last line is JSON: milliseconds per image, median and quartiles.
+can do with less, unless it stores activations. It is taken with the batch in one piece, as PyTorch computes it, and in two
+halves side by side, as lamina does (`lamina/halves.py`), in turn. The last line is JSON: milliseconds per image, median and
+quartiles.
 """
 
 import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from lamina import backbones
 from lamina.backbones import Backbone
 from lamina.engine import precision
+from lamina.halves import Halves
 
 
 class Floor:
@@ -31,15 +34,19 @@ class Floor:
         for site in backbone.sites:
             if site.block == 0 and site.role in targets:
                 backbone.module.get_submodule(site.path).register_forward_hook(_differentiate)
+        self.ways: dict[str, Callable[[Tensor], object]] = {"in one piece": self.step}
+        if torch.get_num_threads() % 2 == 0:
+            halves = Halves([])
+            self.ways["in halves"] = lambda pixels_bchw: halves.both(self.step, pixels_bchw.chunk(2))
 
     def step(self, pixels_bchw: Tensor) -> None:
         features_bd = self.backbone.features({"pixel_values": pixels_bchw.to(self.dtype)})
         features_bd.sum().backward()
 
-    def seconds_per_image(self, pixels_bchw: Tensor, steps: int) -> float:
+    def seconds_per_image(self, pixels_bchw: Tensor, steps: int, way: str = "in one piece") -> float:
         started = time.perf_counter()
         for _ in range(steps):
-            self.step(pixels_bchw)
+            self.ways[way](pixels_bchw)
         return (time.perf_counter() - started) / (steps * len(pixels_bchw))
 
 
@@ -76,14 +83,17 @@ def main() -> None:
         started = time.perf_counter()
         floors[kind].seconds_per_image(pixels_bchw, 2)
         warming_up = time.perf_counter() - started
-    rounds: dict[str, list[float]] = {kind: [] for kind in floors}
+    contenders = [("eager", way) for way in floors["eager"].ways] + [(kind, "in one piece") for kind in [*floors][1:]]
+    rounds: dict[tuple[str, str], list[float]] = {contender: [] for contender in contenders}
     for _ in range(options.rounds):
-        for kind, floor in floors.items():
-            rounds[kind].append(1000 * floor.seconds_per_image(pixels_bchw, options.steps))
-    found = {kind: [round(x, 3) for x in quartiles(values)] for kind, values in rounds.items()}
-    line = {"precision": name, "threads": torch.get_num_threads(), "ms_per_image": found["eager"]}
+        for kind, way in contenders:
+            rounds[kind, way].append(1000 * floors[kind].seconds_per_image(pixels_bchw, options.steps, way))
+    found = {contender: [round(x, 3) for x in quartiles(values)] for contender, values in rounds.items()}
+    line = {"precision": name, "threads": torch.get_num_threads(), "ms_per_image": found["eager", "in one piece"]}
+    if ("eager", "in halves") in found:
+        line |= {"in_halves_ms_per_image": found["eager", "in halves"]}
     if options.compile:
-        line |= {"compiled_ms_per_image": found["compiled"], "compile_seconds": round(warming_up, 1)}
+        line |= {"compiled_ms_per_image": found["compiled", "in one piece"], "compile_seconds": round(warming_up, 1)}
     print(json.dumps(line))
 
 

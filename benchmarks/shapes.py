@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Literal
@@ -43,6 +43,8 @@ SHAPES = {
     "ViT-B/16": {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072},
 }
 Work = Callable[[], None]
+LEARNING = ExitStack()
+"""What is open while lamina's learners train."""
 
 
 def save(shape: str, folder: str) -> None:
@@ -69,6 +71,7 @@ def lamina(
     taught.begin(learner, task, lambda *, augmented: iter([batch]))  # noqa: ARG005
     parameters = learner.trainable()
     optimizer = optim.make_optimizer(parameters, TrainingConfig(optimizer="adam"))
+    LEARNING.enter_context(learner.in_halves())
     gradients = Gradients(
         lambda batch: taught.loss(learner, batch, task),
         list(parameters.values()),
@@ -214,7 +217,9 @@ def main() -> None:
     options = parser.parse_args()
     where = torch.device(options.device)
     names = [name for name in EVERYWHERE | (ON_A_CARD if where.type == "cuda" else {}) if name not in options.without]
-    print(json.dumps(bench(where, names, options.shapes, options.batches, options.rounds, options.steps)))
+    with LEARNING:
+        found = bench(where, names, options.shapes, options.batches, options.rounds, options.steps)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -142,6 +142,7 @@ class AdaptedLinear(nn.Module):
         self.mixtures: dict[str, Mixture] = {}
         self._folded_oi = self.base_oi
         self._live_apart = True
+        self._summed_oi: Tensor | None = None
 
     @property
     def d_out(self) -> int:
@@ -209,14 +210,21 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         changes = self._live_changes() if self._live_apart else []
         if changes:
-            within = x.dtype == torch.float32 and x.shape[:-1].numel() >= self.d_in
             places, factors = [rows for rows, _, _ in changes], [factor for _, *pair in changes for factor in pair]
-            y: Tensor = (_Within if within else _Beside).apply(x, self.weight_oi, self.bias_o, places, *factors)  # type: ignore[no-untyped-call]
+            if self._within(x):
+                summed_oi = self.effective() if self._summed_oi is None else self._summed_oi
+                y: Tensor = _Within.apply(x, summed_oi, self.bias_o, places, *factors)  # type: ignore[no-untyped-call]
+            else:
+                y = _Beside.apply(x, self.weight_oi, self.bias_o, places, *factors)  # type: ignore[no-untyped-call]
         else:
             y = F.linear(x, self.weight_oi, self.bias_o)
         for mixture in self.mixtures.values():
             y = y + F.pad(mixture.change(x), (mixture.rows.start, self.d_out - mixture.rows.stop))
         return y
+
+    def _within(self, x: Tensor) -> bool:
+        """Whether the live branches are computed within the map: see `_Within`."""
+        return x.dtype == torch.float32 and (self._summed_oi is not None or x.shape[:-1].numel() >= self.d_in)
 
     def _live_changes(self) -> list[tuple[Rows, Tensor, Tensor]]:
         return [
@@ -236,7 +244,7 @@ def _plus(weight_oi: Tensor, changes: Sequence[tuple[Rows, Tensor, Tensor]]) -> 
 
 
 class _Within(torch.autograd.Function):
-    """y = (W + sum_k up_k down_k) x + b with gradients for x and the factors, none for W and b.
+    """y = W' x + b, where W' = W + sum_k up_k down_k is given, with gradients for x and the factors, none for W' and b.
 
     What the branches cost beside the frozen map is then a thin product or two for each factor that is learnt, and no pass
     over y; where no down is learnt, x need not be kept. To build the changed weight is cheap where a batch has more tokens
@@ -246,22 +254,19 @@ class _Within(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_oi: Tensor, bias_o: Tensor | None, rows: list[Rows], *factors: Tensor
+        ctx: Any, x: Tensor, summed_oi: Tensor, bias_o: Tensor | None, rows: list[Rows], *factors: Tensor
     ) -> Tensor:
-        changed_oi = weight_oi.clone()
-        for (start, stop), up_or, down_ri in zip(rows, factors[::2], factors[1::2], strict=True):
-            changed_oi[start:stop].addmm_(up_or, down_ri)
         _, _, _, _, *wanted = ctx.needs_input_grad
         x_ni = x.flatten(0, -2)
         inner_rn = [down_ri @ x_ni.T if up else None for up, down_ri in zip(wanted[::2], factors[1::2], strict=True)]
         ctx.rows = rows
-        ctx.save_for_backward(x_ni if any(wanted[1::2]) else None, changed_oi, *inner_rn, *factors[::2])
-        return F.linear(x, changed_oi, bias_o)
+        ctx.save_for_backward(x_ni if any(wanted[1::2]) else None, summed_oi, *inner_rn, *factors[::2])
+        return F.linear(x, summed_oi, bias_o)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x_ni, changed_oi, *kept = ctx.saved_tensors
+        x_ni, summed_oi, *kept = ctx.saved_tensors
         wanted_x, _, _, _, *wanted = ctx.needs_input_grad
         grad_no = grad_y.flatten(0, -2)
         grads: list[Tensor | None] = []
@@ -270,7 +275,7 @@ class _Within(torch.autograd.Function):
             own_no = grad_no[:, start:stop]
             grads.append((inner_rn @ own_no).T if wanted[2 * number] else None)
             grads.append(up_or.T.contiguous() @ own_no.T @ x_ni if wanted[2 * number + 1] else None)
-        grad_x = (grad_no @ changed_oi).view(*grad_y.shape[:-1], -1) if wanted_x else None
+        grad_x = (grad_no @ summed_oi).view(*grad_y.shape[:-1], -1) if wanted_x else None
         return (grad_x, None, None, None, *grads)
 
 
@@ -325,14 +330,30 @@ def _multiple(x: Tensor) -> int:
 
 
 @contextmanager
+def all_summed(layers: Mapping[str, AdaptedLinear]) -> Iterator[None]:
+    """While open, all forwards share one sum of each float32 weight and its live branches, of which no number may change
+    meanwhile; gradients reach the branches as ever."""
+    summed = [layer for layer in layers.values() if layer._live_apart and layer.weight_oi.dtype == torch.float32]
+    for layer in summed:
+        layer._summed_oi = layer.effective()
+    try:
+        yield
+    finally:
+        for layer in summed:
+            layer._summed_oi = None
+
+
+@contextmanager
 def all_folded(layers: Mapping[str, AdaptedLinear]) -> Iterator[None]:
-    """While open, live branches are folded too, so that a forward costs what the bare backbone costs. No gradients."""
-    for layer in layers.values():
+    """While open, live branches are folded too, so that a forward costs what the bare backbone costs. No gradients. Layers
+    that are folded, or replaced, already are left as they are."""
+    apart = [layer for layer in layers.values() if layer._live_apart]
+    for layer in apart:
         layer.fold_live()
     try:
         yield
     finally:
-        for layer in layers.values():
+        for layer in apart:
             layer.unfold_live()
 
 

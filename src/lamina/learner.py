@@ -18,6 +18,7 @@ from lamina import adapters
 from lamina.adapters import AdaptedLinear, Branch, Choice, Finished, Mixture, Rows
 from lamina.backbones import Backbone, Site
 from lamina.errors import ConfigError
+from lamina.halves import SMALLEST, Halves
 from lamina.head import Head, Row
 from lamina.moments import recording
 from lamina.reuse import Reuse
@@ -126,6 +127,7 @@ class Learner:
         self.head = Head(backbone.width, self.device)
         self.reuse: Reuse | None = None
         """Where hidden states below the first adapted block are kept, if they are."""
+        self.halves: Halves | None = None
 
     @property
     def rows(self) -> list[Row]:
@@ -149,6 +151,9 @@ class Learner:
             return self.backbone.layered(inputs, layers).float()
         if self.reuse is not None and self.reuse.covers(batch):
             return self.reuse.features(batch, inputs).float()
+        if self.halves is not None and len(batch) >= SMALLEST:
+            with adapters.all_summed(self.layers):
+                return self.halves(self.backbone.features, inputs).float()
         features_bd: Tensor = self.backbone.features(inputs).float()
         return features_bd
 
@@ -221,6 +226,19 @@ class Learner:
         """While open, a forward costs what the bare backbone costs, and there are no gradients."""
         with adapters.all_folded(self.layers), torch.no_grad():
             yield
+
+    @contextmanager
+    def in_halves(self) -> Iterator[None]:
+        """While open, batches that are not small go through the backbone as two halves side by side, where the processor has an
+        even number of threads: see `Halves`. What can be trained, and which branches there are, may not change meanwhile."""
+        if self.device.type == "cpu" and torch.get_num_threads() % 2 == 0:
+            self.halves = Halves([*self.trainable().values()])
+        try:
+            yield
+        finally:
+            if self.halves is not None:
+                self.halves.close()
+                self.halves = None
 
     @contextmanager
     def bare(self) -> Iterator[None]:

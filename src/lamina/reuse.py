@@ -10,7 +10,8 @@ Shape letters: b batch, c the examples of a chunk, t tokens, n tokens of one exa
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from lamina.types import Batch, Ints
 
 CHUNK = {"image": 16, "text": 4}
 """Examples computed at a time. Of texts few, because only those of one length are computed together: padding, and whether
-there is any in a batch, can change last bits too."""
+there is any in a batch, can change last bits too. And by one thread: several would share out the rows of so small a product
+unevenly, and its last bits would depend on where in the chunk a text stands."""
 
 _Key = tuple[int, int | None]
 """Row of the table, and view."""
@@ -128,7 +130,7 @@ class Reuse:
                 chunk = positions[start : start + size]
                 # Filled up by going round: neighbours matter to nothing but the size.
                 index_c = torch.from_numpy(np.resize(chunk, size)).to(device)
-                with torch.no_grad():
+                with torch.no_grad(), _one_thread() if self.backbone.kind == "text" else nullcontext():
                     hidden_cnd = self.backbone.below({name: v[index_c] for name, v in whole.items()}, self.block)
                 found |= dict(zip(chunk.tolist(), hidden_cnd, strict=False))
         return found
@@ -159,6 +161,16 @@ class Reuse:
         self._file.seek(start)
         if self._file.readinto(bytes_) != bytes_.nbytes:
             raise OSError(f"what was kept for reuse in {self.folder} cannot be read back")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _bytes(values: Tensor) -> memoryview:

@@ -16,7 +16,7 @@ LEVELS = (
     ("errors", "types"),
     ("linalg", "metrics", "config", "chance"),
     ("adapters", "attention", "moments", "head", "backbones", "data", "streams"),
-    ("reuse",),
+    ("reuse", "halves"),
     ("learner",),
     ("methods", "consolidate"),
     ("engine",),

@@ -168,8 +168,9 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Keys stay in their order: in an outline it is the order in which branches were finished, and are folded again."""
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    """Keys stay in their order: in an outline it is the order in which branches were finished, and are folded again. On one
+    line, which takes a tenth of the time."""
+    path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -179,6 +179,11 @@ class Loop:
     def _train(self, task: Task) -> Position:
         if self.position.task in self.trained:
             return self._take(task)
+        with self.learner.in_halves():
+            return self._descend(task)
+
+    def _descend(self, task: Task) -> Position:
+        """The training steps that are left of a task."""
         parameters = self.learner.trainable()
         later = self.position.task > 0
         rate = optim.adapter_rate(self.training, later=later)
@@ -287,7 +292,8 @@ class Loop:
     def _evaluate(self, task: Task) -> Position:
         now = self.position.task
         measured = range(len(self.stream) if self.evaluation.unseen else now + 1)
-        found = {j: self._answers(self.stream[j]) for j in measured}
+        with self.learner.folded():  # once for all of them
+            found = {j: self._answers(self.stream[j]) for j in measured}
         self.matrix = self.matrix.with_row({j: (a.correct, len(a.labels_n)) for j, a in found.items()})
         self.known_task = self.known_task.with_row(
             {j: (a.correct_known_task, len(a.labels_n)) for j, a in found.items()}
@@ -366,11 +372,13 @@ class Loop:
         tensors = {
             "learner": self.learner.tensors(),
             "memory": self.method.memory,
-            "consolidation": self.consolidation.memory,
             "optimizer": optimizer_state,
-            "teacher": self.teacher,
             "answers": self.last_answers,
         }
+        if self.consolidation.memory:
+            tensors["consolidation"] = self.consolidation.memory
+        if self.teacher:
+            tensors["teacher"] = self.teacher
         for directory in self._damaged:
             checkpoint.set_aside(directory)
         self._damaged = []

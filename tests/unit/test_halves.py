@@ -1,0 +1,156 @@
+"""A batch in two halves side by side: the same features and gradients as in one piece, in threads of their own."""
+
+import threading
+from collections.abc import Iterator, Mapping
+
+import pytest
+import torch
+from tests.tiny import noise, tiny_vit
+from torch import Tensor, nn
+
+from lamina import learner as learners
+from lamina.adapters import LowRank
+from lamina.halves import Halves
+from lamina.learner import Learner
+from lamina.types import Batch
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield 4
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def weights() -> list[nn.Parameter]:
+    return [nn.Parameter(noise((5, 3), "weights")), nn.Parameter(noise((2,), "no part of the features"))]
+
+
+@pytest.fixture
+def halves(weights: list[nn.Parameter]) -> Iterator[Halves]:
+    made = Halves(weights)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("size", [2, 7, 8])
+def test_they_are_the_whole(size: int, weights: list[nn.Parameter], halves: Halves):
+    """Also for a loss that is no sum over the examples."""
+
+    def compute(inputs: Mapping[str, Tensor]) -> Tensor:
+        return torch.tanh(inputs["a"] @ weights[0]) * inputs["b"]
+
+    def loss(features_bd: Tensor) -> Tensor:
+        return features_bd.std(0).prod() + weights[0].square().sum() + weights[1].sum()
+
+    inputs = {"a": noise((size, 5), "a"), "b": noise((size, 1), "b")}
+    whole_bd, halved_bd = compute(inputs), halves(compute, inputs)
+    torch.testing.assert_close(halved_bd, whole_bd)
+    wanted, got = (torch.autograd.grad(loss(features_bd), weights) for features_bd in (whole_bd, halved_bd))
+    torch.testing.assert_close(got, wanted)
+
+
+def test_gradients_only_where_they_are_wanted(weights: list[nn.Parameter], halves: Halves):
+    with torch.no_grad():
+        assert not halves(lambda inputs: inputs["a"] @ weights[0], {"a": noise((4, 5), "a")}).requires_grad
+    (halves(lambda inputs: inputs["a"], {"a": noise((4, 5), "a")}).sum() + weights[1].sum()).backward()
+    assert weights[0].grad is None
+    assert torch.equal(weights[1].grad, torch.ones(2))
+
+
+def test_each_half_has_a_thread_of_its_own_both_ways(weights: list[nn.Parameter], halves: Halves, threads: int):
+    seen: list[tuple[str, str, int]] = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            seen.append(("forward", threading.current_thread().name, torch.get_num_threads()))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:
+            seen.append(("backward", threading.current_thread().name, torch.get_num_threads()))
+            return grad
+
+    halves(lambda inputs: Watched.apply(inputs["a"] @ weights[0]), {"a": noise((4, 5), "a")}).sum().backward()
+    assert len({name for _, name, _ in seen}) == 2
+    assert sorted(seen) == sorted(
+        (way, name, threads // 2) for way in ("forward", "backward") for _, name, _ in seen[:2]
+    )
+    found: list[int] = []
+    later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert (torch.get_num_threads(), found) == (threads, [threads])
+
+
+def test_what_goes_wrong_in_a_half_is_raised(halves: Halves):
+    with pytest.raises(ZeroDivisionError):
+        halves(lambda inputs: inputs["a"] / (1 // 0), {"a": noise((4, 5), "a")})
+
+
+def test_threads_that_cannot_be_halved_are_refused():
+    torch.set_num_threads(3)
+    with pytest.raises(ValueError, match="3 threads cannot be halved"):
+        Halves([])
+
+
+# ------------------------------------------------------------------------------------------------- in a learner
+
+
+def learner_with_a_branch() -> Learner:
+    learner = Learner(tiny_vit(), ("k", "v"))
+    for name, slot in learner.slots.items():
+        branch = LowRank.fresh(slot.d_out, slot.d_in, 2, torch.Generator().manual_seed(1))
+        branch.up.data = noise(branch.up.shape, name)
+        slot.add("new", branch)
+    return learner
+
+
+def pixels(size: int) -> Batch:
+    return Batch(inputs={"pixel_values": noise((size, 3, 16, 16), "pixels")}, labels_b=torch.zeros(size).long())
+
+
+def test_a_learner_halves_what_is_large_enough(monkeypatch: pytest.MonkeyPatch):
+    learner, sizes = learner_with_a_branch(), list[int]()
+    features = learner.backbone.features
+    monkeypatch.setattr(
+        learner.backbone, "features", lambda inputs: sizes.append(len(inputs["pixel_values"])) or features(inputs)
+    )
+    parameters = [*learner.trainable().values()]
+    wanted_bd = learner.features(pixels(33))
+    wanted = torch.autograd.grad(wanted_bd.square().sum(), parameters)
+    sizes.clear()
+    with learner.in_halves():
+        got_bd = learner.features(pixels(33))
+        got = torch.autograd.grad(got_bd.square().sum(), parameters)
+        learner.features(pixels(31))
+    learner.features(pixels(33))
+    assert sorted(sizes[:2]) == [16, 17]
+    assert sizes[2:] == [31, 33]
+    torch.testing.assert_close(got_bd, wanted_bd)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_branches_may_change_between_batches(monkeypatch: pytest.MonkeyPatch):
+    """The sum of a weight and its branches, which the halves share, is that of now."""
+    monkeypatch.setattr(learners, "SMALLEST", 2)
+    learner = learner_with_a_branch()
+    with learner.in_halves():
+        before_bd = learner.features(pixels(64))
+        for parameter in learner.trainable().values():
+            parameter.data *= 2
+        after_bd = learner.features(pixels(64))
+    assert not torch.allclose(before_bd, after_bd)
+    torch.testing.assert_close(after_bd, learner.features(pixels(64)))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_odd_number_of_threads_computes_a_batch_in_one_piece(count: int):
+    torch.set_num_threads(count)
+    learner = learner_with_a_branch()
+    with learner.in_halves():
+        assert learner.halves is None
+        learner.features(pixels(40))
