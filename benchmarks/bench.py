@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE, PLOT = ROOT / "docs" / "results" / "speed.md", ROOT / "docs" / "results" / "speed.svg"
 RECORDS = ROOT / "docs" / "results" / "records" / "speed.jsonl"
 CARDS = ROOT / "docs" / "results" / "records" / "shapes.jsonl"
+ACCURACY = ROOT / "docs" / "results" / "records" / "accuracy.jsonl"
 INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}
 
 
@@ -98,7 +99,7 @@ def machine() -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- the page
 
 
-def page(lines: list[dict[str, Any]], cards: list[dict[str, Any]]) -> str:
+def page(lines: list[dict[str, Any]], cards: list[dict[str, Any]], accuracy: list[dict[str, Any]]) -> str:
     """Of the newest line in each precision and number of threads, so that nobody is misled about where a gain comes from."""
     newest = newest_of(lines)
     parts = [
@@ -114,8 +115,28 @@ def page(lines: list[dict[str, Any]], cards: list[dict[str, Any]]) -> str:
             "## bf16\n\nNot measured: no machine with native bf16 instructions (`avx512_bf16`, `amx_bf16`) was at hand. There, "
             "`make bench` adds the section by itself."
         )
+    if accuracy:
+        parts.append(accuracy_section(accuracy))
     parts += [on_a_card(line) for line in cards]
     return "\n\n".join(parts) + "\n"
+
+
+def accuracy_section(lines: list[dict[str, Any]]) -> str:
+    """What `accuracy.py` found, in one setting."""
+    first, differences = lines[0], [line["bf16"] - line["fp32"] for line in lines]
+    rows = [f"| {line['seed']} | {100 * line['fp32']:.1f} % | {100 * line['bf16']:.1f} % |" for line in lines]
+    spread = statistics.stdev(line["fp32"] for line in lines)
+    return "\n\n".join(
+        [
+            "## Accuracy in bf16",
+            f"`python benchmarks/accuracy.py`: `{first['method']}` on Split CIFAR-100 in ten tasks, {first['per_class']} "
+            f"images of each class, {first['epochs']} epochs, final accuracy. bf16 minus fp32, seed by seed: "
+            f"{100 * statistics.mean(differences):+.1f} points in the mean ({100 * min(differences):+.1f} to "
+            f"{100 * max(differences):+.1f}); the seeds themselves are {100 * spread:.1f} apart (standard deviation, fp32)."
+            f"{noted(first)}",
+            "\n".join(["| Seed | fp32 | bf16 |", "|---|---:|---:|", *rows]),
+        ]
+    )
 
 
 def newest_of(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -296,6 +317,10 @@ def plot(lines: list[dict[str, Any]]) -> Markup:
     )
 
 
+def read(records: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in records.read_text(encoding="utf-8").splitlines()] if records.exists() else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", default=os.environ.get("QUICK", "") not in ("", "0"))
@@ -307,9 +332,8 @@ def main() -> None:
         with RECORDS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
     if options.page or (found and not found["quick"]):
-        lines = [json.loads(line) for line in RECORDS.read_text(encoding="utf-8").splitlines()]
-        cards = [json.loads(line) for line in CARDS.read_text(encoding="utf-8").splitlines()] if CARDS.exists() else []
-        PAGE.write_text(page(lines, cards), encoding="utf-8")
+        lines, cards, accuracy = (read(path) for path in (RECORDS, CARDS, ACCURACY))
+        PAGE.write_text(page(lines, cards, accuracy), encoding="utf-8")
         PLOT.write_text(str(plot(lines)) + "\n", encoding="utf-8")
         whole.say(f"wrote {PAGE.relative_to(ROOT)} and {PLOT.relative_to(ROOT)}")
     if found:
