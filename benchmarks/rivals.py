@@ -11,7 +11,7 @@ default attention, adapters merged before every evaluation and unmerged after it
 Where lamina takes bf16, PEFT is tried in the three ways its users have. Every run is a process of its own. All of one seed
 take turns, second by second, each stopped while another computes: a shared machine is now faster, now slower, and so for
 all alike. Time is that of a run's own turns, from the beginning of loading to the last answer; imports and decoding are left
-out for all. Times of steps and of evaluation are the main thread's on the processor, which stands still when it is stopped.
+out for all. Times of steps and of evaluation are by a clock that stands still while a run is stopped.
 The last line is JSON. Needs ../shared/data/cifar100.
 """
 

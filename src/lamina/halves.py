@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 SMALLEST = 32
-"""Examples from which on a batch is computed in halves: below, threads wait little for each other, and most of the time goes
-into asking for operations, of which halves need twice as many."""
+"""Examples from which on a batch is computed in halves, which need twice as many operations, each of half the size. With 36
+images of 17 tokens that gains nothing yet, with 64 it does (two cores, `nano`)."""
 
 Compute = Callable[[Mapping[str, Tensor]], Tensor]
 """Inputs (b, ...) by name to features (b, d), of each example by itself."""

@@ -128,6 +128,7 @@ class Learner:
         self.reuse: Reuse | None = None
         """Where hidden states below the first adapted block are kept, if they are."""
         self.halves: Halves | None = None
+        """What batches are computed in halves by, while `in_halves` is open."""
 
     @property
     def rows(self) -> list[Row]:

@@ -380,3 +380,16 @@ def test_half_precision_keeps_changes_that_its_weights_could_not_hold():
     x_bi = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0], dtype=torch.bfloat16).repeat(9, 1)
     layer.add("now", LowRank(trained={"up": torch.full((6, 1), 1e-3), "down": x_bi[:1].float()}))
     torch.testing.assert_close(layer(x_bi), torch.full((9, 6), 4e-3, dtype=torch.bfloat16))
+
+
+def test_folding_within_folding_ends_with_the_outer_one():
+    layer = AdaptedLinear(linear())
+    layer.add("live", low_rank("live"))
+    before_oi = layer.weight_oi.clone()
+    with all_folded({"layer": layer}):
+        folded_oi = layer.weight_oi.clone()
+        with all_folded({"layer": layer}):
+            assert torch.equal(layer.weight_oi, folded_oi)
+        assert torch.equal(layer.weight_oi, folded_oi)
+    assert torch.equal(layer.weight_oi, before_oi)
+    assert not torch.equal(folded_oi, before_oi)

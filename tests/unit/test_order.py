@@ -48,3 +48,10 @@ def test_a_piece_of_work_has_a_seed_of_its_own():
 
     assert draw(0, "begin", 1) == draw(0, "begin", 1)
     assert len({draw(0, "begin", 1), draw(0, "begin", 2), draw(1, "begin", 1), draw(0, "end", 1)}) == 4
+
+
+def test_a_seed_is_that_of_torch():
+    set_torch_seed(3, "step", 4)
+    seed, got = torch.initial_seed(), torch.rand(5)
+    torch.manual_seed(seed)
+    assert torch.equal(got, torch.rand(5))
