@@ -36,7 +36,7 @@ class Floor:
                 backbone.module.get_submodule(site.path).register_forward_hook(_differentiate)
         self.ways: dict[str, Callable[[Tensor], object]] = {"in one piece": self.step}
         if torch.get_num_threads() % 2 == 0:
-            halves = Halves([])
+            halves = Halves()
             self.ways["in halves"] = lambda pixels_bchw: halves.both(self.step, pixels_bchw.chunk(2))
 
     def step(self, pixels_bchw: Tensor) -> None:

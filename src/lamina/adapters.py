@@ -8,7 +8,7 @@ kept, and the folded weight is W_0 and one product after another, in float32 and
 it has the same bits whether it grows branch by branch or is computed anew, and folding can be undone.
 
 In training the live branches are computed beside the map, as the formula says, or within it where that is faster: see
-`_Within` and `_Beside`.
+`AdaptedLinear.forward`.
 
 Shape letters: o outputs, i inputs, r rank, b batch, t tokens, e experts.
 """
@@ -78,6 +78,13 @@ class Rows(NamedTuple):
 
     start: int
     stop: int
+
+
+Change = tuple[Rows, Tensor, Tensor]
+"""What a branch adds to a weight: up (o, r) @ down (r, i), to these rows."""
+THIN = 10
+"""How many times as long as in square matrices an operation takes in thin ones, on a processor (two cores, 192 by 192, rank 10:
+a step with the gradient of the whole weight takes as long as one with those of the factors)."""
 
 
 class Finished(NamedTuple):
@@ -205,34 +212,58 @@ class AdaptedLinear(nn.Module):
 
     def effective(self) -> Tensor:
         """The weight (o, i) at work now, live branches included, folded or not; experts are not in it. Not to be changed."""
-        return _plus(self.weight_oi, self._live_changes() if self._live_apart else [])
+        if not self._live_apart:
+            return self.weight_oi
+        return _plus(self._folded_oi, self._live_changes()).to(self.weight_oi.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Where a batch has more tokens than the map has inputs, its weight W' = W + sum_k up_k down_k is cheap to build, and
+        the live branches are computed within the map: as a dense map, whose gradient autograd takes on to the factors, or
+        as `_Within`, where the dense gradient would cost too much. Where it has fewer, and on a card in half precision,
+        they are computed beside the map: `_Beside`."""
         changes = self._live_changes() if self._live_apart else []
-        if changes:
-            places, factors = [rows for rows, _, _ in changes], [factor for _, *pair in changes for factor in pair]
-            if self._within(x):
-                summed_oi = self.effective() if self._summed_oi is None else self._summed_oi
-                y: Tensor = _Within.apply(x, summed_oi, self.bias_o, places, *factors)  # type: ignore[no-untyped-call]
-            else:
-                y = _Beside.apply(x, self.weight_oi, self.bias_o, places, *factors)  # type: ignore[no-untyped-call]
-        else:
+        if not changes:
             y = F.linear(x, self.weight_oi, self.bias_o)
+        elif not self._within(x):
+            y = _Beside.apply(x, self.weight_oi, self.bias_o, *_flat(changes))  # type: ignore[no-untyped-call]
+        elif self._dense(changes):
+            y = F.linear(x, self._summed() if self._summed_oi is None else self._summed_oi, self.bias_o)
+        else:
+            summed_oi = self.effective() if self._summed_oi is None else self._summed_oi
+            y = _Within.apply(x, summed_oi, self.bias_o, *_flat(changes))  # type: ignore[no-untyped-call]
         for mixture in self.mixtures.values():
             y = y + F.pad(mixture.change(x), (mixture.rows.start, self.d_out - mixture.rows.stop))
         return y
 
     def _within(self, x: Tensor) -> bool:
-        """Whether the live branches are computed within the map: see `_Within`."""
-        return x.dtype == torch.float32 and (self._summed_oi is not None or x.shape[:-1].numel() >= self.d_in)
+        if x.is_cuda and x.dtype != torch.float32:
+            return False
+        return self._summed_oi is not None or x.shape[:-1].numel() >= self.d_in
 
-    def _live_changes(self) -> list[tuple[Rows, Tensor, Tensor]]:
+    def _dense(self, changes: Sequence[Change]) -> bool:
+        """On a card thin products are no slower than others, and what is called costs more than what is computed."""
+        rank = sum(len(down_ri) for _, _, down_ri in changes)
+        return self.device.type == "cpu" and self.d_out * self.d_in <= THIN * rank * (self.d_out + self.d_in)
+
+    def _summed(self) -> Tensor:
+        """As `effective`, with gradients for the factors."""
+        sum_oi = self._folded_oi
+        for rows, up_or, down_ri in self._live_changes():
+            sum_oi = torch.addmm(sum_oi, F.pad(up_or, (0, 0, rows.start, self.d_out - rows.stop)), down_ri)
+        return sum_oi.to(self.weight_oi.dtype)
+
+    def _live_changes(self) -> list[Change]:
         return [
             (self.rows[name], *branch.factors()) for name, branch in self.live.items() if isinstance(branch, Branch)
         ]
 
 
-def _plus(weight_oi: Tensor, changes: Sequence[tuple[Rows, Tensor, Tensor]]) -> Tensor:
+def _flat(changes: Sequence[Change]) -> tuple[list[Rows], *tuple[Tensor, ...]]:
+    """What a function of autograd takes: the rows of all, and up, down, up, down, ..."""
+    return [rows for rows, _, _ in changes], *(factor for _, *pair in changes for factor in pair)
+
+
+def _plus(weight_oi: Tensor, changes: Sequence[Change]) -> Tensor:
     """A new matrix, one change added after another; the same one where there are none."""
     if not changes:
         return weight_oi
@@ -247,9 +278,8 @@ class _Within(torch.autograd.Function):
     """y = W' x + b, where W' = W + sum_k up_k down_k is given, with gradients for x and the factors, none for W' and b.
 
     What the branches cost beside the frozen map is then a thin product or two for each factor that is learnt, and no pass
-    over y; where no down is learnt, x need not be kept. To build the changed weight is cheap where a batch has more tokens
-    than the map has inputs. In half precision the weight would round small changes away, so there the branches stay beside
-    it. Thin matrices lie in few long rows: products of few long columns take up to twice as long on a processor.
+    over y; where no down is learnt, x need not be kept. Thin matrices lie in few long rows: products of few long columns
+    take up to twice as long on a processor.
     """
 
     @staticmethod
@@ -258,9 +288,10 @@ class _Within(torch.autograd.Function):
     ) -> Tensor:
         _, _, _, _, *wanted = ctx.needs_input_grad
         x_ni = x.flatten(0, -2)
-        inner_rn = [down_ri @ x_ni.T if up else None for up, down_ri in zip(wanted[::2], factors[1::2], strict=True)]
+        ups_or, downs_ri = ([factor.to(x.dtype) for factor in each] for each in (factors[::2], factors[1::2]))
+        inner_rn = [down_ri @ x_ni.T if up else None for up, down_ri in zip(wanted[::2], downs_ri, strict=True)]
         ctx.rows = rows
-        ctx.save_for_backward(x_ni if any(wanted[1::2]) else None, summed_oi, *inner_rn, *factors[::2])
+        ctx.save_for_backward(x_ni if any(wanted[1::2]) else None, summed_oi, *inner_rn, *ups_or)
         return F.linear(x, summed_oi, bias_o)
 
     @staticmethod
@@ -273,8 +304,8 @@ class _Within(torch.autograd.Function):
         for number, (start, stop) in enumerate(ctx.rows):
             inner_rn, up_or = kept[number], kept[len(ctx.rows) + number]
             own_no = grad_no[:, start:stop]
-            grads.append((inner_rn @ own_no).T if wanted[2 * number] else None)
-            grads.append(up_or.T.contiguous() @ own_no.T @ x_ni if wanted[2 * number + 1] else None)
+            grads.append((inner_rn @ own_no).T.float() if wanted[2 * number] else None)
+            grads.append((up_or.T.contiguous() @ own_no.T @ x_ni).float() if wanted[2 * number + 1] else None)
         grad_x = (grad_no @ summed_oi).view(*grad_y.shape[:-1], -1) if wanted_x else None
         return (grad_x, None, None, None, *grads)
 
@@ -330,14 +361,24 @@ def _multiple(x: Tensor) -> int:
 
 
 @contextmanager
-def all_summed(layers: Mapping[str, AdaptedLinear]) -> Iterator[None]:
-    """While open, all forwards share one sum of each float32 weight and its live branches, of which no number may change
-    meanwhile; gradients reach the branches as ever."""
-    summed = [layer for layer in layers.values() if layer._live_apart and layer.weight_oi.dtype == torch.float32]
+def all_summed(layers: Mapping[str, AdaptedLinear]) -> Iterator[dict[Tensor, Tensor]]:
+    """While open, all forwards share one sum of each weight and its live branches, of which no number may change meanwhile.
+
+    Gradients reach `_Within`'s branches as ever. A dense map's end at its sum, so that forwards can be differentiated apart
+    from one another; given are those sums, each with the same one as a function of its branches, for gradients to go on.
+    """
+    summed = [layer for layer in layers.values() if layer._live_apart and layer.live]
+    found = dict[Tensor, Tensor]()
     for layer in summed:
-        layer._summed_oi = layer.effective()
+        if layer._dense(layer._live_changes()):
+            sum_oi = layer._summed()
+            layer._summed_oi = sum_oi.detach()
+            if sum_oi.requires_grad:
+                found[layer._summed_oi.requires_grad_()] = sum_oi
+        else:
+            layer._summed_oi = layer.effective()
     try:
-        yield
+        yield found
     finally:
         for layer in summed:
             layer._summed_oi = None

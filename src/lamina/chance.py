@@ -5,6 +5,7 @@ the same bits on every machine and for any number of workers.
 """
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,16 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def bits(samples_n: Ints, *keys: int) -> NDArray[np.uint64]:
     """64 random bits per sample, a function of (keys, sample) only. Shape (n,)."""
     with np.errstate(over="ignore"):
-        state = _mix(np.zeros(1, np.uint64))
-        for key in keys:
-            state = _mix(state ^ np.uint64(key & 0xFFFFFFFFFFFFFFFF))
-        return _mix(state ^ np.asarray(samples_n).astype(np.uint64))
+        return _mix(_state(*keys) ^ np.asarray(samples_n).astype(np.uint64))
+
+
+@lru_cache(maxsize=256)
+def _state(*keys: int) -> NDArray[np.uint64]:
+    """What the keys leave for all samples alike, (1,). The draws of an epoch are made batch by batch, with the same keys."""
+    state = _mix(np.zeros(1, np.uint64))
+    for key in keys:
+        state = _mix(state ^ np.uint64(key & 0xFFFFFFFFFFFFFFFF))
+    return state
 
 
 def uniform(samples_n: Ints, *keys: int) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 SMALLEST = 32
 """Examples from which on a batch is computed in halves, which need twice as many operations, each of half the size. With 36
@@ -24,22 +24,25 @@ Compute = Callable[[Mapping[str, Tensor]], Tensor]
 
 
 class Halves:
-    """parameters: what gradients are wanted for. It must be closed. Raises ValueError for an odd number of threads."""
+    """It must be closed. Raises ValueError for an odd number of threads."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self) -> None:
         threads = torch.get_num_threads()
         if threads % 2:
             raise ValueError(f"{threads} threads cannot be halved")
-        self.parameters = parameters
         self._workers = [ThreadPoolExecutor(1, f"lamina-half-{half}", _take, (threads // 2,)) for half in (0, 1)]
         self.both(int, [0, 0])
         torch.set_num_threads(threads)  # which is for this thread, and for those that begin later
 
-    def __call__(self, compute: Compute, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Features (b, d) of a batch of at least two examples; they can be differentiated once."""
+    def __call__(self, compute: Compute, inputs: Mapping[str, Tensor], wanted: Mapping[Tensor, Tensor]) -> Tensor:
+        """Features (b, d) of a batch of at least two examples; they can be differentiated once.
+
+        wanted: leaves that `compute` depends on and that gradients are wanted for; a gradient goes on from what the leaf is
+        mapped to, which may be the leaf itself or what it is a copy of.
+        """
         halves = [{name: value.chunk(2)[half] for name, value in inputs.items()} for half in (0, 1)]
         if torch.is_grad_enabled():
-            found_bd: Tensor = _Apart.apply(self.both, compute, halves, *self.parameters)  # type: ignore[no-untyped-call]
+            found_bd: Tensor = _Apart.apply(self.both, compute, halves, [*wanted], *wanted.values())  # type: ignore[no-untyped-call]
             return found_bd
         return torch.cat(self.both(torch.no_grad()(compute), halves))
 
@@ -68,9 +71,10 @@ class _Apart(torch.autograd.Function):
         both: Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]],
         compute: Compute,
         halves: Sequence[Mapping[str, Tensor]],
-        *parameters: nn.Parameter,
+        leaves: Sequence[Tensor],
+        *_: Tensor,
     ) -> Tensor:
-        ctx.both, ctx.parameters = both, parameters
+        ctx.both, ctx.leaves = both, leaves
         ctx.features = both(torch.enable_grad()(compute), halves)
         return torch.cat([features_bd.detach() for features_bd in ctx.features])
 
@@ -79,11 +83,11 @@ class _Apart(torch.autograd.Function):
     def backward(ctx: Any, grad_bd: Tensor) -> tuple[Tensor | None, ...]:
         features, ctx.features = ctx.features, None
         if not features[0].requires_grad:
-            return (None, None, None, *(None for _ in ctx.parameters))
+            return (None, None, None, None, *(None for _ in ctx.leaves))
 
         def back(half: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
-            found: tuple[Tensor | None, ...] = torch.autograd.grad(half[0], ctx.parameters, half[1], allow_unused=True)
+            found: tuple[Tensor | None, ...] = torch.autograd.grad(half[0], ctx.leaves, half[1], allow_unused=True)
             return found
 
         found = ctx.both(back, [*zip(features, grad_bd.chunk(2), strict=True)])
-        return (None, None, None, *(None if a is None else a + b for a, b in zip(*found, strict=True)))
+        return (None, None, None, None, *(None if a is None else a + b for a, b in zip(*found, strict=True)))

@@ -153,8 +153,9 @@ class Learner:
         if self.reuse is not None and self.reuse.covers(batch):
             return self.reuse.features(batch, inputs).float()
         if self.halves is not None and len(batch) >= SMALLEST:
-            with adapters.all_summed(self.layers):
-                return self.halves(self.backbone.features, inputs).float()
+            with adapters.all_summed(self.layers) as sums:
+                wanted = {parameter: parameter for parameter in self.trainable().values()} | sums
+                return self.halves(self.backbone.features, inputs, wanted).float()
         features_bd: Tensor = self.backbone.features(inputs).float()
         return features_bd
 
@@ -233,7 +234,7 @@ class Learner:
         """While open, batches that are not small go through the backbone as two halves side by side, where the processor has an
         even number of threads: see `Halves`. What can be trained, and which branches there are, may not change meanwhile."""
         if self.device.type == "cpu" and torch.get_num_threads() % 2 == 0:
-            self.halves = Halves([*self.trainable().values()])
+            self.halves = Halves()
         try:
             yield
         finally:

@@ -34,9 +34,9 @@ def halved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     call = Halves.__call__
 
-    def noted(self: Halves, compute: Compute, inputs: Mapping[str, Tensor]) -> Tensor:
+    def noted(self: Halves, compute: Compute, inputs: Mapping[str, Tensor], wanted: Mapping[Tensor, Tensor]) -> Tensor:
         sizes.append(len(inputs["pixel_values"]))
-        return call(self, compute, inputs)
+        return call(self, compute, inputs, wanted)
 
     monkeypatch.setattr(Halves, "__call__", noted)
     monkeypatch.setattr(learners, "SMALLEST", 2)

@@ -291,7 +291,12 @@ def trained_pair(key: str, o: int = 6, i: int = 5, rank: int = 2) -> LowRank:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("cut", [(Rows(0, 6),), (Rows(2, 6),), (Rows(0, 6), Rows(1, 3), Rows(4, 6))])
-def test_branches_within_the_map_are_those_beside_it(cut: tuple[Rows, ...], bias: bool):
+@pytest.mark.parametrize(("thin", "way"), [(0, "Within"), (10, "View")])
+def test_branches_within_the_map_are_those_beside_it(
+    thin: int, way: str, cut: tuple[Rows, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(adapters, "THIN", thin)
+
     def made() -> AdaptedLinear:
         layer = AdaptedLinear(linear(bias=bias))
         layer.add("before", low_rank("before"))
@@ -307,9 +312,9 @@ def test_branches_within_the_map_are_those_beside_it(cut: tuple[Rows, ...], bias
         return {"y": y_bto, "x": x_bti.grad} | {name: p.grad for name, p in layer.named_parameters()}
 
     def how(tokens: int) -> str:
-        return type(made()(noise((tokens, 5), "x")).grad_fn).__name__
+        return type(made()(noise((tokens // 3, 3, 5), "x")).grad_fn).__name__
 
-    assert "Within" in how(12)
+    assert way in how(12)
     assert "Beside" in how(3)
     within = gradients([torch.arange(4)])  # 12 tokens of width 5
     beside = gradients([torch.tensor([k]) for k in range(4)])  # 3 tokens
@@ -354,7 +359,9 @@ def test_branches_beside_the_map_are_what_autograd_makes_of_the_formula(
 
 
 @pytest.mark.parametrize("tokens", [9, 3], ids=["within", "beside"])
-def test_what_is_not_learnt_gets_no_gradient_and_keeps_no_input(tokens: int):
+def test_what_is_not_learnt_gets_no_gradient_and_keeps_no_input(tokens: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(adapters, "THIN", 0)
+
     def kept(branch: LowRank) -> list[tuple[int, ...]]:
         layer, shapes = AdaptedLinear(linear()), list[tuple[int, ...]]()
         layer.add("now", branch)
@@ -374,12 +381,24 @@ def test_what_is_not_learnt_gets_no_gradient_and_keeps_no_input(tokens: int):
     assert (tokens, 5) in kept(trained_pair("both are learnt"))
 
 
-def test_half_precision_keeps_changes_that_its_weights_could_not_hold():
+@pytest.mark.parametrize("thin", [0, 10])
+def test_half_precision_learns_with_the_very_weights_that_it_answers_with(thin: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(adapters, "THIN", thin)
+    layer, x_bi = AdaptedLinear(linear(), torch.bfloat16), noise((9, 5), "x").bfloat16()
+    layer.add("now", trained_pair("now"))
+    learning_bo = layer(x_bi)
+    with all_folded({"layer": layer}):
+        assert torch.equal(layer(x_bi), learning_bo)
+    learning_bo.sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+def test_beside_a_map_half_precision_keeps_changes_that_its_weights_could_not_hold():
     layer = AdaptedLinear(linear(bias=False), torch.bfloat16)
     layer.weight_oi = torch.ones(6, 5, dtype=torch.bfloat16)
-    x_bi = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0], dtype=torch.bfloat16).repeat(9, 1)
+    x_bi = torch.tensor([1.0, -1.0, 1.0, -1.0, 0.0], dtype=torch.bfloat16).repeat(3, 1)
     layer.add("now", LowRank(trained={"up": torch.full((6, 1), 1e-3), "down": x_bi[:1].float()}))
-    torch.testing.assert_close(layer(x_bi), torch.full((9, 6), 4e-3, dtype=torch.bfloat16))
+    torch.testing.assert_close(layer(x_bi), torch.full((3, 6), 4e-3, dtype=torch.bfloat16))
 
 
 def test_folding_within_folding_ends_with_the_outer_one():

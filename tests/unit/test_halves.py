@@ -8,6 +8,7 @@ import torch
 from tests.tiny import noise, tiny_vit
 from torch import Tensor, nn
 
+from lamina import adapters
 from lamina import learner as learners
 from lamina.adapters import LowRank
 from lamina.halves import Halves
@@ -29,10 +30,14 @@ def weights() -> list[nn.Parameter]:
 
 
 @pytest.fixture
-def halves(weights: list[nn.Parameter]) -> Iterator[Halves]:
-    made = Halves(weights)
+def halves() -> Iterator[Halves]:
+    made = Halves()
     yield made
     made.close()
+
+
+def themselves(weights: list[nn.Parameter]) -> dict[Tensor, Tensor]:
+    return {weight: weight for weight in weights}
 
 
 @pytest.mark.parametrize("size", [2, 7, 8])
@@ -46,7 +51,7 @@ def test_they_are_the_whole(size: int, weights: list[nn.Parameter], halves: Halv
         return features_bd.std(0).prod() + weights[0].square().sum() + weights[1].sum()
 
     inputs = {"a": noise((size, 5), "a"), "b": noise((size, 1), "b")}
-    whole_bd, halved_bd = compute(inputs), halves(compute, inputs)
+    whole_bd, halved_bd = compute(inputs), halves(compute, inputs, themselves(weights))
     torch.testing.assert_close(halved_bd, whole_bd)
     wanted, got = (torch.autograd.grad(loss(features_bd), weights) for features_bd in (whole_bd, halved_bd))
     torch.testing.assert_close(got, wanted)
@@ -54,10 +59,22 @@ def test_they_are_the_whole(size: int, weights: list[nn.Parameter], halves: Halv
 
 def test_gradients_only_where_they_are_wanted(weights: list[nn.Parameter], halves: Halves):
     with torch.no_grad():
-        assert not halves(lambda inputs: inputs["a"] @ weights[0], {"a": noise((4, 5), "a")}).requires_grad
-    (halves(lambda inputs: inputs["a"], {"a": noise((4, 5), "a")}).sum() + weights[1].sum()).backward()
+        without_bd = halves(lambda inputs: inputs["a"] @ weights[0], {"a": noise((4, 5), "a")}, themselves(weights))
+    assert not without_bd.requires_grad
+    with_bd = halves(lambda inputs: inputs["a"], {"a": noise((4, 5), "a")}, themselves(weights))
+    (with_bd.sum() + weights[1].sum()).backward()
     assert weights[0].grad is None
     assert torch.equal(weights[1].grad, torch.ones(2))
+
+
+def test_a_gradient_goes_on_from_what_a_leaf_is_a_copy_of(weights: list[nn.Parameter], halves: Halves):
+    x_ni = noise((4, 5), "a")
+    doubled = 2 * weights[0]
+    leaf = doubled.detach().requires_grad_()
+    halves(lambda inputs: (inputs["a"] @ leaf).square(), {"a": x_ni}, {leaf: doubled}).sum().backward()
+    wanted = torch.autograd.grad((x_ni @ (2 * weights[0])).square().sum(), weights[0])
+    torch.testing.assert_close(weights[0].grad, wanted[0])
+    assert leaf.grad is None
 
 
 def test_each_half_has_a_thread_of_its_own_both_ways(weights: list[nn.Parameter], halves: Halves, threads: int):
@@ -74,7 +91,8 @@ def test_each_half_has_a_thread_of_its_own_both_ways(weights: list[nn.Parameter]
             seen.append(("backward", threading.current_thread().name, torch.get_num_threads()))
             return grad
 
-    halves(lambda inputs: Watched.apply(inputs["a"] @ weights[0]), {"a": noise((4, 5), "a")}).sum().backward()
+    inputs = {"a": noise((4, 5), "a")}
+    halves(lambda inputs: Watched.apply(inputs["a"] @ weights[0]), inputs, themselves(weights)).sum().backward()
     assert len({name for _, name, _ in seen}) == 2
     assert sorted(seen) == sorted(
         (way, name, threads // 2) for way in ("forward", "backward") for _, name, _ in seen[:2]
@@ -88,13 +106,13 @@ def test_each_half_has_a_thread_of_its_own_both_ways(weights: list[nn.Parameter]
 
 def test_what_goes_wrong_in_a_half_is_raised(halves: Halves):
     with pytest.raises(ZeroDivisionError):
-        halves(lambda inputs: inputs["a"] / (1 // 0), {"a": noise((4, 5), "a")})
+        halves(lambda inputs: inputs["a"] / (1 // 0), {"a": noise((4, 5), "a")}, {})
 
 
 def test_threads_that_cannot_be_halved_are_refused():
     torch.set_num_threads(3)
     with pytest.raises(ValueError, match="3 threads cannot be halved"):
-        Halves([])
+        Halves()
 
 
 # ------------------------------------------------------------------------------------------------- in a learner
@@ -113,7 +131,9 @@ def pixels(size: int) -> Batch:
     return Batch(inputs={"pixel_values": noise((size, 3, 16, 16), "pixels")}, labels_b=torch.zeros(size).long())
 
 
-def test_a_learner_halves_what_is_large_enough(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("thin", [0, 10])
+def test_a_learner_halves_what_is_large_enough(thin: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(adapters, "THIN", thin)
     learner, sizes = learner_with_a_branch(), list[int]()
     features = learner.backbone.features
     monkeypatch.setattr(
