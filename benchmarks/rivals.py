@@ -265,9 +265,9 @@ def contenders(half: bool, quick: bool) -> list[str]:
     return [name for name in CONTENDERS if (half or "bf16" not in name) and not (quick and name in SLOW_BY_DESIGN)]
 
 
-def bench(per_class: int, epochs: int, seeds: int, quick: bool) -> dict[str, Any]:
+def bench(per_class: int, epochs: int, seeds: int, quick: bool, without: Sequence[str] = ()) -> dict[str, Any]:
     half = precision.resolve("auto", backbones.load("nano").width) == "bf16"
-    names = contenders(half, quick)
+    names = [name for name in contenders(half, quick) if name not in without]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         decode(configuration("finetune", per_class, Path(folder)))
@@ -342,6 +342,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--without", nargs="+", choices=CONTENDERS, default=[], help="contenders to leave out")
     parser.add_argument("--one", choices=CONTENDERS, help="one run in this process")
     parser.add_argument("--seed", type=int, default=0, help="of that run")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()), help="decoded images, of that run")
@@ -357,7 +358,8 @@ def main() -> None:
     if options.one:
         one(options.one, options.per_class, options.epochs, options.seed, options.cache, options.waits)
     else:
-        print(json.dumps(bench(per_class, epochs, seeds, options.quick or options.short)))
+        quick = options.quick or options.short
+        print(json.dumps(bench(per_class, epochs, seeds, quick, options.without)))
 
 
 if __name__ == "__main__":

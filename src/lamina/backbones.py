@@ -160,12 +160,34 @@ class Backbone:
         On a processor, PyTorch's fused attention is slow to differentiate in bf16 (half of a training step at 17 to 65
         tokens), so there the attention of transformers' models is spelt out in matrix products instead.
         """
-        from transformers import PreTrainedModel
+        from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+        from transformers.masking_utils import eager_mask
 
         self.module.to(dtype)
         if isinstance(self.module, PreTrainedModel):
+            AttentionInterface.register("lamina", _spelt_out)
+            AttentionMaskInterface.register("lamina", eager_mask)
             on_processor = self.module.device.type == "cpu"
-            self.module.set_attn_implementation("eager" if on_processor and dtype == torch.bfloat16 else "sdpa")
+            self.module.set_attn_implementation("lamina" if on_processor and dtype == torch.bfloat16 else "sdpa")
+
+
+def _spelt_out(
+    _: nn.Module,
+    query_bhne: Tensor,
+    key_bhte: Tensor,
+    value_bhte: Tensor,
+    mask_b1nt: Tensor | None,
+    *,
+    scaling: float,
+    **__: Any,
+) -> tuple[Tensor, None]:
+    """Attention softmax(scaling q k^T + mask) v, (b, n, h, e), of b batch, n queries, t tokens, h heads of width e; without
+    dropout. transformers' own ("eager") makes the scores float32 for a softmax that computes in float32 in any case: in bf16
+    that is four more passes over them."""
+    logits_bhnt = query_bhne @ key_bhte.mT * scaling
+    if mask_b1nt is not None:
+        logits_bhnt = logits_bhnt + mask_b1nt
+    return (logits_bhnt.softmax(-1) @ value_bhte).transpose(1, 2).contiguous(), None
 
 
 @contextmanager

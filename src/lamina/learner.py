@@ -231,9 +231,10 @@ class Learner:
 
     @contextmanager
     def in_halves(self) -> Iterator[None]:
-        """While open, batches that are not small go through the backbone as two halves side by side, where the processor has an
-        even number of threads: see `Halves`. What can be trained, and which branches there are, may not change meanwhile."""
-        if self.device.type == "cpu" and torch.get_num_threads() % 2 == 0:
+        """While open, batches that are not small go through a float32 backbone as two halves side by side, where the processor
+        has an even number of threads: see `Halves`. In bf16 a batch is computed too soon for that to pay: what two threads
+        ask for in Python they ask for one after another."""
+        if self.device.type == "cpu" and self.dtype == torch.float32 and torch.get_num_threads() % 2 == 0:
             self.halves = Halves()
         try:
             yield
