@@ -6,8 +6,8 @@
 A floor step is a forward and the backward of gradients with regard to inputs, from the features down to the outputs of the
 first layers that would be adapted: no adapter, no head, no optimiser, and batches that are ready. No learner of these layers
 can do with less, unless it stores activations. It is taken with the batch in one piece, as PyTorch computes it, and in two
-halves side by side, as lamina does (`lamina/halves.py`), in turn. The last line is JSON: milliseconds per image, median and
-quartiles.
+halves side by side, as lamina does in float32 (`lamina/halves.py`), in turn. The last line is JSON: milliseconds per image,
+median and quartiles.
 """
 
 import argparse

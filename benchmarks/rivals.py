@@ -272,6 +272,7 @@ def bench(per_class: int, epochs: int, seeds: int, quick: bool, without: Sequenc
     with tempfile.TemporaryDirectory() as folder:
         decode(configuration("finetune", per_class, Path(folder)))
         for seed in range(seeds):
+            say(f"rivals: seed {seed}, {', '.join(names)}")
             common = ["--per-class", str(per_class), "--epochs", str(epochs), "--seed", str(seed), "--cache", folder]
             commands = {
                 name: [sys.executable, __file__, "--one", name, "--waits", *common]
@@ -280,7 +281,6 @@ def bench(per_class: int, epochs: int, seeds: int, quick: bool, without: Sequenc
             }
             for name, result in in_turns(commands).items():
                 found[name].append(result)
-                say(f"rivals: seed {seed}, {name}: {result['seconds']:.0f} s")
     return {
         "per_class": per_class,
         "epochs": epochs,
@@ -317,6 +317,7 @@ def in_turns(commands: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
                     if process.returncode:
                         raise subprocess.CalledProcessError(process.returncode, process.args, output)
                     results[name] = json.loads(output.splitlines()[-1]) | {"seconds": seconds[name]}
+                    say(f"rivals: {name}: {json.dumps({key: round_(value) for key, value in results[name].items()})}")
     finally:
         for process in processes.values():
             process.kill()

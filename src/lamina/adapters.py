@@ -83,8 +83,8 @@ class Rows(NamedTuple):
 Change = tuple[Rows, Tensor, Tensor]
 """What a branch adds to a weight: up (o, r) @ down (r, i), to these rows."""
 THIN = 10
-"""How many times as long as in square matrices an operation takes in thin ones, on a processor (two cores, 192 by 192, rank 10:
-a step with the gradient of the whole weight takes as long as one with those of the factors)."""
+"""How many times as long as in square matrices an operation takes in thin ones: on two cores, with maps of 192 by 192 and rank
+10, a step with the gradient of the whole weight takes as long as one with those of the factors."""
 
 
 class Finished(NamedTuple):
@@ -219,8 +219,8 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Where a batch has more tokens than the map has inputs, its weight W' = W + sum_k up_k down_k is cheap to build, and
         the live branches are computed within the map: as a dense map, whose gradient autograd takes on to the factors, or
-        as `_Within`, where the dense gradient would cost too much. Where it has fewer, and on a card in half precision,
-        they are computed beside the map: `_Beside`."""
+        as `_Within`, where the dense gradient would cost too much. Where it has fewer, they are computed beside the map:
+        `_Beside`."""
         changes = self._live_changes() if self._live_apart else []
         if not changes:
             y = F.linear(x, self.weight_oi, self.bias_o)
@@ -236,14 +236,11 @@ class AdaptedLinear(nn.Module):
         return y
 
     def _within(self, x: Tensor) -> bool:
-        if x.is_cuda and x.dtype != torch.float32:
-            return False
         return self._summed_oi is not None or x.shape[:-1].numel() >= self.d_in
 
     def _dense(self, changes: Sequence[Change]) -> bool:
-        """On a card thin products are no slower than others, and what is called costs more than what is computed."""
         rank = sum(len(down_ri) for _, _, down_ri in changes)
-        return self.device.type == "cpu" and self.d_out * self.d_in <= THIN * rank * (self.d_out + self.d_in)
+        return self.d_out * self.d_in <= THIN * rank * (self.d_out + self.d_in)
 
     def _summed(self) -> Tensor:
         """As `effective`, with gradients for the factors."""
