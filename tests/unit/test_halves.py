@@ -174,3 +174,9 @@ def test_an_odd_number_of_threads_computes_a_batch_in_one_piece(count: int):
     with learner.in_halves():
         assert learner.halves is None
         learner.features(pixels(40))
+
+
+def test_half_precision_is_computed_in_one_piece():
+    learner = Learner(tiny_vit(), ("k", "v"), dtype=torch.bfloat16)
+    with learner.in_halves():
+        assert learner.halves is None
