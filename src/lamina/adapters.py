@@ -246,7 +246,9 @@ class AdaptedLinear(nn.Module):
         """As `effective`, with gradients for the factors."""
         sum_oi = self._folded_oi
         for rows, up_or, down_ri in self._live_changes():
-            sum_oi = torch.addmm(sum_oi, F.pad(up_or, (0, 0, rows.start, self.d_out - rows.stop)), down_ri)
+            if len(up_or) < self.d_out:
+                up_or = F.pad(up_or, (0, 0, rows.start, self.d_out - rows.stop))
+            sum_oi = torch.addmm(sum_oi, up_or, down_ri)
         return sum_oi.to(self.weight_oi.dtype)
 
     def _live_changes(self) -> list[Change]:
