@@ -217,10 +217,10 @@ class AdaptedLinear(nn.Module):
         return _plus(self._folded_oi, self._live_changes()).to(self.weight_oi.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Where a batch has more tokens than the map has inputs, its weight W' = W + sum_k up_k down_k is cheap to build, and
-        the live branches are computed within the map: as a dense map, whose gradient autograd takes on to the factors, or
-        as `_Within`, where the dense gradient would cost too much. Where it has fewer, they are computed beside the map:
-        `_Beside`."""
+        """Where a batch has as many tokens as the map has inputs, or more, its weight W' = W + sum_k up_k down_k is cheap to
+        build, and the live branches are computed within the map: as a dense map, whose gradient autograd takes on to the
+        factors, or as `_Within`, where the dense gradient would cost too much. Where it has fewer, they are computed beside
+        the map: `_Beside`."""
         changes = self._live_changes() if self._live_apart else []
         if not changes:
             y = F.linear(x, self.weight_oi, self.bias_o)

@@ -389,8 +389,12 @@ def test_half_precision_learns_with_the_very_weights_that_it_answers_with(thin: 
     learning_bo = layer(x_bi)
     with all_folded({"layer": layer}):
         assert torch.equal(layer(x_bi), learning_bo)
-    learning_bo.sum().backward()
-    assert all(parameter.grad is not None for parameter in layer.parameters())
+    (learning_bo * noise((9, 6), "towards")).sum().backward()
+    exact = trained_pair("now")
+    (x_bi.float() @ (exact.up @ exact.down).T * noise((9, 6), "towards")).sum().backward()
+    for name, parameter in exact.named_parameters():
+        got = layer.get_parameter(f"live.now.{name}").grad
+        torch.testing.assert_close(got, parameter.grad, rtol=0.05, atol=0.05)
 
 
 def test_beside_a_map_half_precision_keeps_changes_that_its_weights_could_not_hold():
