@@ -11,7 +11,9 @@ export HF_HUB_DISABLE_PROGRESS_BARS := 1
 demo: .stamps/demo        ## learn five tasks of handwritten digits four ways and write a report
 	$(BIN)/lamina demo
 
+# Several processes test at once: a thread with nothing to do must not keep another's core by spinning.
 test test-slow: export OMP_NUM_THREADS := 1
+test test-slow: export OMP_WAIT_POLICY := passive
 test: lint                ## lint, types, and every test that is not marked slow
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
