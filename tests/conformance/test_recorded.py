@@ -48,9 +48,13 @@ class Tape(TorchDispatchMode):
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
         now = {id(old): new for old, new in zip(self.inputs, inputs, strict=True)}
+
+        def today(value: Any) -> Any:
+            return now.get(id(value), value)
+
         with torch.no_grad():
             for operation, given, made in self.calls:
-                args, kwargs = tree_map(lambda value: now.get(id(value), value), given)
+                args, kwargs = tree_map(today, given)
                 again = operation(*args, **kwargs)
                 now |= {id(old): new for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True)}
         return [now[id(output)] for output in self.outputs]
