@@ -30,6 +30,7 @@ class Halves:
         threads = torch.get_num_threads()
         if threads % 2:
             raise ValueError(f"{threads} threads cannot be halved")
+        self.threads = threads
         self._workers = [ThreadPoolExecutor(1, f"lamina-half-{half}", _take, (threads // 2,)) for half in (0, 1)]
         self.both(int, [0, 0])
         torch.set_num_threads(threads)  # which is for this thread, and for those that begin later

@@ -129,6 +129,8 @@ class Learner:
         """Where hidden states below the first adapted block are kept, if they are."""
         self.halves: Halves | None = None
         """What batches are computed in halves by, while `in_halves` is open."""
+        self._resting: Halves | None = None
+        """The same, at work or not: to begin with new threads for each task costs a tenth of a step."""
 
     @property
     def rows(self) -> list[Row]:
@@ -140,9 +142,15 @@ class Learner:
         self.reuse = Reuse(self.backbone, first, self.dtype, folder, megabytes, views)
 
     def close(self) -> None:
-        """Give back to the system what is kept on disk for reuse."""
+        """Give back to the system what is kept on disk for reuse, and threads."""
         if self.reuse is not None:
             self.reuse.close()
+        self._rest()
+
+    def _rest(self) -> None:
+        if self._resting is not None:
+            self._resting.close()
+            self._resting = None
 
     def features(self, batch: Batch, layers: int = 1) -> Tensor:
         """What the backbone makes of each example, (b, d) float32; of its last `layers` blocks, if it has as many,
@@ -152,7 +160,8 @@ class Learner:
             return self.backbone.layered(inputs, layers).float()
         if self.reuse is not None and self.reuse.covers(batch):
             return self.reuse.features(batch, inputs).float()
-        if self.halves is not None and len(batch) >= SMALLEST:
+        chosen = any(layer.mixtures for layer in self.layers.values())  # for each example, by its place in the batch
+        if self.halves is not None and len(batch) >= SMALLEST and not chosen:
             with adapters.all_summed(self.layers) as sums:
                 wanted = {parameter: parameter for parameter in self.trainable().values()} | sums
                 return self.halves(self.backbone.features, inputs, wanted).float()
@@ -232,16 +241,18 @@ class Learner:
     @contextmanager
     def in_halves(self) -> Iterator[None]:
         """While open, batches that are not small go through a float32 backbone as two halves side by side, where the processor
-        has an even number of threads: see `Halves`. In bf16 a batch is computed too soon for that to pay: what two threads
-        ask for in Python they ask for one after another."""
-        if self.device.type == "cpu" and self.dtype == torch.float32 and torch.get_num_threads() % 2 == 0:
-            self.halves = Halves()
+        has an even number of threads and no example has chosen its experts: see `Halves`. In bf16 a batch is computed too soon
+        for that to pay: what two threads ask for in Python they ask for one after another."""
+        threads = torch.get_num_threads()
+        if self.device.type == "cpu" and self.dtype == torch.float32 and threads % 2 == 0:
+            if self._resting is None or self._resting.threads != threads:
+                self._rest()
+                self._resting = Halves()
+            self.halves = self._resting
         try:
             yield
         finally:
-            if self.halves is not None:
-                self.halves.close()
-                self.halves = None
+            self.halves = None
 
     @contextmanager
     def bare(self) -> Iterator[None]:

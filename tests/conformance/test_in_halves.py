@@ -1,5 +1,5 @@
-"""Every method that trains learns the same from batches in two halves as from batches in one piece, and to the same bits each
-time, also when it is stopped between."""
+"""Every method that trains learns and answers the same from batches in two halves as from batches in one piece, and to the same
+bits each time, also when it is stopped between."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -57,6 +57,7 @@ def test_it_learns_the_same(name: str, tmp_path: Path, halved: list[int], monkey
     whole = run(name, tmp_path / "whole")
     losses = [torch.tensor([loss for _, _, loss in loop.losses]) for loop in (found, whole)]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+    assert found.matrix.as_dict() == whole.matrix.as_dict()
 
 
 @pytest.mark.parametrize("name", TRAINED)

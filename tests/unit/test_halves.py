@@ -167,6 +167,34 @@ def test_branches_may_change_between_batches(monkeypatch: pytest.MonkeyPatch):
     torch.testing.assert_close(after_bd, learner.features(pixels(64)))
 
 
+def test_examples_that_chose_their_experts_stay_in_one_piece():
+    learner, expert_b = learner_with_a_branch(), torch.arange(40) % 2 - 1
+    learner.finish("new", fold=False)
+    with learner.choosing(["new"], expert_b):
+        wanted_bd = learner.features(pixels(40))
+        with learner.in_halves():
+            got_bd = learner.features(pixels(40))
+    assert torch.equal(got_bd, wanted_bd)
+    assert not torch.allclose(got_bd, learner.features(pixels(40)))
+
+
+def test_threads_are_kept_until_the_learner_is_closed_or_their_number_changes(threads: int):
+    def named() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name.startswith("lamina-half")}
+
+    learner, before, seen = learner_with_a_branch(), named(), list[set[threading.Thread]]()
+    for count in (threads, threads, 2):
+        torch.set_num_threads(count)
+        with learner.in_halves():
+            learner.features(pixels(40))
+        seen.append(named() - before)
+    assert [len(new) for new in seen] == [2, 2, 2]
+    assert seen[0] == seen[1]
+    assert not seen[1] & seen[2]
+    learner.close()
+    assert named() == before
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_an_odd_number_of_threads_computes_a_batch_in_one_piece(count: int):
     torch.set_num_threads(count)

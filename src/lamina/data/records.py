@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Integral
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -93,6 +94,7 @@ class Source:
         return self.items.where(i)
 
 
+@lru_cache(maxsize=1024)
 def split_of(name: str) -> int | None:
     """The split a name means, as a position in SPLITS, or None."""
     return SPLIT_NAMES.get(name.strip().lower())
@@ -116,14 +118,18 @@ def label_ids(
         raise DataError(f"class name {doubled[0]!r} is listed more than once: give every class a name of its own")
     textual = bool(len(values)) and isinstance(next((v for v in values if v is not None), None), str)
     wanted: type = str if textual else Integral
-    for row, value in enumerate(values):
+    # Of types, not of rows: there may be millions, and a test for an abstract class takes its time.
+    fits = {
+        type_: issubclass(type_, wanted) and not issubclass(type_, bool | np.bool_) for type_ in set(map(type, values))
+    }
+    if not all(fits.values()):
+        row, value = next((row, value) for row, value in enumerate(values) if not fits[type(value)])
         if value is None:
             raise DataError(f"{where(row)} has no label. Remove the row, or label it")
-        if not isinstance(value, wanted) or isinstance(value, bool | np.bool_):
-            raise DataError(
-                f"{where(row)} has the label {value!r} ({type(value).__name__}); allowed are class ids (0, 1, ...) or"
-                " class names, one or the other throughout"
-            )
+        raise DataError(
+            f"{where(row)} has the label {value!r} ({type(value).__name__}); allowed are class ids (0, 1, ...) or"
+            " class names, one or the other throughout"
+        )
     if textual:
         known = names if names is not None else tuple(sorted(set(values)))
         place = {name: k for k, name in enumerate(known)}
@@ -154,7 +160,7 @@ def split_ids(values: Sequence[Any], where: Callable[[int], str]) -> Ints:
     """Positions in SPLITS (n,), from names or positions. Raises DataError naming the first row with neither."""
     found = [split_of(value) if isinstance(value, str) else value for value in values]
     for row, split in enumerate(found):
-        if not isinstance(split, Integral) or not 0 <= int(split) < len(SPLITS):
+        if not (type(split) is int or isinstance(split, Integral)) or not 0 <= int(split) < len(SPLITS):
             raise DataError(
                 f"{where(row)} has the split {values[row]!r}; allowed are {', '.join(SPLIT_NAMES)}."
                 " Rename it, or leave the row out"

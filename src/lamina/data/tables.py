@@ -81,13 +81,14 @@ class TableItems:
 
     def contents(self) -> Iterator[bytes | memoryview]:
         for start, part in zip(self.starts, self.parts, strict=True):
-            for row, scalar in enumerate(part.table.column(self.column)):
-                if isinstance(scalar, pa.StructScalar):
+            if pa.types.is_struct(part.table.schema.field(self.column).type):
+                for row in range(len(part.table)):
                     # A path on this machine would make the fingerprint differ elsewhere: hash what it leads to.
                     payload = self.read(start + row)
                     yield payload if isinstance(payload, bytes) else bytes(str(payload), "utf-8")
-                else:
-                    yield memoryview(scalar.as_buffer())
+                continue
+            for some in part.table.select([self.column]).to_batches(max_chunksize=1024):
+                yield from some.column(0).cast(pa.large_binary()).to_numpy(zero_copy_only=False)
 
 
 def open_parquet(files: list[Path], *, name: str, kind: Kind | None, columns: Columns, test_fraction: float) -> Source:
@@ -212,9 +213,9 @@ def from_parts(
         _check_payload(part, payload, kind)
     starts = np.cumsum([0, *(len(part.table) for part in parts)])
     items = TableItems(tuple(parts), payload, tuple(int(start) for start in starts[:-1]))
-    for i, missing in enumerate(_values(parts, payload, nulls=True)):
-        if missing:
-            raise DataError(f"{items.where(i)} has no {kind}. Remove the row")
+    missing_n = np.concatenate([part.table.column(payload).is_null().to_numpy() for part in parts])
+    if missing_n.any():
+        raise DataError(f"{items.where(int(missing_n.argmax()))} has no {kind}. Remove the row")
     labels_n, names = label_ids(_values(parts, columns.label), class_names, items.where)
     domains_n: Ints | None = None
     found_domains: tuple[str, ...] = ("all",)
@@ -303,9 +304,13 @@ def _check_payload(part: Part, column: str, kind: Kind) -> None:
         )
 
 
-def _values(parts: list[Part], column: str, *, nulls: bool = False) -> list[Any]:
-    columns = (part.table.column(column) for part in parts)
-    return [value for values in columns for value in (values.is_null() if nulls else values).to_pylist()]
+def _values(parts: list[Part], column: str) -> list[Any]:
+    def listed(values: pa.ChunkedArray) -> list[Any]:
+        plain = pa.types.is_integer(values.type) or pa.types.is_string(values.type)
+        found: list[Any] = values.to_numpy().tolist() if plain and not values.null_count else values.to_pylist()
+        return found
+
+    return [value for part in parts for value in listed(part.table.column(column))]
 
 
 def _names_in_schema(schema: pa.Schema, label: str) -> tuple[str, ...] | None:

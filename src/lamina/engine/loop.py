@@ -3,9 +3,10 @@
     begin ──> train ──> end ──> evaluate ──> begin of the next task ──> ... ──> done
               step 0..n
 
-After every phase, and within `train` after a given time, everything that matters is saved. `begin`, `end` and `evaluate`
-depend only on what was saved before them, so an interrupted one is simply done again from its start. Nothing random has
-a state: order, augmentation and initial weights are functions of (seed, task, epoch, step, sample).
+After every phase, and within `train` after a given time, everything that matters is saved; what `begin` prepared for training
+is saved with the first steps. `begin`, `end` and `evaluate` depend only on what was saved before them, so an interrupted one
+is simply done again from its start. Nothing random has a state: order, augmentation and initial weights are functions of
+(seed, task, epoch, step, sample).
 """
 
 import math
@@ -154,7 +155,8 @@ class Loop:
                 self._spend(phase, seconds)
             self._tell(phase, done=1, total=1, seconds=seconds)
             self.position = following
-            self.save()
+            if following.phase != "train":
+                self.save()
 
     def _begin(self, task: Task) -> Position:
         set_torch_seed(self.seed, "begin", task.name)
@@ -292,7 +294,7 @@ class Loop:
     def _evaluate(self, task: Task) -> Position:
         now = self.position.task
         measured = range(len(self.stream) if self.evaluation.unseen else now + 1)
-        with self.learner.folded():  # once for all of them
+        with self.learner.folded(), self.learner.in_halves():  # folded once for all of them
             found = {j: self._answers(self.stream[j]) for j in measured}
         self.matrix = self.matrix.with_row({j: (a.correct, len(a.labels_n)) for j, a in found.items()})
         self.known_task = self.known_task.with_row(
