@@ -227,8 +227,6 @@ def test_every_saved_state_leads_to_the_next_one(name: str, world: World, trail:
     wanted = {(t, p) for t in range(3) for p in ("train", "end", "evaluate") if METHODS[name].trains or p != "train"}
     assert phases == wanted | {(1, "begin"), (2, "begin"), (2, "done")}
     for index, at in enumerate(found.at[:-1]):
-        if found.at[index + 1] == at:  # saved twice: at the end of a phase, and before the first step of the next
-            continue
         folder = tmp_path / str(index)
         loop = found.resumed(index, folder, seconds=0.0)
         assert asdict(loop.position) == at
@@ -236,6 +234,17 @@ def test_every_saved_state_leads_to_the_next_one(name: str, world: World, trail:
         with pytest.raises(Killed):
             loop.run()
         assert state(newest(folder)) == state(found.saved[index + 1]), f"from {at} to {found.at[index + 1]}"
+
+
+def test_a_short_task_is_saved_three_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not between preparing and training, which saves by itself when it has gone on for long enough."""
+    monkeypatch.setattr(checkpoint, "KEEP", 10**6)
+    loop = make_loop("inflora", HOME, tmp_path, seconds=1e6)
+    loop.run()
+    saved = [checkpoint.read_json(path / "state.json")["position"] for path in sorted(tmp_path.iterdir())]
+    tasks = len(loop.stream)
+    expected = [(t, phase) for t in range(tasks) for phase in ("begin", "end", "evaluate")][1:] + [(tasks - 1, "done")]
+    assert [(at["task"], at["phase"]) for at in saved] == expected
 
 
 @on_every_method
