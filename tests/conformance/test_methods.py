@@ -243,8 +243,8 @@ def test_a_short_task_is_saved_three_times(tmp_path: Path, monkeypatch: pytest.M
     loop.run()
     saved = [checkpoint.read_json(path / "state.json")["position"] for path in sorted(tmp_path.iterdir())]
     tasks = len(loop.stream)
-    expected = [(t, phase) for t in range(tasks) for phase in ("begin", "end", "evaluate")][1:] + [(tasks - 1, "done")]
-    assert [(at["task"], at["phase"]) for at in saved] == expected
+    expected = [(t, phase) for t in range(tasks) for phase in ("begin", "end", "evaluate")]
+    assert [(at["task"], at["phase"]) for at in saved] == [*expected[1:], (tasks - 1, "done")]
 
 
 @on_every_method
