@@ -160,8 +160,7 @@ class Learner:
             return self.backbone.layered(inputs, layers).float()
         if self.reuse is not None and self.reuse.covers(batch):
             return self.reuse.features(batch, inputs).float()
-        chosen = any(layer.mixtures for layer in self.layers.values())  # for each example, by its place in the batch
-        if self.halves is not None and len(batch) >= SMALLEST and not chosen:
+        if self.halves is not None and len(batch) >= SMALLEST:
             with adapters.all_summed(self.layers) as sums:
                 wanted = {parameter: parameter for parameter in self.trainable().values()} | sums
                 return self.halves(self.backbone.features, inputs, wanted).float()
@@ -184,7 +183,7 @@ class Learner:
         """Uncentred second moment E[x x^T] of the input of each group over all (real) tokens of one pass, (d, d) float64;
         summed: their sum instead. Live branches take part, folded."""
         modules = {group: slots[0].layer for group, slots in self.groups().items()}
-        with self.folded(), recording(modules) as record:
+        with self.folded(), self.in_one_piece(), recording(modules) as record:
             for batch in batches:
                 record.mask_bt = batch.inputs.get("attention_mask")
                 self.features(batch)
@@ -227,7 +226,8 @@ class Learner:
             for layer in {id(slot.layer): slot.layer for slot in groups[group]}.values()
         ]
         try:
-            yield
+            with self.in_one_piece():
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -241,8 +241,8 @@ class Learner:
     @contextmanager
     def in_halves(self) -> Iterator[None]:
         """While open, batches that are not small go through a float32 backbone as two halves side by side, where the processor
-        has an even number of threads and no example has chosen its experts: see `Halves`. In bf16 a batch is computed too soon
-        for that to pay: what two threads ask for in Python they ask for one after another."""
+        has an even number of threads: see `Halves`. In bf16 a batch is computed too soon for that to pay: what two threads
+        ask for in Python they ask for one after another."""
         threads = torch.get_num_threads()
         if self.device.type == "cpu" and self.dtype == torch.float32 and threads % 2 == 0:
             if self._resting is None or self._resting.threads != threads:
@@ -253,6 +253,15 @@ class Learner:
             yield
         finally:
             self.halves = None
+
+    @contextmanager
+    def in_one_piece(self) -> Iterator[None]:
+        """While open, no batch is halved: for what tells examples apart by their place in it, or looks at all of it at once."""
+        halves, self.halves = self.halves, None
+        try:
+            yield
+        finally:
+            self.halves = halves
 
     @contextmanager
     def bare(self) -> Iterator[None]:
@@ -268,7 +277,8 @@ class Learner:
                 if set(names) <= set(slot.finished()):
                     choice = choices if isinstance(choices, Tensor) else choices[slot.name]
                     slot.layer.mixtures[slot.site.role] = slot.mixture(names, choice)
-            yield
+            with self.in_one_piece():
+                yield
         finally:
             for layer in self.layers.values():
                 layer.mixtures.clear()
@@ -292,7 +302,8 @@ class Learner:
                 slot.layer.mixtures[slot.site.role] = Mixture(
                     slot.rows, ups_bor.to(dtype), downs_bri.to(dtype), torch.arange(count, device=self.device)
                 )
-            yield copies
+            with self.in_one_piece():
+                yield copies
         finally:
             for slot_name, branch in resting.items():
                 self.slots[slot_name].layer.mixtures.pop(self.slots[slot_name].site.role, None)

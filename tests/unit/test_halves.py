@@ -172,10 +172,30 @@ def test_examples_that_chose_their_experts_stay_in_one_piece():
     learner.finish("new", fold=False)
     with learner.choosing(["new"], expert_b):
         wanted_bd = learner.features(pixels(40))
-        with learner.in_halves():
-            got_bd = learner.features(pixels(40))
+    with learner.in_halves(), learner.choosing(["new"], expert_b):
+        got_bd = learner.features(pixels(40))
     assert torch.equal(got_bd, wanted_bd)
     assert not torch.allclose(got_bd, learner.features(pixels(40)))
+
+
+def test_who_watches_a_batch_sees_the_whole_of_it():
+    learner, seen = learner_with_a_branch(), list[int]()
+    with learner.in_halves():
+        with learner.watching({next(iter(learner.groups())): lambda x_bti: seen.append(len(x_bti))}):
+            learner.features(pixels(40))
+        moments = learner.input_moments([pixels(40)])
+        assert learner.halves is not None
+    assert seen == [40]
+    for group, moment_dd in learner.input_moments([pixels(40)]).items():
+        assert torch.equal(moments[group], moment_dd)
+
+
+def test_branches_of_each_example_stay_in_one_piece():
+    learner = learner_with_a_branch()
+    wanted_bd = learner.features(pixels(40))
+    with learner.in_halves(), learner.per_example("new", 40):
+        got_bd = learner.features(pixels(40))
+    torch.testing.assert_close(got_bd, wanted_bd)
 
 
 def test_threads_are_kept_until_the_learner_is_closed_or_their_number_changes(threads: int):
