@@ -271,7 +271,7 @@ def _nothing_left_at_work() -> Iterator[None]:
 def test_a_run_at_work_is_left_alone_and_a_dead_one_is_taken_over(lamina: Command, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(*small_run(out, "finetune", **{"stream.tasks": 2, "training.epochs": 1}))
-    assert halt_at(process, out, Moment(0, "train", 0)) is not None
+    assert halt_at(process, out, Moment(0, "end")) is not None
     before = newest(out).name
     message = lamina.refused("resume", out)
     assert f"process {process.pid} " in message

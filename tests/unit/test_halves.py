@@ -212,7 +212,7 @@ def test_threads_are_kept_until_the_learner_is_closed_or_their_number_changes(th
     assert seen[0] == seen[1]
     assert not seen[1] & seen[2]
     learner.close()
-    assert named() == before
+    assert not named() - before
 
 
 @pytest.mark.parametrize("count", [1, 3])
