@@ -79,7 +79,7 @@ class TableItems:
         which = bisect_right(self.starts, i) - 1
         return self.parts[which], i - self.starts[which]
 
-    def contents(self) -> Iterator[bytes | memoryview]:
+    def contents(self) -> Iterator[bytes]:
         for start, part in zip(self.starts, self.parts, strict=True):
             if pa.types.is_struct(part.table.schema.field(self.column).type):
                 for row in range(len(part.table)):
