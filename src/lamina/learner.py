@@ -5,7 +5,7 @@ e experts.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -183,10 +183,11 @@ class Learner:
         """Uncentred second moment E[x x^T] of the input of each group over all (real) tokens of one pass, (d, d) float64;
         summed: their sum instead. Live branches take part, folded."""
         modules = {group: slots[0].layer for group, slots in self.groups().items()}
-        with self.folded(), self.in_one_piece(), recording(modules) as record:
+        with self.folded(), self.in_halves(), recording(modules) as record:
             for batch in batches:
-                record.mask_bt = batch.inputs.get("attention_mask")
-                self.features(batch)
+                mask_bt = batch.inputs.get("attention_mask")
+                with record.batch(mask_bt), nullcontext() if mask_bt is None else self.in_one_piece():
+                    self.features(batch)
         return {
             group: m.sum_dd if summed and m.sum_dd is not None else m.mean_dd for group, m in record.moments.items()
         }
@@ -243,7 +244,7 @@ class Learner:
         """While open, batches that are not small go through a float32 backbone as two halves side by side, where the processor
         has an even number of threads: see `Halves`. In bf16 a batch is computed too soon for that to pay: what two threads
         ask for in Python they ask for one after another."""
-        threads = torch.get_num_threads()
+        before, threads = self.halves, torch.get_num_threads()
         if self.device.type == "cpu" and self.dtype == torch.float32 and threads % 2 == 0:
             if self._resting is None or self._resting.threads != threads:
                 self._rest()
@@ -252,7 +253,7 @@ class Learner:
         try:
             yield
         finally:
-            self.halves = None
+            self.halves = before
 
     @contextmanager
     def in_one_piece(self) -> Iterator[None]:

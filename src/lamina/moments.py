@@ -13,19 +13,15 @@ from torch import Tensor, nn
 
 @dataclass
 class SecondMoment:
-    """A running sum of x x^T over tokens. The sum is kept in float64, each batch is one float32 matrix product."""
+    """A running sum of x x^T over tokens. The sum is kept in float64, what is added is one float32 matrix product."""
 
     sum_dd: Tensor | None = None
     count: int = 0
 
-    def add(self, inputs_btd: Tensor, mask_bt: Tensor | None) -> None:
-        rows_nd = (
-            inputs_btd.detach().reshape(-1, inputs_btd.shape[-1]) if mask_bt is None else inputs_btd[mask_bt.bool()]
-        )
-        rows_nd = rows_nd.detach().float()
-        product_dd = (rows_nd.T @ rows_nd).double()
+    def add(self, product_dd: Tensor, count: int) -> None:
+        """product_dd: x x^T summed over so many tokens."""
         self.sum_dd = product_dd if self.sum_dd is None else self.sum_dd + product_dd
-        self.count += len(rows_nd)
+        self.count += count
 
     @property
     def mean_dd(self) -> Tensor:
@@ -35,23 +31,42 @@ class SecondMoment:
         return self.sum_dd / self.count
 
 
+def product(inputs_btd: Tensor, mask_bt: Tensor | None = None) -> tuple[Tensor, int]:
+    """x x^T summed over the tokens x of a batch, (d, d) float64, and their number; of those only that the mask says are real
+    (text is padded). Inputs may lack the axis of tokens."""
+    rows_nd = inputs_btd.reshape(-1, inputs_btd.shape[-1]) if mask_bt is None else inputs_btd[mask_bt.bool()]
+    rows_nd = rows_nd.detach().float()
+    return (rows_nd.T @ rows_nd).double(), len(rows_nd)
+
+
 @dataclass
 class Recording:
     moments: dict[str, SecondMoment]
-    mask_bt: Tensor | None = field(default=None)
-    """Which tokens of the batch under way are real (text is padded); None where all are."""
+    _seen: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
+    _mask_bt: Tensor | None = None
+
+    @contextmanager
+    def batch(self, mask_bt: Tensor | None = None) -> Iterator[None]:
+        """Around what is computed of one batch, in one piece or, where all tokens are real, in two: which of them is seen
+        first changes no bit, for the sum of two numbers does not depend on their order."""
+        self._seen, self._mask_bt = {name: [] for name in self.moments}, mask_bt
+        yield
+        for name, seen in self._seen.items():
+            if seen:
+                products_dd, counts = zip(*seen, strict=True)
+                self.moments[name].add(sum(products_dd[1:], products_dd[0]), sum(counts))
+
+    def see(self, name: str, inputs_btd: Tensor) -> None:
+        self._seen[name].append(product(inputs_btd, self._mask_bt))
 
 
 @contextmanager
 def recording(modules: Mapping[str, nn.Module]) -> Iterator[Recording]:
-    """While open, every forward through one of these modules adds its input to the moment of the same name."""
+    """While open, every forward through one of these modules adds its input to the moment of the same name, batch by batch."""
     record = Recording({name: SecondMoment() for name in modules})
 
     def hook_for(name: str):  # type: ignore[no-untyped-def]
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            record.moments[name].add(inputs[0], record.mask_bt)
-
-        return hook
+        return lambda _, inputs: record.see(name, inputs[0])
 
     handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
     try:

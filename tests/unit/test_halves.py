@@ -3,9 +3,10 @@
 import threading
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import pytest
 import torch
-from tests.tiny import noise, tiny_vit
+from tests.tiny import noise, tiny_bert, tiny_texts, tiny_vit
 from torch import Tensor, nn
 
 from lamina import adapters
@@ -13,6 +14,7 @@ from lamina import learner as learners
 from lamina.adapters import LowRank
 from lamina.halves import Halves
 from lamina.learner import Learner
+from lamina.streams import class_plan, make_stream
 from lamina.types import Batch
 
 
@@ -183,11 +185,39 @@ def test_who_watches_a_batch_sees_the_whole_of_it():
     with learner.in_halves():
         with learner.watching({next(iter(learner.groups())): lambda x_bti: seen.append(len(x_bti))}):
             learner.features(pixels(40))
-        moments = learner.input_moments([pixels(40)])
         assert learner.halves is not None
     assert seen == [40]
-    for group, moment_dd in learner.input_moments([pixels(40)]).items():
-        assert torch.equal(moments[group], moment_dd)
+
+
+def test_moments_of_inputs_are_summed_in_halves(monkeypatch: pytest.MonkeyPatch):
+    learner, sizes = learner_with_a_branch(), list[int]()
+    features = learner.backbone.features
+    monkeypatch.setattr(
+        learner.backbone, "features", lambda inputs: sizes.append(len(inputs["pixel_values"])) or features(inputs)
+    )
+    batches = [pixels(31), pixels(33), pixels(40)]
+    found = [learner.input_moments(batches) for _ in range(3)]
+    assert sorted(sizes[:5]) == [16, 17, 20, 20, 31]
+    monkeypatch.setattr(learners, "SMALLEST", 10**6)
+    for group, wanted_dd in learner.input_moments(batches).items():
+        torch.testing.assert_close(found[0][group], wanted_dd, rtol=1e-5, atol=1e-6)
+        assert torch.equal(found[1][group], found[0][group])
+        assert torch.equal(found[2][group], found[0][group])
+    with learner.in_halves():
+        learner.input_moments(batches)
+        assert learner.halves is not None
+
+
+def test_padded_texts_are_summed_in_one_piece(monkeypatch: pytest.MonkeyPatch):
+    """What is padded in one half need not be in the other."""
+    learner, sizes = Learner(tiny_bert(), ("k", "v")), list[int]()
+    features = learner.backbone.features
+    monkeypatch.setattr(
+        learner.backbone, "features", lambda inputs: sizes.append(len(inputs["input_ids"])) or features(inputs)
+    )
+    texts = tiny_texts(40)
+    learner.input_moments([make_stream(texts, class_plan(texts, 1), "class")[0].train.batch(np.arange(32))])
+    assert sizes == [32]
 
 
 def test_branches_of_each_example_stay_in_one_piece():
