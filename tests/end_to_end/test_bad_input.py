@@ -270,8 +270,8 @@ def _nothing_left_at_work() -> Iterator[None]:
 @pytest.mark.usefixtures("_nothing_left_at_work")
 def test_a_run_at_work_is_left_alone_and_a_dead_one_is_taken_over(lamina: Command, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = start(*small_run(out, "finetune", **{"stream.tasks": 2, "training.epochs": 1}))
-    assert halt_at(process, out, Moment(0, "end")) is not None
+    process = start(*small_run(out, "finetune", **{"stream.tasks": 2, "checkpoint_seconds": 0.0}))
+    assert halt_at(process, out, Moment(0, "train", 1)) is not None
     before = newest(out).name
     message = lamina.refused("resume", out)
     assert f"process {process.pid} " in message
