@@ -6,6 +6,7 @@ Shape letters: b batch, t tokens, d width.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 
 import torch
 from torch import Tensor, nn
@@ -42,22 +43,29 @@ def product(inputs_btd: Tensor, mask_bt: Tensor | None = None) -> tuple[Tensor, 
 @dataclass
 class Recording:
     moments: dict[str, SecondMoment]
-    _seen: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
+    _seen: dict[str, dict[int, tuple[Tensor, int]]] = field(default_factory=dict)
+    """Of the batch under way, by thread."""
     _mask_bt: Tensor | None = None
 
     @contextmanager
     def batch(self, mask_bt: Tensor | None = None) -> Iterator[None]:
-        """Around what is computed of one batch, in one piece or, where all tokens are real, in two: which of them is seen
+        """Around what is computed of one batch, in one piece or, where all tokens are real, by two threads: which of them is
         first changes no bit, for the sum of two numbers does not depend on their order."""
-        self._seen, self._mask_bt = {name: [] for name in self.moments}, mask_bt
+        self._seen, self._mask_bt = {name: {} for name in self.moments}, mask_bt
         yield
         for name, seen in self._seen.items():
             if seen:
-                products_dd, counts = zip(*seen, strict=True)
-                self.moments[name].add(sum(products_dd[1:], products_dd[0]), sum(counts))
+                self.moments[name].add(*_plus(*seen.values()))
 
     def see(self, name: str, inputs_btd: Tensor) -> None:
-        self._seen[name].append(product(inputs_btd, self._mask_bt))
+        own, seen = get_ident(), product(inputs_btd, self._mask_bt)
+        so_far = self._seen[name].get(own)
+        self._seen[name][own] = seen if so_far is None else _plus(so_far, seen)
+
+
+def _plus(*seen: tuple[Tensor, int]) -> tuple[Tensor, int]:
+    (first_dd, *others_dd), counts = zip(*seen, strict=True)
+    return sum(others_dd, first_dd), sum(counts)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Recording of inputs: while it is open and no longer. The sums themselves: tests/oracles/test_prototype_oracle.py."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tests.tiny import noise
@@ -41,16 +43,22 @@ def test_inputs_without_a_token_axis_count_as_one_token_each():
     torch.testing.assert_close(moment.sum_dd, (x_bd.T @ x_bd).double())
 
 
-def test_what_is_seen_of_a_batch_in_two_pieces_adds_up_in_either_order():
+def test_what_two_threads_see_of_a_batch_adds_up_in_whatever_order():
+    """Of a map that is used twice, too."""
     linear, x_btd = nn.Linear(4, 3), noise((7, 5, 4), "x")
+    pieces = x_btd.split([3, 4])
     found = []
-    for pieces in ([x_btd], x_btd.split([3, 4]), x_btd.split([3, 4])[::-1]):
-        with recording({"a": linear, "unused": nn.Linear(2, 2)}) as record:
-            for _ in range(2):
-                with record.batch():
-                    for piece in pieces:
-                        linear(piece)
-        found.append(record.moments["a"])
-    assert [moment.count for moment in found] == [70, 70, 70]
-    torch.testing.assert_close(found[1].mean_dd, found[0].mean_dd)
-    assert torch.equal(found[2].mean_dd, found[1].mean_dd)
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        for turns in ([one, other, one, other], [other, one, one, other], [one, one, other, other]):
+            with recording({"a": linear, "unused": nn.Linear(2, 2)}) as record:
+                for _ in range(2):
+                    with record.batch():
+                        for turn, thread in enumerate(turns):
+                            scale = 3.0 if thread in turns[:turn] else 1.0
+                            thread.submit(linear, scale * pieces[thread is other]).result()
+            found.append(record.moments["a"])
+    assert [moment.count for moment in found] == [140, 140, 140]
+    x_nd = x_btd.reshape(-1, 4).double()
+    torch.testing.assert_close(found[0].mean_dd, 10 * x_nd.T @ x_nd / 70, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[1].mean_dd, found[0].mean_dd)
+    assert torch.equal(found[2].mean_dd, found[0].mean_dd)
