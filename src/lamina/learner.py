@@ -129,6 +129,8 @@ class Learner:
         """Where hidden states below the first adapted block are kept, if they are."""
         self.halves: Halves | None = None
         """What batches are computed in halves by, while `in_halves` is open."""
+        self._whole = False
+        """Whether `in_one_piece` is open."""
         self._resting: Halves | None = None
         """The same, at work or not: to begin with new threads for each task costs a tenth of a step."""
 
@@ -245,7 +247,7 @@ class Learner:
         has an even number of threads: see `Halves`. In bf16 a batch is computed too soon for that to pay: what two threads
         ask for in Python they ask for one after another."""
         before, threads = self.halves, torch.get_num_threads()
-        if self.device.type == "cpu" and self.dtype == torch.float32 and threads % 2 == 0:
+        if self.device.type == "cpu" and self.dtype == torch.float32 and threads % 2 == 0 and not self._whole:
             if self._resting is None or self._resting.threads != threads:
                 self._rest()
                 self._resting = Halves()
@@ -257,12 +259,14 @@ class Learner:
 
     @contextmanager
     def in_one_piece(self) -> Iterator[None]:
-        """While open, no batch is halved: for what tells examples apart by their place in it, or looks at all of it at once."""
-        halves, self.halves = self.halves, None
+        """While open, no batch is halved, whatever is opened within: for what tells examples apart by their place in it, or
+        looks at all of it at once."""
+        before = self.halves, self._whole
+        self.halves, self._whole = None, True
         try:
             yield
         finally:
-            self.halves = halves
+            self.halves, self._whole = before
 
     @contextmanager
     def bare(self) -> Iterator[None]:

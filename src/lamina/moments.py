@@ -14,15 +14,20 @@ from torch import Tensor, nn
 
 @dataclass
 class SecondMoment:
-    """A running sum of x x^T over tokens. The sum is kept in float64, what is added is one float32 matrix product."""
+    """A running sum of x x^T over tokens. The sum is kept in float64, each batch is one float32 matrix product."""
 
     sum_dd: Tensor | None = None
     count: int = 0
 
-    def add(self, product_dd: Tensor, count: int) -> None:
-        """product_dd: x x^T summed over so many tokens."""
-        self.sum_dd = product_dd if self.sum_dd is None else self.sum_dd + product_dd
-        self.count += count
+    def add(self, inputs_btd: Tensor, mask_bt: Tensor | None) -> None:
+        rows_nd = inputs_btd.reshape(-1, inputs_btd.shape[-1]) if mask_bt is None else inputs_btd[mask_bt.bool()]
+        rows_nd = rows_nd.detach().float()
+        self.include(SecondMoment((rows_nd.T @ rows_nd).double(), len(rows_nd)))
+
+    def include(self, other: "SecondMoment") -> None:
+        if other.sum_dd is not None:
+            self.sum_dd = other.sum_dd if self.sum_dd is None else self.sum_dd + other.sum_dd
+            self.count += other.count
 
     @property
     def mean_dd(self) -> Tensor:
@@ -32,40 +37,28 @@ class SecondMoment:
         return self.sum_dd / self.count
 
 
-def product(inputs_btd: Tensor, mask_bt: Tensor | None = None) -> tuple[Tensor, int]:
-    """x x^T summed over the tokens x of a batch, (d, d) float64, and their number; of those only that the mask says are real
-    (text is padded). Inputs may lack the axis of tokens."""
-    rows_nd = inputs_btd.reshape(-1, inputs_btd.shape[-1]) if mask_bt is None else inputs_btd[mask_bt.bool()]
-    rows_nd = rows_nd.detach().float()
-    return (rows_nd.T @ rows_nd).double(), len(rows_nd)
-
-
 @dataclass
 class Recording:
     moments: dict[str, SecondMoment]
-    _seen: dict[str, dict[int, tuple[Tensor, int]]] = field(default_factory=dict)
+    _seen: dict[str, dict[int, SecondMoment]] = field(default_factory=dict)
     """Of the batch under way, by thread."""
     _mask_bt: Tensor | None = None
 
     @contextmanager
     def batch(self, mask_bt: Tensor | None = None) -> Iterator[None]:
-        """Around what is computed of one batch, in one piece or, where all tokens are real, by two threads: which of them is
-        first changes no bit, for the sum of two numbers does not depend on their order."""
+        """Around what is computed of one batch, in one piece or by two threads: which of them is first changes no bit, for
+        the sum of two numbers does not depend on their order. mask_bt: which tokens are real (text is padded); None where
+        all are, as it must be with two threads."""
         self._seen, self._mask_bt = {name: {} for name in self.moments}, mask_bt
         yield
         for name, seen in self._seen.items():
-            if seen:
-                self.moments[name].add(*_plus(*seen.values()))
+            of_batch = SecondMoment()
+            for of_thread in seen.values():
+                of_batch.include(of_thread)
+            self.moments[name].include(of_batch)
 
     def see(self, name: str, inputs_btd: Tensor) -> None:
-        own, seen = get_ident(), product(inputs_btd, self._mask_bt)
-        so_far = self._seen[name].get(own)
-        self._seen[name][own] = seen if so_far is None else _plus(so_far, seen)
-
-
-def _plus(*seen: tuple[Tensor, int]) -> tuple[Tensor, int]:
-    (first_dd, *others_dd), counts = zip(*seen, strict=True)
-    return sum(others_dd, first_dd), sum(counts)
+        self._seen[name].setdefault(get_ident(), SecondMoment()).add(inputs_btd, self._mask_bt)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from lamina.errors import DataError
 from lamina.head import class_scores
 from lamina.learner import Learner
 from lamina.methods.prototype import Prototype, PrototypeConfig
-from lamina.moments import SecondMoment, product
+from lamina.moments import SecondMoment
 from lamina.streams import Stream, class_plan, domain_plan, make_stream
 from lamina.types import Examples
 
@@ -106,7 +106,7 @@ def test_a_second_moment_is_the_mean_outer_product_over_real_tokens():
     for batch in range(3):
         inputs_btd, mask_bt = noise((4, 6, 5), "moment", batch), (noise((4, 6), "mask", batch) > 0).long()
         masked = batch != 1
-        moment.add(*product(inputs_btd, mask_bt if masked else None))
+        moment.add(inputs_btd, mask_bt if masked else None)
         for b in range(4):
             for t in range(6):
                 if not masked or mask_bt[b, t]:

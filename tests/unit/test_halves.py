@@ -133,14 +133,20 @@ def pixels(size: int) -> Batch:
     return Batch(inputs={"pixel_values": noise((size, 3, 16, 16), "pixels")}, labels_b=torch.zeros(size).long())
 
 
+def noted(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of how many examples the backbone computes features at a time, from now on."""
+    sizes, features = list[int](), learner.backbone.features
+    monkeypatch.setattr(
+        learner.backbone, "features", lambda inputs: sizes.append(len(next(iter(inputs.values())))) or features(inputs)
+    )
+    return sizes
+
+
 @pytest.mark.parametrize("thin", [0, 10])
 def test_a_learner_halves_what_is_large_enough(thin: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(adapters, "THIN", thin)
-    learner, sizes = learner_with_a_branch(), list[int]()
-    features = learner.backbone.features
-    monkeypatch.setattr(
-        learner.backbone, "features", lambda inputs: sizes.append(len(inputs["pixel_values"])) or features(inputs)
-    )
+    learner = learner_with_a_branch()
+    sizes = noted(learner, monkeypatch)
     parameters = [*learner.trainable().values()]
     wanted_bd = learner.features(pixels(33))
     wanted = torch.autograd.grad(wanted_bd.square().sum(), parameters)
@@ -190,11 +196,8 @@ def test_who_watches_a_batch_sees_the_whole_of_it():
 
 
 def test_moments_of_inputs_are_summed_in_halves(monkeypatch: pytest.MonkeyPatch):
-    learner, sizes = learner_with_a_branch(), list[int]()
-    features = learner.backbone.features
-    monkeypatch.setattr(
-        learner.backbone, "features", lambda inputs: sizes.append(len(inputs["pixel_values"])) or features(inputs)
-    )
+    learner = learner_with_a_branch()
+    sizes = noted(learner, monkeypatch)
     batches = [pixels(31), pixels(33), pixels(40)]
     found = [learner.input_moments(batches) for _ in range(3)]
     assert sorted(sizes[:5]) == [16, 17, 20, 20, 31]
@@ -210,14 +213,24 @@ def test_moments_of_inputs_are_summed_in_halves(monkeypatch: pytest.MonkeyPatch)
 
 def test_padded_texts_are_summed_in_one_piece(monkeypatch: pytest.MonkeyPatch):
     """What is padded in one half need not be in the other."""
-    learner, sizes = Learner(tiny_bert(), ("k", "v")), list[int]()
-    features = learner.backbone.features
-    monkeypatch.setattr(
-        learner.backbone, "features", lambda inputs: sizes.append(len(inputs["input_ids"])) or features(inputs)
-    )
+    learner = Learner(tiny_bert(), ("k", "v"))
+    sizes = noted(learner, monkeypatch)
     texts = tiny_texts(40)
     learner.input_moments([make_stream(texts, class_plan(texts, 1), "class")[0].train.batch(np.arange(32))])
     assert sizes == [32]
+
+
+def test_nothing_within_what_is_in_one_piece_is_halved(monkeypatch: pytest.MonkeyPatch):
+    learner = learner_with_a_branch()
+    sizes = noted(learner, monkeypatch)
+    with learner.in_halves():
+        with learner.in_one_piece():
+            with learner.in_halves():
+                learner.features(pixels(40))
+            learner.input_moments([pixels(40)])
+        assert sizes == [40, 40]
+        learner.features(pixels(40))
+    assert sizes == [40, 40, 20, 20]
 
 
 def test_branches_of_each_example_stay_in_one_piece():
