@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lamina.block import class_token, fuse, softmax
 from lamina.errors import BackboneError
 
 Kind = Literal["image", "text"]
@@ -96,6 +97,8 @@ class Backbone:
     first argument of the next. Empty where they are not known; `below`, `above` and `layered` need them."""
     pool: Pool | None = None
     """Hidden states (b, t, d) and inputs to (b, d), as `features` has it; None where it is not known, which `layered` needs."""
+    fusible: bool = False
+    """Whether its blocks are among those that `lamina.block` can compute as one."""
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Features (b, d) of `pixel_values` (b, c, h, w), or of `input_ids` and `attention_mask` (b, t).
@@ -158,7 +161,8 @@ class Backbone:
         """Hold the frozen weights in this precision.
 
         On a processor, PyTorch's fused attention is slow to differentiate in bf16 (half of a training step at 17 to 65
-        tokens), so there the attention of transformers' models is spelt out in matrix products instead.
+        tokens), so there the attention of transformers' models is spelt out in matrix products instead, and blocks that
+        `lamina.block` knows are computed as one.
         """
         from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
         from transformers.masking_utils import eager_mask
@@ -167,8 +171,10 @@ class Backbone:
         if isinstance(self.module, PreTrainedModel):
             AttentionInterface.register("lamina", _spelt_out)
             AttentionMaskInterface.register("lamina", eager_mask)
-            on_processor = self.module.device.type == "cpu"
-            self.module.set_attn_implementation("lamina" if on_processor and dtype == torch.bfloat16 else "sdpa")
+            spelt_out = self.module.device.type == "cpu" and dtype == torch.bfloat16
+            self.module.set_attn_implementation("lamina" if spelt_out else "sdpa")
+            for path in self.stages[1:] if self.fusible else ():
+                fuse(self.module.get_submodule(path), spelt_out)
 
 
 def _spelt_out(
@@ -183,11 +189,12 @@ def _spelt_out(
 ) -> tuple[Tensor, None]:
     """Attention softmax(scaling q k^T + mask) v, (b, n, h, e), of b batch, n queries, t tokens, h heads of width e; without
     dropout. transformers' own ("eager") makes the scores float32 for a softmax that computes in float32 in any case: in bf16
-    that is four more passes over them."""
+    that is four more passes over them, which pay where rows are short only."""
     logits_bhnt = query_bhne @ key_bhte.mT * scaling
     if mask_b1nt is not None:
         logits_bhnt = logits_bhnt + mask_b1nt
-    return (logits_bhnt.softmax(-1) @ value_bhte).transpose(1, 2).contiguous(), None
+    attention_bhnt = softmax(logits_bhnt).to(value_bhte.dtype)
+    return (attention_bhnt @ value_bhte).transpose(1, 2).contiguous(), None
 
 
 @contextmanager
@@ -226,6 +233,8 @@ class _Architecture:
     """Paths inside a block, in the order of ROLES."""
     middle: str = "layernorm_after"
     """Path inside a block of what its MLP's input goes through; for images."""
+    fusible: bool = False
+    """Whether a block is made as transformers' `ViTLayer` is."""
     pooler: bool = True
     """Whether the class takes `add_pooling_layer`, which is always declined."""
     mean: Triple = (0.5, 0.5, 0.5)
@@ -233,9 +242,9 @@ class _Architecture:
 
 
 _ARCHITECTURES = {  # by the model_type in config.json
-    "vit": _Architecture("image", "ViTModel", "layers.{}", _VIT),
-    "deit": _Architecture("image", "DeiTModel", "layers.{}", _VIT, mean=IMAGENET[0], std=IMAGENET[1]),
-    "dinov2": _Architecture("image", "Dinov2Model", "encoder.layer.{}", _VIT, "norm2", False, *IMAGENET),
+    "vit": _Architecture("image", "ViTModel", "layers.{}", _VIT, fusible=True),
+    "deit": _Architecture("image", "DeiTModel", "layers.{}", _VIT, fusible=True, mean=IMAGENET[0], std=IMAGENET[1]),
+    "dinov2": _Architecture("image", "Dinov2Model", "encoder.layer.{}", _VIT, "norm2", False, False, *IMAGENET),
     "bert": _Architecture("text", "BertModel", "encoder.layer.{}", _BERT),
     "roberta": _Architecture("text", "RobertaModel", "encoder.layer.{}", _BERT),
     "distilbert": _Architecture("text", "DistilBertModel", "transformer.layer.{}", _DISTILBERT, pooler=False),
@@ -255,12 +264,6 @@ def _check_sites(module: nn.Module, sites: Sequence[Site]) -> None:
         d_out = modules[s.path].out_features
         if s.rows is not None and not 0 <= s.rows[0] < s.rows[1] <= d_out:
             raise BackboneError(f"site {s.name}: rows {s.rows} are not within the {d_out} output rows of {s.path}")
-
-
-def _class_token(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-    """The feature is the class token, so after its attention the last block need not compute the others: they get what
-    the class token adds to itself, and nobody looks at them."""
-    return (inputs[0][:, :1],)
 
 
 def _features(module: nn.Module, inputs: Mapping[str, Tensor], *, names: Sequence[str], pool: Pool) -> Tensor:
@@ -342,7 +345,7 @@ def load(
     if (architecture.kind, chosen) == ("image", "cls"):
         last = architecture.block.format(blocks - 1)
         for path in (f"{last}.{architecture.parts[ROLES.index('out')]}", f"{last}.{architecture.middle}"):
-            module.get_submodule(path).register_forward_pre_hook(_class_token)
+            module.get_submodule(path).register_forward_pre_hook(class_token)
     module = module.to(dtype).eval().requires_grad_(False)
     # In a mapped file they lie at odd addresses, which change the last bits of a product.
     for tensor in (*module.parameters(), *module.buffers()):
@@ -354,6 +357,7 @@ def load(
         ignored=tuple(sorted([*ignored, *unused])),
         stages=("embeddings", *(architecture.block.format(block) for block in range(blocks))),
         pool=pool,
+        fusible=architecture.fusible and config.hidden_act == "gelu",
     )
 
 

@@ -1,0 +1,265 @@
+"""A block of a vision transformer as one function of autograd, for backbones in bf16 on a processor.
+
+There, small operations cost more than their numbers do, and half of them are autograd's. Here a block computes what transformers'
+own computes, in fewer: k and v are one product, all heads change places at once, sums are added in place, what is learnt of a
+map costs thin products only, and of the last block, where nobody looks at other tokens, only the class token asks and goes on.
+
+    h = norm_1(x)
+    q, k, v = W_q h + b_q, W_k h + b_k, W_v h + b_v
+    a = softmax(scale q k^T)
+    r = x + W_o (a v) + b_o
+    y = r + W_2 gelu(W_1 norm_2(r) + b_1) + b_2
+
+Shape letters: b batch, t tokens, n tokens that ask (all, or the class token), h heads, e width of a head, d width, o outputs,
+i inputs. Two dimensions taken as one: m is b t, or b n where only those are computed; g is b h.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lamina.adapters import AdaptedLinear, Change, Rows, factor_gradients
+
+VECTOR = 32
+"""Numbers in bf16 that a processor's longest vectors hold. What is left over at the end of a row PyTorch's softmax goes through
+number by number in bf16, in float32 it does not."""
+_aten = torch.ops.aten
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension; in float32 where rows are shorter than a vector, else in the precision of the logits."""
+    return (logits.float() if logits.shape[-1] < VECTOR else logits).softmax(-1)
+
+
+def class_token(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    """For a hook: the feature is the class token, so after its attention the last block need not compute the others. They get
+    what the class token adds to itself, and nobody looks at them."""
+    return (inputs[0][:, :1],)
+
+
+class Map(NamedTuple):
+    """A linear map at work, the branches that are learnt within its weight, and those branches."""
+
+    weight_oi: Tensor
+    bias_o: Tensor | None
+    changes: list[Change]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight_oi, self.bias_o)
+
+
+class Parts(NamedTuple):
+    """What a block computes with."""
+
+    norm_1: nn.LayerNorm
+    q: Map
+    kv: Map
+    """k and v, one above the other."""
+    out: Map
+    norm_2: nn.LayerNorm
+    fc1: Map
+    fc2: Map
+    heads: int
+    scale: float
+    first: bool
+    """Whether only the class token asks and goes on."""
+
+    def factors(self) -> list[Tensor]:
+        """up, down, up, down, ... of all maps, in their order."""
+        maps = (self.q, self.kv, self.out, self.fc1, self.fc2)
+        return [factor for one in maps for _, *pair in one.changes for factor in pair]
+
+
+class Normed(NamedTuple):
+    """y = norm(x), and what its backward needs of each row beside x."""
+
+    y_md: Tensor
+    mean_m: Tensor
+    rstd_m: Tensor
+
+
+class Kept(NamedTuple):
+    """Of a forward, for its backward. a: attention, in the precision of the softmax; z: what the heads give, side by side."""
+
+    x_md: Tensor
+    h: Normed
+    q_gne: Tensor
+    k_gte: Tensor
+    v_gte: Tensor
+    a_gnt: Tensor
+    z_mo: Tensor
+    r_md: Tensor
+    s: Normed
+    u_mo: Tensor
+
+
+def forward(x_btd: Tensor, parts: Parts) -> tuple[Tensor, Kept]:
+    """y (b, n, d)."""
+    b, t, d = x_btd.shape
+    n = 1 if parts.first else t
+    x_md = x_btd.reshape(b * t, d)
+    h = _norm(x_md, parts.norm_1)
+    (q_gne,) = _apart(parts.q(_asking(h.y_md, b, n)), b, parts.heads, 1)
+    k_gte, v_gte = _apart(parts.kv(h.y_md), b, parts.heads, 2)
+    a_gnt = softmax(torch.bmm(q_gne, k_gte.mT).mul_(parts.scale))
+    z_mo = _together(torch.bmm(a_gnt.to(x_btd.dtype), v_gte)[None], b)
+    r_md = parts.out(z_mo).add_(_asking(x_md, b, n))
+    s = _norm(r_md, parts.norm_2)
+    u_mo = parts.fc1(s.y_md)
+    y_md = parts.fc2(F.gelu(u_mo)).add_(r_md)
+    return y_md.view(b, n, d), Kept(x_md, h, q_gne, k_gte, v_gte, a_gnt, z_mo, r_md, s, u_mo)
+
+
+def backward(
+    grad_bnd: Tensor, parts: Parts, kept: Kept, wanted_x: bool, wanted: Sequence[bool]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """From the gradient of y (b, n, d): that of x (b, t, d) and those of the factors, where they are wanted."""
+    b, n, d = grad_bnd.shape
+    rest = iter(wanted)
+    wanted_q, wanted_kv, wanted_out, wanted_fc1, wanted_fc2 = (
+        [next(rest) for _ in 2 * one.changes] for one in (parts.q, parts.kv, parts.out, parts.fc1, parts.fc2)
+    )
+    grad_y = grad_bnd.reshape(b * n, d)
+    grad_u = _aten.gelu_backward(grad_y @ parts.fc2.weight_oi, kept.u_mo)
+    grad_r = _norm_back(grad_u @ parts.fc1.weight_oi, kept.r_md, kept.s, parts.norm_2).add_(grad_y)
+    of_mlp = [
+        *factor_gradients(kept.s.y_md, grad_u, parts.fc1.changes, wanted_fc1),
+        *factor_gradients(F.gelu(kept.u_mo) if any(wanted_fc2) else grad_u, grad_y, parts.fc2.changes, wanted_fc2),
+    ]
+    of_out = factor_gradients(kept.z_mo, grad_r, parts.out.changes, wanted_out)
+    if not (wanted_x or any(wanted_q) or any(wanted_kv)):
+        return None, [*(None for _ in (*wanted_q, *wanted_kv)), *of_out, *of_mlp]
+    (grad_z,) = _apart(grad_r @ parts.out.weight_oi, b, parts.heads, 1)
+    grad_a = torch.bmm(grad_z, kept.v_gte.mT).to(kept.a_gnt.dtype)
+    grad_s = _aten._softmax_backward_data(grad_a, kept.a_gnt, -1, grad_a.dtype).mul_(parts.scale).to(grad_y.dtype)
+    grad_q = _together(torch.bmm(grad_s, kept.k_gte)[None], b)
+    grad_2gte = kept.k_gte.new_empty(2, *kept.k_gte.shape)
+    torch.bmm(grad_s.mT, kept.q_gne, out=grad_2gte[0])
+    torch.bmm(kept.a_gnt.to(grad_y.dtype).mT, grad_z, out=grad_2gte[1])
+    grad_kv = _together(grad_2gte, b)
+    of_attention = [
+        *factor_gradients(_asking(kept.h.y_md, b, n), grad_q, parts.q.changes, wanted_q),
+        *factor_gradients(kept.h.y_md, grad_kv, parts.kv.changes, wanted_kv),
+    ]
+    grad_x = None
+    if wanted_x:
+        grad_h = grad_kv @ parts.kv.weight_oi
+        _asking(grad_h, b, n).addmm_(grad_q, parts.q.weight_oi)
+        grad_x = _norm_back(grad_h, kept.x_md, kept.h, parts.norm_1)
+        _asking(grad_x, b, n).add_(grad_r)
+        grad_x = grad_x.view(b, -1, d)
+    return grad_x, [*of_attention, *of_out, *of_mlp]
+
+
+def _norm(x_md: Tensor, norm: nn.LayerNorm) -> Normed:
+    return Normed(*torch.native_layer_norm(x_md, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
+
+
+def _norm_back(grad_md: Tensor, x_md: Tensor, of: Normed, norm: nn.LayerNorm) -> Tensor:
+    wanted = [True, False, False]  # x, not weight and bias
+    back = _aten.native_layer_norm_backward
+    found: Tensor = back(
+        grad_md, x_md, norm.normalized_shape, of.mean_m, of.rstd_m, norm.weight, norm.bias, wanted
+    )[0]
+    return found
+
+
+def _asking(rows_md: Tensor, b: int, n: int) -> Tensor:
+    """A view of the rows of those tokens that ask."""
+    return rows_md.view(b, -1, rows_md.shape[1])[:, :n].view(b * n, -1)
+
+
+def _apart(y_mo: Tensor, b: int, heads: int, count: int) -> Tensor:
+    """The outputs of `count` maps, side by side, as matrices of each head: (count, g, t, e)."""
+    y_bthe = y_mo.view(b, -1, count, heads, y_mo.shape[1] // (count * heads))
+    return y_bthe.permute(2, 0, 3, 1, 4).reshape(count, b * heads, y_bthe.shape[1], -1)
+
+
+def _together(y_cgte: Tensor, b: int) -> Tensor:
+    """The inverse of `_apart`."""
+    count, _, t, e = y_cgte.shape
+    return y_cgte.view(count, b, -1, t, e).permute(1, 3, 0, 2, 4).reshape(b * t, -1)
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_btd: Tensor, parts: Parts, *_: Tensor) -> Tensor:
+        y_bnd, ctx.kept = forward(x_btd, parts)
+        ctx.parts = parts
+        return y_bnd
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_bnd: Tensor) -> tuple[Tensor | None, ...]:
+        kept, ctx.kept = ctx.kept, None
+        wanted_x, _, *wanted = ctx.needs_input_grad
+        grad_x, of_factors = backward(grad_bnd, ctx.parts, kept, wanted_x, wanted)
+        return (grad_x, None, *of_factors)
+
+
+# ---------------------------------------------------------------------------------------------- transformers' blocks
+
+
+def fuse(block: nn.Module, wanted: bool = True) -> None:
+    """From now on a `ViTLayer` of transformers (or one of the same parts, with exact GELU) computes as one, unless it is given a
+    mask or something watches or changes what goes through its parts; then it computes as ever. wanted: if not, always."""
+    plain = getattr(type(block), "plain", type(block))
+    block.__class__ = _fused(plain) if wanted else plain
+
+
+@cache
+def _fused(plain: Any) -> type[nn.Module]:
+    class Fused(plain):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Tensor:
+            if attention_mask is not None or more or not _undisturbed(self):
+                as_ever: Tensor = super().forward(hidden_states, attention_mask, **more)
+                return as_ever
+            parts = _parts(self)
+            y_bnd: Tensor = _Block.apply(hidden_states, parts, *parts.factors())  # type: ignore[no-untyped-call]
+            return y_bnd
+
+    Fused.plain = plain
+    return Fused
+
+
+def _undisturbed(block: Any) -> bool:
+    """Whether nothing within this block computes or is looked at but what `forward` says."""
+    attention, mlp = block.attention, block.mlp
+    maps = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.fc1, mlp.fc2)
+    for part in (attention, mlp, mlp.activation_fn, block.layernorm_before, block.layernorm_after, *maps):
+        if part._forward_hooks or any(hook is not class_token for hook in part._forward_pre_hooks.values()):
+            return False
+    return not block.training and not any(isinstance(one, AdaptedLinear) and one.mixtures for one in maps)
+
+
+def _parts(block: Any) -> Parts:
+    attention, mlp = block.attention, block.mlp
+    k, v = _map(attention.k_proj), _map(attention.v_proj)
+    below = len(k.weight_oi)
+    kv = Map(
+        torch.cat([k.weight_oi, v.weight_oi]),
+        None if k.bias_o is None or v.bias_o is None else torch.cat([k.bias_o, v.bias_o]),
+        k.changes + [(Rows(start + below, stop + below), *factors) for (start, stop), *factors in v.changes],
+    )
+    return Parts(
+        norm_1=block.layernorm_before,
+        q=_map(attention.q_proj),
+        kv=kv,
+        out=_map(attention.o_proj),
+        norm_2=block.layernorm_after,
+        fc1=_map(mlp.fc1),
+        fc2=_map(mlp.fc2),
+        heads=attention.num_attention_heads,
+        scale=attention.scaling,
+        first=class_token in block.layernorm_after._forward_pre_hooks.values(),
+    )
+
+
+def _map(linear: Any) -> Map:
+    if isinstance(linear, AdaptedLinear):
+        return Map(*linear.within())
+    return Map(linear.weight, linear.bias, [])
