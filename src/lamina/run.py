@@ -153,7 +153,7 @@ def evaluate(out: Path, split: Split = "test") -> list[dict[str, Any]]:
         positions = in_order(len(examples), config.evaluation.batch_size)
         return (examples.batch(p).to(loop.learner.device) for p in positions)
 
-    with closing(loop.learner):
+    with device.keeping_memory(), closing(loop.learner):
         for task in setup.stream:
             examples = task.split(split)
             if task.name in learnt and len(examples):
@@ -183,7 +183,7 @@ def train_task(out: Path, number: int, parent: int, watch: Watch) -> None:
         loop.position = Position(number)
         loop.on_event = lambda event: watch(setup.stream, event)
         loop.should_stop = lambda: asked() or os.getppid() != parent
-        with closing(loop.learner):
+        with device.keeping_memory(), closing(loop.learner):
             loop.restore()
             loop.run(until="end")
 
@@ -338,7 +338,7 @@ def _work(setup: _Setup, loop: Loop, out: Path, watch: Watch) -> dict[str, Any]:
                 log.write(json.dumps(record) + "\n")
         watch(setup.stream, event)
 
-    with stop_on_signals() as should_stop, closing(loop.learner):
+    with stop_on_signals() as should_stop, device.keeping_memory(), closing(loop.learner):
         loop.on_event, loop.should_stop = on_event, should_stop
         loop.restore()
         seconds = loop.clock["seconds"]
