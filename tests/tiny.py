@@ -89,7 +89,7 @@ def tiny_vit(seed: int = 0, size: int = 16, width: int = 32, blocks: int = 3, pa
     def features(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         return class_token(module(pixel_values=inputs["pixel_values"]).last_hidden_state, inputs)
 
-    return from_module(
+    backbone = from_module(
         raw_vit(seed, size, width, blocks, patch),
         [site(block, role, path.format(block)) for block in range(blocks) for role, path in VIT_PATHS.items()],
         kind="image",
@@ -101,6 +101,8 @@ def tiny_vit(seed: int = 0, size: int = 16, width: int = 32, blocks: int = 3, pa
         stages=["embeddings", *(f"layers.{block}" for block in range(blocks))],
         pool=class_token,
     )
+    backbone.fusible = True  # as that of `load` for such a model
+    return backbone
 
 
 def tiny_bert(seed: int = 0, width: int = 32, blocks: int = 2, vocabulary: int = 60) -> Backbone:

@@ -217,8 +217,8 @@ class AdaptedLinear(nn.Module):
         return _plus(self._folded_oi, self._live_changes()).to(self.weight_oi.dtype)
 
     def within(self) -> tuple[Tensor, Tensor | None, list[Change]]:
-        """The weight (o, i) at work now, live branches included, without gradients; the bias; and those of these branches that
-        may be learnt, for `factor_gradients`."""
+        """The weight (o, i) at work now, live branches included, without gradients; the bias; and those branches, for
+        `factor_gradients`."""
         changes = self._live_changes() if self._live_apart else []
         with torch.no_grad():
             return self._summed() if changes else self.weight_oi, self.bias_o, changes
@@ -280,35 +280,12 @@ def _plus(weight_oi: Tensor, changes: Sequence[Change]) -> Tensor:
     return sum_oi
 
 
-def factor_gradients(
-    x_ni: Tensor, grad_no: Tensor, changes: Sequence[Change], wanted: Sequence[bool]
-) -> list[Tensor | None]:
-    """Of the up and the down of each of these branches of a map, where wanted (up, down, up, down, ...), from the input of the
-    map and the gradient of its output."""
-    found: list[Tensor | None] = []
-    for (rows, up_or, down_ri), of_up, of_down in zip(changes, wanted[::2], wanted[1::2], strict=True):
-        own_no = grad_no[:, rows.start : rows.stop]
-        inner_rn = down_ri.to(x_ni.dtype) @ x_ni.T if of_up else None
-        found += _thin(inner_rn, x_ni if of_down else None, own_no, up_or.to(x_ni.dtype))
-    return found
-
-
-def _thin(
-    inner_rn: Tensor | None, x_ni: Tensor | None, grad_no: Tensor, up_or: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of up, where down x^T is given, and of down, where x is. Thin matrices lie in few long rows: products of few
-    long columns take up to twice as long on a processor."""
-    return (
-        None if inner_rn is None else (inner_rn @ grad_no).T.float(),
-        None if x_ni is None else (up_or.T.contiguous() @ grad_no.T @ x_ni).float(),
-    )
-
-
 class _Within(torch.autograd.Function):
     """y = W' x + b, where W' = W + sum_k up_k down_k is given, with gradients for x and the factors, none for W' and b.
 
     What the branches cost beside the frozen map is then a thin product or two for each factor that is learnt, and no pass
-    over y; where no down is learnt, x need not be kept.
+    over y; where no down is learnt, x need not be kept. Thin matrices lie in few long rows: products of few long columns
+    take up to twice as long on a processor.
     """
 
     @staticmethod
@@ -332,9 +309,33 @@ class _Within(torch.autograd.Function):
         grads: list[Tensor | None] = []
         for number, (start, stop) in enumerate(ctx.rows):
             inner_rn, up_or = kept[number], kept[len(ctx.rows) + number]
-            grads += _thin(inner_rn, x_ni if wanted[2 * number + 1] else None, grad_no[:, start:stop], up_or)
+            own_no = grad_no[:, start:stop]
+            grads.append((inner_rn @ own_no).T.float() if wanted[2 * number] else None)
+            grads.append((up_or.T.contiguous() @ own_no.T @ x_ni).float() if wanted[2 * number + 1] else None)
         grad_x = (grad_no @ summed_oi).view(*grad_y.shape[:-1], -1) if wanted_x else None
         return (grad_x, None, None, None, *grads)
+
+
+def factor_gradients(
+    x_ni: Tensor, grad_no: Tensor, changes: Sequence[Change], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """As `_Within` has them, for all branches of a map: of the up and the down of each, where wanted (up, down, up, down, ...).
+    grad_no: the gradient of the output. All ups share one product with x, and so do all downs."""
+    found: list[Tensor | None] = [None] * len(wanted)
+    own = [grad_no[:, rows.start : rows.stop] for rows, _, _ in changes]
+    ups, downs = ([n for n in range(len(changes)) if wanted[2 * n + which]] for which in (0, 1))
+    ranks = [len(down_ri) for _, _, down_ri in changes]
+    if ups:
+        inner_rn = torch.cat([changes[n][2] for n in ups]).to(x_ni.dtype) @ x_ni.T
+        for n, own_rn in zip(ups, torch.split(inner_rn, [ranks[n] for n in ups]), strict=True):
+            found[2 * n] = (own_rn @ own[n]).T.float()
+    if downs:
+        back_rn = torch.cat(
+            [changes[n][1].T.to(x_ni.dtype, memory_format=torch.contiguous_format) @ own[n].T for n in downs]
+        )
+        for n, grad_ri in zip(downs, torch.split((back_rn @ x_ni).float(), [ranks[n] for n in downs]), strict=True):
+            found[2 * n + 1] = grad_ri
+    return found
 
 
 class _Beside(torch.autograd.Function):

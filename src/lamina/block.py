@@ -1,8 +1,9 @@
 """A block of a vision transformer as one function of autograd, for backbones in bf16 on a processor.
 
-There, small operations cost more than their numbers do, and half of them are autograd's. Here a block computes what transformers'
-own computes, in fewer: k and v are one product, all heads change places at once, sums are added in place, what is learnt of a
-map costs thin products only, and of the last block, where nobody looks at other tokens, only the class token asks and goes on.
+There, small operations cost more than their numbers do, and half of them are autograd's. Here a block computes what that of
+transformers computes, in fewer: k and v are one product, all heads change places at once, sums are added in place, what is
+learnt of a map costs thin products only, and of the last block, where nobody looks at other tokens, only the class token asks
+and goes on.
 
     h = norm_1(x)
     q, k, v = W_q h + b_q, W_k h + b_k, W_v h + b_v
@@ -16,6 +17,7 @@ i inputs. Two dimensions taken as one: m is b t, or b n where only those are com
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -68,10 +70,12 @@ class Parts(NamedTuple):
     first: bool
     """Whether only the class token asks and goes on."""
 
+    def maps(self) -> tuple[Map, Map, Map, Map, Map]:
+        return self.q, self.kv, self.out, self.fc1, self.fc2
+
     def factors(self) -> list[Tensor]:
         """up, down, up, down, ... of all maps, in their order."""
-        maps = (self.q, self.kv, self.out, self.fc1, self.fc2)
-        return [factor for one in maps for _, *pair in one.changes for factor in pair]
+        return [factor for one in self.maps() for _, *pair in one.changes for factor in pair]
 
 
 class Normed(NamedTuple):
@@ -119,40 +123,41 @@ def backward(
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """From the gradient of y (b, n, d): that of x (b, t, d) and those of the factors, where they are wanted."""
     b, n, d = grad_bnd.shape
-    rest = iter(wanted)
-    wanted_q, wanted_kv, wanted_out, wanted_fc1, wanted_fc2 = (
-        [next(rest) for _ in 2 * one.changes] for one in (parts.q, parts.kv, parts.out, parts.fc1, parts.fc2)
-    )
+    maps, found = parts.maps(), list[Tensor | None]([None] * len(wanted))
+    ends = [*accumulate(2 * len(one.changes) for one in maps)]
+
+    def last(number: int, x: Tensor, grad: Tensor) -> bool:
+        """Notes what is wanted of this map, from its input and the gradient of its output; whether nothing before it is."""
+        own = slice(ends[number] - 2 * len(maps[number].changes), ends[number])
+        found[own] = factor_gradients(x, grad, maps[number].changes, wanted[own])
+        return not (wanted_x or any(wanted[: own.start]))
+
     grad_y = grad_bnd.reshape(b * n, d)
+    if last(4, F.gelu(kept.u_mo) if any(wanted[ends[3] :]) else kept.u_mo, grad_y):
+        return None, found
     grad_u = _aten.gelu_backward(grad_y @ parts.fc2.weight_oi, kept.u_mo)
+    if last(3, kept.s.y_md, grad_u):
+        return None, found
     grad_r = _norm_back(grad_u @ parts.fc1.weight_oi, kept.r_md, kept.s, parts.norm_2).add_(grad_y)
-    of_mlp = [
-        *factor_gradients(kept.s.y_md, grad_u, parts.fc1.changes, wanted_fc1),
-        *factor_gradients(F.gelu(kept.u_mo) if any(wanted_fc2) else grad_u, grad_y, parts.fc2.changes, wanted_fc2),
-    ]
-    of_out = factor_gradients(kept.z_mo, grad_r, parts.out.changes, wanted_out)
-    if not (wanted_x or any(wanted_q) or any(wanted_kv)):
-        return None, [*(None for _ in (*wanted_q, *wanted_kv)), *of_out, *of_mlp]
+    if last(2, kept.z_mo, grad_r):
+        return None, found
     (grad_z,) = _apart(grad_r @ parts.out.weight_oi, b, parts.heads, 1)
     grad_a = torch.bmm(grad_z, kept.v_gte.mT).to(kept.a_gnt.dtype)
     grad_s = _aten._softmax_backward_data(grad_a, kept.a_gnt, -1, grad_a.dtype).mul_(parts.scale).to(grad_y.dtype)
-    grad_q = _together(torch.bmm(grad_s, kept.k_gte)[None], b)
     grad_2gte = kept.k_gte.new_empty(2, *kept.k_gte.shape)
     torch.bmm(grad_s.mT, kept.q_gne, out=grad_2gte[0])
     torch.bmm(kept.a_gnt.to(grad_y.dtype).mT, grad_z, out=grad_2gte[1])
     grad_kv = _together(grad_2gte, b)
-    of_attention = [
-        *factor_gradients(_asking(kept.h.y_md, b, n), grad_q, parts.q.changes, wanted_q),
-        *factor_gradients(kept.h.y_md, grad_kv, parts.kv.changes, wanted_kv),
-    ]
-    grad_x = None
-    if wanted_x:
-        grad_h = grad_kv @ parts.kv.weight_oi
-        _asking(grad_h, b, n).addmm_(grad_q, parts.q.weight_oi)
-        grad_x = _norm_back(grad_h, kept.x_md, kept.h, parts.norm_1)
-        _asking(grad_x, b, n).add_(grad_r)
-        grad_x = grad_x.view(b, -1, d)
-    return grad_x, [*of_attention, *of_out, *of_mlp]
+    if last(1, kept.h.y_md, grad_kv):
+        return None, found
+    grad_q = _together(torch.bmm(grad_s, kept.k_gte)[None], b)
+    if last(0, _asking(kept.h.y_md, b, n), grad_q):
+        return None, found
+    grad_h = grad_kv @ parts.kv.weight_oi
+    _asking(grad_h, b, n).addmm_(grad_q, parts.q.weight_oi)
+    grad_x = _norm_back(grad_h, kept.x_md, kept.h, parts.norm_1)
+    _asking(grad_x, b, n).add_(grad_r)
+    return grad_x.view(b, -1, d), found
 
 
 def _norm(x_md: Tensor, norm: nn.LayerNorm) -> Normed:
@@ -162,9 +167,7 @@ def _norm(x_md: Tensor, norm: nn.LayerNorm) -> Normed:
 def _norm_back(grad_md: Tensor, x_md: Tensor, of: Normed, norm: nn.LayerNorm) -> Tensor:
     wanted = [True, False, False]  # x, not weight and bias
     back = _aten.native_layer_norm_backward
-    found: Tensor = back(
-        grad_md, x_md, norm.normalized_shape, of.mean_m, of.rstd_m, norm.weight, norm.bias, wanted
-    )[0]
+    found: Tensor = back(grad_md, x_md, norm.normalized_shape, of.mean_m, of.rstd_m, norm.weight, norm.bias, wanted)[0]
     return found
 
 
@@ -205,9 +208,9 @@ class _Block(torch.autograd.Function):
 
 
 def fuse(block: nn.Module, wanted: bool = True) -> None:
-    """From now on a `ViTLayer` of transformers (or one of the same parts, with exact GELU) computes as one, unless it is given a
-    mask or something watches or changes what goes through its parts; then it computes as ever. wanted: if not, always."""
-    plain = getattr(type(block), "plain", type(block))
+    """From now on a `ViTLayer` of transformers (or one of the same parts, with exact GELU) computes as one, unless it is given
+    a mask or something watches or changes what goes through its parts; then it computes as ever. wanted: if not, always."""
+    plain: Any = getattr(type(block), "plain", type(block))
     block.__class__ = _fused(plain) if wanted else plain
 
 
@@ -231,7 +234,11 @@ def _undisturbed(block: Any) -> bool:
     attention, mlp = block.attention, block.mlp
     maps = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.fc1, mlp.fc2)
     for part in (attention, mlp, mlp.activation_fn, block.layernorm_before, block.layernorm_after, *maps):
-        if part._forward_hooks or any(hook is not class_token for hook in part._forward_pre_hooks.values()):
+        if (
+            part._forward_hooks
+            or part._backward_hooks
+            or any(hook is not class_token for hook in part._forward_pre_hooks.values())
+        ):
             return False
     return not block.training and not any(isinstance(one, AdaptedLinear) and one.mixtures for one in maps)
 
@@ -243,7 +250,7 @@ def _parts(block: Any) -> Parts:
     kv = Map(
         torch.cat([k.weight_oi, v.weight_oi]),
         None if k.bias_o is None or v.bias_o is None else torch.cat([k.bias_o, v.bias_o]),
-        k.changes + [(Rows(start + below, stop + below), *factors) for (start, stop), *factors in v.changes],
+        k.changes + [(Rows(r.start + below, r.stop + below), up_or, down_ri) for r, up_or, down_ri in v.changes],
     )
     return Parts(
         norm_1=block.layernorm_before,

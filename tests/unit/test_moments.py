@@ -62,3 +62,14 @@ def test_what_two_threads_see_of_a_batch_adds_up_in_whatever_order():
     torch.testing.assert_close(found[0].mean_dd, (1 + 1e16) * x_nd.T @ x_nd / 70, rtol=1e-4, atol=1e9)
     assert torch.equal(found[1].mean_dd, found[0].mean_dd)
     assert torch.equal(found[2].mean_dd, found[0].mean_dd)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_lose_nothing_and_leave_no_setting_behind(dtype: torch.dtype):
+    """Float32 numbers are never read as bf16 ones, and those that are bf16 already may be."""
+    inputs_btd = torch.randn(40, 17, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows_nd = inputs_btd.reshape(-1, 24).double()
+    moment = SecondMoment()
+    moment.add(inputs_btd, None)
+    torch.testing.assert_close(moment.mean_dd, rows_nd.T @ rows_nd / len(rows_nd), rtol=1e-5, atol=1e-6)
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -1,0 +1,264 @@
+"""A block computed as one is that of transformers: values, gradients, and whatever watches or changes what goes through it."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from tests.tiny import raw_vit, tiny_vit
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.vit.modeling_vit import ViTLayer
+
+from lamina import block
+from lamina.adapters import LowRank
+from lamina.backbones import load
+from lamina.block import class_token, fuse
+from lamina.learner import Learner
+from lamina.types import Batch
+
+ROLES = ("q", "k", "v", "out", "fc1", "fc2")
+
+
+def batch_of(size: int = 16, count: int = 6) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    pixels_bchw = torch.randn(count, 3, size, size, generator=generator)
+    return Batch(inputs={"pixel_values": pixels_bchw}, labels_b=torch.zeros(count, dtype=torch.long))
+
+
+def learner_of(
+    targets: tuple[str, ...] = ("k", "v"),
+    *,
+    fused: bool,
+    size: int = 16,
+    shortcut: bool = True,
+    dtype: torch.dtype = torch.float32,
+    frozen: tuple[str, ...] = (),
+    branches: int = 1,
+) -> Learner:
+    """With branches that do something. shortcut: the last block need compute the class token only."""
+    learner = Learner(tiny_vit(size=size), targets, dtype=dtype)
+    module = learner.backbone.module
+    if shortcut:
+        for part in (module.layers[-1].attention.o_proj, module.layers[-1].layernorm_after):
+            part.register_forward_pre_hook(class_token)
+    for layer in module.layers:
+        fuse(layer, fused)
+    generator = torch.Generator().manual_seed(2)
+    for slot in learner.slots.values():
+        for number in range(branches):
+            rank = 2 + number
+            factors = {
+                "up": torch.randn(slot.d_out, rank, generator=generator) / 10,
+                "down": torch.randn(rank, slot.d_in, generator=generator) / 10,
+            }
+            trained = {name: value for name, value in factors.items() if name not in frozen}
+            slot.add(f"task-{number}", LowRank(trained=trained, frozen={name: factors[name] for name in frozen}))
+    return learner
+
+
+def learnt(learner: Learner, batch: Batch) -> dict[str, Tensor]:
+    """The features, and the gradient of everything that learns."""
+    features_bd = learner.features(batch)
+    towards_bd = torch.randn(features_bd.shape, generator=torch.Generator().manual_seed(3))
+    (features_bd * towards_bd).sum().backward()
+    return {"features": features_bd.detach()} | {
+        name: p.grad for name, p in learner.trainable().items() if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize("size", [16, 48], ids=["5 tokens", "37 tokens"])
+@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize("targets", [("k", "v"), ROLES, *((role,) for role in ROLES)], ids=" ".join)
+def test_values_and_gradients_are_those_of_the_plain_block(targets: tuple[str, ...], shortcut: bool, size: int):
+    ours, plain = (
+        learnt(learner_of(targets, fused=fused, size=size, shortcut=shortcut), batch_of(size))
+        for fused in (True, False)
+    )
+    assert len(plain) == 1 + 2 * 3 * len(targets)
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["down", "up"])
+def test_what_is_not_learnt_gets_no_gradient(frozen: str):
+    ours, plain = (
+        learnt(learner_of(ROLES, fused=fused, frozen=(frozen,), branches=2), batch_of()) for fused in (True, False)
+    )
+    assert len(plain) == 1 + 2 * 3 * 6
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_map_without_bias_stays_without():
+    found = []
+    for fused in (True, False):
+        learner = learner_of(("q",), fused=fused)
+        for layer in learner.backbone.module.layers:
+            layer.attention.k_proj.bias = layer.attention.v_proj.bias = layer.mlp.fc2.bias = None
+        found.append(learnt(learner, batch_of()))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [("k", "v"), ("fc2",), ROLES], ids=" ".join)
+def test_it_takes_no_more_operations_than_the_plain_block(targets: tuple[str, ...]):
+    """Nothing is computed below the first map that learns; the class token alone asks in the last block."""
+    counts = []
+    for fused in (True, False):
+        learner = learner_of(targets, fused=fused)
+        with FlopCounterMode(display=False) as counter:
+            learnt(learner, batch_of(count=12))
+        counts.append(counter.get_total_flops())
+    assert counts[0] < counts[1]
+
+
+def test_in_bf16_it_is_as_near_to_float32_as_the_plain_block():
+    exact = learnt(learner_of(ROLES, fused=False), batch_of(count=16))
+    ours, plain = (
+        learnt(learner_of(ROLES, fused=fused, dtype=torch.bfloat16), batch_of(count=16)) for fused in (True, False)
+    )
+
+    def distance(found: dict[str, Tensor]) -> Tensor:
+        return torch.stack([(found[name] - exact[name]).norm() / exact[name].norm() for name in exact])
+
+    assert distance(ours).max() < 0.1
+    assert distance(ours).mean() < 1.2 * distance(plain).mean()
+
+
+def test_a_loaded_backbone_has_such_blocks_in_bf16_and_gives_them_back():
+    backbone = load("nano", image_size=32)
+    layers = backbone.module.layers
+    assert all(type(layer) is ViTLayer for layer in layers)
+    backbone.cast(torch.bfloat16)
+    assert all(isinstance(layer, ViTLayer) and type(layer) is not ViTLayer for layer in layers)
+    features_bd = backbone.features({"pixel_values": torch.randn(2, 3, 32, 32).bfloat16().requires_grad_()})
+    assert _made_by(features_bd, "_BlockBackward") == len(layers)
+    backbone.cast(torch.float32)
+    assert all(type(layer) is ViTLayer for layer in layers)
+
+
+def _made_by(value: Tensor, name: str) -> int:
+    """How many functions of this name the graph of a tensor has."""
+    found, waiting = set(), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return sum(type(node).__name__ == name for node in found)
+
+
+def test_another_activation_is_left_to_transformers(tmp_path):
+
+    raw_vit().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert load(str(tmp_path)).fusible
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"hidden_act": "relu"}))
+    assert not load(str(tmp_path)).fusible
+
+
+def _turn(_: nn.Module, given: tuple[Tensor, ...]) -> Tensor:
+    return given[0].flip(-1)
+
+
+def _turn_what_it_made(_: nn.Module, __: tuple[Tensor, ...], made: Tensor) -> Tensor:
+    return made.flip(-1)
+
+
+@pytest.mark.parametrize(
+    "path", ["attention.q_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2", "layernorm_before"]
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_what_changes_a_part_is_obeyed(path: str, before: bool):
+    found = []
+    for fused in (True, False):
+        learner = learner_of(fused=fused)
+        part = learner.backbone.module.layers[1].get_submodule(path)
+        if before:
+            part.register_forward_pre_hook(_turn)
+        else:
+            part.register_forward_hook(_turn_what_it_made)
+        found.append(learnt(learner, batch_of()))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    unchanged = learnt(learner_of(fused=True), batch_of())
+    assert (unchanged["features"] - found[0]["features"]).abs().max() > 0.1
+
+
+def _moments(learner: Learner) -> dict[str, Tensor]:
+    return learner.input_moments([batch_of()])
+
+
+def _per_example(learner: Learner) -> dict[str, Tensor]:
+    with learner.per_example("task-0", 6) as copies:
+        learner.features(batch_of()).square().sum().backward()
+    return {name: copy.grad for name, copy in copies.items() if copy.grad is not None}
+
+
+def _experts(learner: Learner) -> dict[str, Tensor]:
+    learner.finish("task-0", fold=False)
+    with learner.choosing(["task-0"], torch.tensor([0, -1, 0, -1, 0, 0])):
+        return {"features": learner.features(batch_of())}
+
+
+def _bare(learner: Learner) -> dict[str, Tensor]:
+    with learner.bare():
+        return {"features": learner.features(batch_of())}
+
+
+def _folded(learner: Learner) -> dict[str, Tensor]:
+    with learner.folded():
+        return {"features": learner.features(batch_of())}
+
+
+def _layered(learner: Learner) -> dict[str, Tensor]:
+    return {"features": learner.features(batch_of(), layers=3)}
+
+
+def _in_two_steps(learner: Learner) -> dict[str, Tensor]:
+    inputs = batch_of().inputs
+    below = learner.backbone.below(inputs, 1)
+    return {"below": below, "above": learner.backbone.above(below, inputs, 1)}
+
+
+@pytest.mark.parametrize("do", [_moments, _per_example, _experts, _bare, _folded, _layered, _in_two_steps])
+def test_what_learners_do_with_a_backbone_is_the_same(do: Callable[[Learner], dict[str, Tensor]]):
+    ours, plain = (do(learner_of(fused=fused)) for fused in (True, False))
+    assert plain
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_is_left_to_transformers():
+    hidden_btd = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(4))
+    mask_b11t = torch.tensor([[0.0, 0.0, 0.0, -1e9, -1e9], [0.0] * 5])[:, None, None]
+    found = []
+    for fused in (True, False):
+        layer = learner_of(fused=fused).backbone.module.layers[0]
+        found.append(layer(hidden_btd, mask_b11t))
+    torch.testing.assert_close(*found)
+    assert (layer(hidden_btd, None) - found[0]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("length", "kind"), [(31, torch.float32), (32, torch.bfloat16)])
+def test_short_rows_get_a_softmax_in_float32(length: int, kind: torch.dtype):
+    logits = torch.randn(3, length, generator=torch.Generator().manual_seed(5)).bfloat16()
+    found = block.softmax(logits)
+    assert found.dtype == kind
+    torch.testing.assert_close(found.float(), logits.float().softmax(-1), rtol=1e-2, atol=1e-3)
+
+
+def test_a_batch_is_gone_through_once_only():
+    """What a forward keeps for its backward is let go of there: a second one is refused, as PyTorch refuses it."""
+    learner = learner_of(fused=True)
+    loss = learner.features(batch_of()).sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_without_gradients_there_is_no_graph():
+    learner = learner_of(fused=True)
+    with torch.no_grad():
+        assert learner.features(batch_of()).grad_fn is None
+    ours = partial(learner.features, batch_of())
+    with torch.no_grad():
+        still = ours()
+    assert torch.equal(still, ours())
