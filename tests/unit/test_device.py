@@ -119,7 +119,7 @@ def faults():
 
 torch.set_num_threads(1)
 with device.keeping_memory() if sys.argv[1] == "kept" else nullcontext():
-    [faults() for _ in range(3)]
+    [faults() for _ in range(6)]
     print(sum(faults() for _ in range(4)))
 held = torch.ones(10_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
