@@ -15,7 +15,9 @@ FILES = sorted(ROOT.rglob("*.py"))
 LEVELS = (
     ("errors", "types"),
     ("linalg", "metrics", "config", "chance"),
-    ("adapters", "attention", "moments", "head", "backbones", "data", "streams"),
+    ("adapters", "attention", "moments", "head", "data", "streams"),
+    ("block",),
+    ("backbones",),
     ("reuse", "halves"),
     ("learner",),
     ("methods", "consolidate"),
