@@ -15,8 +15,8 @@ Shape letters: b batch, t tokens, n tokens that ask (all, or the class token), h
 i inputs. Two dimensions taken as one: m is b t, or b n where only those are computed; g is b h.
 """
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.adapters import AdaptedLinear, Change, Rows, factor_gradients
+from lamina.moments import looks_only
 
 VECTOR = 32
 """Numbers in bf16 that a processor's longest vectors hold. What is left over at the end of a row PyTorch's softmax goes through
@@ -44,11 +45,16 @@ def class_token(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
 
 
 class Map(NamedTuple):
-    """A linear map at work, the branches that are learnt within its weight, and those branches."""
+    """A linear map at work, the live branches within its weight; those branches; and who is shown its input."""
 
     weight_oi: Tensor
     bias_o: Tensor | None
     changes: list[Change]
+    shown_to: Sequence[Callable[[tuple[Tensor]], object]]
+
+    def show(self, x_bti: Tensor) -> None:
+        for look in self.shown_to:
+            look((x_bti,))
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight_oi, self.bias_o)
@@ -107,14 +113,21 @@ def forward(x_btd: Tensor, parts: Parts) -> tuple[Tensor, Kept]:
     n = 1 if parts.first else t
     x_md = x_btd.reshape(b * t, d)
     h = _norm(x_md, parts.norm_1)
+    h_btd = h.y_md.view(b, t, d)  # one and the same for all who look
+    for one in (parts.q, parts.kv):
+        one.show(h_btd)
     (q_gne,) = _apart(parts.q(_asking(h.y_md, b, n)), b, parts.heads, 1)
     k_gte, v_gte = _apart(parts.kv(h.y_md), b, parts.heads, 2)
     a_gnt = softmax(torch.bmm(q_gne, k_gte.mT).mul_(parts.scale))
     z_mo = _together(torch.bmm(a_gnt.to(x_btd.dtype), v_gte)[None], b)
+    parts.out.show(z_mo.view(b, n, -1))
     r_md = parts.out(z_mo).add_(_asking(x_md, b, n))
     s = _norm(r_md, parts.norm_2)
+    parts.fc1.show(s.y_md.view(b, n, d))
     u_mo = parts.fc1(s.y_md)
-    y_md = parts.fc2(F.gelu(u_mo)).add_(r_md)
+    active_mo = F.gelu(u_mo)
+    parts.fc2.show(active_mo.view(b, n, -1))
+    y_md = parts.fc2(active_mo).add_(r_md)
     return y_md.view(b, n, d), Kept(x_md, h, q_gne, k_gte, v_gte, a_gnt, z_mo, r_md, s, u_mo)
 
 
@@ -230,15 +243,14 @@ def _fused(plain: Any) -> type[nn.Module]:
 
 
 def _undisturbed(block: Any) -> bool:
-    """Whether nothing within this block computes or is looked at but what `forward` says."""
+    """Whether nothing within this block computes but what `forward` says, and nothing looks at more than inputs of its maps."""
     attention, mlp = block.attention, block.mlp
     maps = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.fc1, mlp.fc2)
     for part in (attention, mlp, mlp.activation_fn, block.layernorm_before, block.layernorm_after, *maps):
-        if (
-            part._forward_hooks
-            or part._backward_hooks
-            or any(hook is not class_token for hook in part._forward_pre_hooks.values())
-        ):
+        hooks = [hook for hook in part._forward_pre_hooks.values() if hook is not class_token]
+        if part in maps:
+            hooks = [hook for hook in hooks if not looks_only(hook)]
+        if hooks or part._forward_hooks or part._backward_hooks:
             return False
     return not block.training and not any(isinstance(one, AdaptedLinear) and one.mixtures for one in maps)
 
@@ -251,6 +263,7 @@ def _parts(block: Any) -> Parts:
         torch.cat([k.weight_oi, v.weight_oi]),
         None if k.bias_o is None or v.bias_o is None else torch.cat([k.bias_o, v.bias_o]),
         k.changes + [(Rows(r.start + below, r.stop + below), up_or, down_ri) for r, up_or, down_ri in v.changes],
+        [*k.shown_to, *v.shown_to],
     )
     return Parts(
         norm_1=block.layernorm_before,
@@ -267,6 +280,7 @@ def _parts(block: Any) -> Parts:
 
 
 def _map(linear: Any) -> Map:
+    shown_to = [partial(hook, linear) for hook in linear._forward_pre_hooks.values() if looks_only(hook)]
     if isinstance(linear, AdaptedLinear):
-        return Map(*linear.within())
-    return Map(linear.weight, linear.bias, [])
+        return Map(*linear.within(), shown_to)
+    return Map(linear.weight, linear.bias, [], shown_to)

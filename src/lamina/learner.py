@@ -20,7 +20,7 @@ from lamina.backbones import Backbone, Site
 from lamina.errors import ConfigError
 from lamina.halves import SMALLEST, Halves
 from lamina.head import Head, Row
-from lamina.moments import recording
+from lamina.moments import Look, only_looks, recording
 from lamina.reuse import Reuse
 from lamina.types import Batch
 
@@ -213,14 +213,14 @@ class Learner:
         slot of the group computes."""
         shown: dict[str, Tensor] = {}
 
-        def hook_for(group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook_for(group: str) -> Look:
             def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 if shown.get(group) is not inputs[0]:  # the first layer of the group that gets it
                     shown[group] = inputs[0]
                     with torch.no_grad():
                         watchers[group](inputs[0])
 
-            return hook
+            return only_looks(hook)
 
         groups = self.groups()
         handles = [

@@ -3,13 +3,26 @@
 Shape letters: b batch, t tokens, d width.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import get_ident
 
 import torch
 from torch import Tensor, nn
+
+Look = Callable[[nn.Module, tuple[Tensor, ...]], None]
+"""A forward pre-hook that changes nothing."""
+
+
+def only_looks(hook: Look) -> Look:
+    """Says so of a hook, which is then called by maps that are computed together with others, too (`lamina.block`)."""
+    hook.only_looks = True  # type: ignore[attr-defined]
+    return hook
+
+
+def looks_only(hook: object) -> bool:
+    return getattr(hook, "only_looks", False)
 
 
 @dataclass
@@ -80,8 +93,8 @@ def recording(modules: Mapping[str, nn.Module]) -> Iterator[Recording]:
     """While open, every forward through one of these modules adds its input to the moment of the same name, batch by batch."""
     record = Recording({name: SecondMoment() for name in modules})
 
-    def hook_for(name: str):  # type: ignore[no-untyped-def]
-        return lambda _, inputs: record.see(name, inputs[0])
+    def hook_for(name: str) -> Look:
+        return only_looks(lambda _, inputs: record.see(name, inputs[0]))
 
     handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in modules.items()]
     try:

@@ -16,6 +16,7 @@ from lamina.adapters import LowRank
 from lamina.backbones import load
 from lamina.block import class_token, fuse
 from lamina.learner import Learner
+from lamina.moments import only_looks
 from lamina.types import Batch
 
 ROLES = ("q", "k", "v", "out", "fc1", "fc2")
@@ -181,6 +182,44 @@ def test_what_changes_a_part_is_obeyed(path: str, before: bool):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
     unchanged = learnt(learner_of(fused=True), batch_of())
     assert (unchanged["features"] - found[0]["features"]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("path", ["attention.k_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"])
+def test_who_only_looks_is_shown_the_input_of_a_map(path: str):
+    seen: list[list[Tensor]] = [[], []]
+
+    def look(own: list[Tensor], _: nn.Module, given: tuple[Tensor, ...]) -> None:
+        own.append(given[0].detach().clone())
+
+    for own, fused in zip(seen, (True, False), strict=True):
+        learner = learner_of(fused=fused)
+        for layer in learner.backbone.module.layers:
+            layer.get_submodule(path).register_forward_pre_hook(only_looks(partial(look, own)))
+        features_bd = learner.features(batch_of())
+        assert _made_by(features_bd, "_BlockBackward") == 3 * fused
+    assert len(seen[0]) == 3
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
+
+
+def test_who_looks_elsewhere_has_the_plain_block():
+    """A norm is part of a block that is computed as one; what is shown of it is what the plain block has."""
+    learner = learner_of(fused=True)
+    seen: list[Tensor] = []
+    learner.backbone.module.layers[1].layernorm_after.register_forward_pre_hook(
+        only_looks(lambda _, given: seen.append(given[0]))
+    )
+    assert _made_by(learner.features(batch_of()), "_BlockBackward") == 2
+    assert len(seen) == 1
+
+
+def test_those_who_watch_a_group_are_shown_it_once():
+    shown: list[list[Tensor]] = [[], []]
+    for own, fused in zip(shown, (True, False), strict=True):
+        learner = learner_of(ROLES, fused=fused)
+        with learner.watching(dict.fromkeys(learner.groups(), own.append)):
+            learner.features(batch_of())
+    assert len(shown[0]) == 3 * 4
+    torch.testing.assert_close(*shown, rtol=1e-4, atol=1e-5)
 
 
 def _moments(learner: Learner) -> dict[str, Tensor]:
