@@ -50,6 +50,7 @@ SETTINGS: dict[str, Any] = {
     "training.schedule": "quarter-cosine",
     "training.batch_size": BATCH,
     "training.epochs": 20,
+    "evaluation.batch_size": 250,
 }
 FLOOR_EVERY = 8
 """Training steps to one of the floor, which is taken in one piece and in halves in turn. A shared machine is now faster, now
