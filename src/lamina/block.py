@@ -84,26 +84,23 @@ class Parts(NamedTuple):
         return [factor for one in self.maps() for _, *pair in one.changes for factor in pair]
 
 
-class Normed(NamedTuple):
-    """y = norm(x), and what its backward needs of each row beside x."""
-
-    y_md: Tensor
-    mean_m: Tensor
-    rstd_m: Tensor
-
-
 class Kept(NamedTuple):
-    """Of a forward, for its backward. a: attention, in the precision of the softmax; z: what the heads give, side by side."""
+    """Of a forward, for its backward. h, s: what the norms give, with mean and rstd of each row; a: attention, in the precision
+    of the softmax; z: what the heads give, side by side."""
 
     x_md: Tensor
-    h: Normed
+    h_md: Tensor
+    mean_m: Tensor
+    rstd_m: Tensor
     q_gne: Tensor
     k_gte: Tensor
     v_gte: Tensor
     a_gnt: Tensor
     z_mo: Tensor
     r_md: Tensor
-    s: Normed
+    s_md: Tensor
+    mean_s_m: Tensor
+    rstd_s_m: Tensor
     u_mo: Tensor
 
 
@@ -112,23 +109,24 @@ def forward(x_btd: Tensor, parts: Parts) -> tuple[Tensor, Kept]:
     b, t, d = x_btd.shape
     n = 1 if parts.first else t
     x_md = x_btd.reshape(b * t, d)
-    h = _norm(x_md, parts.norm_1)
-    h_btd = h.y_md.view(b, t, d)  # one and the same for all who look
+    h_md, mean_m, rstd_m = _norm(x_md, parts.norm_1)
+    h_btd = h_md.view(b, t, d)  # one and the same for all who look
     for one in (parts.q, parts.kv):
         one.show(h_btd)
-    (q_gne,) = _apart(parts.q(_asking(h.y_md, b, n)), b, parts.heads, 1)
-    k_gte, v_gte = _apart(parts.kv(h.y_md), b, parts.heads, 2)
+    (q_gne,) = _apart(parts.q(_asking(h_md, b, n)), b, parts.heads, 1)
+    k_gte, v_gte = _apart(parts.kv(h_md), b, parts.heads, 2)
     a_gnt = softmax(torch.bmm(q_gne, k_gte.mT).mul_(parts.scale))
     z_mo = _together(torch.bmm(a_gnt.to(x_btd.dtype), v_gte)[None], b)
     parts.out.show(z_mo.view(b, n, -1))
     r_md = parts.out(z_mo).add_(_asking(x_md, b, n))
-    s = _norm(r_md, parts.norm_2)
-    parts.fc1.show(s.y_md.view(b, n, d))
-    u_mo = parts.fc1(s.y_md)
+    s_md, mean_s_m, rstd_s_m = _norm(r_md, parts.norm_2)
+    parts.fc1.show(s_md.view(b, n, d))
+    u_mo = parts.fc1(s_md)
     active_mo = F.gelu(u_mo)
     parts.fc2.show(active_mo.view(b, n, -1))
     y_md = parts.fc2(active_mo).add_(r_md)
-    return y_md.view(b, n, d), Kept(x_md, h, q_gne, k_gte, v_gte, a_gnt, z_mo, r_md, s, u_mo)
+    kept = Kept(x_md, h_md, mean_m, rstd_m, q_gne, k_gte, v_gte, a_gnt, z_mo, r_md, s_md, mean_s_m, rstd_s_m, u_mo)
+    return y_md.view(b, n, d), kept
 
 
 def backward(
@@ -149,9 +147,10 @@ def backward(
     if last(4, F.gelu(kept.u_mo) if any(wanted[ends[3] :]) else kept.u_mo, grad_y):
         return None, found
     grad_u = _aten.gelu_backward(grad_y @ parts.fc2.weight_oi, kept.u_mo)
-    if last(3, kept.s.y_md, grad_u):
+    if last(3, kept.s_md, grad_u):
         return None, found
-    grad_r = _norm_back(grad_u @ parts.fc1.weight_oi, kept.r_md, kept.s, parts.norm_2).add_(grad_y)
+    grad_r = _norm_back(grad_u @ parts.fc1.weight_oi, kept.r_md, parts.norm_2, kept.mean_s_m, kept.rstd_s_m)
+    grad_r.add_(grad_y)
     if last(2, kept.z_mo, grad_r):
         return None, found
     (grad_z,) = _apart(grad_r @ parts.out.weight_oi, b, parts.heads, 1)
@@ -161,26 +160,27 @@ def backward(
     torch.bmm(grad_s.mT, kept.q_gne, out=grad_2gte[0])
     torch.bmm(kept.a_gnt.to(grad_y.dtype).mT, grad_z, out=grad_2gte[1])
     grad_kv = _together(grad_2gte, b)
-    if last(1, kept.h.y_md, grad_kv):
+    if last(1, kept.h_md, grad_kv):
         return None, found
     grad_q = _together(torch.bmm(grad_s, kept.k_gte)[None], b)
-    if last(0, _asking(kept.h.y_md, b, n), grad_q):
+    if last(0, _asking(kept.h_md, b, n), grad_q):
         return None, found
     grad_h = grad_kv @ parts.kv.weight_oi
     _asking(grad_h, b, n).addmm_(grad_q, parts.q.weight_oi)
-    grad_x = _norm_back(grad_h, kept.x_md, kept.h, parts.norm_1)
+    grad_x = _norm_back(grad_h, kept.x_md, parts.norm_1, kept.mean_m, kept.rstd_m)
     _asking(grad_x, b, n).add_(grad_r)
     return grad_x.view(b, -1, d), found
 
 
-def _norm(x_md: Tensor, norm: nn.LayerNorm) -> Normed:
-    return Normed(*torch.native_layer_norm(x_md, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
+def _norm(x_md: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """What it gives, and mean and rstd of each row."""
+    return torch.native_layer_norm(x_md, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def _norm_back(grad_md: Tensor, x_md: Tensor, of: Normed, norm: nn.LayerNorm) -> Tensor:
+def _norm_back(grad_md: Tensor, x_md: Tensor, norm: nn.LayerNorm, mean_m: Tensor, rstd_m: Tensor) -> Tensor:
     wanted = [True, False, False]  # x, not weight and bias
     back = _aten.native_layer_norm_backward
-    found: Tensor = back(grad_md, x_md, norm.normalized_shape, of.mean_m, of.rstd_m, norm.weight, norm.bias, wanted)[0]
+    found: Tensor = back(grad_md, x_md, norm.normalized_shape, mean_m, rstd_m, norm.weight, norm.bias, wanted)[0]
     return found
 
 
@@ -204,16 +204,16 @@ def _together(y_cgte: Tensor, b: int) -> Tensor:
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_btd: Tensor, parts: Parts, *_: Tensor) -> Tensor:
-        y_bnd, ctx.kept = forward(x_btd, parts)
+        y_bnd, kept = forward(x_btd, parts)
         ctx.parts = parts
+        ctx.save_for_backward(*kept)
         return y_bnd
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_bnd: Tensor) -> tuple[Tensor | None, ...]:
-        kept, ctx.kept = ctx.kept, None
         wanted_x, _, *wanted = ctx.needs_input_grad
-        grad_x, of_factors = backward(grad_bnd, ctx.parts, kept, wanted_x, wanted)
+        grad_x, of_factors = backward(grad_bnd, ctx.parts, Kept(*ctx.saved_tensors), wanted_x, wanted)
         return (grad_x, None, *of_factors)
 
 

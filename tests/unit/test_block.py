@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from tests.tiny import raw_vit, tiny_vit
+from tests.tiny import raw_vit, scatter, tiny_vit
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.vit.modeling_vit import ViTLayer
@@ -284,13 +284,32 @@ def test_short_rows_get_a_softmax_in_float32(length: int, kind: torch.dtype):
     torch.testing.assert_close(found.float(), logits.float().softmax(-1), rtol=1e-2, atol=1e-3)
 
 
-def test_a_batch_is_gone_through_once_only():
-    """What a forward keeps for its backward is let go of there: a second one is refused, as PyTorch refuses it."""
-    learner = learner_of(fused=True)
-    loss = learner.features(batch_of()).sum()
-    loss.backward()
+def test_a_graph_may_be_gone_through_again_where_it_is_kept():
+    learner = learner_of(ROLES, fused=True)
+    hidden_btd = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(6)).requires_grad_()
+    made_btd = learner.backbone.module.layers[0](hidden_btd, None)
+    (first,) = torch.autograd.grad(made_btd.square().sum(), hidden_btd, retain_graph=True)
+    (again,) = torch.autograd.grad(made_btd.square().sum(), hidden_btd)
+    assert torch.equal(first, again)
     with pytest.raises(RuntimeError, match="second time"):
-        loss.backward()
+        torch.autograd.grad(made_btd.square().sum(), hidden_btd)
+
+
+def test_a_block_of_deit_is_one_of_these():
+    from transformers import DeiTConfig, DeiTModel
+
+    config = DeiTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=8
+    )
+    layer = scatter(DeiTModel(config, add_pooling_layer=False)).eval().requires_grad_(False).layers[0]
+    found = []
+    for fused in (True, False):
+        fuse(layer, fused)
+        hidden_btd = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(7)).requires_grad_()
+        made_btd = layer(hidden_btd, None)
+        assert _made_by(made_btd, "_BlockBackward") == fused
+        found.append([made_btd, *torch.autograd.grad(made_btd.square().sum(), hidden_btd)])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_without_gradients_there_is_no_graph():
