@@ -228,6 +228,7 @@ def section(name: str, line: dict[str, Any]) -> str:
             f"takes {compiled_ms:.2f} ms per image instead of {eager_ms:.2f} (round by round in turn), after "
             f"{line['compiled']['compile_seconds']:.0f} s of compiling. lamina does not use it."
         )
+    as_one = ", its blocks computed as lamina does," if run["precision"] == "bf16" else ""
     alone = found["seeds"] == 1
     seeds = "one seed" if alone else f"medians over {found['seeds']} seeds (quartiles in brackets)"
     spread = "" if alone else f" ({a:.2f} to {c:.2f})"
@@ -241,7 +242,7 @@ def section(name: str, line: dict[str, Any]) -> str:
             f"**Against the floor.** Split CIFAR-100 in ten tasks, {run['per_class']} training images of each class (of 500) "
             f"and a fifth as many test images, as in the whole; `{run['method']}` on `nano`, rank {whole.RANK} on "
             f"{' and '.join(whole.TARGETS)}, twenty epochs, batch {whole.BATCH}. Forward and input-gradient backward of the "
-            f"bare frozen backbone take {middle:.2f} ms per image (quartiles {low:.2f} to {high:.2f}, measured "
+            f"bare frozen backbone{as_one} take {middle:.2f} ms per image (quartiles {low:.2f} to {high:.2f}, measured "
             f"within this run{other_ways(run)}). The run takes {run['seconds']['total']:.0f} s for {run['images']} training "
             f"images: **{run['floor_ratio']:.2f} times the floor**, its training steps alone "
             f"{run['training_over_floor']:.2f} times{spread_of_tasks}. "
