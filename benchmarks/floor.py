@@ -5,10 +5,10 @@
 
 A floor step is a forward and the backward of gradients with regard to inputs, from the features down to the outputs of the
 first layers that would be adapted: no adapter, no head, no optimiser, and batches that are ready. No learner of these layers
-can do with less, unless it stores activations. It is taken with the batch in one piece and in two halves side by side, as lamina
-does in float32 (`lamina/halves.py`), in turn. Memory is kept from step to step, and in bf16 each block is computed as one
-(`lamina/block.py`), both as in a run of lamina: as PyTorch does these things, the floor would be higher. The last line is JSON:
-milliseconds per image, median and quartiles.
+can do with less, unless it stores activations. It is taken with the batch in one piece and in two halves side by side, as
+lamina does in float32 (`lamina/halves.py`), in turn. Memory is kept from step to step, and in bf16 each block is computed as
+one (`lamina/block.py`), both as in a run of lamina: as PyTorch does these things, the floor would be higher. The last line is
+JSON: milliseconds per image, median and quartiles.
 """
 
 import argparse
