@@ -15,7 +15,7 @@ demo: .stamps/demo        ## learn five tasks of handwritten digits four ways an
 test test-slow: export OMP_NUM_THREADS := 1
 test test-slow: export OMP_WAIT_POLICY := passive
 test: lint                ## lint, types, and every test that is not marked slow
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: .stamps/dev    ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
