@@ -249,7 +249,7 @@ def section(name: str, line: dict[str, Any]) -> str:
             f"Outside the steps: {100 * run['outside_steps']:.1f} %. {phases}. The two passes for moments and all else at the "
             f"beginning and end of tasks: {100 * run['moments_share_at_most']:.1f} %. A step in task 20 takes {median:.2f} "
             f"times that in task 1 (quartiles {early:.2f} to {late:.2f}).",
-            f"**`torch.compile`** on the same bare backbone {compiled}",
+            f"**`torch.compile`** on the bare backbone, of transformers' own blocks, {compiled}",
             f"**Against loops by hand.** The same stream with {found['per_class']} images of each class and {found['epochs']} "
             f"epochs; {seeds}. lamina's `finetune` trains the same numbers as PEFT and is the one "
             f"to compare: the fastest PEFT loop ({line['fastest_peft']}) takes {b:.2f} times as long{spread}"
