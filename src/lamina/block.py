@@ -259,9 +259,10 @@ def _parts(block: Any) -> Parts:
     attention, mlp = block.attention, block.mlp
     k, v = _map(attention.k_proj), _map(attention.v_proj)
     below = len(k.weight_oi)
+    biases = [one.weight_oi.new_zeros(len(one.weight_oi)) if one.bias_o is None else one.bias_o for one in (k, v)]
     kv = Map(
         torch.cat([k.weight_oi, v.weight_oi]),
-        None if k.bias_o is None or v.bias_o is None else torch.cat([k.bias_o, v.bias_o]),
+        torch.cat(biases),
         k.changes + [(Rows(r.start + below, r.stop + below), up_or, down_ri) for r, up_or, down_ri in v.changes],
         [*k.shown_to, *v.shown_to],
     )

@@ -53,8 +53,8 @@ class SecondMoment:
 
 @contextmanager
 def _nothing_lost(rows: Tensor) -> Iterator[None]:
-    """While open, float32 products of what were these bf16 numbers may read them as bf16 again, which is exact, and twice as
-    fast where a processor has instructions for it. Sums are float32 in any case."""
+    """While open, float32 products of what were these bf16 numbers may read them as bf16 again, which is exact, and faster
+    where a processor has instructions for it. Sums are float32 in any case."""
     before = torch.get_float32_matmul_precision()
     if rows.dtype == torch.bfloat16 and rows.device.type == "cpu":
         torch.set_float32_matmul_precision("medium")

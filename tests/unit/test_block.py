@@ -90,12 +90,15 @@ def test_what_is_not_learnt_gets_no_gradient(frozen: str):
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_a_map_without_bias_stays_without():
+@pytest.mark.parametrize("without", [("k_proj", "v_proj"), ("k_proj",), ("v_proj",)], ids=" ".join)
+def test_a_map_without_bias_stays_without(without: tuple[str, ...]):
     found = []
     for fused in (True, False):
         learner = learner_of(("q",), fused=fused)
         for layer in learner.backbone.module.layers:
-            layer.attention.k_proj.bias = layer.attention.v_proj.bias = layer.mlp.fc2.bias = None
+            layer.mlp.fc2.bias = None
+            for name in without:
+                layer.attention.get_submodule(name).bias = None
         found.append(learnt(learner, batch_of()))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 

@@ -40,8 +40,8 @@ def prepare(device: Device) -> None:
 @contextmanager
 def keeping_memory() -> Iterator[None]:
     """While open, memory that is freed is kept for what comes next, and goes back to the system at the end. glibc would return
-    it after every training step and get it back page by page, each filled with zeros first: a sixth of a step in bf16. With
-    another C library nothing happens. (What glibc decides by itself about sizes it does not any more in this process.)"""
+    it after every training step and get it back page by page, each filled with zeros first. With another C library nothing
+    happens. (What glibc decides by itself about sizes it does not any more in this process.)"""
     mallopt, trim = _of_libc("mallopt"), _of_libc("malloc_trim")
     if mallopt is None or trim is None:
         yield
