@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from lamina import backbones
 from lamina.backbones import Backbone
-from lamina.block import fuse
-from lamina.engine import device, precision
-from lamina.halves import Halves
+from lamina.engine import device
+from lamina.speed import precision
+from lamina.speed.fused_block import fuse
+from lamina.speed.split_batch import Halves
 
 
 class Floor:

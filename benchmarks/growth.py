@@ -33,14 +33,15 @@ import numpy as np
 import psutil
 import torch
 
-from lamina import __version__, backbones, data, streams
+from lamina import __version__, backbones, data
 from lamina.config import EvaluationConfig, TrainingConfig
+from lamina.data import streams
+from lamina.data.streams import Stream
 from lamina.engine.loop import Loop, Position
 from lamina.learner import Learner
 from lamina.methods import METHODS
 from lamina.report import charts
 from lamina.report.text import scaled
-from lamina.streams import Stream
 from lamina.types import Batch, Examples, Task
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,11 +19,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 
-from lamina import run
+from lamina import runs
 from lamina.compare import Study
 from lamina.compare.cells import Place
 from lamina.config import ConsolidationConfig, RunConfig
-from lamina.engine.consolidation import Memo
+from lamina.engine.consolidate import Memo
 
 Cells = list[tuple[str, RunConfig, Path]]
 """Name, settings and folder."""
@@ -42,7 +42,7 @@ def groups(study: Study) -> dict[Path, tuple[RunConfig, Cells]]:
     found: dict[Path, tuple[RunConfig, Cells]] = {}
     for row in study.grid.rows:
         for cell in study.table_cells(row):
-            config, place = run.with_whole_paths(cell.config), study.place(cell)
+            config, place = runs.with_whole_paths(cell.config), study.place(cell)
             if place.state == "done":
                 continue
             chain = chain_of(config)
@@ -56,10 +56,10 @@ def groups(study: Study) -> dict[Path, tuple[RunConfig, Cells]]:
 def work(folder: Path, chain: RunConfig, cells: Cells) -> str:
     torch.set_num_threads(1)
     if (folder / "config.json").exists():
-        run.resume(folder)
+        runs.resume(folder)
     else:
         shutil.rmtree(folder, ignore_errors=True)
-        run.create(chain, folder)
+        runs.create(chain, folder)
     by_weights: dict[str, Cells] = defaultdict(list)
     for name, config, place in cells:
         own = config.consolidation
@@ -68,7 +68,7 @@ def work(folder: Path, chain: RunConfig, cells: Cells) -> str:
         memo: Memo = {}
         for name, config, place in same:
             shutil.rmtree(Place(place).run, ignore_errors=True)
-            record = run.replay(folder, config, Place(place).run, memo)
+            record = runs.replay(folder, config, Place(place).run, memo)
             print(f"{name}: final accuracy {record['metrics']['final_accuracy']:.1%}", flush=True)
     return f"{folder.name}: {len(cells)} cells"
 

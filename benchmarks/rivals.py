@@ -40,11 +40,12 @@ from floor import quartiles
 from run import PIXELS, RANK, TARGETS, configuration, decode, say
 from torch import Tensor, nn
 
-from lamina import backbones, run
+from lamina import backbones, runs
 from lamina.backbones import Backbone
 from lamina.config import RunConfig
-from lamina.engine import optim, precision
+from lamina.engine import optim
 from lamina.engine.order import in_order, positions_of_step, steps_per_epoch
+from lamina.speed import precision
 from lamina.types import Augment, Task
 
 FULL_LR = 1e-4
@@ -68,7 +69,7 @@ class Result:
 def lamina_run(config: RunConfig, out: Path, *, method: str, wanted: Literal["fp32", "bf16"]) -> Result:
     settings = {"name": method, "rank": RANK}
     started = time.perf_counter()
-    record = run.create(config.model_copy(update={"method": settings, "precision": wanted}), out)
+    record = runs.create(config.model_copy(update={"method": settings, "precision": wanted}), out)
     total = time.perf_counter() - started
     seconds = record["cost"]["seconds"]
     return Result(
@@ -91,7 +92,7 @@ class Loop:
         backbone = backbones.load(config.backbone.name, image_size=PIXELS)
         for module in backbone.module.modules():  # transformers' model as it is, without lamina's shortcut
             module._forward_pre_hooks.clear()
-        self.stream = run.make_stream(config, run.load_data(config, backbone))
+        self.stream = runs.make_stream(config, runs.load_data(config, backbone))
         self.dtype = torch.bfloat16 if kind == "bf16" else torch.float32
         backbone.module.to(self.dtype)
         self.width, self.base = backbone.width, backbone.module

@@ -25,13 +25,14 @@ import torch
 from floor import Floor, quartiles
 from torch import nn
 
-from lamina import backbones, run
+from lamina import backbones, runs
 from lamina.adapters import LowRank
 from lamina.config import RunConfig, TrainingConfig
-from lamina.engine import optim, precision
+from lamina.engine import optim
 from lamina.learner import Learner
 from lamina.methods import METHODS
 from lamina.methods.base import Step
+from lamina.speed import precision
 from lamina.types import Batch, Task
 
 CIFAR = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "cifar100"
@@ -62,11 +63,11 @@ QUICK_ROUNDS = 7
 def configuration(method: str, per_class: int, cache: Path, **more: Any) -> RunConfig:
     """per_class: training images of each class; a fifth as many test images, as in CIFAR-100."""
     thinned = {"data.per_class": per_class, "evaluation.per_class": max(1, per_class // 5), "data.cache": str(cache)}
-    return run.load_config(None, [*({"method.name": method} | SETTINGS | thinned | more).items()])
+    return runs.load_config(None, [*({"method.name": method} | SETTINGS | thinned | more).items()])
 
 
 def decode(config: RunConfig) -> None:
-    run.load_data(config, backbones.load(config.backbone.name, image_size=PIXELS))
+    runs.load_data(config, backbones.load(config.backbone.name, image_size=PIXELS))
 
 
 def measure(config: RunConfig, out: Path) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def measure(config: RunConfig, out: Path) -> dict[str, Any]:
             say(f"run: {event.task + 1} tasks done")
 
     started = time.perf_counter()
-    record = run.create(config.model_copy(update={"precision": name}), out, watch)
+    record = runs.create(config.model_copy(update={"precision": name}), out, watch)
     total = time.perf_counter() - started - sum(aside)
     seconds = record["cost"]["seconds"]
     seconds["train"] = round(seconds["train"] - sum(aside), 3)
@@ -131,10 +132,10 @@ def stepper(method_name: str, dtype: torch.dtype, finished: int, batch: Batch, s
     generator = torch.Generator().manual_seed(0)
     for number in range(finished):
         learner.head.add(f"before-{number}", range(5))
-        for slot in learner.slots.values():
-            branch = LowRank.fresh(slot.d_out, slot.d_in, RANK, generator)
+        for site in learner.sites.values():
+            branch = LowRank.fresh(site.d_out, site.d_in, RANK, generator)
             nn.init.normal_(branch.up, std=0.01, generator=generator)
-            slot.add(f"before-{number}", branch)
+            site.add(f"before-{number}", branch)
         learner.finish(f"before-{number}")
     task = Task(name="now", classes=tuple(range(5)), train=None, val=None, test=None)  # type: ignore[arg-type]
     method = METHODS[method_name](METHODS[method_name].config_type(rank=RANK), 20)

@@ -31,10 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from lamina import backbones
 from lamina.config import TrainingConfig
 from lamina.engine import device, optim
-from lamina.engine.graphs import Gradients
 from lamina.learner import Learner
 from lamina.methods import METHODS
 from lamina.methods.base import Step
+from lamina.speed.cuda_graph import Gradients
 from lamina.types import Batch, Task
 
 RANK, TARGETS, CLASSES, PIXELS = 10, ("k", "v"), 10, 224

@@ -37,7 +37,7 @@ def column(name: str) -> dict[str, str]:
 def cell(figures: Mapping[str, Mapping[str, Any]]) -> str:
     final, forgotten = figures["final_accuracy"], figures["forgetting"]
     if final["mean"] is None:  # all tasks at once
-        final = figures["final_accuracy_weighted"]
+        final = figures["final_accuracy_micro"]
     if final["mean"] is None:
         return "–"
     spread = "" if final["std"] is None else f" ± {100 * final['std']:.1f}"

@@ -9,15 +9,15 @@ from typing import IO, Any
 
 import numpy as np
 
-from lamina import run
+from lamina import runs
 from lamina.compare.cells import Place, Process
 from lamina.config import RunConfig
-from lamina.metrics import AccuracyMatrix, summary
+from lamina.maths.metrics import AccuracyMatrix, summary
 
 
 def record_of(config: RunConfig, accuracy: float, tasks: int = 3) -> dict[str, Any]:
     """A record in which every accuracy is the same, in hundredths."""
-    tasks = 1 if config.stream.joined else config.stream.first or tasks
+    tasks = 1 if config.stream.joint else config.stream.first or tasks
     total = np.tril(np.full((tasks, tasks), 100))
     matrix = AccuracyMatrix(np.tril(np.full((tasks, tasks), round(100 * accuracy))), total)
     named = [{"name": f"task-{t}", "classes": [f"{t}"], "domain": None} for t in range(tasks)]
@@ -42,8 +42,8 @@ def record_of(config: RunConfig, accuracy: float, tasks: int = 3) -> dict[str, A
         "code": {"version": "0", "commit": None},
         "matrix": matrix.as_dict(),
         "oracle": matrix.as_dict(),
-        "task_id_accuracy": [0.5] * tasks,
-        "metrics": summary(matrix) | {"final_accuracy_oracle": accuracy, "task_id_accuracy": 0.5},
+        "task_inference_accuracy": [0.5] * tasks,
+        "metrics": summary(matrix) | {"task_aware_accuracy": accuracy, "task_inference_accuracy": 0.5},
         "cost": cost | {"stored_parameters": 3400, "memory_bytes": 0},
     }
 
@@ -74,7 +74,7 @@ class MadeUp:
     started: list[RunConfig] = field(default_factory=list)
 
     def __call__(self, place: Place, lock: IO[str]) -> Process:
-        config = run.load_config(place.config, [])
+        config = runs.load_config(place.config, [])
         self.started.append(config)
         accuracy = self.accuracy(config)
         if accuracy is None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from lamina.backbones import Backbone, ImageInput, from_module, site
-from lamina.chance import seed_of
+from lamina.backbones import Backbone, ImageInput, from_module, make_site
+from lamina.rng import seed_of
 from lamina.types import Augment, Ints, LabelledData
 
 HALF = (0.5, 0.5, 0.5)
@@ -91,7 +91,7 @@ def tiny_vit(seed: int = 0, size: int = 16, width: int = 32, blocks: int = 3, pa
 
     backbone = from_module(
         raw_vit(seed, size, width, blocks, patch),
-        [site(block, role, path.format(block)) for block in range(blocks) for role, path in VIT_PATHS.items()],
+        [make_site(block, role, path.format(block)) for block in range(blocks) for role, path in VIT_PATHS.items()],
         kind="image",
         width=width,
         features=features,
@@ -118,7 +118,7 @@ def tiny_bert(seed: int = 0, width: int = 32, blocks: int = 2, vocabulary: int =
 
     return from_module(
         raw_bert(seed, width, blocks, vocabulary),
-        [site(block, role, path.format(block)) for block in range(blocks) for role, path in BERT_PATHS.items()],
+        [make_site(block, role, path.format(block)) for block in range(blocks) for role, path in BERT_PATHS.items()],
         kind="text",
         width=width,
         features=features,
@@ -186,10 +186,10 @@ def tiny_fused_vit(seed: int = 0, size: int = 16, width: int = 32, blocks: int =
     sites = []
     for block in range(blocks):
         for i, role in enumerate(("q", "k", "v")):
-            sites.append(site(block, role, f"blocks.{block}.attn.qkv", (i * width, (i + 1) * width)))
-        sites.append(site(block, "out", f"blocks.{block}.attn.proj"))
-        sites.append(site(block, "fc1", f"blocks.{block}.mlp.fc1"))
-        sites.append(site(block, "fc2", f"blocks.{block}.mlp.fc2"))
+            sites.append(make_site(block, role, f"blocks.{block}.attn.qkv", (i * width, (i + 1) * width)))
+        sites.append(make_site(block, "out", f"blocks.{block}.attn.proj"))
+        sites.append(make_site(block, "fc1", f"blocks.{block}.mlp.fc1"))
+        sites.append(make_site(block, "fc2", f"blocks.{block}.mlp.fc2"))
     return from_module(
         timm_vit(seed, size, width, blocks),
         sites,

@@ -9,7 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "AccuracyMatrix": "lamina.metrics",
+    "AccuracyMatrix": "lamina.maths.metrics",
     "Backbone": "lamina.backbones",
     "Batch": "lamina.types",
     "Branch": "lamina.adapters",
@@ -18,7 +18,7 @@ _WHERE = {
     "LowRank": "lamina.adapters",
     "METHODS": "lamina.methods",
     "Method": "lamina.methods.base",
-    "Stream": "lamina.streams",
+    "Stream": "lamina.data.streams",
     "Task": "lamina.types",
 }
 __all__ = ["__version__", *sorted(_WHERE)]

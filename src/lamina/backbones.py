@@ -22,7 +22,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lamina.block import class_token, fuse, softmax
 from lamina.errors import BackboneError
 
 Kind = Literal["image", "text"]
@@ -46,18 +45,18 @@ class Site:
     """One of ROLES."""
     path: str
     """Path of the nn.Linear inside `Backbone.module`, for example "layers.3.attention.k_proj"."""
-    rows: tuple[int, int] | None
-    """Which output rows of that Linear, (start, stop), where several roles share one (fused qkv); None is all."""
+    outputs: tuple[int, int] | None
+    """Which output units of that Linear, (start, stop), where several roles share one (fused qkv); None is all."""
     group: str
     """Sites of one group read the same input: "block3.attention" for q, k and v; else the site's own name."""
 
 
-def site(block: int, role: str, path: str, rows: tuple[int, int] | None = None) -> Site:
+def make_site(block: int, role: str, path: str, outputs: tuple[int, int] | None = None) -> Site:
     """A Site with the usual name and group. Raises BackboneError for a role that is not one of ROLES."""
     if role not in ROLES:
         raise BackboneError(f"unknown role {role!r} for {path!r}; roles are {', '.join(ROLES)}")
     group = "attention" if role in ("q", "k", "v") else role
-    return Site(f"block{block}.{role}", block, role, path, rows, f"block{block}.{group}")
+    return Site(f"block{block}.{role}", block, role, path, outputs, f"block{block}.{group}")
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Backbone:
     pool: Pool | None = None
     """Hidden states (b, t, d) and inputs to (b, d), as `features` has it; None where it is not known, which `layered` needs."""
     fusible: bool = False
-    """Whether its blocks are among those that `lamina.block` can compute as one."""
+    """Whether its blocks are among those that `lamina.speed.fused_block` can compute as one."""
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Features (b, d) of `pixel_values` (b, c, h, w), or of `input_ids` and `attention_mask` (b, t).
@@ -140,74 +139,14 @@ class Backbone:
                 "`stages` and `pool` to from_module(), or leave consolidation.layers at 1"
             )
 
-    def below(self, inputs: Mapping[str, Tensor], block: int) -> Tensor:
-        """The hidden states (b, t, d) that this block gets; neither it nor any after it computes. Errors as `features`."""
-        found: list[Tensor] = []
-
-        def take(hidden_btd: Tensor, *_: object, **__: object) -> Tensor:
-            found.append(hidden_btd)
-            return hidden_btd
-
-        with _computing(self.module, self.stages[block + 1 :], take):
-            self.features(inputs)
-        return found[0]
-
-    def above(self, hidden_btd: Tensor, inputs: Mapping[str, Tensor], block: int) -> Tensor:
-        """Features (b, d) from what `below` gave; nothing before this block computes. inputs: for their masks and shapes."""
-        with _computing(self.module, self.stages[: block + 1], lambda *_, **__: hidden_btd):
-            return self.features(inputs)
-
     def cast(self, dtype: torch.dtype) -> None:
-        """Hold the frozen weights in this precision.
-
-        On a processor, PyTorch's fused attention is slow to differentiate in bf16 (half of a training step at 17 to 65
-        tokens), so there the attention of transformers' models is spelt out in matrix products instead, and blocks that
-        `lamina.block` knows are computed as one.
-        """
-        from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-        from transformers.masking_utils import eager_mask
-
+        """Hold the frozen weights in this precision."""
         self.module.to(dtype)
-        if isinstance(self.module, PreTrainedModel):
-            AttentionInterface.register("lamina", _spelt_out)
-            AttentionMaskInterface.register("lamina", eager_mask)
-            spelt_out = self.module.device.type == "cpu" and dtype == torch.bfloat16
-            self.module.set_attn_implementation("lamina" if spelt_out else "sdpa")
-            for path in self.stages[1:] if self.fusible else ():
-                fuse(self.module.get_submodule(path), spelt_out)
 
 
-def _spelt_out(
-    _: nn.Module,
-    query_bhne: Tensor,
-    key_bhte: Tensor,
-    value_bhte: Tensor,
-    mask_b1nt: Tensor | None,
-    *,
-    scaling: float,
-    **__: Any,
-) -> tuple[Tensor, None]:
-    """Attention softmax(scaling q k^T + mask) v, (b, n, h, e), of b batch, n queries, t tokens, h heads of width e; without
-    dropout. transformers' own ("eager") makes the scores float32 for a softmax that computes in float32 in any case: in bf16
-    that is four more passes over them, which pay where rows are short only."""
-    logits_bhnt = query_bhne @ key_bhte.mT * scaling
-    if mask_b1nt is not None:
-        logits_bhnt = logits_bhnt + mask_b1nt
-    attention_bhnt = softmax(logits_bhnt).to(value_bhte.dtype)
-    return (attention_bhnt @ value_bhte).transpose(1, 2).contiguous(), None
-
-
-@contextmanager
-def _computing(module: nn.Module, paths: Sequence[str], forward: Callable[..., Tensor]) -> Iterator[None]:
-    """While open, the parts at these paths compute this instead of what they are made for."""
-    parts = [module.get_submodule(path) for path in paths]
-    try:
-        for part in parts:
-            vars(part)["forward"] = forward
-        yield
-    finally:
-        for part in parts:
-            vars(part).pop("forward", None)
+def class_token(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    """A forward pre-hook. The feature is the class token, so after its attention the last block computes only that."""
+    return (inputs[0][:, :1],)
 
 
 # ---------------------------------------------------------------------------------------------- architectures
@@ -262,8 +201,10 @@ def _check_sites(module: nn.Module, sites: Sequence[Site]) -> None:
         )
     for s in sites:
         d_out = modules[s.path].out_features
-        if s.rows is not None and not 0 <= s.rows[0] < s.rows[1] <= d_out:
-            raise BackboneError(f"site {s.name}: rows {s.rows} are not within the {d_out} output rows of {s.path}")
+        if s.outputs is not None and not 0 <= s.outputs[0] < s.outputs[1] <= d_out:
+            raise BackboneError(
+                f"site {s.name}: outputs {s.outputs} are not within the {d_out} output units of {s.path}"
+            )
 
 
 def _features(module: nn.Module, inputs: Mapping[str, Tensor], *, names: Sequence[str], pool: Pool) -> Tensor:
@@ -326,7 +267,7 @@ def load(
     config, image, tokenizer = module.config, None, None
     blocks = config.num_hidden_layers
     sites = tuple(
-        site(block, role, f"{architecture.block.format(block)}.{part}")
+        make_site(block, role, f"{architecture.block.format(block)}.{part}")
         for block in range(blocks)
         for role, part in zip(ROLES, architecture.parts, strict=True)
     )

@@ -22,7 +22,6 @@ class Augment(NamedTuple):
 
     seed: int
     epoch: int
-    """Or view, where epochs share a few."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +36,6 @@ class Batch:
     inputs: Mapping[str, Tensor]
     labels_b: Tensor
     task: str | None = None
-    rows_b: Ints | None = None
-    """Rows of the table the inputs are from, (b,); None where they are from no table. They and the view decide the inputs
-    (padding aside), so that what was computed from them can be found again."""
-    view: int | None = None
-    """Epoch of the augmentation; None where there is none."""
 
     def __len__(self) -> int:
         return len(self.labels_b)
@@ -63,17 +57,11 @@ class Batch:
             self,
             inputs={name: value[keep_b] for name, value in self.inputs.items()},
             labels_b=self.labels_b[keep_b],
-            rows_b=None if self.rows_b is None else self.rows_b[keep_b.cpu().numpy()],
         )
 
 
 class Table(Protocol):
     """Where the inputs of a dataset lie, decoded once (pixels) or tokenised once (text)."""
-
-    @property
-    def augments(self) -> bool:
-        """Whether `augment` makes any difference to `inputs`."""
-        ...
 
     def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:
         """The inputs of these rows. With `augment`, the training transform, drawn for (seed, epoch, row); without, the
@@ -100,8 +88,6 @@ class Examples:
         return Batch(
             inputs=self.table.inputs(self.rows_n[positions], augment),
             labels_b=torch.from_numpy(self.labels_n[positions]),
-            rows_b=self.rows_n[positions],
-            view=augment.epoch if augment is not None and self.table.augments else None,
         )
 
     def lengths(self) -> Ints:

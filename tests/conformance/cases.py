@@ -18,12 +18,12 @@ import torch
 from tests.tiny import tiny_bert, tiny_fused_vit, tiny_images, tiny_texts, tiny_vit
 
 from lamina.config import EvaluationConfig, TrainingConfig
+from lamina.data.streams import PlannedTask, Scenario, Stream, class_plan, domain_plan, make_stream
 from lamina.engine import checkpoint
 from lamina.engine.loop import Interrupted, Loop
 from lamina.learner import Learner
 from lamina.methods import METHODS
 from lamina.methods.base import Method
-from lamina.streams import PlannedTask, Scenario, Stream, class_plan, domain_plan, make_stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +51,20 @@ class Case:
 
 
 def head_numbers(learner: Learner) -> int:
-    return len(learner.rows) * (learner.backbone.width + 1)
+    return len(learner.outputs) * (learner.backbone.width + 1)
 
 
 def merged_numbers(learner: Learner, rank: int) -> int:
     """A change of this rank in every map, or of full rank where that is less."""
-    return sum(min(rank, slot.d_in, slot.d_out) * (slot.d_in + slot.d_out) for slot in learner.slots.values())
+    return sum(min(rank, site.d_in, site.d_out) * (site.d_in + site.d_out) for site in learner.sites.values())
 
 
 def adapter_numbers(learner: Learner, rank: int) -> int:
-    return sum(rank * (slot.d_in + slot.d_out) for slot in learner.slots.values())
+    return sum(rank * (site.d_in + site.d_out) for site in learner.sites.values())
 
 
 def finished_numbers(learner: Learner) -> int:
-    return sum(f.up_or.numel() + f.down_ri.numel() for slot in learner.slots.values() for f in slot.finished().values())
+    return sum(f.up_or.numel() + f.down_ri.numel() for site in learner.sites.values() for f in site.finished().values())
 
 
 CASES: dict[str, Case] = {
@@ -131,16 +131,16 @@ CASES: dict[str, Case] = {
         moves=("live/.*/shared/(up|down|scale)", "head/TASK/weight", "head/TASK/bias"),
         random=True,
         stored=lambda learner, tasks: (
-            tasks * (adapter_numbers(learner, 3) + len(learner.slots)) + head_numbers(learner)
+            tasks * (adapter_numbers(learner, 3) + len(learner.sites)) + head_numbers(learner)
         ),
         remembers=False,
-        more_to_train=lambda learner: len(learner.slots),
+        more_to_train=lambda learner: len(learner.sites),
     ),
     "clora": Case(
         settings={"rank": 3},
         moves=("live/.*/shared/(a|delta|b)", "head/TASK/weight", "head/TASK/bias"),
         random=True,
-        stored=lambda learner, _: adapter_numbers(learner, 3) + 9 * len(learner.slots) + head_numbers(learner),
+        stored=lambda learner, _: adapter_numbers(learner, 3) + 9 * len(learner.sites) + head_numbers(learner),
         remembers=False,
     ),
     "olora": Case(

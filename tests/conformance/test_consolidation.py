@@ -23,26 +23,26 @@ from tests.tiny import ImageTable, TextTable
 from torch import Tensor
 
 from lamina.config import ConsolidationConfig
-from lamina.consolidate.average import weighted
 from lamina.engine import checkpoint
-from lamina.engine.consolidation import AVERAGE, change_of
+from lamina.engine.consolidate import MERGED, update_of
 from lamina.engine.loop import Loop
 from lamina.errors import BackboneError, MethodError
+from lamina.maths.merging import weighted
 from lamina.methods import METHODS
 from lamina.types import Augment, Ints
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "weighted": {"merge": "weighted"},
-    "fresh-mean": {"init": "fresh", "merge": "mean"},
-    "merged-ema": {"init": "merged", "merge": "ema"},
-    "lda-linear": {"head": "lda", "drift": "linear", "own_rank": 2},
-    "deep": {"merge": "ema", "head": "lda", "drift": "linear+local", "layers": 2},
-    "ridge-local": {"head": "ridge", "drift": "linear+local", "random_features": 32},
-    "aligned": {"merge": "ema", "head": "aligned", "drift": "linear"},
-    "both": {"merge": "ema", "drift": "random", "head": "lda+ridge", "random_features": 32},
+    "weighted": {"merging": "weighted"},
+    "fresh-mean": {"init": "fresh", "merging": "mean"},
+    "merged-ema": {"init": "merged", "merging": "ema"},
+    "lda-linear": {"classifier": "lda", "drift": "linear", "class_covariance_rank": 2},
+    "deep": {"merging": "ema", "classifier": "lda", "drift": "linear+local", "layers": 2},
+    "ridge-local": {"classifier": "ridge", "drift": "linear+local", "random_features": 32},
+    "aligned": {"merging": "ema", "classifier": "aligned", "drift": "linear"},
+    "both": {"merging": "ema", "drift": "random", "classifier": "lda+ridge", "random_features": 32},
 }
 TEXT = World("bert", "domain")
-ASKED = {"init": "chain", "merge": "none", "drift": "none", "head": "local"}
+ASKED = {"init": "chain", "merging": "none", "drift": "none", "classifier": "own"}
 on_every_method = pytest.mark.parametrize("name", sorted(METHODS))
 
 
@@ -138,13 +138,13 @@ def test_nothing_but_the_tasks_own_training_examples_is_seen_until_it_is_measure
 
 
 def spied(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """Changes of every slot when the method begins a task, and when it has ended one."""
+    """Changes of every site when the method begins a task, and when it has ended one."""
     begun: list[dict[str, Tensor]] = []
     ended: list[dict[str, Tensor]] = []
     begin, end = loop.method.begin, loop.method.end
 
     def changes() -> dict[str, Tensor]:
-        return {name: change_of(slot) for name, slot in loop.learner.slots.items()}
+        return {name: update_of(site) for name, site in loop.learner.sites.items()}
 
     monkeypatch.setattr(loop.method, "begin", lambda *args: (begun.append(changes()), begin(*args))[1])
     monkeypatch.setattr(loop.method, "end", lambda *args: (end(*args), ended.append(changes()))[0])
@@ -156,53 +156,53 @@ def spied(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict[str, T
 def test_training_starts_where_it_says_and_the_average_is_deployed(
     name: str, init: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    loop = loop_with(name, tmp_path, {"init": init, "merge": "ema", "gamma": 1.0, "floor": 0.4})
+    loop = loop_with(name, tmp_path, {"init": init, "merging": "ema", "gamma": 1.0, "floor": 0.4})
     begun, trained = spied(loop, monkeypatch)
     deployed: list[dict[str, Tensor]] = []
     end = loop.consolidation.end
 
     def note(*args: Any) -> None:
         end(*args)
-        deployed.append({n: change_of(slot) for n, slot in loop.learner.slots.items()})
+        deployed.append({n: update_of(site) for n, site in loop.learner.sites.items()})
 
     monkeypatch.setattr(loop.consolidation, "end", note)
     loop.run()
-    for slot in loop.learner.slots:
+    for site in loop.learner.sites:
         gains = [1.0, max(0.4, 1 / 2), max(0.4, 1 / 3)]
-        expected = torch.zeros_like(trained[0][slot])
+        expected = torch.zeros_like(trained[0][site])
         for t in range(3):
             starts = {
-                "chain": trained[t - 1][slot],
-                "merged": deployed[t - 1][slot],
+                "chain": trained[t - 1][site],
+                "merged": deployed[t - 1][site],
                 "fresh": torch.zeros_like(expected),
             }
             torch.testing.assert_close(
-                begun[t][slot], starts[init] if t else torch.zeros_like(expected), atol=1e-6, rtol=0
+                begun[t][site], starts[init] if t else torch.zeros_like(expected), atol=1e-6, rtol=0
             )
-            expected = expected + gains[t] * (trained[t][slot] - expected)
-            torch.testing.assert_close(deployed[t][slot], expected, atol=1e-6, rtol=1e-5)
-        assert (deployed[1][slot] - trained[1][slot]).abs().max() > 1e-5, "an average of different weights"
+            expected = expected + gains[t] * (trained[t][site] - expected)
+            torch.testing.assert_close(deployed[t][site], expected, atol=1e-6, rtol=1e-5)
+        assert (deployed[1][site] - trained[1][site]).abs().max() > 1e-5, "an average of different weights"
     if init != "merged":
         alone = make_loop(name, HOME, tmp_path / "alone", consolidation=ConsolidationConfig(init=init))
         alone.run()
-        for slot, change_oi in trained[-1].items():
-            assert torch.equal(change_of(alone.learner.slots[slot]), change_oi), "training never sees the average"
+        for site, change_oi in trained[-1].items():
+            assert torch.equal(update_of(alone.learner.sites[site]), change_oi), "training never sees the average"
 
 
 def test_a_gain_of_one_deploys_what_was_trained(tmp_path: Path):
     plain, averaged = (
         loop_with("finetune", tmp_path / "a", {}),
-        loop_with("finetune", tmp_path / "b", {"merge": "ema", "floor": 1.0}),
+        loop_with("finetune", tmp_path / "b", {"merging": "ema", "floor": 1.0}),
     )
     for loop in (plain, averaged):
         loop.run()
     assert plain.matrix.as_dict() == averaged.matrix.as_dict()
-    assert all(AVERAGE in slot.finished() for slot in averaged.learner.slots.values())
+    assert all(MERGED in site.finished() for site in averaged.learner.sites.values())
 
 
 @pytest.mark.parametrize("name", ["finetune", "inflora", "duallora", "color", "prototype"])
 def test_what_is_kept_grows_by_one_vector_per_class_and_task(name: str, tmp_path: Path):
-    loop = loop_with(name, tmp_path, {"head": "lda", "drift": "linear"})
+    loop = loop_with(name, tmp_path, {"classifier": "lda", "drift": "linear"})
     sizes: list[int] = []
     end = loop.consolidation.end
     loop.consolidation.end = lambda *args: (end(*args), sizes.append(loop.consolidation.memory_bytes))[0]  # type: ignore[method-assign, assignment]
@@ -211,13 +211,13 @@ def test_what_is_kept_grows_by_one_vector_per_class_and_task(name: str, tmp_path
     a_row_of_the_classifier = 8 * (width + 1)
     for before, after in itertools.pairwise(sizes):
         assert after - before <= rows * (8 * width + 8 + a_row_of_the_classifier)
-    assert loop.lineage[-1]["memory_bytes"] == loop.method.memory_bytes + sizes[-1]
+    assert loop.state.lineage[-1]["memory_bytes"] == loop.method.memory_bytes + sizes[-1]
 
 
 @pytest.mark.parametrize("name", ["inflora", "duallora"])
 def test_a_chain_that_was_kept_is_consolidated_without_training(name: str, tmp_path: Path):
     """To the same bits as if it had been asked for at once."""
-    way: dict[str, Any] = {"drift": "linear", "head": "lda"}
+    way: dict[str, Any] = {"drift": "linear", "classifier": "lda"}
     if name == "inflora":
         way["merge"] = "ema"
     direct = loop_with(name, tmp_path / "direct", way)
@@ -235,7 +235,7 @@ def test_a_chain_that_was_kept_is_consolidated_without_training(name: str, tmp_p
 
 
 def test_the_oracle_measures_old_rows_on_old_examples_and_only_in_a_replay(tmp_path: Path):
-    way: dict[str, Any] = {"drift": "oracle", "head": "lda"}
+    way: dict[str, Any] = {"drift": "oracle", "classifier": "lda"}
     with pytest.raises(MethodError, match="examples, which are gone"):
         loop_with("finetune", tmp_path / "direct", way)
     loop_with("finetune", tmp_path / "plain", {}, keep_chain=tmp_path / "chain").run()
@@ -254,7 +254,7 @@ def test_the_oracle_measures_old_rows_on_old_examples_and_only_in_a_replay(tmp_p
 
 @pytest.mark.parametrize(("name", "layers"), [("finetune", 1), ("inflora", 1), ("finetune", 2)])
 def test_a_unified_head_predicts_from_the_features_of_what_is_deployed(name: str, layers: int, tmp_path: Path):
-    loop = loop_with(name, tmp_path, {"head": "ncm", "merge": "ema", "layers": layers})
+    loop = loop_with(name, tmp_path, {"classifier": "ncm", "merging": "ema", "layers": layers})
     loop.run()
     assert loop.consolidation.memory["statistics/means_jd"].shape[1] == layers * loop.learner.backbone.width
     task = loop.stream[-1]
@@ -264,7 +264,7 @@ def test_a_unified_head_predicts_from_the_features_of_what_is_deployed(name: str
         scores_br = loop.consolidation.predict(loop.learner, batch).double()
         train = task.train.batch(np.arange(len(task.train)))
         train_nd = loop.learner.features(train, layers).double()
-    first = len(loop.learner.rows) - len(task.classes)
+    first = len(loop.learner.outputs) - len(task.classes)
     for position, label in enumerate(task.classes):
         mean_d = train_nd[train.labels_b == label].mean(0)
         expected_b = 2 * features_bd @ mean_d - mean_d @ mean_d
@@ -272,7 +272,7 @@ def test_a_unified_head_predicts_from_the_features_of_what_is_deployed(name: str
 
 
 def test_features_of_several_blocks_are_refused_where_there_are_none(tmp_path: Path):
-    way: dict[str, Any] = {"head": "lda", "layers": 2}
+    way: dict[str, Any] = {"classifier": "lda", "layers": 2}
     for name in ("color", "duallora"):
         with pytest.raises(MethodError, match=rf"consolidation\.layers = 2 does not go with method {name!r}"):
             loop_with(name, tmp_path, way)
@@ -321,9 +321,9 @@ def test_a_later_rate_and_self_distillation(tmp_path: Path):
     first = make_loop("finetune", HOME, tmp_path / "first")
     first.stream = first.stream.first(1)
     first.run()
-    for name, slot in slower.learner.slots.items():
+    for name, site in slower.learner.sites.items():
         torch.testing.assert_close(
-            change_of(slot), change_of(first.learner.slots[name]), atol=1e-4, rtol=0, msg="later tasks hardly move it"
+            update_of(site), update_of(first.learner.sites[name]), atol=1e-4, rtol=0, msg="later tasks hardly move it"
         )
 
 
@@ -336,7 +336,7 @@ def test_every_method_says_why_of_what_it_refuses():
 
 
 def test_the_weighted_average_is_by_sums_over_the_tasks_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    loop = loop_with("finetune", tmp_path, {"merge": "weighted", "gamma": 1.5})
+    loop = loop_with("finetune", tmp_path, {"merging": "weighted", "gamma": 1.5})
     _, trained = spied(loop, monkeypatch)
     seen: list[dict[str, Tensor]] = []
     moments = loop.learner.input_moments
@@ -345,14 +345,14 @@ def test_the_weighted_average_is_by_sums_over_the_tasks_inputs(tmp_path: Path, m
     )
     loop.run()
     assert len(seen) == len(loop.stream)
-    for name, slot in loop.learner.slots.items():
-        expected_oi, old_ii = trained[0][name], seen[0][slot.group]
+    for name, site in loop.learner.sites.items():
+        expected_oi, old_ii = trained[0][name], seen[0][site.group]
         for t in (1, 2):
-            new_ii = seen[t][slot.group]
+            new_ii = seen[t][site.group]
             expected_oi = weighted(expected_oi, trained[t][name], old_ii, new_ii, 1.5)
             old_ii = old_ii + new_ii
-        torch.testing.assert_close(change_of(slot), expected_oi, atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(loop.consolidation.memory[f"inputs/{slot.group}"], old_ii)
+        torch.testing.assert_close(update_of(site), expected_oi, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(loop.consolidation.memory[f"inputs/{site.group}"], old_ii)
     tokens = (
         seen[0]["block0.attention"].trace()
         / moments([loop.stream[0].train.batch(np.arange(4))])["block0.attention"].trace()
@@ -373,6 +373,6 @@ def test_what_is_learnt_can_be_measured_before_a_task_has_ended(task: int, tmp_p
     with pytest.raises(Stop):
         loop.run()
     for learnt in loop.stream.tasks[: task + 1]:
-        found = loop._answers(learnt)
+        found = loop._predictions(learnt)
         ended = loop.stream.tasks[: max(task, 1)]  # rows of the first task answer as the method has them
         assert set(found.classes_n) <= {label for t in ended for label in t.classes}

@@ -23,11 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lamina.config import ConsolidationConfig, MethodConfig
+from lamina.data.streams import Stream, domain_plan, make_stream
 from lamina.engine import checkpoint
 from lamina.engine.loop import Event, Loop
 from lamina.learner import Learner
 from lamina.methods import METHODS
-from lamina.streams import Stream, domain_plan, make_stream
 
 TASKS = (2, 4, 8)
 Growth = Literal["none", "constant", "linear", "bounded"]
@@ -206,7 +206,7 @@ def cost(loop: Loop, step: int) -> Cost:
     width, written = learner.backbone.width, 1  # joined
     if loop.consolidation.config.head != "local":
         width, written = loop.consolidation.memory["head/weight_jd"].shape[1], 3  # with the bias, rounded, joined
-    of_rows = len(learner.rows) * (2 * width + written)
+    of_rows = len(learner.outputs) * (2 * width + written)
     return Cost(
         branches=learner.stored_parameters() - head_numbers(learner),
         memory=method.memory_bytes,

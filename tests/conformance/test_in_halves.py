@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lamina import learner as learners
 from lamina.engine.loop import Loop
-from lamina.halves import Compute, Halves
 from lamina.methods import METHODS
+from lamina.speed.split_batch import Compute, Halves
 
 TRAINED = sorted(name for name, method in METHODS.items() if method.trains)
 GENTLE = TRAINING.model_copy(update={"optimizer": "sgd", "momentum": 0.0, "distil": 0.5})
@@ -55,7 +55,7 @@ def test_it_learns_and_answers_the_same(name: str, tmp_path: Path, halved: list[
     assert halved
     monkeypatch.setattr(learners, "SMALLEST", 10**6)
     whole = run(name, tmp_path / "whole")
-    losses = [torch.tensor([loss for _, _, loss in loop.losses]) for loop in (found, whole)]
+    losses = [torch.tensor([loss for _, _, loss in loop.state.losses]) for loop in (found, whole)]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
     assert found.matrix.as_dict() == whole.matrix.as_dict()
 

@@ -29,11 +29,12 @@ from tests.conformance.cases import (
 from torch import Tensor
 
 from lamina.engine import checkpoint
-from lamina.engine.evaluate import answers
-from lamina.engine.loop import Interrupted, Loop, Position
+from lamina.engine.evaluate import predict_all
+from lamina.engine.loop import Interrupted, Loop
 from lamina.engine.order import set_torch_seed
+from lamina.engine.state import Position
 from lamina.errors import CheckpointError, MethodError
-from lamina.head import class_scores
+from lamina.learner.head import class_scores
 from lamina.methods import METHODS
 from lamina.methods.base import SCENARIOS, describe
 from lamina.types import Batch, Examples
@@ -70,7 +71,7 @@ def trail(tmp_path_factory: pytest.TempPathFactory) -> Walks:
 
 def everything(trail: Trail) -> Batch:
     """The test examples of all tasks, as the engine would hand them over."""
-    examples = trail.stream.joined()[0].test
+    examples = trail.stream.joint()[0].test
     return examples.batch(np.arange(len(examples)))
 
 
@@ -128,7 +129,7 @@ def test_its_record_is_complete_and_plain_json(name: str):
     assert re.search(r"\b(19|20)\d\d\b", facts["venue"]), "a venue has a year"
     assert facts["scenarios"]
     assert set(facts["scenarios"]) <= set(SCENARIOS)
-    assert facts["stored_samples"] >= 0
+    assert facts["stored_examples"] >= 0
     for departure in method.paper.departures:
         assert departure.what.strip()
         for switch in (departure.switch or "").split(", "):
@@ -305,7 +306,7 @@ def test_begin_and_end_can_be_done_twice(name: str, trail: Walks, tmp_path: Path
                 loop = found.resumed(index, tmp_path / f"{number}{phase}{attempt}")
             task = found.stream[number]
             set_torch_seed(0, phase, task.name)
-            getattr(loop.method, phase)(loop.learner, task, loop._pass(phase, task))
+            getattr(loop.method, phase)(loop.learner, task, loop.pass_over(phase, task))
             results.append(loop.learner.tensors() | {f"memory/{k}": v for k, v in loop.method.memory.items()})
         first, second = results
         assert first.keys() == second.keys()
@@ -355,10 +356,10 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
 @on_every_method
 def test_a_prediction_does_not_depend_on_the_rest_of_its_batch(name: str, world: World, trail: Walks):
     found = trail(name, world)
-    examples = found.stream.joined()[0].test
+    examples = found.stream.joint()[0].test
     n = len(examples)
     together_nr = scores(found.loop, examples.batch(np.arange(n)))
-    assert together_nr.shape == (n, len(found.loop.learner.rows))
+    assert together_nr.shape == (n, len(found.loop.learner.outputs))
     assert together_nr.dtype == torch.float32
     alone_nr = torch.cat([scores(found.loop, examples.batch(np.array([i]))) for i in range(n)])
     order = np.random.default_rng(0).permutation(n)
@@ -397,8 +398,8 @@ def test_prediction_is_told_neither_the_task_nor_the_label(
         found.loop.method, "predict", lambda learner, batch: (seen.append(batch), inner(learner, batch))[1]
     )
     for task in found.stream:
-        answers(found.loop.learner, found.loop.method, task.test, whole, task.name)
-        found.loop._answers(task)
+        predict_all(found.loop.learner, found.loop.method, task.test, whole, task.name)
+        found.loop._predictions(task)
     assert len(seen) >= 2 * len(found.stream)
     assert all(batch.task is None for batch in seen)
     monkeypatch.undo()
@@ -412,14 +413,14 @@ def test_prediction_is_told_neither_the_task_nor_the_label(
 def test_answers_are_the_best_rows(name: str, world: World, trail: Walks):
     """The matrix's last row, counted again by hand from the scores; where the stream tells the task, its rows only."""
     found = trail(name, world)
-    rows = found.loop.learner.rows
+    rows = found.loop.learner.outputs
     assert [row.label for row in rows] == [label for task in found.stream for label in task.classes]
     for number, task in enumerate(found.stream):
         examples = task.test
         batch = examples.batch(np.arange(len(examples)))
         best = [rows[int(r)].label for r in scores(found.loop, batch).argmax(1)]
         with found.loop.learner.folded():
-            told_nr = found.loop.method.predict_told(found.loop.learner, batch, task.name)
+            told_nr = found.loop.method.predict_task_aware(found.loop.learner, batch, task.name)
         own = [
             max((s, row.label) for s, row in zip(line, rows, strict=True) if row.task == task.name)[1]
             for line in told_nr
@@ -428,7 +429,7 @@ def test_answers_are_the_best_rows(name: str, world: World, trail: Walks):
             answer: sum(a == b for a, b in zip(given, examples.labels_n, strict=True))
             for answer, given in (("best", best), ("own", own))
         }
-        assert found.loop.known_task.correct_ij[-1, number] == counted["own"]
+        assert found.loop.state.task_aware.correct_ij[-1, number] == counted["own"]
         assert found.loop.matrix.correct_ij[-1, number] == counted["own" if world.scenario == "task" else "best"]
 
 
@@ -443,19 +444,19 @@ def test_tasks_said_to_be_independent_train_alone_to_the_same_bits(
     found, folders = trail(name, world), {number: tmp_path / str(number) for number in range(3)}
     for number, folder in folders.items():
         alone = make_loop(name, world, folder)
-        alone.position = Position(number)
+        alone.move_to(Position(number))
         alone.run(until="end")
         before, after = (found.tensors(found.index(task=number, phase=phase)) for phase in ("train", "end"))
         assert alone.learner.trainable()
         for key, value in alone.learner.tensors().items():
             assert torch.equal(value, after["learner"][key]), f"{key} depends on what was learnt before"
-        assert alone.losses == [entry for entry in found.loop.losses if entry[0] == number]
+        assert alone.losses == [entry for entry in found.loop.state.losses if entry[0] == number]
         assert before["memory"].keys() == after["memory"].keys()
         assert all(torch.equal(value, after["memory"][key]) for key, value in before["memory"].items())
     loop = make_loop(name, world, tmp_path / "whole", trained=folders)
     loop.run()
     assert state(newest(tmp_path / "whole")) == state(found.saved[-1])
-    assert loop.clock["examples"] == found.loop.clock["examples"]
+    assert loop.state.clock.examples == found.loop.state.clock.examples
     assert loop.clock["tasks"].keys() == found.loop.clock["tasks"].keys()
 
 
@@ -484,15 +485,15 @@ def test_it_keeps_what_it_declares(name: str, world: World, trail: Walks, tmp_pa
         assert method.memory_bytes <= method.memory_bound(learner), f"memory after task {number + 1}"
         assert (method.memory_bytes > 0) == case.remembers
         assert learner.stored_parameters() == case.stored(learner, number + 1)
-        assert len(learner.rows) == sum(len(task.classes) for task in found.stream.tasks[: number + 1])
+        assert len(learner.outputs) == sum(len(task.classes) for task in found.stream.tasks[: number + 1])
         assert not any(value.requires_grad for block in learner.head.blocks for value in block.parameters())
-        after = found.loop.lineage[number]
+        after = found.loop.state.lineage[number]
         assert (after["stored_parameters"], after["memory_bytes"]) == (learner.stored_parameters(), method.memory_bytes)
 
 
 @on_every_method
 def test_every_task_trains_as_many_parameters_as_the_first_or_as_declared(name: str, trail: Walks):
-    lineage, more = trail(name, HOME).loop.lineage, CASES[name].more_to_train(trail(name, HOME).loop.learner)
+    lineage, more = trail(name, HOME).loop.state.lineage, CASES[name].more_to_train(trail(name, HOME).loop.learner)
     assert [entry["task"] for entry in lineage] == [task.name for task in stream("image", "class")]
     assert len({entry["trainable_parameters"] - number * more for number, entry in enumerate(lineage)}) == 1
     assert (lineage[0]["trainable_parameters"] > 0) == METHODS[name].trains
@@ -510,14 +511,14 @@ def test_it_works_on_a_stream_without_a_known_end(name: str, tmp_path: Path):
 def test_it_learns(name: str, trail: Walks):
     """What it was trained on, when the task is told; a method that does nothing would be at chance, one half."""
     loop, task = trail(name, HOME).loop, stream("image", "class")[-1]
-    found = answers(loop.learner, loop.method, task.train, whole, task.name)
-    assert found.correct_known_task / len(task.train) >= 0.8
+    found = predict_all(loop.learner, loop.method, task.train, whole, task.name)
+    assert found.task_aware_correct / len(task.train) >= 0.8
 
 
 @on_every_method
 def test_scores_of_classes_are_the_largest_of_their_rows(name: str, trail: Walks):
     found = trail(name, World("vit", "domain"))
-    rows, batch = found.loop.learner.rows, everything(found)
+    rows, batch = found.loop.learner.outputs, everything(found)
     scores_br = scores(found.loop, batch)
     classes = sorted({row.label for row in rows})
     by_hand = torch.stack(

@@ -19,21 +19,22 @@ from torch import Tensor
 
 from lamina.config import ConsolidationConfig
 from lamina.engine import checkpoint
-from lamina.engine.loop import Interrupted, Loop, Position
-from lamina.linalg import sorted_eigh
+from lamina.engine.loop import Interrupted, Loop
+from lamina.engine.state import Position
+from lamina.maths.linalg import sorted_eigh
 from lamina.methods import METHODS
 
 TEXT = World("bert", "domain")
 EVERY = [(name, HOME) for name in sorted(METHODS)] + [("duallora", TEXT), ("ewc", TEXT), ("taskarithmetic", TEXT)]
 AROUND: dict[str, dict[str, Any]] = {
     "weighted": {
-        "merge": "weighted",
-        "head": "lda+ridge",
+        "merging": "weighted",
+        "classifier": "lda+ridge",
         "drift": "linear+local",
         "random_features": 32,
-        "own_rank": 2,
+        "class_covariance_rank": 2,
     },
-    "merged": {"init": "merged", "merge": "ema", "head": "aligned", "drift": "random"},
+    "merged": {"init": "merged", "merging": "ema", "classifier": "aligned", "drift": "random"},
 }
 SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "inflora random": ("inflora", {"design": "random", "spectrum": "paper", "criterion": "paper"}),
@@ -71,10 +72,10 @@ def finished(name: str, world: World, folder: Path, device: Literal["cpu", "cuda
 
 
 def outcome(loop: Loop) -> dict[str, Tensor]:
-    parts = {"learner": loop.learner.tensors(), "memory": loop.method.memory, "answers": loop.last_answers}
+    parts = {"learner": loop.learner.tensors(), "memory": loop.method.memory, "answers": loop.last_predictions}
     parts["consolidation"] = loop.consolidation.memory
     found = {f"{part}/{name}": value.cpu() for part, group in parts.items() for name, value in group.items()}
-    return found | {"losses": torch.tensor([loss for _, _, loss in loop.losses], dtype=torch.float64)}
+    return found | {"losses": torch.tensor([loss for _, _, loss in loop.state.losses], dtype=torch.float64)}
 
 
 def check_same_bits(name: str, world: World, folder: Path, **how: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lamina.engine import graphs, loop
+from lamina.engine import loop
 from lamina.engine.loop import Loop
 from lamina.learner import Learner
 from lamina.methods import METHODS

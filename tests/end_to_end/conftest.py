@@ -90,10 +90,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     """A finished run on `photos`, in two tasks."""
-    from lamina import run
+    from lamina import runs
 
     out = tmp_path_factory.mktemp("runs") / "finished"
     settings = [("data.source", str(photos)), ("stream.tasks", 2), ("backbone.image_size", 32), ("threads", 1)]
     settings += [("training.epochs", 1), ("training.batch_size", 8), ("precision", "fp32"), ("checkpoint_seconds", 0)]
-    run.create(run.load_config(None, settings), out)
+    runs.create(runs.load_config(None, settings), out)
     return out

@@ -12,13 +12,13 @@ from tests.end_to_end.conftest import QUICK, Command, paint
 from tests.tiny import raw_bert
 
 from lamina import config as configuration
-from lamina import run
+from lamina import runs
 from lamina.methods import METHODS
 
 COMMANDS = ("demo", "run", "resume", "evaluate", "report", "compare", "methods", "data")
 RECORD = (
     *("format", "name", "created", "method", "config", "stream", "backbone", "machine", "code", "matrix", "oracle"),
-    *("task_id_accuracy", "metrics", "classes", "cost", "lineage", "losses", "skipped"),
+    *("task_inference_accuracy", "metrics", "classes", "cost", "lineage", "losses", "skipped"),
 )
 """The keys of results.json."""
 
@@ -77,7 +77,7 @@ def test_methods(lamina: Command) -> None:
     one = lamina("methods", "inflora").out
     for part in ("InfLoRA", "CVPR", "rank = 10", "Departures from the paper", "operations grow:"):
         assert part in one
-    assert "consolidation.head = lda" in lamina("methods", "lamina").out
+    assert "consolidation.classifier = lda" in lamina("methods", "lamina").out
     assert "Did you mean 'inflora'?" in lamina.refused("methods", "inflra")
 
 
@@ -90,7 +90,7 @@ def test_methods(lamina: Command) -> None:
         (),
         ("--method", "finetune", "--tasks", "5", "--lr", "1e-3", "--seed", "7"),
         ("--scenario", "domain", "--set", "stream.domains=[photo, sketch]", "--set", "data.crop_scale=[0.5, 1]"),
-        ("--set", "stream.scenario=mixed", "--set", "stream.plan=[{name: a, classes: ['1', '2']}]", "--joined"),
+        ("--set", "stream.scenario=mixed", "--set", "stream.plan=[{name: a, classes: ['1', '2']}]", "--joint"),
         (
             "--method",
             "inflora",
@@ -112,10 +112,10 @@ def test_printed_settings_fed_back_are_the_same(lamina: Command, tmp_path: Path,
     for text in given:
         key, _ = configuration.parse_override(text)
         assert f"{key.rpartition('.')[2]}:" in printed
-    first = run.load_config(tmp_path / "run.yaml", [])
-    changed = run.load_config(tmp_path / "run.yaml", [("seed", first.seed + 1)])
+    first = runs.load_config(tmp_path / "run.yaml", [])
+    changed = runs.load_config(tmp_path / "run.yaml", [("seed", first.seed + 1)])
     settings = METHODS[first.method["name"]].config_type
-    same = run.load_config(tmp_path / "run.yaml", [])
+    same = runs.load_config(tmp_path / "run.yaml", [])
     assert configuration.fingerprint(first, settings) == configuration.fingerprint(same, settings)
     assert configuration.fingerprint(first, settings) != configuration.fingerprint(changed, settings)
     assert not (tmp_path / "runs").exists(), "printing runs nothing"
@@ -125,7 +125,7 @@ def test_flags_go_over_the_file_and_set_over_flags(lamina: Command, tmp_path: Pa
     (tmp_path / "run.yaml").write_text("training:\n  lr: 1\n  epochs: 3\nmethod: finetune\nseed: 5\n")
     printed = lamina("run", "run.yaml", "--lr", "2", "--set", "training.lr=3", "--seed", "6", "--print-config").out
     (tmp_path / "all.yaml").write_text(printed)
-    found = run.load_config(tmp_path / "all.yaml", [])
+    found = runs.load_config(tmp_path / "all.yaml", [])
     assert (found.training.lr, found.training.epochs, found.seed) == (3, 3, 6)
     assert found.method["name"] == "finetune"
 
@@ -263,7 +263,7 @@ def test_a_stream_of_texts(lamina: Command, tmp_path: Path) -> None:
 def test_long_decoding_is_told(lamina: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paint(tmp_path / "photos", 2, 6)
     told = []
-    monkeypatch.setattr("lamina.progress.Watcher.__call__", lambda _, stream, event: told.append((stream, event)))
+    monkeypatch.setattr("lamina.cli.progress.Watcher.__call__", lambda _, stream, event: told.append((stream, event)))
     assert lamina("run", "--data", "photos", "--tasks", 2, "--out", "run", *QUICK).code == 0
     loading = [event.done for stream, event in told if stream is None and event.phase == "load"]
     assert loading

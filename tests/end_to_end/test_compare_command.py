@@ -19,7 +19,7 @@ from tests.end_to_end.test_command import assert_self_contained
 from tests.faults.processes import finish, kill_all, start
 from tests.grids import Ended, Told, write_grid
 
-from lamina import run
+from lamina import runs
 from lamina.compare import Study
 from lamina.compare.cells import Place, Process
 
@@ -117,12 +117,12 @@ def test_killed_and_given_again(lamina: Command, tmp_path: Path) -> None:
     (tmp_path / "page.md").unlink()
     record = json.loads((tmp_path / "runs" / "grid" / "table.json").read_text())
     cell = Path(next(r["runs"][1]["cell"] for r in record["streams"][0]["rows"] if r["name"] == "finetune"))
-    whole = run.create(run.load_config(cell / "config.yaml", []), tmp_path / "whole")
+    whole = runs.create(runs.load_config(cell / "config.yaml", []), tmp_path / "whole")
     assert json.loads((cell / "run" / "results.json").read_text())["matrix"] == whole["matrix"]
 
 
 def in_this_process(place: Place, lock: IO[str]) -> Process:
-    run.create(run.load_config(place.config, []), place.run)
+    runs.create(runs.load_config(place.config, []), place.run)
     return Ended(0)
 
 

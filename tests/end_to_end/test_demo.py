@@ -46,7 +46,7 @@ def test_demo_shows_forgetting_and_its_cure(lamina: Command, tmp_path: Path) -> 
 
 
 def test_the_table_fits_a_narrow_terminal_however_long_a_run_was(capsys: pytest.CaptureFixture[str]) -> None:
-    names = ("final_accuracy", "average_accuracy", "forgetting", "final_accuracy_oracle")
+    names = ("final_accuracy", "average_accuracy", "forgetting", "task_aware_accuracy")
     cost = {"seconds": {"total": 123456.7}, "trainable_parameters": 123456}
     cli._table([{"name": "prototype", "metrics": dict.fromkeys(names, 1.0), "cost": cost}])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]

@@ -207,7 +207,7 @@ def assert_same_bits(out: Path, reference: Path) -> None:
     for name in LEARNT:
         assert (newest(out) / name).read_bytes() == (newest(reference) / name).read_bytes(), f"{name} differs"
     record, expected = (json.loads((path / "results.json").read_text()) for path in (out, reference))
-    for key in ("matrix", "oracle", "metrics", "losses", "classes", "task_id_accuracy"):
+    for key in ("matrix", "oracle", "metrics", "losses", "classes", "task_inference_accuracy"):
         assert record[key] == expected[key]
     assert (out / "report.html").is_file()
 

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 from tests.faults.processes import Lamina, assert_same_bits, finish, newest, small_run, start
 
-from lamina import parallel, run
+from lamina import runs
 from lamina.engine.loop import Event, Interrupted
 from lamina.errors import RunError
+from lamina.runs import side_by_side
 
 SMALLER: dict[str, Any] = {
     "stream.tasks": 2,
@@ -45,14 +46,14 @@ def photos(tmp_path: Path) -> Path:
 def position_of(out: Path, number: int) -> tuple[str, int]:
     """Phase and step of the newest state that the process of a task has saved."""
     try:
-        position = json.loads((newest(parallel.place(out, number)) / "state.json").read_text())["position"]
+        position = json.loads((newest(side_by_side.place(out, number)) / "state.json").read_text())["position"]
     except (FileNotFoundError, ValueError):  # none yet, or it went while it was read
         return "nothing", 0
     return position["phase"], position["step"]
 
 
 def process_of(out: Path, number: int) -> int:
-    found = re.search(r"process (\d+)", (parallel.place(out, number) / "lock").read_text())
+    found = re.search(r"process (\d+)", (side_by_side.place(out, number) / "lock").read_text())
     assert found is not None
     return int(found[1])
 
@@ -62,7 +63,7 @@ def test_one_of_two_processes_killed(tmp_path: Path, photos: Path, monkeypatch: 
     out, whole = tmp_path / "run", tmp_path / "whole"
     given = [("method", {"name": "taskarithmetic", "memory_per_class": 0}), ("data.source", str(photos))]
     given += SMALLER.items()
-    run.create(run.load_config(None, given), whole)
+    runs.create(runs.load_config(None, given), whole)
     halted: list[int] = []
 
     def strike(_: object, event: Event) -> None:
@@ -75,16 +76,16 @@ def test_one_of_two_processes_killed(tmp_path: Path, photos: Path, monkeypatch: 
             os.kill(halted[0], signal.SIGKILL)
 
     with pytest.raises(RunError, match="'task-01' ended early: it was killed by SIGKILL"):
-        run.create(run.load_config(None, [*given, ("jobs", 2)]), out, strike)
+        runs.create(runs.load_config(None, [*given, ("jobs", 2)]), out, strike)
     left = position_of(out, 0)
     assert left[0] == "train"
 
     with pytest.raises(Interrupted):  # as in a process whose run is gone
-        run.train_task(out, 0, parent=-1, watch=lambda *_: None)
+        runs.train_task(out, 0, parent=-1, watch=lambda *_: None)
     assert position_of(out, 0) == left
 
     told: list[Event] = []
-    record = run.resume(out, lambda _, event: told.append(event))
+    record = runs.resume(out, lambda _, event: told.append(event))
     assert {(e.done, e.total) for e in told if e.phase == "parallel"} == {(1, 2), (2, 2)}
     assert not [e for e in told if e.at_work and "task-02" in e.at_work], "what is trained is not trained again"
     assert_same_bits(out, whole)
@@ -108,7 +109,7 @@ def test_the_run_itself_killed_and_stopped(tmp_path: Path, unbroken: Callable[[s
     out = tmp_path / "run"
     process = start(*small_run(out, method, jobs=2, checkpoint_seconds=0))
     wait_until(process, lambda: steps_saved(out) > 0)
-    workers = [process_of(out, n) for n in range(2) if (parallel.place(out, n) / "lock").exists()]
+    workers = [process_of(out, n) for n in range(2) if (side_by_side.place(out, n) / "lock").exists()]
     process.kill()
     assert finish(process)[0] == -signal.SIGKILL
     deadline = time.monotonic() + 60

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamina.consolidate.average import exponential, gain, share, weighted
+from lamina.maths.merging import exponential, gain, share, weighted
 
 OUT, IN = 3, 5
 

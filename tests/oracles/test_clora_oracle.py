@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from lamina.adapters import AdaptedLinear, LowRank
 from lamina.config import EvaluationConfig, TrainingConfig
+from lamina.data.streams import class_plan, make_stream
 from lamina.engine.loop import Loop
 from lamina.errors import MethodError
 from lamina.learner import Learner
 from lamina.methods.base import local_cross_entropy
 from lamina.methods.clora import SHARED, CLoRA, CLoRAConfig, Routed, column_space, kept_out, overlap, parts_of
-from lamina.streams import class_plan, make_stream
 
 TRAINING = TrainingConfig(epochs=2, batch_size=16, lr=0.02, head_lr=0.05, schedule="constant")
 RANK = 3
 
 
 class Watched(CLoRA):
-    """Keeps a copy of every slot's parts: as a task begins, after every step, and before and after a task ends."""
+    """Keeps a copy of every site's parts: as a task begins, after every step, and before and after a task ends."""
 
     def __init__(self, config: CLoRAConfig) -> None:
         super().__init__(config)
@@ -52,8 +52,8 @@ class Watched(CLoRA):
 
 def copied(learner: Learner) -> dict[str, dict[str, np.ndarray]]:
     return {
-        name: {part: value.detach().double().numpy() for part, value in parts_of(slot.live()[SHARED]).items()}
-        for name, slot in learner.slots.items()
+        name: {part: value.detach().double().numpy() for part, value in parts_of(site.live()[SHARED]).items()}
+        for name, site in learner.sites.items()
     }
 
 
@@ -80,7 +80,7 @@ def begun(folder: Path, **settings: Any) -> Loop:
     """At the start of the first task."""
     loop = make_loop(folder, **settings)
     torch.manual_seed(0)
-    loop.method.begin(loop.learner, loop.stream[0], loop._pass("begin", loop.stream[0]))
+    loop.method.begin(loop.learner, loop.stream[0], loop.pass_over("begin", loop.stream[0]))
     return loop
 
 
@@ -89,11 +89,11 @@ def amid_second_task(folder: Path, **settings: Any) -> Loop:
     loop = begun(folder, **settings)
     for number in range(2):
         if number:
-            loop.method.end(loop.learner, loop.stream[0], loop._pass("end", loop.stream[0]))
-            loop.method.begin(loop.learner, loop.stream[1], loop._pass("begin", loop.stream[1]))
-        for name, slot in loop.learner.slots.items():
+            loop.method.end(loop.learner, loop.stream[0], loop.pass_over("end", loop.stream[0]))
+            loop.method.begin(loop.learner, loop.stream[1], loop.pass_over("begin", loop.stream[1]))
+        for name, site in loop.learner.sites.items():
             with torch.no_grad():
-                parts_of(slot.live()[SHARED])["delta"].copy_(noise((RANK, RANK), "delta", number, name))
+                parts_of(site.live()[SHARED])["delta"].copy_(noise((RANK, RANK), "delta", number, name))
     return loop
 
 
@@ -229,15 +229,15 @@ def test_the_loss_is_cross_entropy_and_the_overlap_of_all_maps(tmp_path: Path, s
     task = loop.stream[1]
     batch = task.train.batch(np.arange(8))
     found = loop.method.loss(loop.learner, batch, task) - local_cross_entropy(loop.learner, batch, task)
-    routings = [(slot["old" if stop else "begun"], slot["delta"]) for slot in copied(loop.learner).values()]
+    routings = [(site["old" if stop else "begun"], site["delta"]) for site in copied(loop.learner).values()]
     assert len(routings) == 4
     assert found.item() == pytest.approx(0.7 * sum(overlap_by_hand(*pair, sides) for pair in routings), rel=1e-4)
 
 
 def test_the_penalty_moves_only_the_new_routing(tmp_path: Path):
     loop = amid_second_task(tmp_path)
-    for name, slot in loop.learner.slots.items():
-        adapter = slot.live()[SHARED]
+    for name, site in loop.learner.sites.items():
+        adapter = site.live()[SHARED]
         given = parts_of(adapter)
         overlap(given["old"], given["delta"], "two").backward()
         assert adapter.trained()["delta"].grad.abs().max() > 0, name
@@ -273,7 +273,7 @@ def test_routings_add_up_and_the_folded_weight_is_the_sum(tmp_path: Path, stop: 
     loop = make_loop(tmp_path, stop_gradient=stop, start=start)
     loop.run()
     method, old = loop.method, "old" if stop else "begun"
-    for name, slot in loop.learner.slots.items():
+    for name, site in loop.learner.sites.items():
         deltas = [trained[name]["delta"] for trained in method.trained]
         assert all(np.abs(delta_rr).max() > 1e-3 for delta_rr in deltas)
         for number in range(3):
@@ -286,32 +286,32 @@ def test_routings_add_up_and_the_folded_weight_is_the_sum(tmp_path: Path, stop: 
                 np.array_equal(step[name][old], method.begun[number][name][old]) for step in method.steps[number]
             )
         last = method.trained[-1][name]
-        weight_oi = slot.layer.base_oi.double().numpy() + last["a"] @ sum(deltas) @ last["b"]
+        weight_oi = site.layer.base_oi.double().numpy() + last["a"] @ sum(deltas) @ last["b"]
         with loop.learner.folded():
-            np.testing.assert_allclose(slot.layer.weight_oi, weight_oi, atol=1e-5)
+            np.testing.assert_allclose(site.layer.weight_oi, weight_oi, atol=1e-5)
 
 
 def test_its_size_does_not_depend_on_the_number_of_tasks(tmp_path: Path):
     loop = make_loop(tmp_path)
     loop.run()
-    slots, head = loop.learner.slots.values(), 2 * (32 + 1)
-    factors = sum((slot.d_in + slot.d_out) * RANK + RANK**2 for slot in slots)
-    assert [entry["stored_parameters"] for entry in loop.lineage] == [factors + t * head for t in (1, 2, 3)]
-    assert [entry["trainable_parameters"] for entry in loop.lineage] == [factors + head] * 3
-    assert [entry["memory_bytes"] for entry in loop.lineage] == [0] * 3
+    sites, head = loop.learner.sites.values(), 2 * (32 + 1)
+    factors = sum((site.d_in + site.d_out) * RANK + RANK**2 for site in sites)
+    assert [entry["stored_parameters"] for entry in loop.state.lineage] == [factors + t * head for t in (1, 2, 3)]
+    assert [entry["trainable_parameters"] for entry in loop.state.lineage] == [factors + head] * 3
+    assert [entry["memory_bytes"] for entry in loop.state.lineage] == [0] * 3
 
 
 def test_the_end_of_a_task_changes_no_weight(tmp_path: Path):
     loop = amid_second_task(tmp_path)
     before = folded_weights(loop.learner)
-    loop.method.end(loop.learner, loop.stream[1], loop._pass("end", loop.stream[1]))
+    loop.method.end(loop.learner, loop.stream[1], loop.pass_over("end", loop.stream[1]))
     for name, weight_oi in folded_weights(loop.learner).items():
         torch.testing.assert_close(weight_oi, before[name], atol=1e-5, rtol=1e-5)
 
 
 def folded_weights(learner: Learner) -> dict[str, Tensor]:
     with learner.folded():
-        return {name: slot.layer.weight_oi.clone() for name, slot in learner.slots.items()}
+        return {name: site.layer.weight_oi.clone() for name, site in learner.sites.items()}
 
 
 # ------------------------------------------------------------------------------------------- starts and variants
@@ -336,8 +336,8 @@ def test_the_first_step_moves_the_routing_only(tmp_path: Path):
 
 def test_the_other_start_is_that_of_lora(tmp_path: Path):
     loop = begun(tmp_path, start="lora")
-    for slot in loop.learner.slots.values():
-        ours = slot.live()[SHARED]
+    for site in loop.learner.sites.values():
+        ours = site.live()[SHARED]
         plain = LowRank(trained={"up": ours.trained()["a"], "down": ours.trained()["b"]})
         outputs = []
         for adapter in (ours, plain):
@@ -362,9 +362,9 @@ def test_a_and_b_learn_only_as_long_as_they_are_meant_to(tmp_path: Path, shared:
                 moved = not np.array_equal(method.ended[number][name][part], start[part])
                 assert moved == (number < moving), f"{part} of {name} in task {number + 1}"
             assert method.trained[number][name]["delta"].any()
-    per_slot = [slot.d_in * RANK + slot.d_out * RANK for slot in loop.learner.slots.values()]
+    per_slot = [site.d_in * RANK + site.d_out * RANK for site in loop.learner.sites.values()]
     fixed = len(per_slot) * RANK**2 + 2 * (32 + 1)
-    assert [entry["trainable_parameters"] for entry in loop.lineage] == [
+    assert [entry["trainable_parameters"] for entry in loop.state.lineage] == [
         fixed + (sum(per_slot) if number < moving else 0) for number in range(3)
     ]
 
@@ -386,38 +386,38 @@ def test_the_hard_projection_leaves_no_overlap_after_any_step(tmp_path: Path, si
 
     def end_with_rank_one(learner: Learner, task: Any, batches: Any) -> None:
         if task is loop.stream[0]:
-            for name, slot in learner.slots.items():
+            for name, site in learner.sites.items():
                 with torch.no_grad():
                     column_r, row_r = noise((RANK,), "column", name), noise((RANK,), "row", name)
-                    parts_of(slot.live()[SHARED])["delta"].copy_(torch.outer(column_r, row_r))
+                    parts_of(site.live()[SHARED])["delta"].copy_(torch.outer(column_r, row_r))
         end(learner, task, batches)
 
     method.end = end_with_rank_one  # type: ignore[method-assign]
     loop.run()
     assert len(method.steps[1]) >= 4
     for step in method.steps[1]:
-        for name, slot in step.items():
-            sizes = np.linalg.norm(slot["old"]) * np.linalg.norm(slot["delta"])
-            assert np.linalg.norm(slot["delta"]) > 1e-3, name
-            assert np.abs(slot["old"].T @ slot["delta"]).max() < 1e-6 * sizes
-            assert (np.abs(slot["old"] @ slot["delta"].T).max() < 1e-6 * sizes) == (sides == "two")
+        for name, site in step.items():
+            sizes = np.linalg.norm(site["old"]) * np.linalg.norm(site["delta"])
+            assert np.linalg.norm(site["delta"]) > 1e-3, name
+            assert np.abs(site["old"].T @ site["delta"]).max() < 1e-6 * sizes
+            assert (np.abs(site["old"] @ site["delta"].T).max() < 1e-6 * sizes) == (sides == "two")
 
 
 def test_once_the_old_routing_is_of_full_rank_the_hard_projection_leaves_nothing(tmp_path: Path):
     method = run(tmp_path, tasks=2, projection=1.0)
-    for name, slot in method.trained[1].items():
-        assert np.linalg.matrix_rank(slot["old"]) == RANK
-        assert np.abs(slot["delta"]).max() < 1e-6, name
+    for name, site in method.trained[1].items():
+        assert np.linalg.matrix_rank(site["old"]) == RANK
+        assert np.abs(site["delta"]).max() < 1e-6, name
 
 
 def test_the_projection_keeps_out_of_the_main_directions(tmp_path: Path):
     method = run(tmp_path, tasks=2, projection=0.6)
-    for slot in method.trained[1].values():
-        vectors_rr, values_r, _ = np.linalg.svd(slot["old"])
+    for site in method.trained[1].values():
+        vectors_rr, values_r, _ = np.linalg.svd(site["old"])
         count = next(k for k in range(1, RANK + 1) if (values_r[:k] ** 2).sum() >= 0.6 * (values_r**2).sum())
-        assert np.abs(vectors_rr[:, :count].T @ slot["delta"]).max() < 1e-6
+        assert np.abs(vectors_rr[:, :count].T @ site["delta"]).max() < 1e-6
         if count < RANK:
-            assert np.abs(slot["delta"]).max() > 1e-3
+            assert np.abs(site["delta"]).max() > 1e-3
 
 
 def test_the_column_space_is_counted_to_rounding_and_by_energy():

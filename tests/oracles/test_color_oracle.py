@@ -12,11 +12,11 @@ from tests.tiny import tiny_bert, tiny_fused_vit, tiny_images, tiny_texts, tiny_
 
 from lamina.backbones import Backbone
 from lamina.config import EvaluationConfig, TrainingConfig
+from lamina.data.streams import domain_plan, make_stream
 from lamina.engine.loop import Loop
-from lamina.head import class_scores
 from lamina.learner import Learner
+from lamina.learner.head import class_scores
 from lamina.methods.color import CoLoR, CoLoRConfig, nearest_task
-from lamina.streams import domain_plan, make_stream
 from lamina.types import Batch, Task
 
 MAKERS = {"vit": tiny_vit, "fused": tiny_fused_vit, "bert": tiny_bert}
@@ -35,7 +35,7 @@ class Watched(CoLoR):
         super().end(learner, task, batches)
         learnt = self.tasks[: len(learner.head.tasks)]
         with learner.folded():
-            self.told.append([self.predict_told(learner, whole(t), t.name) for t in learnt])
+            self.told.append([self.predict_task_aware(learner, whole(t), t.name) for t in learnt])
 
 
 def whole(task: Task) -> Batch:
@@ -62,11 +62,11 @@ def run(folder: Path, kind: str = "vit", **settings: object) -> Loop:
 def plain_model(kind: str, learner: Learner, task: str | None) -> Backbone:
     """The pre-trained model, its weights plus the changes of one task's expert."""
     made = MAKERS[kind](blocks=2)
-    for slot in learner.slots.values():
+    for site in learner.sites.values():
         if task is not None:
-            expert = slot.finished()[task]
-            weight_oi = made.module.get_submodule(slot.site.path).weight.data
-            weight_oi[slot.rows.start : slot.rows.stop] += expert.up_or @ expert.down_ri
+            expert = site.finished()[task]
+            weight_oi = made.module.get_submodule(site.where.path).weight.data
+            weight_oi[site.outputs.start : site.outputs.stop] += expert.up_or @ expert.down_ri
     return made
 
 
@@ -93,7 +93,7 @@ def answer(kind: str, loop: Loop, inputs: dict[str, torch.Tensor]) -> tuple[str,
 
 def mixed(loop: Loop) -> Batch:
     """Test examples of all tasks, in no order of tasks."""
-    examples = loop.stream.joined()[0].test
+    examples = loop.stream.joint()[0].test
     return examples.batch(np.random.default_rng(0).permutation(len(examples)))
 
 
@@ -118,7 +118,7 @@ def test_predictions_are_those_of_one_plain_model_per_input(kind: str, distance:
         np.testing.assert_allclose(scores_br[b].numpy(), expected_r, atol=2e-5, rtol=1e-4)
         taken.append(task)
     assert len(set(taken)) >= 2, "the batch must mix experts"
-    finite_b = class_scores(scores_br, loop.learner.rows, [0, 1]).isfinite().all(1)
+    finite_b = class_scores(scores_br, loop.learner.outputs, [0, 1]).isfinite().all(1)
     assert finite_b.all(), "every class has a row in every task of this stream"
 
 
@@ -170,10 +170,10 @@ def test_an_expert_at_work_is_not_disturbed_by_a_live_branch(tmp_path: Path):
     learner, method, batch = loop.learner, loop.method, mixed(loop)
     with torch.no_grad():
         before_br = method.predict(learner, batch)
-    for slot in learner.slots.values():
-        branch = type(method).branch_type.fresh(slot.d_out, slot.d_in, 2, torch.Generator().manual_seed(0))
+    for site in learner.sites.values():
+        branch = type(method).branch_type.fresh(site.d_out, site.d_in, 2, torch.Generator().manual_seed(0))
         branch.up.data.fill_(1.0)
-        slot.add("live", branch)
+        site.add("live", branch)
     learner.head.add("live", [0, 1])
     with torch.no_grad():
         apart_br = method.predict(learner, batch)

@@ -14,14 +14,15 @@ import pytest
 import torch
 from tests.tiny import noise, tiny_bert, tiny_fused_vit, tiny_images, tiny_texts, tiny_vit
 
-from lamina import attention
 from lamina.adapters import Mixture
 from lamina.backbones import Backbone
 from lamina.config import EvaluationConfig, TrainingConfig
+from lamina.data.streams import class_plan, make_stream
 from lamina.engine.loop import Loop
 from lamina.errors import MethodError
 from lamina.learner import Learner
-from lamina.linalg import remove_span
+from lamina.maths import attention
+from lamina.maths.linalg import remove_span
 from lamina.methods.base import Step
 from lamina.methods.duallora import (
     DualLoRA,
@@ -32,7 +33,6 @@ from lamina.methods.duallora import (
     residual,
     watchers,
 )
-from lamina.streams import class_plan, make_stream
 from lamina.types import Batch
 
 MAKERS = {"vit": tiny_vit, "fused": tiny_fused_vit, "bert": tiny_bert}
@@ -210,22 +210,22 @@ def run(folder: Path, kind: str = "vit", *, watch: Callable[[Loop], None] | None
 
 
 def everything(loop: Loop) -> Batch:
-    examples = loop.stream.joined()[0].test
+    examples = loop.stream.joint()[0].test
     return examples.batch(np.arange(len(examples)))
 
 
 def submodule(model: Backbone, site) -> tuple[torch.Tensor, slice]:
     linear = model.module.get_submodule(site.path)
-    return linear, slice(*site.rows) if site.rows else slice(None)
+    return linear, slice(*site.outputs) if site.outputs else slice(None)
 
 
 def plain_model(kind: str, learner: Learner, gains: dict[str, list[float]], tasks: list[str]) -> Backbone:
-    """The pre-trained model plus every O, plus each task's R times its gain in each slot."""
+    """The pre-trained model plus every O, plus each task's R times its gain in each site."""
     made = MAKERS[kind](blocks=BLOCKS)
-    for slot in learner.slots.values():
-        linear, rows = submodule(made, slot.site)
-        for task, gain in zip(tasks, gains.get(slot.name, [0.0] * len(tasks)), strict=True):
-            parts = slot.finished()
+    for site in learner.sites.values():
+        linear, rows = submodule(made, site.where)
+        for task, gain in zip(tasks, gains.get(site.name, [0.0] * len(tasks)), strict=True):
+            parts = site.finished()
             for name, scale in ((orthogonal(task), 1.0), (residual(task), gain)):
                 if name in parts:
                     linear.weight.data[rows] += scale * parts[name].up_or @ parts[name].down_ri
@@ -271,7 +271,7 @@ def gains_from(near_j: list[float], shares_j2: np.ndarray, reading: str) -> list
 
 
 def answer(kind: str, loop: Loop, inputs: dict) -> tuple[np.ndarray, dict[str, list[float]]]:
-    """Scores (r,) of one input, and the gains it met, slot by slot in the order of the network."""
+    """Scores (r,) of one input, and the gains it met, site by site in the order of the network."""
     learner, memory, config = loop.learner, loop.method.memory, loop.method.config
     tasks, gains, relative = [task.name for task in loop.stream], {}, []
     mask_t = inputs["attention_mask"][0].numpy() if kind == "bert" else None
@@ -331,8 +331,8 @@ def test_told_the_task_its_residual_counts_in_full_and_no_other(reading: str, tm
     batch, tasks = everything(loop), [task.name for task in loop.stream]
     for j, task in enumerate(tasks):
         with loop.learner.folded():
-            told_br = loop.method.predict_told(loop.learner, batch, task)
-        alone = {name: [float(i == j) for i in range(3)] for name in loop.learner.slots}
+            told_br = loop.method.predict_task_aware(loop.learner, batch, task)
+        alone = {name: [float(i == j) for i in range(3)] for name in loop.learner.sites}
         with torch.no_grad():
             features_bd = plain_model("vit", loop.learner, alone, tasks).features(batch.inputs)
         torch.testing.assert_close(told_br, loop.learner.head(features_bd), atol=2e-5, rtol=1e-4)
@@ -344,14 +344,14 @@ def test_with_gains_of_one_residuals_are_summed_and_with_zero_only_o_is_left(
 ):
     loop = run(tmp_path)
     batch, tasks = everything(loop), [task.name for task in loop.stream]
-    monkeypatch.setattr(loop.method, "gains", lambda slot, near_bj: torch.full_like(near_bj, gain))
+    monkeypatch.setattr(loop.method, "gains", lambda site, near_bj: torch.full_like(near_bj, gain))
     with loop.learner.folded():
         scores_br = loop.method.predict(loop.learner, batch)
     with torch.no_grad():
-        model = plain_model("vit", loop.learner, dict.fromkeys(loop.learner.slots, [gain] * 3), tasks)
+        model = plain_model("vit", loop.learner, dict.fromkeys(loop.learner.sites, [gain] * 3), tasks)
         expected_br = loop.learner.head(model.features(batch.inputs))
         other_br = loop.learner.head(
-            plain_model("vit", loop.learner, dict.fromkeys(loop.learner.slots, [1 - gain] * 3), tasks).features(
+            plain_model("vit", loop.learner, dict.fromkeys(loop.learner.sites, [1 - gain] * 3), tasks).features(
                 batch.inputs
             )
         )
@@ -364,9 +364,9 @@ def test_after_every_step_o_does_not_touch_what_is_kept(kind: str, tmp_path: Pat
     seen: list[float] = []
 
     def watch(loop: Loop) -> None:
-        for name, slot in loop.learner.slots.items():
+        for name, site in loop.learner.sites.items():
             bases_dk = loop.method.memory.get(f"{name}/bases", torch.zeros(32, 0))
-            for task, branch in slot.live().items():
+            for task, branch in site.live().items():
                 if task.startswith("orthogonal:") and bases_dk.shape[1]:
                     up_or, down_ri = (factor.detach().double() for factor in branch.factors())
                     touched = bases_dk.T.double() @ up_or if name.endswith("k") else down_ri @ bases_dk.double()
@@ -382,12 +382,12 @@ def test_after_every_step_o_does_not_touch_what_is_kept(kind: str, tmp_path: Pat
 @every_backbone
 def test_where_residuals_live(kind: str, reading: str, tmp_path: Path):
     loop = run(tmp_path, kind, residual=reading)
-    for name, slot in loop.learner.slots.items():
+    for name, site in loop.learner.sites.items():
         bases_dk, sizes = loop.method.memory[f"{name}/bases"].double(), loop.method.memory[f"{name}/sizes"].tolist()
         starts, blocks = np.cumsum([0, *sizes]), HEADS if name.endswith("k") else 1
-        assert (residual("task-01") in slot.finished()) == (reading == "own")
+        assert (residual("task-01") in site.finished()) == (reading == "own")
         for j in (1, 2):
-            part = slot.finished()[residual(f"task-{j + 1:02d}")]
+            part = site.finished()[residual(f"task-{j + 1:02d}")]
             change_oi = (part.up_or @ part.down_ri).double()
             change_do = change_oi if name.endswith("k") else change_oi.T
             assert change_do.abs().max() > 1e-3
@@ -467,11 +467,11 @@ def test_experts_on_the_keys_count_in_what_the_values_are_asked_for(kind: str):
     learner = Learner(MAKERS[kind](blocks=1), ("k", "v"))
     data = (tiny_texts if kind == "bert" else tiny_images)(12)
     batch = Batch(inputs=data.table.inputs(np.arange(6), None), labels_b=torch.zeros(6))
-    slot = learner.slots["block0.k"]
+    site = learner.sites["block0.k"]
     ups_jor, downs_jrd, gains_bj = noise((2, 32, 3), "u"), 0.3 * noise((2, 3, 32), "d"), noise((6, 2), "g").abs()
-    slot.layer.mixtures["k"] = Mixture(slot.rows, ups_jor, downs_jrd, lambda x: gains_bj)
+    site.layer.mixtures["k"] = Mixture(site.outputs, ups_jor, downs_jrd, lambda x: gains_bj)
     DualLoRA(DualLoRAConfig(residual="none")).begin(learner, _task(), lambda *, augmented: iter(()))
-    for live in slot.live().values():
+    for live in site.live().values():
         live.up.data.copy_(noise((32, 10), "live"))
     shown: dict[str, torch.Tensor] = {}
     kept: dict[str, torch.Tensor] = {}
@@ -479,14 +479,14 @@ def test_experts_on_the_keys_count_in_what_the_values_are_asked_for(kind: str):
     for role in "qk":
         site = next(s for s in learner.backbone.sites if s.role == role)
         linear = learner.backbone.module.get_submodule(site.path)
-        rows = slice(*site.rows) if site.rows else slice(None)
+        rows = slice(*site.outputs) if site.outputs else slice(None)
         handles.append(
             linear.register_forward_hook(
                 lambda _, x, y, role=role, rows=rows: kept.update({role: y[..., rows], "x": x[0]})
             )
         )
     with (
-        learner.watching(watchers(learner, batch, lambda s, probes: shown.update({s.site.role: probes}))),
+        learner.watching(watchers(learner, batch, lambda s, probes: shown.update({s.role: probes}))),
         torch.no_grad(),
     ):
         learner.features(batch)

@@ -15,13 +15,13 @@ import pytest
 import torch
 from tests.tiny import noise, tiny_bert, tiny_fused_vit, tiny_images, tiny_texts, tiny_vit
 
-from lamina.chance import seed_of, uniform
 from lamina.config import EvaluationConfig, TrainingConfig
+from lamina.data.streams import Stream, class_plan, domain_plan, make_stream
 from lamina.engine.loop import Loop
 from lamina.learner import Learner
 from lamina.methods.ewc import EWC, SHARED, EWCConfig, distance, drawn
 from lamina.methods.finetune import Finetune, FinetuneConfig
-from lamina.streams import Stream, class_plan, domain_plan, make_stream
+from lamina.rng import seed_of, uniform
 from lamina.types import Task
 
 TRAINING = TrainingConfig(epochs=3, batch_size=16, lr=0.02, head_lr=0.05, schedule="cosine")
@@ -56,7 +56,7 @@ def ready(kind: str) -> tuple[Learner, EWC, Task]:
 
 def one_by_one(learner: Learner, task: Task, positions: np.ndarray, labels: list[int]) -> dict[str, np.ndarray]:
     """1/n Σ_i (∂ log p(y_i | x_i) / ∂θ)², a loop over examples."""
-    factors = {f"{s.name}/{part}": f for s in learner.slots.values() for part, f in s.live()[SHARED].named_parameters()}
+    factors = {f"{s.name}/{part}": f for s in learner.sites.values() for part, f in s.live()[SHARED].named_parameters()}
     sums = {name: np.zeros(tuple(factor.shape)) for name, factor in factors.items()}
     for position, label in zip(positions, labels, strict=True):
         logits_c = learner.task_logits(task.train.batch(np.array([position])), task.name)[0]
@@ -177,9 +177,9 @@ def test_memory_is_the_sum_of_fishers_and_the_last_factors(tmp_path: Path, monke
     monkeypatch.setattr(EWC, "fisher", lambda self, *args: (found.append(inner(self, *args)), found[-1])[1])
     loop = run(EWC(EWCConfig(rank=2)), make_stream(data, class_plan(data, 3), "class"), tmp_path)
     assert len(found) == 3
-    for slot in loop.learner.slots.values():
-        for part, factor in slot.live()[SHARED].named_parameters():
-            name = f"{slot.name}/{part}"
+    for site in loop.learner.sites.values():
+        for part, factor in site.live()[SHARED].named_parameters():
+            name = f"{site.name}/{part}"
             torch.testing.assert_close(
                 loop.method.memory[f"fisher/{name}"], found[0][name] + found[1][name] + found[2][name]
             )
@@ -207,9 +207,9 @@ def test_the_heavier_the_penalty_the_less_moves_until_nothing_does(tmp_path: Pat
     for strength in (0.0, 1e2, 1e4, 1e8):
         loop = run(EWC(EWCConfig(rank=2, strength=strength)), stream, tmp_path / str(strength), training)
         factors = {
-            f"{slot.name}/{part}": factor.detach()
-            for slot in loop.learner.slots.values()
-            for part, factor in slot.live()[SHARED].named_parameters()
+            f"{site.name}/{part}": factor.detach()
+            for site in loop.learner.sites.values()
+            for part, factor in site.live()[SHARED].named_parameters()
         }
         ways.append(distance(factors, start).item())
     assert all(after < before for before, after in pairwise(ways))

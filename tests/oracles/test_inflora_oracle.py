@@ -19,10 +19,10 @@ from tests.tiny import noise, tiny_images, tiny_vit
 
 from lamina.adapters import AdaptedLinear, LowRank
 from lamina.config import EvaluationConfig, TrainingConfig
+from lamina.data.streams import class_plan, make_stream
 from lamina.engine.loop import Loop
 from lamina.learner import Learner
 from lamina.methods.inflora import InfLoRA, InfLoRAConfig, Subspace, extend, growing_threshold, main_directions
-from lamina.streams import class_plan, make_stream
 from lamina.types import Batch
 
 
@@ -221,12 +221,12 @@ def test_where_no_direction_is_free_nothing_is_learnt_in_the_slot(tmp_path: Path
         checkpoints=tmp_path,
     )
     loop.run()
-    for name, slot in learner.slots.items():
-        up_or, down_rd = slot.finished()["task-01"].up_or, slot.finished()["task-01"].down_ri
+    for name, site in learner.sites.items():
+        up_or, down_rd = site.finished()["task-01"].up_or, site.finished()["task-01"].down_ri
         full = name.startswith("block0.")
         assert (torch.count_nonzero(down_rd) == 0) == full
         assert (torch.count_nonzero(up_or) == 0) == full
-        assert torch.equal(slot.layer.weight_oi, slot.layer.base_oi) == full
+        assert torch.equal(site.layer.weight_oi, site.layer.base_oi) == full
 
 
 def test_old_inputs_of_a_first_block_are_left_alone_by_a_later_task(tmp_path: Path):
@@ -246,13 +246,13 @@ def test_old_inputs_of_a_first_block_are_left_alone_by_a_later_task(tmp_path: Pa
             seed=0,
             checkpoints=tmp_path / str(epsilon),
         ).run()
-        slot = learner.slots["block0.k"]
+        site = learner.sites["block0.k"]
         seen: list[torch.Tensor] = []
-        handle = slot.layer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        handle = site.layer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         with learner.folded():
             learner.features(stream[0].train.batch(np.arange(len(stream[0].train))))
         handle.remove()
-        second = slot.finished()["task-02"]
+        second = site.finished()["task-02"]
         change_nto = seen[0] @ (second.up_or @ second.down_ri).T
         changes[epsilon] = change_nto.norm() / seen[0].norm()
     kept, unkept = changes[1 - 1e-9], changes[0.01]
@@ -261,7 +261,7 @@ def test_old_inputs_of_a_first_block_are_left_alone_by_a_later_task(tmp_path: Pa
 
 
 def test_the_controls_of_the_ablation(tmp_path: Path):
-    """Rows of B_t are orthogonal to what is kept of the old tasks, unless they are not freed of it; and within the main
+    """OutputRange of B_t are orthogonal to what is kept of the old tasks, unless they are not freed of it; and within the main
     directions of the task's inputs, unless they are random."""
     data = tiny_images(64, classes=4)
     stream = make_stream(data, class_plan(data, 2), "class")
@@ -277,7 +277,7 @@ def test_the_controls_of_the_ablation(tmp_path: Path):
         for t, task in enumerate(stream):
             method.begin(learner, task, partial(batches, task=t))
             old = method.old("block0.attention")
-            down_rd = learner.slots["block0.k"].live()[task.name].factors()[1].double()
+            down_rd = learner.sites["block0.k"].live()[task.name].factors()[1].double()
             assert down_rd.norm(dim=1).tolist() == pytest.approx([3**-0.5] * rank)
             if old is not None:
                 assert old.kind == "old"

@@ -13,11 +13,11 @@ from tests.tiny import noise, tiny_fused_vit, tiny_images
 from torch import Tensor
 
 from lamina.config import EvaluationConfig, TrainingConfig
+from lamina.data.streams import class_plan, make_stream
 from lamina.engine.loop import Loop
 from lamina.learner import Learner
 from lamina.methods.base import local_cross_entropy
 from lamina.methods.olora import OLoRA, OLoRAConfig, overlap
-from lamina.streams import class_plan, make_stream
 
 TRAINING = TrainingConfig(epochs=4, batch_size=16, lr=5e-3, head_lr=0.05, schedule="cosine")
 RANK = 2
@@ -41,12 +41,12 @@ def in_task(folder: Path, number: int, **settings: Any) -> Loop:
     loop = make_loop(folder, **settings)
     for k, task in enumerate(loop.stream.tasks[: number + 1]):
         torch.manual_seed(k)
-        loop.method.begin(loop.learner, task, loop._pass("begin", task))
+        loop.method.begin(loop.learner, task, loop.pass_over("begin", task))
         with torch.no_grad():
             for name, factor in loop.learner.trainable().items():
                 factor.copy_(0.1 * noise(tuple(factor.shape), name))
         if k < number:
-            loop.method.end(loop.learner, task, loop._pass("end", task))
+            loop.method.end(loop.learner, task, loop.pass_over("end", task))
     return loop
 
 
@@ -66,9 +66,9 @@ def test_the_loss_is_cross_entropy_overlap_and_norms(tmp_path: Path, number: int
     batch = task.train.batch(np.arange(8))
     expected = local_cross_entropy(loop.learner, batch, task).item()
     overlaps = []
-    for slot in loop.learner.slots.values():
-        new = slot.live()[task.name].trained()
-        olds = [slot.finished()[old.name].down_ri for old in loop.stream.tasks[:number]]
+    for site in loop.learner.sites.values():
+        new = site.live()[task.name].trained()
+        olds = [site.finished()[old.name].down_ri for old in loop.stream.tasks[:number]]
         overlaps.append(overlap_by_hand(olds, new["down"]))
         expected += 0.3 * overlaps[-1]
         expected += 0.07 * sum(np.sqrt((factor.detach().double().numpy() ** 2).sum()) for factor in new.values())
@@ -95,9 +95,9 @@ def test_the_penalty_moves_only_the_new_downs(tmp_path: Path):
     for name, parameter in loop.learner.trainable().items():
         moves = parameter.grad is not None and parameter.grad.abs().max() > 1e-4
         assert moves == name.endswith("/down"), name
-    for slot in loop.learner.slots.values():
-        old_pi = torch.cat([finished.down_ri for finished in slot.finished().values()])
-        new_ri = slot.live()[task.name].trained()["down"]
+    for site in loop.learner.sites.values():
+        old_pi = torch.cat([finished.down_ri for finished in site.finished().values()])
+        new_ri = site.live()[task.name].trained()["down"]
         expected_ri = 0.5 * torch.sign(new_ri.detach() @ old_pi.T) @ old_pi
         torch.testing.assert_close(new_ri.grad, expected_ri, atol=1e-4, rtol=1e-3)
 
@@ -108,9 +108,9 @@ def test_heavier_penalties_make_adapters_more_orthogonal_but_never_quite(tmp_pat
         loop = make_loop(tmp_path / str(orthogonality), orthogonality=orthogonality)
         loop.run()
         found = []
-        for slot in loop.learner.slots.values():
+        for site in loop.learner.sites.values():
             first, second, third = (
-                torch.nn.functional.normalize(finished.down_ri) for finished in slot.finished().values()
+                torch.nn.functional.normalize(finished.down_ri) for finished in site.finished().values()
             )
             found += [(first @ second.T).abs().mean(), (first @ third.T).abs().mean(), (second @ third.T).abs().mean()]
         cosines.append(float(torch.stack(found).mean()))
@@ -122,28 +122,28 @@ def test_heavier_penalties_make_adapters_more_orthogonal_but_never_quite(tmp_pat
 def test_the_weight_is_the_sum_of_all_adapters(tmp_path: Path, alpha: float | None, scale: float):
     loop = in_task(tmp_path, 2, alpha=alpha)
     task = loop.stream[2]
-    learnt: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in loop.learner.slots}
+    learnt: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in loop.learner.sites}
     again = make_loop(tmp_path, alpha=alpha)
     for k, each in enumerate(again.stream.tasks):
         torch.manual_seed(k)
-        again.method.begin(again.learner, each, again._pass("begin", each))
-        for name, slot in again.learner.slots.items():
-            shapes = {part: tuple(value.shape) for part, value in slot.live()[each.name].trained().items()}
+        again.method.begin(again.learner, each, again.pass_over("begin", each))
+        for name, site in again.learner.sites.items():
+            shapes = {part: tuple(value.shape) for part, value in site.live()[each.name].trained().items()}
             learnt[name].append(
                 {p: 0.1 * noise(s, f"{name}/{each.name}/{p}").double().numpy() for p, s in shapes.items()}
             )
-    loop.method.end(loop.learner, task, loop._pass("end", task))
-    for name, slot in loop.learner.slots.items():
-        rows = slice(slot.rows.start, slot.rows.stop)
-        expected_oi = slot.layer.base_oi[rows].double().numpy()
+    loop.method.end(loop.learner, task, loop.pass_over("end", task))
+    for name, site in loop.learner.sites.items():
+        rows = slice(site.outputs.start, site.outputs.stop)
+        expected_oi = site.layer.base_oi[rows].double().numpy()
         expected_oi = expected_oi + sum(scale * parts["up"] @ parts["down"] for parts in learnt[name])
-        np.testing.assert_allclose(slot.layer.weight_oi[rows], expected_oi, atol=1e-5)
-        assert not slot.live()
+        np.testing.assert_allclose(site.layer.weight_oi[rows], expected_oi, atol=1e-5)
+        assert not site.live()
 
 
 def folded_weights(learner: Learner) -> dict[str, Tensor]:
     with learner.folded():
-        return {name: slot.layer.weight_oi.clone() for name, slot in learner.slots.items()}
+        return {name: site.layer.weight_oi.clone() for name, site in learner.sites.items()}
 
 
 def test_every_task_starts_from_a_fresh_adapter_without_effect(tmp_path: Path):
@@ -152,14 +152,14 @@ def test_every_task_starts_from_a_fresh_adapter_without_effect(tmp_path: Path):
     for k, task in enumerate(loop.stream.tasks):
         torch.manual_seed(k)
         before = folded_weights(loop.learner)
-        loop.method.begin(loop.learner, task, loop._pass("begin", task))
-        for name, slot in loop.learner.slots.items():
-            new = slot.live()[task.name].trained()
+        loop.method.begin(loop.learner, task, loop.pass_over("begin", task))
+        for name, site in loop.learner.sites.items():
+            new = site.live()[task.name].trained()
             assert not new["up"].any()
-            assert new["down"].abs().max() <= slot.d_in**-0.5
+            assert new["down"].abs().max() <= site.d_in**-0.5
             assert torch.equal(folded_weights(loop.learner)[name], before[name])
             starts.append(new["down"].detach().clone())
-        loop.method.end(loop.learner, task, loop._pass("end", task))
+        loop.method.end(loop.learner, task, loop.pass_over("end", task))
     assert len({tuple(start.flatten().tolist()) for start in starts}) == len(starts) == 12
 
 
@@ -168,7 +168,7 @@ def test_a_norm_of_zero_has_no_gradient_that_is_not_a_number(tmp_path: Path):
     loop = make_loop(tmp_path, shrinkage=0.1)
     torch.manual_seed(0)
     task = loop.stream[0]
-    loop.method.begin(loop.learner, task, loop._pass("begin", task))
+    loop.method.begin(loop.learner, task, loop.pass_over("begin", task))
     loop.method.loss(loop.learner, task.train.batch(np.arange(8)), task).backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in loop.learner.trainable().values())
 
@@ -176,6 +176,6 @@ def test_a_norm_of_zero_has_no_gradient_that_is_not_a_number(tmp_path: Path):
 def test_it_grows_by_one_adapter_per_task(tmp_path: Path):
     loop = make_loop(tmp_path)
     loop.run()
-    per_task = sum((slot.d_in + slot.d_out) * RANK for slot in loop.learner.slots.values()) + 2 * (32 + 1)
-    assert [entry["stored_parameters"] for entry in loop.lineage] == [t * per_task for t in (1, 2, 3)]
+    per_task = sum((site.d_in + site.d_out) * RANK for site in loop.learner.sites.values()) + 2 * (32 + 1)
+    assert [entry["stored_parameters"] for entry in loop.state.lineage] == [t * per_task for t in (1, 2, 3)]
     assert not loop.method.memory

@@ -11,13 +11,13 @@ import torch
 from tests.tiny import noise, tiny_bert, tiny_images, tiny_texts, tiny_vit
 
 from lamina.config import EvaluationConfig, TrainingConfig
+from lamina.data.streams import Stream, class_plan, domain_plan, make_stream
 from lamina.engine.loop import Loop
 from lamina.errors import DataError
-from lamina.head import class_scores
 from lamina.learner import Learner
+from lamina.learner.head import class_scores
+from lamina.learner.moments import SecondMoment
 from lamina.methods.prototype import Prototype, PrototypeConfig
-from lamina.moments import SecondMoment
-from lamina.streams import Stream, class_plan, domain_plan, make_stream
 from lamina.types import Examples
 
 
@@ -59,13 +59,13 @@ def test_every_answer_is_the_nearest_mean(metric: str, scenario: str, tmp_path: 
         for task in stream
         for label in task.classes
     ]
-    assert [row.label for row in loop.learner.rows] == [label for label, _ in means]
+    assert [row.label for row in loop.learner.outputs] == [label for label, _ in means]
     wrong = 0
     for task in stream:
         batch = task.test.batch(np.arange(len(task.test)))
         with loop.learner.folded():
             scores_br = loop.method.predict(loop.learner, batch)
-        answer_b = class_scores(scores_br, loop.learner.rows, range(5)).argmax(1)
+        answer_b = class_scores(scores_br, loop.learner.outputs, range(5)).argmax(1)
         for i, feature_d in enumerate(features(loop, task.test)):
             by_hand = [similarity(metric, feature_d, mean_d) for _, mean_d in means]
             assert int(answer_b[i]) == means[int(np.argmax(by_hand))][0]
@@ -128,9 +128,9 @@ def test_moments_of_a_learner_count_every_real_token_and_no_padding(kind: str):
     batches = [train.batch(np.arange(start, min(start + 7, len(train)))) for start in range(0, len(train), 7)]
     moments = learner.input_moments(batches)
     assert moments.keys() == learner.groups().keys() == {f"block{b}.{g}" for b in (0, 1) for g in ("attention", "fc2")}
-    for group, slots in learner.groups().items():
+    for group, sites in learner.groups().items():
         seen: list[torch.Tensor] = []
-        handle = slots[0].layer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        handle = sites[0].layer.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
         outer, count = 0.0, 0
         for batch in batches:
             seen.clear()

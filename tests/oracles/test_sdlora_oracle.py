@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lamina.adapters import AdaptedLinear, LowRank
 from lamina.config import EvaluationConfig, TrainingConfig
+from lamina.data.streams import class_plan, make_stream
 from lamina.engine.loop import Loop
 from lamina.learner import Learner
 from lamina.methods.sdlora import SHARED, Directions, SDLoRA, SDLoRAConfig, norm_of, rank_of_task, share_gradient
-from lamina.streams import class_plan, make_stream
 
 TRAINING = TrainingConfig(epochs=2, batch_size=16, lr=0.05, head_lr=0.05, optimizer="sgd", schedule="constant")
 
@@ -27,11 +27,11 @@ class Watched(SDLoRA):
 
     def end(self, learner: Learner, task: Any, batches: Any) -> None:
         super().end(learner, task, batches)
-        self.ended = [*getattr(self, "ended", []), {name: copied(slot) for name, slot in learner.slots.items()}]
+        self.ended = [*getattr(self, "ended", []), {name: copied(site) for name, site in learner.sites.items()}]
 
 
-def copied(slot: Any) -> dict[str, np.ndarray]:
-    return {part: value.detach().numpy().copy() for part, value in slot.live()[SHARED].trained().items()}
+def copied(site: Any) -> dict[str, np.ndarray]:
+    return {part: value.detach().numpy().copy() for part, value in site.live()[SHARED].trained().items()}
 
 
 def make_loop(folder: Path, training: TrainingConfig = TRAINING, tasks: int = 3, **settings: Any) -> Loop:
@@ -50,16 +50,16 @@ def make_loop(folder: Path, training: TrainingConfig = TRAINING, tasks: int = 3,
 def begin(loop: Loop, number: int) -> None:
     task = loop.stream[number]
     torch.manual_seed(number)
-    loop.method.begin(loop.learner, task, loop._pass("begin", task))
+    loop.method.begin(loop.learner, task, loop.pass_over("begin", task))
 
 
 def move(learner: Learner, key: str) -> None:
     """As if training had moved every factor."""
     with torch.no_grad():
-        for slot in learner.slots.values():
-            for part, value in slot.live()[SHARED].trained().items():
+        for site in learner.sites.values():
+            for part, value in site.live()[SHARED].trained().items():
                 if part != "scale":
-                    value.copy_(noise(tuple(value.shape), key, slot.name, part))
+                    value.copy_(noise(tuple(value.shape), key, site.name, part))
 
 
 def ready(folder: Path, tasks: int, **settings: Any) -> Loop:
@@ -86,9 +86,9 @@ def test_the_folded_weight_is_the_sum_of_the_formula(tmp_path: Path, norm: str, 
     loop = make_loop(tmp_path, norm=norm, carry=carry)
     loop.run()
     *finished, last = loop.method.ended
-    for name, slot in loop.learner.slots.items():
+    for name, site in loop.learner.sites.items():
         scales = last[name]["scale"]
-        weight_oi = slot.layer.base_oi.double().numpy().copy()
+        weight_oi = site.layer.base_oi.double().numpy().copy()
         for k, parts in enumerate(finished):
             up_or, down_ri = parts[name]["up"].astype(float), parts[name]["down"].astype(float)
             direction_oi = up_or @ down_ri
@@ -99,8 +99,8 @@ def test_the_folded_weight_is_the_sum_of_the_formula(tmp_path: Path, norm: str, 
             weight_oi += scales[k] * direction_oi / lengths[norm]
         weight_oi += scales[-1] * last[name]["up"].astype(float) @ last[name]["down"]
         with loop.learner.folded():
-            np.testing.assert_allclose(slot.layer.weight_oi, weight_oi, atol=1e-6)
-        assert np.abs(weight_oi - slot.layer.base_oi.numpy()).max() > 1e-3, "there is something to compare"
+            np.testing.assert_allclose(site.layer.weight_oi, weight_oi, atol=1e-6)
+        assert np.abs(weight_oi - site.layer.base_oi.numpy()).max() > 1e-3, "there is something to compare"
 
 
 @pytest.mark.parametrize("norm", ["released", "paper"])
@@ -141,7 +141,7 @@ def test_a_stream_of_one_task_with_a_held_scale_of_one_trains_as_plain_lora(tmp_
     monkeypatch.setattr(
         SDLoRA,
         "after_backward",
-        lambda _, learner: [s.live()[SHARED].scale.grad.zero_() for s in learner.slots.values()],
+        lambda _, learner: [s.live()[SHARED].scale.grad.zero_() for s in learner.sites.values()],
     )
     plain = make_loop(tmp_path / "plain", tasks=1)
     monkeypatch.setattr(plain.method, "after_backward", lambda learner: None)
@@ -149,16 +149,16 @@ def test_a_stream_of_one_task_with_a_held_scale_of_one_trains_as_plain_lora(tmp_
 
     def begin_plain(learner: Learner, task: Any, batches: Any) -> None:
         start(learner, task, batches)
-        for slot in learner.slots.values():
-            ours = slot.live()[SHARED].trained()
-            slot.replace(SHARED, LowRank(trained={"up": ours["up"], "down": ours["down"]}))
+        for site in learner.sites.values():
+            ours = site.live()[SHARED].trained()
+            site.replace(SHARED, LowRank(trained={"up": ours["up"], "down": ours["down"]}))
 
     monkeypatch.setattr(plain.method, "begin", begin_plain)
     loop.run()
     plain.run()
-    for name, slot in loop.learner.slots.items():
+    for name, site in loop.learner.sites.items():
         for ours, theirs in zip(
-            slot.live()[SHARED].factors(), plain.learner.slots[name].live()[SHARED].factors(), strict=True
+            site.live()[SHARED].factors(), plain.learner.sites[name].live()[SHARED].factors(), strict=True
         ):
             assert torch.equal(ours, theirs)
             assert torch.count_nonzero(ours) > 0
@@ -171,8 +171,8 @@ def test_the_gradient_reaches_every_scale_and_no_old_factor(tmp_path: Path):
     loop = ready(tmp_path, 3)
     loss(loop, 2).backward()
     loop.method.after_backward(loop.learner)
-    for slot in loop.learner.slots.values():
-        branch = slot.live()[SHARED]
+    for site in loop.learner.sites.values():
+        branch = site.live()[SHARED]
         assert branch.scale.shape == branch.scale.grad.shape == (3,)
         assert (branch.scale.grad.abs() > 1e-6).all()
         assert set(branch.trained()) == {"up", "down", "scale"}
@@ -181,26 +181,26 @@ def test_the_gradient_reaches_every_scale_and_no_old_factor(tmp_path: Path):
 
 
 def test_the_gradient_of_the_copies_is_that_of_one_shared_scale(tmp_path: Path):
-    """Shared in earnest: the same parameter in every slot, whose gradient autograd adds up itself."""
+    """Shared in earnest: the same parameter in every site, whose gradient autograd adds up itself."""
     loop, truth = ready(tmp_path, 3), ready(tmp_path, 3)
     truth.learner.head.load_state_dict(loop.learner.head.state_dict())
     shared = nn.Parameter(torch.full((3,), 0.8))
-    for slot in truth.learner.slots.values():
-        slot.live()[SHARED].scale = shared
+    for site in truth.learner.sites.values():
+        site.live()[SHARED].scale = shared
     loss(loop, 2).backward()
     loss(truth, 2).backward()
-    copies = [slot.live()[SHARED].scale for slot in loop.learner.slots.values()]
+    copies = [site.live()[SHARED].scale for site in loop.learner.sites.values()]
     apart = [copy.grad.clone() for copy in copies]
     loop.method.after_backward(loop.learner)
     for copy in copies:
         torch.testing.assert_close(copy.grad, shared.grad, atol=1e-6, rtol=1e-5)
         assert torch.equal(copy.grad, copies[0].grad)
-    assert not torch.allclose(apart[0], shared.grad, rtol=1e-2), "one slot's own share is not the gradient"
+    assert not torch.allclose(apart[0], shared.grad, rtol=1e-2), "one site's own share is not the gradient"
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_copies_stay_equal_to_the_bit_and_follow_the_shared_scale(tmp_path: Path, kind: Any):
-    """A whole second task by the engine, beside a plain loop in which one parameter serves all slots."""
+    """A whole second task by the engine, beside a plain loop in which one parameter serves all sites."""
     training = TrainingConfig(epochs=3, batch_size=16, lr=0.02, head_lr=0.05, optimizer=kind, schedule="constant")
     loop = make_loop(tmp_path, training, tasks=2)
     trajectory: list[Tensor] = []
@@ -208,7 +208,7 @@ def test_copies_stay_equal_to_the_bit_and_follow_the_shared_scale(tmp_path: Path
 
     def watch(learner: Learner, at: Any) -> None:
         step(learner, at)
-        copies = [slot.live()[SHARED].scale.detach().clone() for slot in learner.slots.values()]
+        copies = [site.live()[SHARED].scale.detach().clone() for site in learner.sites.values()]
         assert all(torch.equal(copy, copies[0]) for copy in copies)
         trajectory.append(copies[0])
 
@@ -222,8 +222,8 @@ def test_copies_stay_equal_to_the_bit_and_follow_the_shared_scale(tmp_path: Path
     def share(learner: Learner, task: Any, batches: Any) -> None:
         begin_phase(learner, task, batches)
         made.append(nn.Parameter(torch.full((len(made) + 1,), 0.8)))
-        for slot in learner.slots.values():
-            slot.live()[SHARED].scale = made[-1]
+        for site in learner.sites.values():
+            site.live()[SHARED].scale = made[-1]
         whole = type(learner).trainable
         learner.trainable = lambda: unique(whole(learner))  # type: ignore[method-assign]
 
@@ -258,23 +258,23 @@ def test_sharing_sums_the_copies():
 def test_scales_start_anew_or_are_carried_over(tmp_path: Path):
     for carry, expected in ((False, [0.8, 0.8, 0.8]), (True, [0.3, -0.2, 0.8])):
         loop = ready(tmp_path, 2, carry=carry)
-        for slot in loop.learner.slots.values():
-            slot.live()[SHARED].scale.data = torch.tensor([0.3, -0.2])
+        for site in loop.learner.sites.values():
+            site.live()[SHARED].scale.data = torch.tensor([0.3, -0.2])
         loop.stream = make_loop(tmp_path).stream
         begin(loop, 2)
-        for slot in loop.learner.slots.values():
-            assert slot.live()[SHARED].scale.tolist() == pytest.approx(expected)
+        for site in loop.learner.sites.values():
+            assert site.live()[SHARED].scale.tolist() == pytest.approx(expected)
 
 
 def test_it_grows_by_a_direction_and_a_copy_of_a_scale_per_map_and_task(tmp_path: Path):
     loop = make_loop(tmp_path)
     loop.run()
-    slots = loop.learner.slots.values()
-    per_task = sum((slot.d_in + slot.d_out) * 3 + 1 for slot in slots)
+    sites = loop.learner.sites.values()
+    per_task = sum((site.d_in + site.d_out) * 3 + 1 for site in sites)
     head = 2 * (32 + 1)
-    assert [entry["stored_parameters"] for entry in loop.lineage] == [t * (per_task + head) for t in (1, 2, 3)]
-    assert [entry["trainable_parameters"] for entry in loop.lineage] == [
-        per_task + head + t * len(slots) for t in (0, 1, 2)
+    assert [entry["stored_parameters"] for entry in loop.state.lineage] == [t * (per_task + head) for t in (1, 2, 3)]
+    assert [entry["trainable_parameters"] for entry in loop.state.lineage] == [
+        per_task + head + t * len(sites) for t in (0, 1, 2)
     ]
     assert not loop.method.memory
 
@@ -283,8 +283,8 @@ def test_finished_directions_never_change(tmp_path: Path):
     loop = make_loop(tmp_path)
     loop.run()
     first, second, _ = loop.method.ended
-    for name, slot in loop.learner.slots.items():
-        frozen = slot.live()[SHARED].frozen()
+    for name, site in loop.learner.sites.items():
+        frozen = site.live()[SHARED].frozen()
         for number, ended in ((1, first), (2, second)):
             assert np.array_equal(frozen[f"down{number}"], ended[name]["down"])
             length = norm_of(torch.tensor(ended[name]["up"]), torch.tensor(ended[name]["down"]), "released")
@@ -298,8 +298,8 @@ def test_the_rank_falls_at_the_milestones(tmp_path: Path):
     assert rank_of_task(7, 10, ()) == 10
     loop = make_loop(tmp_path, falling=[[2, 2], [3, 1]])
     loop.run()
-    for slot in loop.learner.slots.values():
-        branch = slot.live()[SHARED]
+    for site in loop.learner.sites.values():
+        branch = site.live()[SHARED]
         assert [part.shape[1] for part in (*branch.old("up"), branch.up)] == [3, 2, 1]
     again = make_loop(tmp_path, falling=[[2, 2], [3, 1]])
     again.restore()

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamina.consolidate.shift import drift, linear_map, local_moves, random_map, shifted
-from lamina.consolidate.statistics import Statistics, of_features
+from lamina.maths.class_statistics import Statistics, of_features
+from lamina.maths.drift import compensated, drift, linear_map, local_moves, random_map
 
 D, J = 5, 3
 
@@ -37,7 +37,7 @@ def test_a_linear_move_is_found_exactly_with_the_map_acting_on_columns():
 def test_it_moves_old_statistics_to_where_a_linear_drift_took_them():
     """Nothing of the old rows is seen after the drift, and all of their statistics are right."""
     true_dd, old_nd, before_nd = random(0, D, D), random(9, 30, D), random(1, 4000, D)
-    found, _ = shifted(old_rows(), before_nd, before_nd @ true_dd.T, ridge=0)
+    found, _ = compensated(old_rows(), before_nd, before_nd @ true_dd.T, ridge=0)
     expected = of_features(old_nd @ true_dd.T, torch.arange(30) % J, J, own_rank=2)
     close(found.means_jd, expected.means_jd)
     close(found.scatter_dd, expected.scatter_dd)
@@ -96,15 +96,15 @@ def test_local_moves_follow_the_neighbours_and_ignore_the_opposite():
 
 def test_the_four_kinds():
     old, before_nd, after_nd = old_rows(), random(0, 30, D), random(1, 30, D)
-    same, identity = shifted(old, before_nd, after_nd, "none")
+    same, identity = compensated(old, before_nd, after_nd, "none")
     assert same is old
     assert torch.equal(identity, torch.eye(D, dtype=torch.float64))
-    linear, map_dd = shifted(old, before_nd, after_nd)
+    linear, map_dd = compensated(old, before_nd, after_nd)
     close(linear.means_jd, old.means_jd @ map_dd.T)
-    local, _ = shifted(old, before_nd, after_nd, "linear+local")
+    local, _ = compensated(old, before_nd, after_nd, "linear+local")
     close(local.means_jd - linear.means_jd, local_moves(old.means_jd, before_nd, after_nd, map_dd))
     assert torch.equal(local.scatter_dd, linear.scatter_dd)
-    noisy, noise_dd = shifted(old, before_nd, after_nd, "random", torch.Generator().manual_seed(0))
+    noisy, noise_dd = compensated(old, before_nd, after_nd, "random", torch.Generator().manual_seed(0))
     close(noisy.means_jd, old.means_jd @ noise_dd.T)
     assert not torch.allclose(noise_dd, map_dd)
 
@@ -133,4 +133,4 @@ def test_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match=r"shapes \(4, 5\) and \(3, 5\)"):
         linear_map(random(0, 4, D), random(0, 3, D))
     with pytest.raises(ValueError, match="give a generator"):
-        shifted(old_rows(), random(0, 4, D), random(1, 4, D), "random")
+        compensated(old_rows(), random(0, 4, D), random(1, 4, D), "random")

@@ -13,13 +13,13 @@ from tests.tiny import noise, tiny_images, tiny_vit
 
 from lamina.adapters import AdaptedLinear
 from lamina.config import EvaluationConfig, TrainingConfig
+from lamina.data.streams import class_plan, make_stream
 from lamina.engine import checkpoint
 from lamina.engine.loop import Loop
 from lamina.learner import Learner
-from lamina.linalg import soft_threshold
+from lamina.maths.linalg import soft_threshold
 from lamina.methods.base import Step
 from lamina.methods.sora import Gated, SoRA, SoRAConfig, gated, pruned, released_threshold, strength
-from lamina.streams import class_plan, make_stream
 
 TRAINING = TrainingConfig(epochs=4, batch_size=16, lr=0.02, head_lr=0.05, schedule="cosine")
 
@@ -39,13 +39,13 @@ def make_loop(folder: Path, training: TrainingConfig = TRAINING, **settings: Any
 
 
 def ranks(learner: Learner) -> list[int]:
-    return [f.down_ri.shape[0] for slot in learner.slots.values() for f in slot.finished().values()]
+    return [f.down_ri.shape[0] for site in learner.sites.values() for f in site.finished().values()]
 
 
 def begun(folder: Path, **settings: Any) -> Loop:
     loop = make_loop(folder, **settings)
     torch.manual_seed(0)
-    loop.method.begin(loop.learner, loop.stream[0], loop._pass("begin", loop.stream[0]))
+    loop.method.begin(loop.learner, loop.stream[0], loop.pass_over("begin", loop.stream[0]))
     return loop
 
 
@@ -123,7 +123,7 @@ def test_every_gate_and_nothing_else_is_shrunk_after_a_step(tmp_path: Path, sett
             np.testing.assert_allclose(value, [shrink(g, threshold) for g in before[name].tolist()], atol=2e-5)
         else:
             assert torch.equal(value, before[name]), name
-    assert gates == len(loop.learner.slots)
+    assert gates == len(loop.learner.sites)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "quarter-cosine"])
@@ -161,7 +161,7 @@ def test_where_gates_start_does_not_change_what_the_adapter_does(tmp_path: Path)
     scaled.method.total_rate = 0.05
     scaled.learner.reset()
     torch.manual_seed(0)
-    scaled.method.begin(scaled.learner, scaled.stream[0], scaled._pass("begin", scaled.stream[0]))
+    scaled.method.begin(scaled.learner, scaled.stream[0], scaled.pass_over("begin", scaled.stream[0]))
     for one, other in zip(gated(plain.learner), gated(scaled.learner), strict=True):
         one.up.data, other.up.data = (torch.ones_like(one.up) for _ in range(2))
         assert other.gate.tolist() == pytest.approx([0.05] * 4)
@@ -261,11 +261,11 @@ def test_the_stronger_lambda_the_fewer_ranks(tmp_path: Path):
         loop.run()
         kept.append(sum(ranks(loop.learner)))
         held = sum(
-            f.up_or.numel() + f.down_ri.numel() for s in loop.learner.slots.values() for f in s.finished().values()
+            f.up_or.numel() + f.down_ri.numel() for s in loop.learner.sites.values() for f in s.finished().values()
         )
         head = sum(p.numel() for p in loop.learner.head.parameters())
         assert loop.learner.stored_parameters() == held + head
-        assert loop.lineage[1]["stored_parameters"] == held + head
+        assert loop.state.lineage[1]["stored_parameters"] == held + head
     assert kept[0] == 4 * 2 * 4, "nothing is pruned without λ: 4 ranks, 2 tasks, 4 maps"
     assert kept[0] > kept[1] > kept[2] > 0
 

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from lamina.consolidate.statistics import Statistics, bytes_of, covariance, gaussians, joined, moved, oas, of_features
+from lamina.maths.class_statistics import (
+    Statistics,
+    bytes_of,
+    concatenated,
+    covariance,
+    gaussians,
+    moved,
+    oas,
+    of_features,
+)
 
 ROWS, WIDTH = 4, 6
 
@@ -15,19 +24,19 @@ ROWS, WIDTH = 4, 6
 def features(seed: int = 0, n: int = 60) -> tuple[np.ndarray, np.ndarray]:
     """Correlated features around a place per row; rows of unequal size, every one with some."""
     random = np.random.default_rng(seed)
-    row_n = np.concatenate([np.arange(ROWS), random.choice(ROWS, n - ROWS, p=[0.1, 0.2, 0.3, 0.4])])
+    output_n = np.concatenate([np.arange(ROWS), random.choice(ROWS, n - ROWS, p=[0.1, 0.2, 0.3, 0.4])])
     places_jd = 3 * random.normal(size=(ROWS, WIDTH)) + 5
-    return places_jd[row_n] + random.normal(size=(n, WIDTH)) @ random.normal(size=(WIDTH, WIDTH)), row_n
+    return places_jd[output_n] + random.normal(size=(n, WIDTH)) @ random.normal(size=(WIDTH, WIDTH)), output_n
 
 
-def ours(features_nd: np.ndarray, row_n: np.ndarray, own_rank: int = 0) -> Statistics:
-    return of_features(torch.from_numpy(features_nd), torch.from_numpy(row_n), ROWS, own_rank)
+def ours(features_nd: np.ndarray, output_n: np.ndarray, own_rank: int = 0) -> Statistics:
+    return of_features(torch.from_numpy(features_nd), torch.from_numpy(output_n), ROWS, own_rank)
 
 
-def loops(features_nd: np.ndarray, row_n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def loops(features_nd: np.ndarray, output_n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     means_jd, counts_j, scatter_dd = np.zeros((ROWS, WIDTH)), np.zeros(ROWS), np.zeros((WIDTH, WIDTH))
     for j in range(ROWS):
-        members = [feature_d for feature_d, row in zip(features_nd, row_n, strict=True) if row == j]
+        members = [feature_d for feature_d, row in zip(features_nd, output_n, strict=True) if row == j]
         counts_j[j] = len(members)
         for feature_d in members:
             means_jd[j] += feature_d / len(members)
@@ -51,10 +60,10 @@ def test_means_counts_and_scatter_are_those_of_a_loop():
 
 
 def test_own_parts_are_the_leading_part_of_each_rows_covariance():
-    features_nd, row_n = features()
-    statistics = ours(features_nd, row_n, 3)
+    features_nd, output_n = features()
+    statistics = ours(features_nd, output_n, 3)
     for j in range(ROWS):
-        values_d, vectors_dd = np.linalg.eigh(np.cov(features_nd[row_n == j].T))
+        values_d, vectors_dd = np.linalg.eigh(np.cov(features_nd[output_n == j].T))
         leading_dd = vectors_dd[:, -3:] @ np.diag(values_d[-3:]) @ vectors_dd[:, -3:].T
         same(statistics.own_jdr[j] @ statistics.own_jdr[j].T, leading_dd, 1e-5)
 
@@ -68,27 +77,27 @@ def test_a_row_of_two_examples_has_an_own_part_of_rank_one():
 
 def test_a_linear_map_moves_them_to_those_of_the_moved_examples():
     """Means, scatter, own parts, and what ridge regression is made of: Gram and cross matrix of all the examples."""
-    features_nd, row_n = features()
+    features_nd, output_n = features()
     map_dd = np.random.default_rng(1).normal(size=(WIDTH, WIDTH))
     after_nd = np.stack([map_dd @ feature_d for feature_d in features_nd])
-    found = moved(ours(features_nd, row_n, WIDTH), torch.from_numpy(map_dd))
-    means_jd, _, scatter_dd = loops(after_nd, row_n)
+    found = moved(ours(features_nd, output_n, WIDTH), torch.from_numpy(map_dd))
+    means_jd, _, scatter_dd = loops(after_nd, output_n)
     same(found.means_jd, means_jd)
     same(found.scatter_dd, scatter_dd)
     for j in range(ROWS):
-        same(found.own_jdr[j] @ found.own_jdr[j].T, np.cov(after_nd[row_n == j].T), 1e-5)
-    indicators_nj = np.eye(ROWS)[row_n]
+        same(found.own_jdr[j] @ found.own_jdr[j].T, np.cov(after_nd[output_n == j].T), 1e-5)
+    indicators_nj = np.eye(ROWS)[output_n]
     counted_dj = (found.means_jd * found.counts_j[:, None]).T
     same(found.scatter_dd + counted_dj @ found.means_jd, after_nd.T @ after_nd)
     same(counted_dj, after_nd.T @ indicators_nj)
 
 
 def test_joining_is_the_statistics_of_all_examples():
-    features_nd, row_n = features()
-    first = row_n < 2
-    old = of_features(torch.from_numpy(features_nd[first]), torch.from_numpy(row_n[first]), 2, 2)
-    new = of_features(torch.from_numpy(features_nd[~first]), torch.from_numpy(row_n[~first]) - 2, 2, 2)
-    for found, expected in zip(joined(old, new), ours(features_nd, row_n, 2), strict=True):
+    features_nd, output_n = features()
+    first = output_n < 2
+    old = of_features(torch.from_numpy(features_nd[first]), torch.from_numpy(output_n[first]), 2, 2)
+    new = of_features(torch.from_numpy(features_nd[~first]), torch.from_numpy(output_n[~first]) - 2, 2, 2)
+    for found, expected in zip(concatenated(old, new), ours(features_nd, output_n, 2), strict=True):
         same(found, expected.numpy())
 
 
@@ -156,7 +165,7 @@ def test_errors_say_what_is_wrong():
         of_features(torch.zeros(3, 2), rows, 2)
     with pytest.raises(ValueError, match=r"\(4, 2\) with rows of shape \(3,\)"):
         of_features(torch.zeros(4, 2), rows, 3)
-    with pytest.raises(ValueError, match="cannot be joined"):
-        joined(ours(*features()), ours(*features(), own_rank=1))
+    with pytest.raises(ValueError, match="cannot be concatenated"):
+        concatenated(ours(*features()), ours(*features(), own_rank=1))
     with pytest.raises(ValueError, match=r"shrinkage is 1\.5"):
         covariance(ours(*features()), 1.5)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 
-from lamina.consolidate import tail
-from lamina.consolidate.statistics import Statistics, covariance, gaussians, moved, of_features
+from lamina.maths import classifiers
+from lamina.maths.class_statistics import Statistics, covariance, gaussians, moved, of_features
 
 ROWS, WIDTH, N = 4, 6, 120
 
@@ -22,10 +22,10 @@ ROWS, WIDTH, N = 4, 6, 120
 def data(seed: int = 0, n: int = N) -> tuple[Tensor, Tensor]:
     """Overlapping rows of unequal size with a covariance in common."""
     random = np.random.default_rng(seed)
-    row_n = np.concatenate([np.arange(ROWS), random.choice(ROWS, n - ROWS, p=[0.1, 0.2, 0.3, 0.4])])
+    output_n = np.concatenate([np.arange(ROWS), random.choice(ROWS, n - ROWS, p=[0.1, 0.2, 0.3, 0.4])])
     places = np.random.default_rng(99)
     places_jd, mix_dd = places.normal(size=(ROWS, WIDTH)) + 3, places.normal(size=(WIDTH, WIDTH))
-    return torch.from_numpy((places_jd[row_n] + random.normal(size=(n, WIDTH))) @ mix_dd), torch.from_numpy(row_n)
+    return torch.from_numpy((places_jd[output_n] + random.normal(size=(n, WIDTH))) @ mix_dd), torch.from_numpy(output_n)
 
 
 def statistics(own_rank: int = 0) -> Statistics:
@@ -49,7 +49,7 @@ def test_the_nearest_mean_wins_by_the_difference_of_squared_distances():
     means_jd = statistics().means_jd.numpy()
     squares = np.array([[((f - mean) ** 2).sum() for mean in means_jd] for f in features_nd.numpy()])
     np.testing.assert_allclose(
-        relative(tail.ncm(statistics()).scores(features_nd)), squares[:, :1] - squares, rtol=1e-9, atol=1e-9
+        relative(classifiers.ncm(statistics()).scores(features_nd)), squares[:, :1] - squares, rtol=1e-9, atol=1e-9
     )
 
 
@@ -66,43 +66,43 @@ class Given:
 @pytest.mark.parametrize("shrinkage", ["oas", 0.0, 0.4, 1.0])
 @pytest.mark.parametrize("priors", ["equal", "counts"])
 def test_lda_is_scikit_learns_with_the_same_covariance_and_priors(shrinkage: Any, priors: Any):
-    (features_nd, row_n), others_nd = data(), data(1)[0]
+    (features_nd, output_n), others_nd = data(), data(1)[0]
     pooled = covariance(statistics(), shrinkage).numpy()
     theirs = LinearDiscriminantAnalysis(
         solver="lsqr", covariance_estimator=Given(pooled), priors=np.full(ROWS, 1 / ROWS) if priors == "equal" else None
-    ).fit(features_nd.numpy(), row_n.numpy())
-    ours = tail.lda(statistics(), shrinkage, priors).scores(others_nd)
+    ).fit(features_nd.numpy(), output_n.numpy())
+    ours = classifiers.lda(statistics(), shrinkage, priors).scores(others_nd)
     expected = relative(torch.from_numpy(theirs.decision_function(others_nd.numpy())))
     np.testing.assert_allclose(relative(ours), expected, rtol=1e-7, atol=1e-7)
 
 
 def test_lda_is_scikit_learns_own_but_for_the_degrees_of_freedom():
     """Without anything given to it: scikit-learn divides the scatter by n, here it is by n less the number of rows."""
-    features_nd, row_n = data()
-    theirs = LinearDiscriminantAnalysis(solver="lsqr").fit(features_nd.numpy(), row_n.numpy())
+    features_nd, output_n = data()
+    theirs = LinearDiscriminantAnalysis(solver="lsqr").fit(features_nd.numpy(), output_n.numpy())
     log_priors = np.log(theirs.priors_ / theirs.priors_[0])
     expected = relative(torch.from_numpy(theirs.decision_function(features_nd.numpy()))) - log_priors
-    found = relative(tail.lda(statistics(), 0.0, "counts").scores(features_nd)) - log_priors
+    found = relative(classifiers.lda(statistics(), 0.0, "counts").scores(features_nd)) - log_priors
     np.testing.assert_allclose(found, expected * (N - ROWS) / N, rtol=1e-7, atol=1e-7)
 
 
 def test_lda_without_shrinkage_is_the_same_in_any_linear_coordinates():
     features_nd, _ = data(1)
     map_dd = torch.from_numpy(np.random.default_rng(5).normal(size=(WIDTH, WIDTH)))
-    here = tail.lda(statistics(), 0.0).scores(features_nd)
-    there = tail.lda(moved(statistics(), map_dd), 0.0).scores(features_nd @ map_dd.T)
+    here = classifiers.lda(statistics(), 0.0).scores(features_nd)
+    there = classifiers.lda(moved(statistics(), map_dd), 0.0).scores(features_nd @ map_dd.T)
     np.testing.assert_allclose(there.numpy(), here.numpy(), rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------- ridge on random features
 
 
-def direct(head: tail.RidgeHead, features_nd: Tensor, row_n: Tensor, ratio: float) -> np.ndarray:
+def direct(head: classifiers.RidgeClassifier, features_nd: Tensor, output_n: Tensor, ratio: float) -> np.ndarray:
     """Least squares by a stacked system, without a Gram matrix: every row's examples weigh 1 together."""
     projection, offset = head.projection_md.double().numpy(), head.offset_m.numpy()
     phi = np.maximum(features_nd.double().numpy() @ projection.T + offset, 0)
-    roots = np.sqrt(1 / np.bincount(row_n.numpy())[row_n.numpy()])[:, None]
-    weighted_phi, weighted_y = roots * phi, roots * np.eye(ROWS)[row_n.numpy()]
+    roots = np.sqrt(1 / np.bincount(output_n.numpy())[output_n.numpy()])[:, None]
+    weighted_phi, weighted_y = roots * phi, roots * np.eye(ROWS)[output_n.numpy()]
     penalty = np.sqrt(ratio * (weighted_phi**2).sum() / phi.shape[1])
     stacked = np.vstack([weighted_phi, penalty * np.eye(phi.shape[1])])
     return np.linalg.lstsq(stacked, np.vstack([weighted_y, np.zeros((phi.shape[1], ROWS))]), rcond=None)[0]
@@ -110,12 +110,12 @@ def direct(head: tail.RidgeHead, features_nd: Tensor, row_n: Tensor, ratio: floa
 
 @pytest.mark.parametrize(("ratio", "n"), [(1.0, N), (1e-2, N), (1e-4, N), (1e-2, 5000)])
 def test_ridge_is_a_direct_solve_on_the_stored_features(ratio: float, n: int):
-    head = tail.ridge(statistics(), seeded(), real=data(n=n), width=40, lambdas=(ratio,))
+    head = classifiers.ridge(statistics(), seeded(), real=data(n=n), width=40, lambdas=(ratio,))
     np.testing.assert_allclose(head.weight_mj.numpy(), direct(head, *data(n=n), ratio), rtol=1e-6, atol=1e-8)
 
 
 def test_the_features_are_the_stated_ones():
-    head, features_nd = tail.ridge(statistics(), seeded(3), width=40), data(1)[0]
+    head, features_nd = classifiers.ridge(statistics(), seeded(3), width=40), data(1)[0]
     values_d, vectors_dd = np.linalg.eigh(covariance(statistics()).numpy())
     noise_md = torch.randn(40, WIDTH, generator=seeded(3), dtype=torch.float64).numpy()
     projection_md = noise_md @ vectors_dd @ np.diag(values_d**-0.5) @ vectors_dd.T / WIDTH**0.5
@@ -124,17 +124,17 @@ def test_the_features_are_the_stated_ones():
 
 
 def test_lambda_is_that_of_the_smallest_held_out_error(monkeypatch: pytest.MonkeyPatch):
-    features_nd, row_n = data()
+    features_nd, output_n = data()
     grid = (10.0, 1e-1, 1e-2, 1e-6)
     errors: list[float] = []
     measured: list[Tensor] = []
     for ratio in grid:
         fit_n = torch.ones(N, dtype=torch.bool)
         for j in range(ROWS):
-            fit_n[torch.nonzero(row_n == j)[4::5, 0]] = False
-        head = tail.ridge(statistics(), seeded(), real=data(), width=40, lambdas=(ratio,))
+            fit_n[torch.nonzero(output_n == j)[4::5, 0]] = False
+        head = classifiers.ridge(statistics(), seeded(), real=data(), width=40, lambdas=(ratio,))
         phi = np.maximum(features_nd.numpy() @ head.projection_md.double().numpy().T + head.offset_m.numpy(), 0)
-        weights, indicators = 1 / np.bincount(row_n.numpy())[row_n.numpy()], np.eye(ROWS)[row_n.numpy()]
+        weights, indicators = 1 / np.bincount(output_n.numpy())[output_n.numpy()], np.eye(ROWS)[output_n.numpy()]
         fit, held = fit_n.numpy(), ~fit_n.numpy()
         gram = (phi[fit] * weights[fit, None]).T @ phi[fit]
         cross = (phi[fit] * weights[fit, None]).T @ indicators[fit]
@@ -142,28 +142,28 @@ def test_lambda_is_that_of_the_smallest_held_out_error(monkeypatch: pytest.Monke
         errors.append((weights[held, None] * (phi[held] @ solved - indicators[held]) ** 2).sum())
         measured.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(tail.Moments, "squared_error", lambda sums, _: measured.append(sums.cross_mj) or 0.0)
-            tail.ridge(statistics(), seeded(), real=data(), width=40, lambdas=(ratio,))
+            patch.setattr(classifiers.Moments, "squared_error", lambda sums, _: measured.append(sums.cross_mj) or 0.0)
+            classifiers.ridge(statistics(), seeded(), real=data(), width=40, lambdas=(ratio,))
         np.testing.assert_allclose(
             measured[0].numpy(), (phi[held] * weights[held, None]).T @ indicators[held], rtol=1e-9
         )
     best = int(np.argmin(errors))
     assert 0 < best < len(grid) - 1, "or the choice is of an end of the grid"
-    chosen = tail.ridge(statistics(), seeded(), real=data(), width=40, lambdas=grid)
-    alone = tail.ridge(statistics(), seeded(), real=data(), width=40, lambdas=(grid[best],))
+    chosen = classifiers.ridge(statistics(), seeded(), real=data(), width=40, lambdas=grid)
+    alone = classifiers.ridge(statistics(), seeded(), real=data(), width=40, lambdas=(grid[best],))
     assert torch.equal(chosen.weight_mj, alone.weight_mj)
 
 
 def test_rows_without_examples_are_drawn_and_the_others_are_not():
-    features_nd, row_n = data()
-    some = row_n >= 2
+    features_nd, output_n = data()
+    some = output_n >= 2
     white, generator = gaussians(statistics()), seeded()
-    found = dict(tail.examples(white, (features_nd[some], row_n[some]), 7, generator, 0.5))
+    found = dict(classifiers.examples(white, (features_nd[some], output_n[some]), 7, generator, 0.5))
     again = seeded()
     for j in (0, 1):
         assert torch.equal(found[j], white.features(white.draws(torch.tensor([j]), 7, again, 0.5)[0]))
     for j in (2, 3):
-        assert torch.equal(found[j], features_nd[row_n == j])
+        assert torch.equal(found[j], features_nd[output_n == j])
 
 
 def test_random_features_tell_apart_what_no_line_does():
@@ -171,10 +171,13 @@ def test_random_features_tell_apart_what_no_line_does():
     places = torch.tensor([[4.0, 4], [-4, -4], [4, -4], [-4, 4]], dtype=torch.float64)
     domain_n = torch.arange(400) % 4
     features_nd = places[domain_n] + torch.randn(400, 2, generator=seeded(), dtype=torch.float64)
-    row_n = domain_n // 2
-    pooled = of_features(features_nd, row_n, 2)
-    line = (tail.lda(pooled).scores(features_nd).argmax(1) == row_n).double().mean()
-    curve = tail.ridge(pooled, seeded(), (features_nd, row_n), width=100).scores(features_nd).argmax(1) == row_n
+    output_n = domain_n // 2
+    pooled = of_features(features_nd, output_n, 2)
+    line = (classifiers.lda(pooled).scores(features_nd).argmax(1) == output_n).double().mean()
+    curve = (
+        classifiers.ridge(pooled, seeded(), (features_nd, output_n), width=100).scores(features_nd).argmax(1)
+        == output_n
+    )
     assert line < 0.7
     assert curve.double().mean() > 0.97
 
@@ -183,13 +186,15 @@ def test_random_features_tell_apart_what_no_line_does():
 
 
 def test_aligned_without_steps_is_lda():
-    for found, expected in zip(tail.aligned(statistics(), seeded(), steps=0), tail.lda(statistics()), strict=True):
+    for found, expected in zip(
+        classifiers.aligned(statistics(), seeded(), steps=0), classifiers.lda(statistics()), strict=True
+    ):
         assert torch.equal(found, expected)
 
 
 def test_one_aligned_step_is_that_of_finite_differences():
     """In the coordinates where the pooled covariance is I, at the full rate, with the pairs taken one by one."""
-    white, start = gaussians(statistics(2)), tail.lda(statistics(2))
+    white, start = gaussians(statistics(2)), classifiers.lda(statistics(2))
     generator = seeded(4)
     rows = torch.randperm(ROWS, generator=generator)[:3]
     drawn = white.draws(rows, 5, generator, 0.3).numpy()
@@ -215,7 +220,7 @@ def test_one_aligned_step_is_that_of_finite_differences():
     for j in range(ROWS):
         nudge_b = np.eye(ROWS)[j] * 1e-6
         slope_b[j] = (cost(base, biases + nudge_b) - cost(base, biases - nudge_b)) / 2e-6
-    found = tail.aligned(statistics(2), seeded(4), steps=1, rows=3, draws=5, rate=0.05, gap=0.7, own_share=0.3)
+    found = classifiers.aligned(statistics(2), seeded(4), steps=1, rows=3, draws=5, rate=0.05, gap=0.7, own_share=0.3)
     change = -0.05 * slope @ white.whiten_dd.numpy()
     change_b = -0.05 * slope_b - change @ white.centre_d.numpy()
     assert np.abs(change).max() > 1e-4
@@ -225,9 +230,11 @@ def test_one_aligned_step_is_that_of_finite_differences():
 
 def test_the_rate_falls_by_a_cosine():
     """At steps so small that slopes do not change by them: of two, the second is half as long."""
-    generator, start = seeded(4), tail.lda(statistics()).weight_jd
-    first, second = (tail.aligned(statistics(), generator, steps=1, rate=1e-6).weight_jd - start for _ in range(2))
-    both = tail.aligned(statistics(), seeded(4), steps=2, rate=1e-6).weight_jd - start
+    generator, start = seeded(4), classifiers.lda(statistics()).weight_jd
+    first, second = (
+        classifiers.aligned(statistics(), generator, steps=1, rate=1e-6).weight_jd - start for _ in range(2)
+    )
+    both = classifiers.aligned(statistics(), seeded(4), steps=2, rate=1e-6).weight_jd - start
     torch.testing.assert_close(both, first + second / 2, rtol=1e-4, atol=1e-12)
 
 
@@ -238,7 +245,7 @@ def test_lda_is_where_the_expected_cross_entropy_of_pooled_draws_is_smallest():
     drawn = white.draws(rows, 100_000, seeded())
     weight = white.means_jd.clone().requires_grad_()
     scores = drawn @ weight.T - white.means_jd.square().sum(1) / 2
-    (slope,) = torch.autograd.grad(tail.alignment_loss(scores[:, :200], rows, 0), weight, retain_graph=True)
+    (slope,) = torch.autograd.grad(classifiers.alignment_loss(scores[:, :200], rows, 0), weight, retain_graph=True)
     (expected,) = torch.autograd.grad(
         torch.nn.functional.cross_entropy(scores.flatten(0, 1), rows.repeat_interleave(100_000)), weight
     )
@@ -253,7 +260,7 @@ def test_steps_lower_the_cross_entropy_of_draws_with_own_parts():
     before, after = (
         float(
             torch.nn.functional.cross_entropy(
-                tail.aligned(known, seeded(), steps=n, gap=0.0, rate=0.1, own_share=0.9).scores(fresh), rows_b
+                classifiers.aligned(known, seeded(), steps=n, gap=0.0, rate=0.1, own_share=0.9).scores(fresh), rows_b
             )
         )
         for n in (0, 60)
@@ -265,14 +272,14 @@ def test_the_gap_evens_out_the_losses_within_a_row():
     scores = torch.tensor([[[2.0, 0], [0, 0]], [[0, 1], [0, 1]]])
     plain = torch.nn.functional.cross_entropy(scores.flatten(0, 1), torch.tensor([0, 0, 1, 1]))
     first, second = (float(torch.nn.functional.cross_entropy(scores[0, i], torch.tensor(0))) for i in (0, 1))
-    found = tail.alignment_loss(scores, torch.tensor([0, 1]), 0.1)
+    found = classifiers.alignment_loss(scores, torch.tensor([0, 1]), 0.1)
     assert float(found) == pytest.approx(float(plain) + 0.1 * abs(first - second) / 2)
 
 
 def test_alignment_works_where_gradients_are_turned_off():
     with torch.no_grad():
-        found = tail.aligned(statistics(), seeded(), steps=2)
-    assert not torch.equal(found.weight_jd, tail.lda(statistics()).weight_jd)
+        found = classifiers.aligned(statistics(), seeded(), steps=2)
+    assert not torch.equal(found.weight_jd, classifiers.lda(statistics()).weight_jd)
     assert not found.weight_jd.requires_grad
 
 
@@ -280,31 +287,31 @@ def test_alignment_works_where_gradients_are_turned_off():
 
 
 def test_the_temperature_is_that_of_a_fine_grid():
-    features_nd, row_n = data(2)
-    scores = 7 * tail.lda(statistics()).scores(features_nd)
+    features_nd, output_n = data(2)
+    scores = 7 * classifiers.lda(statistics()).scores(features_nd)
     grid = np.exp(np.linspace(np.log(0.5), np.log(100), 2000))
-    costs = [float(torch.nn.functional.cross_entropy(scores / tau, row_n)) for tau in grid]
-    assert tail.temperature(scores, row_n) == pytest.approx(grid[int(np.argmin(costs))], rel=0.01)
+    costs = [float(torch.nn.functional.cross_entropy(scores / tau, output_n)) for tau in grid]
+    assert classifiers.temperature(scores, output_n) == pytest.approx(grid[int(np.argmin(costs))], rel=0.01)
 
 
 def test_the_temperature_of_lda_on_its_own_draws_is_one():
     white = gaussians(statistics())
     rows = torch.arange(ROWS)
-    scores = tail.lda(statistics()).scores(white.features(white.draws(rows, 20_000, seeded()).flatten(0, 1)))
-    assert tail.temperature(scores, rows.repeat_interleave(20_000)) == pytest.approx(1, abs=0.03)
+    scores = classifiers.lda(statistics()).scores(white.features(white.draws(rows, 20_000, seeded()).flatten(0, 1)))
+    assert classifiers.temperature(scores, rows.repeat_interleave(20_000)) == pytest.approx(1, abs=0.03)
 
 
 def test_a_head_that_is_always_right_gets_the_least_temperature_and_one_without_scores_gets_one():
     sure = 50 * torch.eye(3, dtype=torch.float64)
     spread = float(sure.std(1, correction=0).mean())
-    assert tail.temperature(sure, torch.arange(3)) == pytest.approx(spread / 100, rel=1e-3)
-    assert tail.temperature(torch.zeros(3, 3), torch.arange(3)) == 1
+    assert classifiers.temperature(sure, torch.arange(3)) == pytest.approx(spread / 100, rel=1e-3)
+    assert classifiers.temperature(torch.zeros(3, 3), torch.arange(3)) == 1
 
 
 def test_the_mixture_is_the_mean_of_both_log_probabilities():
     features_nd, _ = data(1)
-    linear, ridge = tail.lda(statistics()), tail.ridge(statistics(), seeded(), width=30, draws=20)
-    head = tail.mixed(linear, ridge, statistics(), seeded(1))
+    linear, ridge = classifiers.lda(statistics()), classifiers.ridge(statistics(), seeded(), width=30, draws=20)
+    head = classifiers.mixed(linear, ridge, statistics(), seeded(1))
     expected = np.zeros((N, ROWS))
     for part, tau in zip((linear, ridge), head.temperatures.tolist(), strict=True):
         scores = part.scores(features_nd).numpy() / tau
@@ -315,15 +322,15 @@ def test_the_mixture_is_the_mean_of_both_log_probabilities():
 # ---------------------------------------------------------------------------------------------- saving and repeating
 
 
-def every_head(seed: int = 0) -> dict[str, tail.Head]:
+def every_head(seed: int = 0) -> dict[str, classifiers.Head]:
     known = statistics(2)
-    linear, ridge = tail.lda(known), tail.ridge(known, seeded(seed), width=30, draws=20)
+    linear, ridge = classifiers.lda(known), classifiers.ridge(known, seeded(seed), width=30, draws=20)
     return {
-        "ncm": tail.ncm(known),
+        "ncm": classifiers.ncm(known),
         "lda": linear,
         "ridge": ridge,
-        "aligned": tail.aligned(known, seeded(seed), steps=5),
-        "mixed": tail.mixed(linear, ridge, known, seeded(seed)),
+        "aligned": classifiers.aligned(known, seeded(seed), steps=5),
+        "mixed": classifiers.mixed(linear, ridge, known, seeded(seed)),
     }
 
 
@@ -331,7 +338,7 @@ def every_head(seed: int = 0) -> dict[str, tail.Head]:
 def test_a_saved_head_comes_back_with_the_same_bits(kind: str, tmp_path: Path):
     head = every_head()[kind]
     save_file(head.tensors(), tmp_path / "head.safetensors")
-    again = tail.head_of(load_file(tmp_path / "head.safetensors"))
+    again = classifiers.classifier_of(load_file(tmp_path / "head.safetensors"))
     assert type(again) is type(head)
     assert torch.equal(again.scores(data(1)[0].float()), head.scores(data(1)[0].float()))
     for name, part in head.tensors().items():
@@ -358,21 +365,21 @@ def test_what_each_head_makes_of_digits():
     """Pixels as features, 900 examples to fit and 897 to be asked: the numbers that docs/consolidate.md tells."""
     from sklearn.datasets import load_digits
 
-    features_nd, row_n = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
-    order = torch.randperm(len(row_n), generator=seeded())
+    features_nd, output_n = (torch.from_numpy(part) for part in load_digits(return_X_y=True))
+    order = torch.randperm(len(output_n), generator=seeded())
     fit, rest = order[:900], order[900:]
 
-    def right(head: tail.Head) -> float:
-        return 100 * float((head.scores(features_nd[rest]).argmax(1) == row_n[rest]).double().mean())
+    def right(head: classifiers.Head) -> float:
+        return 100 * float((head.scores(features_nd[rest]).argmax(1) == output_n[rest]).double().mean())
 
-    known, examples = of_features(features_nd[fit], row_n[fit], 10, 8), (features_nd[fit], row_n[fit])
+    known, examples = of_features(features_nd[fit], output_n[fit], 10, 8), (features_nd[fit], output_n[fit])
     found = {
-        "ncm": right(tail.ncm(known)),
-        "lda": right(tail.lda(known)),
-        "aligned": right(tail.aligned(known, seeded(), draws=16, steps=100)),
-        "drawn, pooled": right(tail.ridge(known, seeded(), width=512, own_share=0.0)),
-        "drawn, own": right(tail.ridge(known, seeded(), width=512, own_share=0.75)),
-        "examples": right(tail.ridge(known, seeded(), examples, width=512)),
+        "ncm": right(classifiers.ncm(known)),
+        "lda": right(classifiers.lda(known)),
+        "aligned": right(classifiers.aligned(known, seeded(), draws=16, steps=100)),
+        "drawn, pooled": right(classifiers.ridge(known, seeded(), width=512, own_share=0.0)),
+        "drawn, own": right(classifiers.ridge(known, seeded(), width=512, own_share=0.75)),
+        "examples": right(classifiers.ridge(known, seeded(), examples, width=512)),
     }
     told = {"ncm": 89.6, "lda": 95.1, "aligned": 95.1, "drawn, pooled": 93, "drawn, own": 95, "examples": 97}
     assert found == pytest.approx(told, abs=0.8), f"correct the page: {found}"

@@ -14,12 +14,12 @@ import torch
 from tests.tiny import noise, tiny_bert, tiny_images, tiny_texts, tiny_vit
 
 from lamina.adapters import LowRank
-from lamina.chance import bits, seed_of
 from lamina.config import EvaluationConfig, TrainingConfig
+from lamina.data.streams import PlannedTask, Stream, class_plan, make_stream
 from lamina.engine.loop import Interrupted, Loop
 from lamina.errors import TrainingError
-from lamina.head import class_scores
 from lamina.learner import Learner
+from lamina.learner.head import class_scores
 from lamina.methods.taskarithmetic import (
     MEMORY,
     MERGED,
@@ -28,7 +28,7 @@ from lamina.methods.taskarithmetic import (
     feature_divergence,
     padded,
 )
-from lamina.streams import PlannedTask, Stream, class_plan, make_stream
+from lamina.rng import bits, seed_of
 
 TRAINING = TrainingConfig(epochs=2, batch_size=16, lr=0.02, head_lr=0.05, schedule="cosine")
 PLAN = (
@@ -62,18 +62,18 @@ def run(folder: Path, stream: Stream, batch_size: int = 250, **settings: Any) ->
     return loop
 
 
-def change(loop: Loop, slot: str, branch: str = MERGED) -> torch.Tensor:
-    part = loop.learner.slots[slot].finished()[branch]
+def change(loop: Loop, site: str, branch: str = MERGED) -> torch.Tensor:
+    part = loop.learner.sites[site].finished()[branch]
     return part.up_or @ part.down_ri
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, np.ndarray]]:
-    """The change each task makes when it is the only one, λ = 1: by task, then by slot."""
+    """The change each task makes when it is the only one, λ = 1: by task, then by site."""
     found = {}
     for task in images():
         loop = run(tmp_path_factory.mktemp("alone"), replace(images(), tasks=(task,)), scale=1.0)
-        found[task.name] = {slot: change(loop, slot).double().numpy() for slot in loop.learner.slots}
+        found[task.name] = {site: change(loop, site).double().numpy() for site in loop.learner.sites}
     return found
 
 
@@ -113,43 +113,43 @@ def test_what_is_deployed_is_the_merge_of_what_each_task_learns_alone(
 ):
     """Independent training and merging in one: nothing of the other tasks enters a change."""
     loop = run(tmp_path, images(), merge=merge, scale=0.4, density=0.3)
-    for slot in loop.learner.slots:
-        expected_oi = MERGES[merge]([alone[task.name][slot] for task in images()])
-        found_oi = change(loop, slot).numpy()
+    for site in loop.learner.sites:
+        expected_oi = MERGES[merge]([alone[task.name][site] for task in images()])
+        found_oi = change(loop, site).numpy()
         np.testing.assert_allclose(found_oi, expected_oi, atol=2e-6 * np.abs(expected_oi).max())
-        layer = loop.learner.slots[slot].layer
-        torch.testing.assert_close(layer.weight_oi - layer.base_oi, change(loop, slot), atol=1e-6, rtol=0)
+        layer = loop.learner.sites[site].layer
+        torch.testing.assert_close(layer.weight_oi - layer.base_oi, change(loop, site), atol=1e-6, rtol=0)
 
 
 def test_a_running_sum_is_the_concatenation_of_factors(tmp_path: Path):
     """PEFT's "cat", the one merge of factors that is exact: A stacked, B side by side."""
     ties = run(tmp_path / "ties", images(), merge="ties")  # keeps the factors
     summed = run(tmp_path / "sum", images(), merge="sum", scale=0.25)
-    for slot in summed.learner.slots:
-        ups, downs = ([ties.method.memory[f"{f}/{slot}/{task.name}"] for task in images()] for f in ("up", "down"))
+    for site in summed.learner.sites:
+        ups, downs = ([ties.method.memory[f"{f}/{site}/{task.name}"] for task in images()] for f in ("up", "down"))
         cat_oi = torch.cat([0.25 * up for up in ups], 1) @ torch.cat(downs, 0)
-        torch.testing.assert_close(change(summed, slot), cat_oi, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(change(summed, site), cat_oi, atol=1e-6, rtol=1e-5)
         crossed_oi = 0.25 * sum(ups) @ sum(downs)  # "linear": has the products of different tasks in it
         assert (crossed_oi - cat_oi).norm() > 0.1 * cat_oi.norm()
-        assert summed.learner.slots[slot].finished()[MERGED].up_or.shape[1] == 3 * 2
+        assert summed.learner.sites[site].finished()[MERGED].up_or.shape[1] == 3 * 2
 
 
 def test_a_third_of_the_sum_of_three_is_their_mean(tmp_path: Path):
     third = run(tmp_path / "third", images(), merge="sum", scale=1 / 3)
     mean = run(tmp_path / "mean", images(), merge="mean")
-    for slot in mean.learner.slots:
-        torch.testing.assert_close(change(third, slot), change(mean, slot), atol=1e-6, rtol=0)
+    for site in mean.learner.sites:
+        torch.testing.assert_close(change(third, site), change(mean, site), atol=1e-6, rtol=0)
 
 
 def test_dropped_entries_are_drawn_for_the_task_and_the_place(alone: dict[str, dict[str, np.ndarray]], tmp_path: Path):
     patterns = {}
     for task in images():
         loop = run(tmp_path / task.name, replace(images(), tasks=(task,)), merge="dare", density=0.3, scale=1.0)
-        for slot, whole_oi in alone[task.name].items():
-            found_oi, kept_oi = change(loop, slot).numpy(), np.abs(change(loop, slot).numpy()) > 1e-5
+        for site, whole_oi in alone[task.name].items():
+            found_oi, kept_oi = change(loop, site).numpy(), np.abs(change(loop, site).numpy()) > 1e-5
             np.testing.assert_allclose(found_oi[kept_oi], whole_oi[kept_oi] / 0.3, rtol=1e-2, atol=2e-6)
             assert 0.2 < kept_oi.mean() < 0.4
-            patterns[task.name, slot] = kept_oi
+            patterns[task.name, site] = kept_oi
     agreements = [
         (one == other).mean()
         for a, one in patterns.items()
@@ -164,7 +164,7 @@ def test_dropped_entries_are_drawn_for_the_task_and_the_place(alone: dict[str, d
 def test_the_order_of_the_tasks_does_not_matter(merge: str, tmp_path: Path):
     forward = run(tmp_path / "forward", images(), merge=merge, memory_per_class=3)
     backward = run(tmp_path / "back", replace(images(), tasks=images().tasks[::-1]), merge=merge, memory_per_class=3)
-    assert [row.task for row in forward.learner.rows] != [row.task for row in backward.learner.rows]
+    assert [row.task for row in forward.learner.outputs] != [row.task for row in backward.learner.outputs]
     ours, theirs = forward.method.memory, backward.method.memory
     assert ours.keys() == theirs.keys()
     assert any(key.startswith("weight/") for key in ours)
@@ -173,12 +173,12 @@ def test_the_order_of_the_tasks_does_not_matter(merge: str, tmp_path: Path):
             torch.testing.assert_close(value, theirs[key], atol=1e-12, rtol=1e-12)
         else:
             assert torch.equal(value, theirs[key]), key
-    for slot in forward.learner.slots:
-        torch.testing.assert_close(change(forward, slot), change(backward, slot), atol=1e-6, rtol=1e-5)
+    for site in forward.learner.sites:
+        torch.testing.assert_close(change(forward, site), change(backward, site), atol=1e-6, rtol=1e-5)
     batch = images()[0].test.batch(np.arange(len(images()[0].test)))
     with forward.learner.folded(), backward.learner.folded():
         scores = [
-            class_scores(loop.method.predict(loop.learner, batch), loop.learner.rows, range(5))
+            class_scores(loop.method.predict(loop.learner, batch), loop.learner.outputs, range(5))
             for loop in (forward, backward)
         ]
     torch.testing.assert_close(*scores, atol=1e-3, rtol=1e-3)
@@ -190,10 +190,10 @@ def test_every_task_starts_from_the_pre_trained_model(tmp_path: Path):
     deployed = {name: value.clone() for name, value in learner.tensors().items() if name.startswith("head/")}
     torch.manual_seed(1)
     loop.method.begin(learner, task, lambda **_: iter(()))
-    for slot in learner.slots.values():
-        assert slot.finished() == {}
-        assert torch.equal(slot.layer.weight_oi, slot.layer.base_oi)
-        assert list(slot.live()) == ["one more"]
+    for site in learner.sites.values():
+        assert site.finished() == {}
+        assert torch.equal(site.layer.weight_oi, site.layer.base_oi)
+        assert list(site.live()) == ["one more"]
     for name, value in deployed.items():
         _, old, part = name.split("/")
         assert torch.equal(learner.tensors()[name], loop.method.memory[f"{part}/{old}"])
@@ -267,8 +267,8 @@ def test_the_loss_weighs_cross_entropy_and_divergence(tmp_path: Path):
     with torch.no_grad():
         before_bd = learner.features(batch)
     method.begin(learner, task, lambda **_: iter(()))
-    for slot in learner.slots.values():
-        slot.live()[task.name].up.data += 0.3 * noise((slot.d_out, 2), slot.name)
+    for site in learner.sites.values():
+        site.live()[task.name].up.data += 0.3 * noise((site.d_out, 2), site.name)
     divergence = feature_divergence(before_bd, learner.features(batch))
     assert divergence > 1e-3
     expected = 0.6 * plain.loss(learner, batch, task) + 0.4 * divergence
@@ -341,19 +341,19 @@ def test_with_no_memory_there_is_no_fine_tuning_and_with_it_all_classes_are_lear
     losses = []
     for loop in (without, tuned):
         learner, memory = loop.learner, tuned.method.memory
-        assert all((MEMORY in slot.finished()) == (loop is tuned) for slot in learner.slots.values())
+        assert all((MEMORY in site.finished()) == (loop is tuned) for site in learner.sites.values())
         total, classes = 0.0, [0, 1, 2, 3, 4]
         for task in images():
             batch = replace(
                 task.train.batch(np.arange(1)), inputs={"pixel_values": memory[f"pixel_values/{task.name}"].float()}
             )
             with learner.folded():
-                scores_bc = class_scores(learner.head(learner.features(batch)), learner.rows, classes)
+                scores_bc = class_scores(learner.head(learner.features(batch)), learner.outputs, classes)
             total += torch.nn.functional.cross_entropy(scores_bc, memory[f"labels/{task.name}"]).item()
         losses.append(total / 3)
     assert losses[1] < 0.5 * losses[0]
-    for slot in without.learner.slots:
-        assert torch.equal(change(without, slot), change(tuned, slot)), (
+    for site in without.learner.sites:
+        assert torch.equal(change(without, site), change(tuned, site)), (
             "the merge lies below the fine-tuning, untouched"
         )
 
@@ -376,10 +376,10 @@ def test_memory_is_what_its_bound_says(merge: str, head: str, kept: int):
     for number, task in enumerate(images()):
         torch.manual_seed(number)
         method.begin(learner, task, lambda **_: iter(()))
-        for slot in learner.slots.values():
-            branch = slot.live()[task.name]
+        for site in learner.sites.values():
+            branch = site.live()[task.name]
             assert isinstance(branch, LowRank)
-            branch.up.data += noise((slot.d_out, 2), seed_of(slot.name, number))
+            branch.up.data += noise((site.d_out, 2), seed_of(site.name, number))
         method.end(learner, task, lambda **_: iter(()))
         assert method.memory_bytes == method.memory_bound(learner)
         sizes.append(sum(v.numel() for k, v in method.memory.items() if k.split("/")[0] in ("sum", "up", "down")))

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from tests.properties.test_linalg import SEEDS, close, random
 from torch import Tensor
 
-from lamina import linalg
-from lamina.consolidate import average, shift, tail
-from lamina.consolidate.statistics import Shrinkage, Statistics, covariance, gaussians, joined, moved, of_features
+from lamina.maths import classifiers, drift, linalg, merging
+from lamina.maths.class_statistics import Shrinkage, Statistics, concatenated, covariance, gaussians, moved, of_features
 
 often = settings(deadline=None, max_examples=40, derandomize=True)
 SHRINKAGES: st.SearchStrategy[Shrinkage] = st.sampled_from(["oas", 0.0, 0.1, 1.0])
@@ -27,33 +26,33 @@ def labelled(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
     """Features (n, d), their rows (n,) and how many rows: down to one example each, one row, one dimension; and features
     that are constant over all examples, over those of a row, or in some dimensions, small, large or zero."""
     seed, d, rows = draw(SEEDS), draw(st.integers(1, 7)), draw(st.integers(1, 5))
-    row_n = torch.arange(rows).repeat_interleave(torch.tensor([draw(st.integers(1, 6)) for _ in range(rows)]))
-    row_n = row_n[torch.randperm(len(row_n), generator=seeded(seed))]
-    features_nd = random(seed, rows, d)[row_n]
+    output_n = torch.arange(rows).repeat_interleave(torch.tensor([draw(st.integers(1, 6)) for _ in range(rows)]))
+    output_n = output_n[torch.randperm(len(output_n), generator=seeded(seed))]
+    features_nd = random(seed, rows, d)[output_n]
     match draw(st.sampled_from(["spread", "spread", "one dimension", "constant in rows", "constant", "zero"])):
         case "spread":
-            features_nd = features_nd + random(seed + 1, len(row_n), d)
+            features_nd = features_nd + random(seed + 1, len(output_n), d)
         case "one dimension":
-            features_nd = features_nd + random(seed + 1, len(row_n), 1) * torch.eye(d, dtype=torch.float64)[0]
+            features_nd = features_nd + random(seed + 1, len(output_n), 1) * torch.eye(d, dtype=torch.float64)[0]
         case "constant":
-            features_nd = features_nd[:1].expand(len(row_n), d)
+            features_nd = features_nd[:1].expand(len(output_n), d)
         case "zero":
             features_nd = torch.zeros_like(features_nd)
-    return (draw(st.sampled_from([1e-4, 1.0, 1e4])) * features_nd).float(), row_n, rows
+    return (draw(st.sampled_from([1e-4, 1.0, 1e4])) * features_nd).float(), output_n, rows
 
 
 def every_head(
     statistics: Statistics, shrinkage: Shrinkage, real: tuple[Tensor, Tensor] | None
-) -> dict[str, tail.Head]:
-    linear = tail.lda(statistics, shrinkage)
-    ridge = tail.ridge(statistics, seeded(0), real, width=12, draws=6, shrinkage=shrinkage)
+) -> dict[str, classifiers.Head]:
+    linear = classifiers.lda(statistics, shrinkage)
+    ridge = classifiers.ridge(statistics, seeded(0), real, width=12, draws=6, shrinkage=shrinkage)
     return {
-        "ncm": tail.ncm(statistics),
+        "ncm": classifiers.ncm(statistics),
         "lda": linear,
-        "lda with priors": tail.lda(statistics, shrinkage, "counts"),
+        "lda with priors": classifiers.lda(statistics, shrinkage, "counts"),
         "ridge": ridge,
-        "aligned": tail.aligned(statistics, seeded(0), steps=3, draws=4, shrinkage=shrinkage),
-        "mixed": tail.mixed(linear, ridge, statistics, seeded(0), draws=3, shrinkage=shrinkage),
+        "aligned": classifiers.aligned(statistics, seeded(0), steps=3, draws=4, shrinkage=shrinkage),
+        "mixed": classifiers.mixed(linear, ridge, statistics, seeded(0), draws=3, shrinkage=shrinkage),
     }
 
 
@@ -62,10 +61,10 @@ def every_head(
 def test_every_head_of_any_statistics_gives_finite_scores_for_every_row(
     data: tuple[Tensor, Tensor, int], shrinkage: Shrinkage, own_rank: int, with_real: bool
 ):
-    features_nd, row_n, rows = data
+    features_nd, output_n, rows = data
     statistics = of_features(*data, own_rank)
     assert statistics.own_jdr.shape == (rows, features_nd.shape[1], own_rank)
-    for name, head in every_head(statistics, shrinkage, (features_nd, row_n) if with_real else None).items():
+    for name, head in every_head(statistics, shrinkage, (features_nd, output_n) if with_real else None).items():
         scores_nj = head.scores(features_nd)
         assert scores_nj.shape == (len(features_nd), rows), name
         assert scores_nj.dtype == torch.float64, name
@@ -100,11 +99,11 @@ def test_rows_in_another_order_give_their_scores_in_that_order(
     data: tuple[Tensor, Tensor, int], shrinkage: Shrinkage, seed: int
 ):
     """For heads that draw, where every row has examples: the drawing is in the order of the rows."""
-    features_nd, row_n, rows = data
+    features_nd, output_n, rows = data
     order = torch.randperm(rows, generator=seeded(seed))
     place = order.argsort()
-    first = every_head(of_features(features_nd, row_n, rows), shrinkage, (features_nd, row_n))
-    second = every_head(of_features(features_nd, place[row_n], rows), shrinkage, (features_nd, place[row_n]))
+    first = every_head(of_features(features_nd, output_n, rows), shrinkage, (features_nd, output_n))
+    second = every_head(of_features(features_nd, place[output_n], rows), shrinkage, (features_nd, place[output_n]))
     for name in ("ncm", "lda", "lda with priors", "ridge"):
         expected = first[name].scores(features_nd)[:, order]
         size = float(expected.abs().max()) + 1e-300
@@ -114,11 +113,11 @@ def test_rows_in_another_order_give_their_scores_in_that_order(
 @often
 @given(labelled(), st.integers(0, 3))
 def test_tasks_one_after_another_are_all_examples_at_once(data: tuple[Tensor, Tensor, int], own_rank: int):
-    features_nd, row_n, rows = data
-    parts = [of_features(features_nd[row_n == j], row_n[row_n == j] - j, 1, own_rank) for j in range(rows)]
+    features_nd, output_n, rows = data
+    parts = [of_features(features_nd[output_n == j], output_n[output_n == j] - j, 1, own_rank) for j in range(rows)]
     found = parts[0]
     for part in parts[1:]:
-        found = joined(found, part)
+        found = concatenated(found, part)
     whole = of_features(*data, own_rank)
     assert torch.equal(found.counts_j, whole.counts_j)
     close(relative(found.means_jd, whole.means_jd), relative(whole.means_jd, whole.means_jd))
@@ -136,25 +135,27 @@ def test_where_nothing_varies_within_rows_lda_is_the_nearest_mean():
     features_nd, others_nd = random(0, 5, 8).float(), random(1, 200, 8)
     statistics = of_features(features_nd, torch.arange(5), 5)
     assert torch.equal(
-        tail.lda(statistics).scores(others_nd).argmax(1), tail.ncm(statistics).scores(others_nd).argmax(1)
+        classifiers.lda(statistics).scores(others_nd).argmax(1), classifiers.ncm(statistics).scores(others_nd).argmax(1)
     )
 
 
 def test_what_rounding_leaves_of_constant_features_is_no_covariance():
     """Around 1000, float32 is right to 3e-5. An error of that size in one dimension does not make the others decisive."""
-    row_n = torch.arange(3).repeat(10)
-    features_nd = 1000 + random(0, 3, 4)[row_n]
+    output_n = torch.arange(3).repeat(10)
+    features_nd = 1000 + random(0, 3, 4)[output_n]
     features_nd[:, 0] += 3e-5 * random(1, 30)
-    statistics, others_nd = of_features(features_nd, row_n, 3), 1000 + random(2, 200, 4)
-    lda, ncm = (head.scores(others_nd).argmax(1) for head in (tail.lda(statistics, 0.0), tail.ncm(statistics)))
+    statistics, others_nd = of_features(features_nd, output_n, 3), 1000 + random(2, 200, 4)
+    lda, ncm = (
+        head.scores(others_nd).argmax(1) for head in (classifiers.lda(statistics, 0.0), classifiers.ncm(statistics))
+    )
     assert (lda == ncm).double().mean() > 0.97
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_fewer_examples_than_dimensions_still_tell_rows_apart(n: int):
-    row_n = torch.arange(4).repeat_interleave(n)
+    output_n = torch.arange(4).repeat_interleave(n)
     places_jd = 10 * random(0, 4, 50)
-    statistics = of_features(places_jd[row_n] + random(1, 4 * n, 50), row_n, 4, own_rank=2)
+    statistics = of_features(places_jd[output_n] + random(1, 4 * n, 50), output_n, 4, own_rank=2)
     others_nd, others_n = places_jd.repeat(20, 1) + random(2, 80, 50), torch.arange(4).repeat(20)
     for name, head in every_head(statistics, "oas", None).items():
         assert torch.equal(head.scores(others_nd).argmax(1), others_n), name
@@ -163,17 +164,17 @@ def test_fewer_examples_than_dimensions_still_tell_rows_apart(n: int):
 @often
 @given(labelled(), st.integers(0, 9), st.sampled_from(["none", "linear", "linear+local", "random"]), SEEDS)
 def test_any_shift_of_any_statistics_is_finite_and_keeps_counts(
-    data: tuple[Tensor, Tensor, int], n: int, kind: shift.Kind, seed: int
+    data: tuple[Tensor, Tensor, int], n: int, kind: drift.Kind, seed: int
 ):
     old = of_features(*data, own_rank=1)
     d = data[0].shape[1]
     before_nd = random(seed, max(n, 1), d)
     for after_nd in (before_nd, 0 * before_nd, random(seed + 1, *before_nd.shape), before_nd[:1].expand_as(before_nd)):
         for pair in ((before_nd, after_nd), (after_nd, before_nd)):
-            new, map_dd = shift.shifted(old, *pair, kind, seeded(seed))
+            new, map_dd = drift.compensated(old, *pair, kind, seeded(seed))
             assert all(part.isfinite().all() for part in new)
             assert torch.equal(new.counts_j, old.counts_j)
-            found = shift.drift(map_dd, *pair)
+            found = drift.drift(map_dd, *pair)
             assert found.size >= 0
             assert -1.0001 < found.cosine < 1.0001
 
@@ -183,7 +184,7 @@ def test_any_shift_of_any_statistics_is_finite_and_keeps_counts(
 def test_features_that_stay_leave_old_rows_where_they_are(data: tuple[Tensor, Tensor, int], seed: int):
     old, same_nd = of_features(*data, own_rank=1), random(seed, 4, data[0].shape[1])
     for kind in ("linear", "linear+local"):
-        new, map_dd = shift.shifted(old, same_nd, same_nd, kind)
+        new, map_dd = drift.compensated(old, same_nd, same_nd, kind)
         close(map_dd, torch.eye(len(map_dd), dtype=torch.float64))
         close(new.means_jd, old.means_jd)
         close(new.scatter_dd, old.scatter_dd)
@@ -215,12 +216,12 @@ def test_the_gain_of_any_moments_lies_between_nothing_and_its_cap(
     inputs_old, inputs_new = random(seed, old, d), random(seed + 1, new, d)
     old_ii, new_ii = inputs_old.T @ inputs_old, inputs_new.T @ inputs_new
     for epsilon in (0.0, 1e-3):
-        gain_ii = average.gain(old_ii, new_ii, gamma, cap, epsilon)
+        gain_ii = merging.gain(old_ii, new_ii, gamma, cap, epsilon)
         values_i = torch.linalg.eigvals(gain_ii)
         assert values_i.real.min() > -1e-4
         assert values_i.real.max() < (cap or 1) + 1e-4
         merged_oi, trained_oi = random(seed + 2, 3, d), random(seed + 3, 3, d)
-        found = average.weighted(merged_oi, trained_oi, old_ii, new_ii, gamma, cap, epsilon)
+        found = merging.weighted(merged_oi, trained_oi, old_ii, new_ii, gamma, cap, epsilon)
         assert found.shape == (3, d)
         close(found, merged_oi + (trained_oi - merged_oi) @ gain_ii)
 
@@ -228,9 +229,9 @@ def test_the_gain_of_any_moments_lies_between_nothing_and_its_cap(
 @often
 @given(st.integers(0, 200), st.floats(0.01, 10), st.floats(0, 1))
 def test_shares_fall_from_one_to_the_least(t: int, gamma: float, least: float):
-    now, later = average.share(t, gamma, least), average.share(t + 1, gamma, least)
+    now, later = merging.share(t, gamma, least), merging.share(t + 1, gamma, least)
     assert least <= later <= now <= 1
-    assert average.share(0, gamma, least) == 1
+    assert merging.share(0, gamma, least) == 1
 
 
 @often

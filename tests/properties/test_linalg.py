@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lamina import linalg
+from lamina.maths import linalg
 
 often = settings(deadline=None, max_examples=40, derandomize=True)
 SIZES = st.integers(1, 9)

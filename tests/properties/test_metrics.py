@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina import metrics
-from lamina.metrics import AccuracyMatrix, wilson_interval
+from lamina.maths import metrics
+from lamina.maths.metrics import AccuracyMatrix, wilson_interval
 
 often = settings(deadline=None, max_examples=50, derandomize=True)
 
@@ -46,11 +46,11 @@ def test_accuracies(matrix: AccuracyMatrix):
         for i in tasks
     ]
     assert metrics.incremental_accuracy(matrix).tolist() == near(means)
-    assert metrics.incremental_accuracy_weighted(matrix).tolist() == near(shares)
+    assert metrics.incremental_accuracy_micro(matrix).tolist() == near(shares)
     assert metrics.final_accuracy(matrix) == near(means[-1])
-    assert metrics.final_accuracy_weighted(matrix) == near(shares[-1])
+    assert metrics.final_accuracy_micro(matrix) == near(shares[-1])
     assert metrics.average_accuracy(matrix) == near(fmean(means))
-    assert metrics.average_accuracy_weighted(matrix) == near(fmean(shares))
+    assert metrics.average_accuracy_micro(matrix) == near(fmean(shares))
     assert metrics.learning_accuracy(matrix) == near(fmean(a(matrix, j, j) for j in tasks))
 
 
@@ -118,12 +118,12 @@ def test_an_example_worked_by_hand():
     """Task 1 of 4 examples goes 4, 2, 3 right; task 2 of 2 goes 1, 2; task 3 of 10 gets 5."""
     matrix = AccuracyMatrix(np.array([[4, 0, 0], [2, 1, 0], [3, 2, 5]]), np.array([[4, 0, 0], [4, 2, 0], [4, 2, 10]]))
     assert metrics.incremental_accuracy(matrix).tolist() == near([1.0, 0.5, 0.75])
-    assert metrics.incremental_accuracy_weighted(matrix).tolist() == near([1.0, 0.5, 10 / 16])
+    assert metrics.incremental_accuracy_micro(matrix).tolist() == near([1.0, 0.5, 10 / 16])
     assert metrics.summary(matrix) == {
         "final_accuracy": near(0.75),
-        "final_accuracy_weighted": near(0.625),
+        "final_accuracy_micro": near(0.625),
         "average_accuracy": near(0.75),
-        "average_accuracy_weighted": near((1 + 0.5 + 0.625) / 3),
+        "average_accuracy_micro": near((1 + 0.5 + 0.625) / 3),
         "forgetting": near((0.25 - 0.5) / 2),  # 1 - 0.75, and 0.5 - 1: task 2 improved
         "backward_transfer": near((-0.25 + 0.5) / 2),
         "learning_accuracy": near((1 + 0.5 + 0.5) / 3),

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamina.data.streams import PlannedTask, Stream, class_plan, domain_plan, make_stream, named_plan
 from lamina.errors import DataError
-from lamina.streams import PlannedTask, Stream, class_plan, domain_plan, make_stream, named_plan
 from lamina.types import LabelledData
 
 often = settings(deadline=None, max_examples=40, derandomize=True)
@@ -93,14 +93,14 @@ def test_the_order_of_classes_is_drawn_from_its_seed():
 @given(datasets(), st.data())
 def test_joined_is_exactly_the_union(data: LabelledData, draw: st.DataObject):
     stream = make_stream(data, class_plan(data, draw.draw(st.integers(1, len(data.class_names))), 3), "class")
-    whole = stream.joined()
+    whole = stream.joint()
     assert len(whole) == 1
     assert whole[0].classes == tuple(label for task in stream for label in task.classes)
     for split in SPLIT:
         assert rows_of(whole, split) == rows_of(stream, split)
         assert np.array_equal(whole[0].split(split).labels_n, data.labels_n[rows_of(stream, split)])
     assert whole.fingerprint != stream.fingerprint
-    assert whole.joined()[0].train.rows_n.tolist() == whole[0].train.rows_n.tolist()
+    assert whole.joint()[0].train.rows_n.tolist() == whole[0].train.rows_n.tolist()
 
 
 def test_the_first_tasks_are_those_of_the_whole_stream():
@@ -109,14 +109,14 @@ def test_the_first_tasks_are_those_of_the_whole_stream():
     first = whole.first(2)
     assert first.tasks == whole.tasks[:2]
     assert len({whole.fingerprint, first.fingerprint, whole.first(1).fingerprint}) == 3
-    assert [len(first.joined()), first.joined()[0].classes] == [1, whole[0].classes + whole[1].classes]
+    assert [len(first.joint()), first.joint()[0].classes] == [1, whole[0].classes + whole[1].classes]
     with pytest.raises(DataError, match=r"stream.first = 4: the stream has 3 tasks. Choose 1 to 3"):
         whole.first(4)
 
 
 def test_joined_domains_name_every_class_once():
     data = make_data([0, 1] * 4, [0, 0, 1, 1] * 2, [0] * 4 + [2] * 4, 2, 2)
-    assert make_stream(data, domain_plan(data), "domain").joined()[0].classes == (0, 1)
+    assert make_stream(data, domain_plan(data), "domain").joint()[0].classes == (0, 1)
 
 
 @often

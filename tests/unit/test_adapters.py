@@ -12,7 +12,7 @@ from tests.tiny import noise
 from torch import Tensor, nn
 
 from lamina import adapters
-from lamina.adapters import AdaptedLinear, LowRank, Mixture, Rows, all_folded, inject, stripped
+from lamina.adapters import AdaptedLinear, LowRank, Mixture, OutputRange, all_folded, inject, stripped
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -97,7 +97,7 @@ def test_the_forward_is_the_sum_over_branches_live_or_finished():
 def test_a_branch_on_some_rows_changes_no_other():
     layer, x_bi = AdaptedLinear(linear()), noise((7, 5), "x")
     before_bo = layer(x_bi)
-    layer.add("k", low_rank("k", o=2), Rows(2, 4))
+    layer.add("k", low_rank("k", o=2), OutputRange(2, 4))
     branch = low_rank("k", o=2)
     expected_bo = before_bo.clone()
     expected_bo[:, 2:4] += x_bi @ product(branch).T
@@ -144,10 +144,10 @@ def test_how_factors_lie_in_memory_makes_no_bit_of_a_difference():
 
 @pytest.mark.parametrize(
     ("up", "down", "rows"),
-    [((5, 2), (2, 5), None), ((6, 2), (2, 6), None), ((6, 2), (3, 5), None), ((6, 2), (2, 5), Rows(0, 3))],
+    [((5, 2), (2, 5), None), ((6, 2), (2, 6), None), ((6, 2), (3, 5), None), ((6, 2), (2, 5), OutputRange(0, 3))],
     ids=["outputs", "inputs", "ranks", "rows"],
 )
-def test_wrong_shapes_are_refused(up: tuple, down: tuple, rows: Rows | None):
+def test_wrong_shapes_are_refused(up: tuple, down: tuple, rows: OutputRange | None):
     layer = AdaptedLinear(linear())
     branch = LowRank(trained={"up": torch.zeros(up), "down": torch.zeros(down)})
     with pytest.raises(ValueError, match=r"branch 'a' maps \(\d, 2\) x \([23], \d\), the layer \(\d, 5\)"):
@@ -195,9 +195,11 @@ def test_injection_replaces_a_linear_map_in_place():
 # ------------------------------------------------------------------------------------------------------- experts
 
 
-def experts(count: int, rows: Rows | None = None, dtype: torch.dtype = torch.float32) -> tuple[AdaptedLinear, Mixture]:
+def experts(
+    count: int, rows: OutputRange | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[AdaptedLinear, Mixture]:
     layer = AdaptedLinear(linear(), dtype)
-    rows = rows or Rows(0, 6)
+    rows = rows or OutputRange(0, 6)
     for k in range(count):
         layer.add(f"e{k}", low_rank(f"e{k}", o=rows.stop - rows.start), rows)
         layer.finish(f"e{k}", fold=False)
@@ -214,9 +216,9 @@ def test_an_expert_is_idle_until_it_is_chosen_and_is_never_folded():
         assert torch.equal(layer(x_bti), linear()(x_bti))
 
 
-@pytest.mark.parametrize("rows", [Rows(0, 6), Rows(2, 5)], ids=["all rows", "some rows"])
+@pytest.mark.parametrize("rows", [OutputRange(0, 6), OutputRange(2, 5)], ids=["all rows", "some rows"])
 @pytest.mark.parametrize("folded", [False, True])
-def test_each_input_gets_the_expert_it_chose(rows: Rows, folded: bool):
+def test_each_input_gets_the_expert_it_chose(rows: OutputRange, folded: bool):
     layer, mixture = experts(3, rows)
     x_bti, choice_b = noise((5, 4, 5), "x"), torch.tensor([2, -1, 0, 0, 1])
     layer.mixtures["k"] = mixture._replace(choice=choice_b)
@@ -290,10 +292,12 @@ def trained_pair(key: str, o: int = 6, i: int = 5, rank: int = 2) -> LowRank:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("cut", [(Rows(0, 6),), (Rows(2, 6),), (Rows(0, 6), Rows(1, 3), Rows(4, 6))])
+@pytest.mark.parametrize(
+    "cut", [(OutputRange(0, 6),), (OutputRange(2, 6),), (OutputRange(0, 6), OutputRange(1, 3), OutputRange(4, 6))]
+)
 @pytest.mark.parametrize(("thin", "way"), [(0, "Within"), (10, "View")])
 def test_branches_within_the_map_are_those_beside_it(
-    thin: int, way: str, cut: tuple[Rows, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
+    thin: int, way: str, cut: tuple[OutputRange, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(adapters, "THIN", thin)
 
@@ -326,9 +330,9 @@ def test_branches_within_the_map_are_those_beside_it(
 
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cut", [(Rows(0, 6),), (Rows(0, 6), Rows(1, 3), Rows(4, 6))])
+@pytest.mark.parametrize("cut", [(OutputRange(0, 6),), (OutputRange(0, 6), OutputRange(1, 3), OutputRange(4, 6))])
 def test_branches_beside_the_map_are_what_autograd_makes_of_the_formula(
-    cut: tuple[Rows, ...], dtype: torch.dtype, multiple: int, monkeypatch: pytest.MonkeyPatch
+    cut: tuple[OutputRange, ...], dtype: torch.dtype, multiple: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(adapters, "_multiple", lambda x: multiple)
     layer = AdaptedLinear(linear(), dtype)

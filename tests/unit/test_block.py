@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from lamina import block
 from lamina.adapters import LowRank
 from lamina.backbones import load
-from lamina.block import class_token, fuse
 from lamina.learner import Learner
-from lamina.moments import only_looks
+from lamina.learner.moments import only_looks
+from lamina.speed import fused_block
+from lamina.speed.fused_block import class_token, fuse
 from lamina.types import Batch
 
 ROLES = ("q", "k", "v", "out", "fc1", "fc2")
@@ -47,15 +47,15 @@ def learner_of(
     for layer in module.layers:
         fuse(layer, fused)
     generator = torch.Generator().manual_seed(2)
-    for slot in learner.slots.values():
+    for site in learner.sites.values():
         for number in range(branches):
             rank = 2 + number
             factors = {
-                "up": torch.randn(slot.d_out, rank, generator=generator) / 10,
-                "down": torch.randn(rank, slot.d_in, generator=generator) / 10,
+                "up": torch.randn(site.d_out, rank, generator=generator) / 10,
+                "down": torch.randn(rank, site.d_in, generator=generator) / 10,
             }
             trained = {name: value for name, value in factors.items() if name not in frozen}
-            slot.add(f"task-{number}", LowRank(trained=trained, frozen={name: factors[name] for name in frozen}))
+            site.add(f"task-{number}", LowRank(trained=trained, frozen={name: factors[name] for name in frozen}))
     return learner
 
 
@@ -237,7 +237,7 @@ def _per_example(learner: Learner) -> dict[str, Tensor]:
 
 def _experts(learner: Learner) -> dict[str, Tensor]:
     learner.finish("task-0", fold=False)
-    with learner.choosing(["task-0"], torch.tensor([0, -1, 0, -1, 0, 0])):
+    with learner.routing(["task-0"], torch.tensor([0, -1, 0, -1, 0, 0])):
         return {"features": learner.features(batch_of())}
 
 
@@ -282,7 +282,7 @@ def test_a_mask_is_left_to_transformers():
 @pytest.mark.parametrize(("length", "kind"), [(31, torch.float32), (32, torch.bfloat16)])
 def test_short_rows_get_a_softmax_in_float32(length: int, kind: torch.dtype):
     logits = torch.randn(3, length, generator=torch.Generator().manual_seed(5)).bfloat16()
-    found = block.softmax(logits)
+    found = fused_block.softmax(logits)
     assert found.dtype == kind
     torch.testing.assert_close(found.float(), logits.float().softmax(-1), rtol=1e-2, atol=1e-3)
 

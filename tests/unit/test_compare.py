@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 from tests.grids import MadeUp, Told, write_grid
 
+from lamina.cli.progress import GridWatcher
 from lamina.compare import Study, cells, table
 from lamina.compare.cells import Place, Store, bare, code_hash
 from lamina.compare.grid import Grid
@@ -25,7 +26,6 @@ from lamina.compare.work import Job, Watch, work
 from lamina.config import RunConfig
 from lamina.engine.loop import Interrupted
 from lamina.errors import ConfigError, LaminaError, RunError
-from lamina.progress import GridWatcher
 
 GRID = """\
 title: Made up
@@ -34,7 +34,7 @@ methods:
   finetune: {}
   inflora: {method.epsilon: 0.99}
   noproj: {method: inflora, method.rank: 3}
-  joined: {method.name: finetune, stream.joined: true}
+  joined: {method.name: finetune, stream.joint: true}
 seeds: [0, 1, 2]
 baseline: finetune
 """
@@ -53,7 +53,7 @@ def test_a_grid_becomes_cells(tmp_path: Path):
     assert len(found) == 12
     names = {cell.row.method: cell.config.method["name"] for cell in found}
     assert names == {"finetune": "finetune", "inflora": "inflora", "noproj": "inflora", "joined": "finetune"}
-    assert {cell.config.stream.joined for cell in found if cell.row.method == "joined"} == {True}
+    assert {cell.config.stream.joint for cell in found if cell.row.method == "joined"} == {True}
     assert [cell.config.method.get("rank") for cell in found if cell.row.method == "noproj"] == [3] * 3
     assert {(cell.config.threads, cell.config.precision, cell.config.stream.tasks) for cell in found} == {
         (1, "fp32", 5)
@@ -105,12 +105,12 @@ def test_trials_see_the_first_tasks_and_validation_data_only(tmp_path: Path):
 def test_a_row_can_stand_for_every_combination(tmp_path: Path):
     text = """\
 methods:
-  finetune: {training.lr: 0.5, each: {consolidation.merge: [none, ema], consolidation.head: [local, lda]}}
-  color: {each: {consolidation.merge: [none, ema], training.epochs: [1, 2]}}
-  prototype: {consolidation.head: local, each: {consolidation.drift: [none, linear]}}
+  finetune: {training.lr: 0.5, each: {consolidation.merging: [none, ema], consolidation.classifier: [local, lda]}}
+  color: {each: {consolidation.merging: [none, ema], training.epochs: [1, 2]}}
+  prototype: {consolidation.classifier: local, each: {consolidation.drift: [none, linear]}}
   other: {method: {name: inflora, rank: 3}, each: {method.epsilon: [0.5, 0.75]}}
   lamina: {each: {consolidation.drift: [none, random]}}
-  plain: {method.name: lamina, each: {consolidation.head: [local, ncm]}}
+  plain: {method.name: lamina, each: {consolidation.classifier: [local, ncm]}}
 baseline: finetune, merge none, head local
 """
     grid = Grid(write_grid(tmp_path, text))
@@ -124,7 +124,7 @@ baseline: finetune, merge none, head local
     ]
     assert [grid.cells(row, {})[0].config.consolidation.drift for row in grid.rows[-2:]] == ["none", "linear+local"]
     configs = [grid.cells(row, {})[0].config for row in grid.rows[:-4]]
-    assert (configs[3].consolidation.merge, configs[3].consolidation.head, configs[3].training.lr) == (
+    assert (configs[3].consolidation.merging, configs[3].consolidation.classifier, configs[3].training.lr) == (
         "ema",
         "lda",
         0.5,
@@ -133,8 +133,8 @@ baseline: finetune, merge none, head local
     assert (configs[-1].method["rank"], configs[-1].method["epsilon"]) == (3, 0.75)
     bad = problems(write_grid(tmp_path, "methods: {finetune: {each: {seed: 3}}}"))
     assert "methods.finetune.each = {'seed': 3}: must be settings, each with a list of values" in bad[0]
-    bad = problems(write_grid(tmp_path, "methods: {color: {consolidation.merge: ema}}"))
-    assert "consolidation.merge = 'ema' does not go with color: an expert is chosen per input" in bad[0]
+    bad = problems(write_grid(tmp_path, "methods: {color: {consolidation.merging: ema}}"))
+    assert "consolidation.merging = 'ema' does not go with color: an expert is chosen per input" in bad[0]
 
 
 def problems(file: Path) -> list[str]:

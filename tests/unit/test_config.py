@@ -149,7 +149,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path):
         ("a=0.001", "a", 0.001),
         ("seed=3", "seed", 3),
         ("backbone.targets=[q, v]", "backbone.targets", ["q", "v"]),
-        ("stream.joined=true", "stream.joined", True),
+        ("stream.joint=true", "stream.joint", True),
         ("data.per_class=null", "data.per_class", None),
         ("data.source=a=b", "data.source", "a=b"),
         (" seed =3", "seed", 3),
@@ -255,7 +255,7 @@ def test_a_fingerprint_survives_the_file(tmp_path: Path):
 
 
 class _Around(MethodConfig):
-    around = {"consolidation.head": "lda", "training.later_lr": 0.5}  # noqa: RUF012
+    around = {"consolidation.classifier": "lda", "training.later_lr": 0.5}  # noqa: RUF012
 
 
 def test_a_method_can_have_defaults_around_it_which_what_is_said_overrides() -> None:
@@ -264,17 +264,17 @@ def test_a_method_can_have_defaults_around_it_which_what_is_said_overrides() -> 
 
     plain, _ = check({})
     assert plain is not None
-    assert (plain.consolidation.head, plain.training.later_lr) == ("lda", 0.5)
-    said, _ = check({"consolidation": {"head": "local"}})
+    assert (plain.consolidation.classifier, plain.training.later_lr) == ("lda", 0.5)
+    said, _ = check({"consolidation": {"classifier": "own"}})
     assert said is not None
-    assert (said.consolidation.head, said.training.later_lr) == ("local", 0.5)
-    own, _ = configuration.check({"consolidation": {"head": "local"}}, SETTINGS)
+    assert (said.consolidation.classifier, said.training.later_lr) == ("local", 0.5)
+    own, _ = configuration.check({"consolidation": {"classifier": "own"}}, SETTINGS)
     assert own is not None
-    assert (own.consolidation.drift, own.consolidation.layers, own.consolidation.merge) == ("none", 1, "ema")
+    assert (own.consolidation.drift, own.consolidation.layers, own.consolidation.merging) == ("none", 1, "ema")
     other, _ = check({"method": "finetune"})
     assert other is not None
-    assert other.consolidation.head == "local"
+    assert other.consolidation.classifier == "local"
     assert check({"consolidation": 5})[1][0].startswith("consolidation = 5:")
-    raw: dict[str, Any] = {"consolidation": {"merge": "ema"}}
+    raw: dict[str, Any] = {"consolidation": {"merging": "ema"}}
     check(raw)
-    assert raw == {"consolidation": {"merge": "ema"}}
+    assert raw == {"consolidation": {"merging": "ema"}}

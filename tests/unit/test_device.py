@@ -13,9 +13,10 @@ from tests.tiny import noise
 from torch import Tensor
 
 from lamina.config import RunConfig, fingerprint
-from lamina.engine import device, precision
+from lamina.engine import device
 from lamina.errors import ConfigError
 from lamina.methods.inflora import InfLoRAConfig
+from lamina.speed import precision
 from lamina.types import Batch
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from tests.conformance.cases import World, make_loop
 
-from lamina.engine.evaluate import answers
+from lamina.engine.evaluate import predict_all
 from lamina.types import Batch, Examples
 
 
@@ -22,13 +22,13 @@ def test_texts_of_a_batch_are_of_like_length_and_answers_in_the_order_of_the_dat
         seen.extend(examples.lengths())
         return (examples.batch(np.array([i])) for i in range(len(examples)))
 
-    found = answers(loop.learner, loop.method, task.test, one_by_one, task.name)
+    found = predict_all(loop.learner, loop.method, task.test, one_by_one, task.name)
     assert seen == sorted(lengths_n)
     assert found.labels_n.tolist() == task.test.labels_n.tolist()
     for i in range(len(task.test)):
-        alone = answers(loop.learner, loop.method, task.test.select(np.array([i])), one_by_one, task.name)
-        assert (alone.classes_n, alone.known_task_n, alone.right_task_n) == (
+        alone = predict_all(loop.learner, loop.method, task.test.select(np.array([i])), one_by_one, task.name)
+        assert (alone.classes_n, alone.task_aware_n, alone.task_inferred_n) == (
             found.classes_n[i],
-            found.known_task_n[i],
-            found.right_task_n[i],
+            found.task_aware_n[i],
+            found.task_inferred_n[i],
         )

@@ -5,8 +5,7 @@ import torch
 from tests.tiny import noise
 from torch import Tensor, nn
 
-from lamina.engine import graphs
-from lamina.engine.ahead import ahead
+from lamina.speed.prefetch import ahead
 from lamina.types import Batch
 
 SIZE = 4

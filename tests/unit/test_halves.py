@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lamina import adapters
 from lamina import learner as learners
 from lamina.adapters import LowRank
-from lamina.halves import Halves
+from lamina.data.streams import class_plan, make_stream
 from lamina.learner import Learner
-from lamina.streams import class_plan, make_stream
+from lamina.speed.split_batch import Halves
 from lamina.types import Batch
 
 
@@ -122,10 +122,10 @@ def test_threads_that_cannot_be_halved_are_refused():
 
 def learner_with_a_branch() -> Learner:
     learner = Learner(tiny_vit(), ("k", "v"))
-    for name, slot in learner.slots.items():
-        branch = LowRank.fresh(slot.d_out, slot.d_in, 2, torch.Generator().manual_seed(1))
+    for name, site in learner.sites.items():
+        branch = LowRank.fresh(site.d_out, site.d_in, 2, torch.Generator().manual_seed(1))
         branch.up.data = noise(branch.up.shape, name)
-        slot.add("new", branch)
+        site.add("new", branch)
     return learner
 
 
@@ -178,9 +178,9 @@ def test_branches_may_change_between_batches(monkeypatch: pytest.MonkeyPatch):
 def test_examples_that_chose_their_experts_stay_in_one_piece():
     learner, expert_b = learner_with_a_branch(), torch.arange(40) % 2 - 1
     learner.finish("new", fold=False)
-    with learner.choosing(["new"], expert_b):
+    with learner.routing(["new"], expert_b):
         wanted_bd = learner.features(pixels(40))
-    with learner.in_halves(), learner.choosing(["new"], expert_b):
+    with learner.in_halves(), learner.routing(["new"], expert_b):
         got_bd = learner.features(pixels(40))
     assert torch.equal(got_bd, wanted_bd)
     assert not torch.allclose(got_bd, learner.features(pixels(40)))

@@ -4,13 +4,13 @@ import pytest
 import torch
 from tests.tiny import noise
 
-from lamina.head import Head, Row, class_scores
+from lamina.learner.head import Head, Output, class_scores
 
 
 def test_blocks_are_appended_and_found_again():
     head = Head(4)
     first, second = head.add("a", [3, 1]), head.add("b", [1, 0, 2])
-    assert head.rows == [Row("a", 3), Row("a", 1), Row("b", 1), Row("b", 0), Row("b", 2)]
+    assert head.outputs == [Output("a", 3), Output("a", 1), Output("b", 1), Output("b", 0), Output("b", 2)]
     assert head.block("a") is first
     assert head.block("b") is second
     features_bd = noise((6, 4), "features")
@@ -18,7 +18,7 @@ def test_blocks_are_appended_and_found_again():
     assert torch.equal(scores_br, torch.cat([first(features_bd), second(features_bd)], 1))
     with pytest.raises(ValueError, match="task 'a' has a block in the head already"):
         head.add("a", [5])
-    assert len(head.rows) == 5
+    assert len(head.outputs) == 5
 
 
 def test_older_blocks_keep_their_bits_when_one_is_added():
@@ -47,7 +47,7 @@ def test_freezing_is_for_all_blocks_so_far():
 
 
 def test_a_classes_score_is_its_largest_row():
-    rows = [Row("a", 7), Row("a", 2), Row("b", 7), Row("b", 4), Row("c", 7)]
+    rows = [Output("a", 7), Output("a", 2), Output("b", 7), Output("b", 4), Output("c", 7)]
     scores_br = torch.tensor([[1.0, 2.0, 3.0, -4.0, 2.5], [-1.0, -2.0, -3.0, -4.0, -5.0]])
     found_bc = class_scores(scores_br, rows, [2, 4, 7, 9])
     assert found_bc.tolist() == [[2.0, -4.0, 3.0, -torch.inf], [-2.0, -4.0, -1.0, -torch.inf]]

@@ -24,8 +24,8 @@ def batch(kind: str, n: int = 5) -> Batch:
     return Batch(inputs=data.table.inputs(np.arange(n), None), labels_b=torch.from_numpy(data.labels_n[:n]))
 
 
-def branch(slot: object, key: str, rank: int = 2, trained: tuple[str, ...] = ("up",)) -> LowRank:
-    parts = {"up": noise((slot.d_out, rank), slot.name, key), "down": 0.2 * noise((rank, slot.d_in), slot.name, key, 1)}
+def branch(site: object, key: str, rank: int = 2, trained: tuple[str, ...] = ("up",)) -> LowRank:
+    parts = {"up": noise((site.d_out, rank), site.name, key), "down": 0.2 * noise((rank, site.d_in), site.name, key, 1)}
     return LowRank(
         trained={name: parts[name] for name in trained},
         frozen={name: value for name, value in parts.items() if name not in trained},
@@ -39,8 +39,8 @@ def grown(kind: str, dtype: torch.dtype = torch.float32) -> Learner:
         learner.head.freeze()
         if number:
             learner.head.add(name, [number, 0])
-        for slot in learner.slots.values():
-            slot.add(name, branch(slot, name, 1 + number, ("up", "down") if number == 2 else ("up",)))
+        for site in learner.sites.values():
+            site.add(name, branch(site, name, 1 + number, ("up", "down") if number == 2 else ("up",)))
         if number < 2:
             learner.finish(name)
     return learner
@@ -51,7 +51,7 @@ def test_a_new_learner_is_the_backbone(kind: str):
     plain, learner = MAKERS[kind](), Learner(MAKERS[kind]())
     with torch.no_grad():
         torch.testing.assert_close(learner.features(batch(kind)), plain.features(batch(kind).inputs))
-    assert {slot.site.role for slot in learner.slots.values()} == {"k", "v"}
+    assert {site.role for site in learner.sites.values()} == {"k", "v"}
     assert learner.trainable() == {}
     assert learner.tensors() == {}
     assert learner.stored_parameters() == 0
@@ -68,7 +68,7 @@ def test_what_is_saved_rebuilds_the_learner(kind: str, dtype: torch.dtype):
     assert list(learner.tensors()) == list(tensors)
     assert all(torch.equal(value, tensors[name]) for name, value in learner.tensors().items())
     assert list(learner.trainable()) == list(saved.trainable())
-    assert learner.rows == saved.rows
+    assert learner.outputs == saved.outputs
     assert all(torch.equal(layer.weight_oi, saved.layers[path].weight_oi) for path, layer in learner.layers.items())
     ours, theirs = (x.head(x.features(batch(kind))) for x in (learner, saved))
     assert torch.equal(ours, theirs)
@@ -93,7 +93,7 @@ def test_trainable_parameters_have_names_that_say_where_they_are(kind: str):
     assert "block1.fc2/live/down" in names
     assert {"head/live/weight", "head/live/bias"} <= names
     assert not any("second" in name or "first" in name for name in names)
-    assert len(names) == 2 * len(learner.slots) + 2
+    assert len(names) == 2 * len(learner.sites) + 2
     assert len({id(value) for value in learner.trainable().values()}) == len(names)
 
 
@@ -102,8 +102,8 @@ def test_a_branch_says_what_weight_decay_leaves_alone():
         undecayed = ("down",)
 
     learner = Learner(tiny_fused_vit(), ("q", "v"), blocks=(1,))
-    for slot, kind in zip(learner.slots.values(), (Steady, LowRank), strict=True):
-        slot.add("a", kind(trained=branch(slot, "a").trained() | branch(slot, "a").frozen()))
+    for site, kind in zip(learner.sites.values(), (Steady, LowRank), strict=True):
+        site.add("a", kind(trained=branch(site, "a").trained() | branch(site, "a").frozen()))
     assert learner.undecayed() == {"block1.q/a/down"} <= learner.trainable().keys()
     learner.finish("a")
     assert learner.undecayed() == set()
@@ -113,12 +113,12 @@ def test_a_branch_says_what_weight_decay_leaves_alone():
 def test_slots_of_one_group_read_the_same_input(kind: str):
     learner = Learner(MAKERS[kind](), ("q", "k", "v", "fc1"))
     seen: dict[str, torch.Tensor] = {}
-    for name, slot in learner.slots.items():
-        slot.layer.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0]}))
+    for name, site in learner.sites.items():
+        site.layer.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0]}))
     learner.features(batch(kind))
-    for group, slots in learner.groups().items():
-        assert len({seen[slot.name].data_ptr() for slot in slots if slot.name in seen}) == 1
-        assert len(slots) == (3 if group.endswith("attention") else 1)
+    for group, sites in learner.groups().items():
+        assert len({seen[site.name].data_ptr() for site in sites if site.name in seen}) == 1
+        assert len(sites) == (3 if group.endswith("attention") else 1)
 
 
 def test_a_fused_layer_is_adapted_row_by_row():
@@ -126,10 +126,10 @@ def test_a_fused_layer_is_adapted_row_by_row():
     learner, x = Learner(tiny_fused_vit(), ("q", "k", "v")), batch("fused")
     before_bd = learner.features(x)
     weights = {path: layer.base_oi.clone() for path, layer in learner.layers.items()}
-    for slot in learner.slots.values():
-        slot.add("t", branch(slot, "t"))
-        up_or, down_ri = branch(slot, "t").factors()
-        weights[slot.site.path][slot.rows.start : slot.rows.stop] += (up_or @ down_ri).detach()
+    for site in learner.sites.values():
+        site.add("t", branch(site, "t"))
+        up_or, down_ri = branch(site, "t").factors()
+        weights[site.where.path][site.outputs.start : site.outputs.stop] += (up_or @ down_ri).detach()
     plain = tiny_fused_vit()
     for path, weight_oi in weights.items():
         plain.module.get_submodule(path).weight.data.copy_(weight_oi)
@@ -149,7 +149,7 @@ def test_task_logits_are_of_the_tasks_own_rows():
 
 def test_stored_parameters_are_counted_by_hand():
     learner = grown("vit")
-    per_rank = sum(slot.d_in + slot.d_out for slot in learner.slots.values())
+    per_rank = sum(site.d_in + site.d_out for site in learner.sites.values())
     assert learner.stored_parameters() == (1 + 2 + 3) * per_rank + 4 * (32 + 1)
 
 
@@ -185,7 +185,7 @@ def test_copies_are_gone_after_a_failure():
     with pytest.raises(RuntimeError, match="4"), learner.per_example("live", 5):
         learner.features(batch("fused", 4))
     assert all(not layer.mixtures for layer in learner.layers.values())
-    assert all("live" in slot.live() for slot in learner.slots.values())
+    assert all("live" in site.live() for site in learner.sites.values())
 
 
 @every_backbone
@@ -198,7 +198,7 @@ def test_the_weight_at_work_is_what_the_layer_does(kind: str, folded: bool):
             layer.fold_live()
     for role in ("q", "k", "v", "out"):
         site = next(site for site in learner.backbone.sites if (site.block, site.role) == (1, role))
-        rows = slice(*site.rows) if site.rows else slice(None)
+        rows = slice(*site.outputs) if site.outputs else slice(None)
         y_bto = learner.backbone.module.get_submodule(site.path)(x_bti)[..., rows]
         weight_oi, bias_o = learner.linear(1, role)
         torch.testing.assert_close(x_bti @ weight_oi.T + bias_o, y_bto, atol=1e-5, rtol=1e-5)
@@ -209,7 +209,7 @@ def test_the_weight_at_work_is_what_the_layer_does(kind: str, folded: bool):
 def test_a_watched_group_shows_its_input_once_before_it_computes(kind: str):
     learner, shown = Learner(MAKERS[kind](), ("k", "v")), []
     computed: list[str] = []
-    for layer in {id(slot.layer): slot.layer for slot in learner.groups()["block1.attention"]}.values():
+    for layer in {id(site.layer): site.layer for site in learner.groups()["block1.attention"]}.values():
         layer.register_forward_hook(lambda *_: computed.append("computed"))
 
     def watch(x_btd: torch.Tensor) -> None:
@@ -243,4 +243,4 @@ def test_places_that_are_not_there(targets: tuple, blocks: tuple | None):
 
 
 def test_only_the_chosen_blocks_are_adapted():
-    assert set(Learner(tiny_vit(), ("k",), (0, 2)).slots) == {"block0.k", "block2.k"}
+    assert set(Learner(tiny_vit(), ("k",), (0, 2)).sites) == {"block0.k", "block2.k"}

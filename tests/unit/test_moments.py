@@ -7,7 +7,7 @@ import torch
 from tests.tiny import noise
 from torch import nn
 
-from lamina.moments import SecondMoment, recording
+from lamina.learner.moments import SecondMoment, recording
 
 
 def test_inputs_are_recorded_while_open_and_hooks_are_gone_afterwards():

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lamina import parallel
+from lamina.cli.progress import Watcher
 from lamina.engine.loop import Event, Interrupted
 from lamina.errors import RunError, TrainingError
-from lamina.progress import Watcher
+from lamina.runs import side_by_side
 
 NAMES = {0: "task-01", 1: "task-02", 2: "task-03", 3: "task-04"}
 SAVES_WHEN_STOPPED = """
@@ -27,7 +27,7 @@ def train(out: Path, script: str, jobs: int, should_stop: Callable[[], bool] = l
     """The script gets the run's directory, the number of the task, and this process as $1, $2 and $3."""
     shown: list[tuple[int, str]] = []
     command = ("sh", "-c", script, "sh")
-    parallel.train(out, NAMES, jobs, lambda *facts: shown.append(facts), should_stop, command)
+    side_by_side.train(out, NAMES, jobs, lambda *facts: shown.append(facts), should_stop, command)
     return shown
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lamina.engine import precision
+from lamina.speed import precision
 
 
 @pytest.mark.parametrize("wanted", ["fp32", "bf16"])

@@ -1,4 +1,4 @@
-"""The report: what it says is what lamina.metrics says, it asks nothing of the network, and trusts no text."""
+"""The report: what it says is what lamina.maths.metrics says, it asks nothing of the network, and trusts no text."""
 
 import copy
 import json
@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lamina import metrics, report
+from lamina import report
 from lamina.errors import RunError
-from lamina.metrics import DEFINITIONS, AccuracyMatrix
+from lamina.maths import metrics
+from lamina.maths.metrics import DEFINITIONS, AccuracyMatrix
 from lamina.report import charts, text
 
 VOID = {"meta", "link", "br", "hr", "img"}
@@ -53,7 +54,7 @@ def record(
         "code": {"version": "0.1.0", "commit": "abc123"},
         "matrix": {"correct": correct, "total": total},
         "oracle": {"correct": [[min(99, c + 3) if c else 0 for c in row] for row in correct], "total": total},
-        "task_id_accuracy": [1.0, 0.95, 0.9][:learnt],
+        "task_inference_accuracy": [1.0, 0.95, 0.9][:learnt],
         "metrics": {},
         "classes": [
             {"name": c, "task": n, "correct": 40 - i % 20, "total": 50}
@@ -159,7 +160,7 @@ def test_no_text_of_a_record_becomes_markup() -> None:
     assert evil in parsed(page).text
 
 
-@pytest.mark.parametrize("missing", ["oracle", "task_id_accuracy", "classes", "losses", "cost", "lineage", "skipped",
+@pytest.mark.parametrize("missing", ["oracle", "task_inference_accuracy", "classes", "losses", "cost", "lineage", "skipped",
                                      "metrics", "config", "backbone", "machine", "code", "created"])  # fmt: skip
 @pytest.mark.parametrize("how", ["absent", "null"])
 def test_what_is_missing_is_a_dash(missing: str, how: str) -> None:

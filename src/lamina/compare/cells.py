@@ -30,17 +30,17 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import lamina
-from lamina import __version__, backbones, report, run
+from lamina import __version__, backbones, report, runs
 from lamina import config as configuration
 from lamina.config import RunConfig
 from lamina.data import Source
 from lamina.engine import checkpoint
 from lamina.errors import RunError
 from lamina.methods import METHODS
-from lamina.parallel import Process
+from lamina.runs.side_by_side import Process
 
 PACKAGE = Path(lamina.__file__).parent
-WITHOUT_EFFECT = frozenset({"__init__.py", "cli.py", "progress.py", "report", "compare", "methods"})
+WITHOUT_EFFECT = frozenset({"__init__.py", "cli", "report", "compare", "methods"})
 """Code that no result depends on. Of the methods, a run depends on its own file and on base.py: methods never import each
 other."""
 LAST_LINES = 12
@@ -179,7 +179,7 @@ class Store:
 
     def _data_hash(self, section: str) -> str:
         """Of the content. A folder of images is read once for every change of its files' times, and noted."""
-        source = run.open_source(RunConfig.model_validate({"data": json.loads(section)}))
+        source = runs.open_source(RunConfig.model_validate({"data": json.loads(section)}))
         if not source.stamp:
             return source.fingerprint
         note = self.folder / ".data" / f"{source.fingerprint}-{source.stamp}"
@@ -199,15 +199,15 @@ def told_by_table(record: dict[str, Any]) -> dict[str, Any]:
         "machine",
         "backbone",
         "matrix",
-        "oracle",
-        "task_id_accuracy",
+        "task_aware",
+        "task_inference_accuracy",
         "metrics",
     )
     found = {key: record[key] for key in (*kept, "cost")}
     found["method"] = {"name": record["method"]["name"]}
     found["stream"] = {key: record["stream"][key] for key in ("data", "scenario", "fingerprint")}
     config = record["config"]
-    return found | {"config": {"stream": {"joined": config["stream"]["joined"]}, "evaluation": config["evaluation"]}}
+    return found | {"config": {"stream": {"joint": config["stream"]["joint"]}, "evaluation": config["evaluation"]}}
 
 
 def read_records(file: Path) -> dict[str, dict[str, Any]]:
@@ -249,7 +249,7 @@ class _WithoutText(ast.NodeTransformer):
 
 
 def _check_stream(sections: str) -> None:
-    run.check_stream(RunConfig.model_validate(json.loads(sections)))
+    runs.check_stream(RunConfig.model_validate(json.loads(sections)))
 
 
 def _content(source: Source) -> str:

@@ -201,10 +201,10 @@ class Grid:
             chosen = dict(zip(each, values, strict=True))
             said = settings | chosen
             own = dict(method.config_type.around) if method else {}
-            if said.get("consolidation.head") == "local":
+            if said.get("consolidation.classifier") == "own":
                 own = {key: value for key, value in own.items() if key not in configuration.OF_A_CLASSIFIER}
             around = DEFAULTS | own | said
-            idle = around["consolidation.drift"] != "none" and around["consolidation.head"] == "local"
+            idle = around["consolidation.drift"] != "none" and around["consolidation.classifier"] == "own"
             if idle or any(around[key] != DEFAULTS[key] for key in refused):
                 continue
             short = ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in chosen.items())

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from lamina.metrics import Floats
+from lamina.maths.metrics import Floats
 
 K = TypeVar("K", bound=Hashable)
 LEVEL = 0.95

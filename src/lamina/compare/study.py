@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from lamina import config as configuration
-from lamina import metrics
 from lamina.compare import table
 from lamina.compare.cells import Place, Start, State, Store, start_here
 from lamina.compare.grid import Cell, Grid, Row
 from lamina.compare.work import Job, Watch, work
 from lamina.errors import ConfigError, LaminaError
-from lamina.parallel import why
-from lamina.run import with_whole_paths
+from lamina.maths import metrics
+from lamina.runs import with_whole_paths
+from lamina.runs.side_by_side import why
 
 K = TypeVar("K", bound=Hashable)
 

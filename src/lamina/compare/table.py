@@ -16,7 +16,7 @@ from lamina.compare import stats
 from lamina.compare.grid import Grid, Row, said
 from lamina.compare.stats import Difference
 from lamina.errors import ConfigError
-from lamina.metrics import DEFINITIONS, AccuracyMatrix
+from lamina.maths.metrics import DEFINITIONS, AccuracyMatrix
 from lamina.report.page import figures as figures_of
 from lamina.report.text import DASH, count, known, percent, scaled, signed
 
@@ -25,11 +25,11 @@ COST_CAPTION = "Cost: means over the runs."
 BEGIN, END = "<!-- compare -->", "<!-- /compare -->"
 ACCURACIES = {
     "final_accuracy": "Final accuracy",
-    "final_accuracy_weighted": "By example",
+    "final_accuracy_micro": "Micro accuracy",
     "average_accuracy": "Average accuracy",
     "forgetting": "Forgetting",
-    "final_accuracy_oracle": "Task told",
-    "task_id_accuracy": "Task recognised",
+    "task_aware_accuracy": "Task-aware",
+    "task_inference_accuracy": "Task inference",
 }
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "seconds": ("Seconds", lambda v: f"{v:,.0f}"),
@@ -45,7 +45,7 @@ COST_DEFINITIONS = {
     "memory_bytes": "what the method keeps from task to task besides",
     "peak_memory_mb": "of the process of the run",
 }
-ONLY_JOINED = "final_accuracy_weighted"
+ONLY_JOINT = "final_accuracy_micro"
 """The one figure of a row that learns all tasks at once; the others are about tasks, of which it has one."""
 
 
@@ -61,14 +61,14 @@ class Run:
     """Made with other code than this."""
 
     @property
-    def joined(self) -> bool:
-        return bool(self.record["config"]["stream"]["joined"])
+    def joint(self) -> bool:
+        return bool(self.record["config"]["stream"]["joint"])
 
     @property
     def figures(self) -> dict[str, float | None]:
         found = figures_of(self.record, AccuracyMatrix.from_dict(self.record["matrix"]))
         cost = self.record["cost"] | {"seconds": self.record["cost"]["seconds"]["total"]}
-        accuracies = {key: found[key] if not self.joined or key == ONLY_JOINED else None for key in ACCURACIES}
+        accuracies = {key: found[key] if not self.joint or key == ONLY_JOINT else None for key in ACCURACIES}
         return accuracies | {key: cost.get(key) for key in COSTS}
 
 
@@ -216,7 +216,7 @@ def _line(name: str, row: RowRuns, gain: Difference | None, baseline: str | None
 
 def _difference(ours: Sequence[Run], theirs: Sequence[Run]) -> Difference | None:
     """Of the final accuracy, in shares; by example where all tasks were learnt at once."""
-    key = ONLY_JOINED if any(run.joined for run in [*ours, *theirs]) else "final_accuracy"
+    key = ONLY_JOINT if any(run.joint for run in [*ours, *theirs]) else "final_accuracy"
 
     def by_run(runs: Sequence[Run]) -> dict[tuple[int, int | None], float]:
         return {(run.seed, run.order): value for run in runs if (value := run.figures[key]) is not None}
@@ -232,7 +232,7 @@ def _row_notes(rows: Mapping[str, RowRuns], baseline: str | None) -> Iterable[st
     for name, row in rows.items():
         if missing := row.planned - len(row.runs):
             yield f"`{name}`: {count(missing, 'run')} of {row.planned} missing."
-        if any(run.joined for run in row.runs):
+        if any(run.joint for run in row.runs):
             yield (
                 f"`{name}` learns all tasks at once, so it is no continual learner: it has one task, and the only figure that "
                 "can be compared is the one by example; so is its difference."
@@ -349,7 +349,7 @@ def _facts(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         ("Code", all_of(_code)),
         ("Torch", all_of(machine("torch"))),
         ("Python", all_of(machine("python"))),
-        ("Processor", all_of(_processor)),
+        ("CPU", all_of(_processor)),
         ("Threads per run", all_of(machine("threads"))),
         ("Frozen weights in", all_of(machine("precision"))),
         ("Backbone", all_of(lambda r: f"{r['backbone']['name']}, sha256 {r['backbone']['hash']}")),
@@ -359,8 +359,8 @@ def _facts(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _processor(record: Mapping[str, Any]) -> str:
-    card = record["machine"].get("card")
-    return str(record["machine"]["processor"]) + (f", computing on {card}" if card else "")
+    gpu = record["machine"].get("gpu")
+    return str(record["machine"]["cpu"]) + (f", computing on {gpu}" if gpu else "")
 
 
 def _code(record: Mapping[str, Any]) -> str:

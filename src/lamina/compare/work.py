@@ -8,8 +8,8 @@ from typing import IO
 
 from lamina.compare.cells import Place, Start, note_holder
 from lamina.engine.loop import Interrupted
-from lamina.parallel import Process, stop
-from lamina.run import stop_on_signals
+from lamina.runs import stop_on_signals
+from lamina.runs.side_by_side import Process, stop
 
 PAUSE = 0.2
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lamina import chance
+from lamina import rng
 from lamina.errors import ConfigError, DataError
 from lamina.types import SPLITS, Ints
 
@@ -196,7 +196,7 @@ def hold_out(labels_n: Ints, domains_n: Ints, splits_n: Ints, fraction: float) -
         if len(rows_m) < 2:
             continue
         held = min(max(round(len(rows_m) * fraction), 1), len(rows_m) - 1)
-        order_m = chance.permutation(len(rows_m), chance.seed_of("lamina.data.hold_out"), int(domain), int(label))
+        order_m = rng.permutation(len(rows_m), rng.seed_of("lamina.data.hold_out"), int(domain), int(label))
         splits_n[rows_m[order_m[:held]]] = 2
     return splits_n
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lamina import chance
+from lamina import rng
 from lamina.data.pixels import PixelStore
 from lamina.errors import ConfigError
 from lamina.types import Augment, Ints
@@ -25,7 +25,7 @@ from lamina.types import Augment, Ints
 Boxes = NDArray[np.float64]
 
 # Keys the draws, so that they share nothing with others made from the same seed and epoch, such as the order.
-_DRAWS = chance.seed_of("lamina.data.transforms")
+_DRAWS = rng.seed_of("lamina.data.transforms")
 _FLIP, _CROP = _DRAWS, _DRAWS + 1
 _TRIES = 10
 # Images of more bytes than this (295 by 295 pixels) are resized one by one.
@@ -83,7 +83,7 @@ def random_resized_crop_boxes(
     open_m = np.arange(len(rows))
     for attempt in range(_TRIES):
         area_m, shape_m, down_m, right_m = (
-            chance.uniform(rows[open_m], augment.seed, augment.epoch, _CROP + 4 * attempt + k) for k in range(4)
+            rng.uniform(rows[open_m], augment.seed, augment.epoch, _CROP + 4 * attempt + k) for k in range(4)
         )
         h_m, w_m = heights_b[open_m], widths_b[open_m]
         target_m = h_m * w_m * (scale[0] + (scale[1] - scale[0]) * area_m)
@@ -165,7 +165,7 @@ class PixelTable:
         else:
             boxes_b4 = random_resized_crop_boxes(sizes_b2, rows, augment, transform.scale)
             if transform.train == "crop-flip":
-                flip_b = chance.uniform(rows, augment.seed, augment.epoch, _FLIP) < 0.5
+                flip_b = rng.uniform(rows, augment.seed, augment.epoch, _FLIP) < 0.5
         resize = self._resize_together if self.store.pixels[:1].nbytes <= _SMALL_BYTES else self._resize_one_by_one
         pixels_bchw = resize(rows, boxes_b4, flip_b, sizes_b2)
         return {"pixel_values": pixels_bchw.sub_(self._mean_c11).div_(self._std_c11)}

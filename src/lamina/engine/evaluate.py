@@ -1,7 +1,6 @@
-"""Measure a learner on one task's examples: what it answers, what it would answer if told the task, and which task it
-takes each example to be from.
+"""Predictions of a learner on one task's examples: class, class if the task were given, and inferred task.
 
-Shape letters: n examples, b batch, r rows of the head, c classes.
+Shape letters: n examples, b batch, j outputs of the head, c classes.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamina.head import class_scores
-from lamina.learner import Learner
+from lamina.errors import TrainingError
+from lamina.learner import Learner, class_scores
 from lamina.types import Batch, Examples, Ints
 
 
@@ -21,66 +20,76 @@ class Predictor(Protocol):
     """A method, or what is deployed of it."""
 
     @property
-    def routes(self) -> bool:
-        """Whether `predict_told` does more than `predict`."""
+    def uses_task(self) -> bool:
+        """Whether `predict_task_aware` does more than `predict`."""
         ...
 
     def predict(self, learner: Learner, batch: Batch) -> Tensor: ...
 
-    def predict_told(self, learner: Learner, batch: Batch, task: str) -> Tensor: ...
+    def predict_task_aware(self, learner: Learner, batch: Batch, task: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)
-class Answers:
+class Predictions:
     """Of one model on the examples of one task, in the order of the data. Shapes (n,)."""
 
     labels_n: Ints
-    classes_n: Ints
-    """Class id answered: the task unknown, unless the stream tells it."""
-    known_task_n: Ints
-    """Class id answered if the task were told; -1 where that task has no rows yet."""
-    right_task_n: Ints
-    """1 where the winning row belongs to the example's own task."""
+    predicted_n: Ints
+    """Predicted class id. The task's identity is not given, unless the stream gives it."""
+    task_aware_n: Ints
+    """Predicted class id if the task's identity is given; -1 where that task has no outputs yet."""
+    task_inferred_n: Ints
+    """1 where the winning output belongs to the example's own task."""
 
     @property
     def correct(self) -> int:
-        return int((self.classes_n == self.labels_n).sum())
+        return int((self.predicted_n == self.labels_n).sum())
 
     @property
-    def correct_known_task(self) -> int:
-        return int((self.known_task_n == self.labels_n).sum())
+    def task_aware_correct(self) -> int:
+        return int((self.task_aware_n == self.labels_n).sum())
 
 
-def answers(
+def predict_all(
     learner: Learner,
     predictor: Predictor,
     examples: Examples,
     batches: Callable[[Examples], Iterable[Batch]],
     task: str,
     *,
-    told: bool = False,
-) -> Answers:
-    """Runs folded. Only after it has answered are its scores compared with the task's name and the labels.
-    batches: cuts the examples it is given into batches. They come in the order of their length, so that texts of a batch
-    are padded little.
-    told: the task of every example is known when testing (task-incremental streams), so only its own rows compete."""
-    classes = list(dict.fromkeys(row.label for row in learner.rows))
-    own_r = torch.tensor([row.task == task for row in learner.rows])
-    label_r = torch.tensor([row.label for row in learner.rows])
+    task_aware: bool = False,
+) -> Predictions:
+    """Returns the predictions for all examples, with live branches folded. Scores are compared with the task and the labels
+    only after they were computed.
+
+    batches: cuts the examples it is given into batches. They come sorted by length, so that texts are padded little.
+    task_aware: the task's identity is given at test time (task-incremental streams), so only its own outputs compete.
+    Raises TrainingError where a score is NaN.
+    """
+    classes = list(dict.fromkeys(output.label for output in learner.outputs))
+    own_j = torch.tensor([output.task == task for output in learner.outputs])
+    label_j = torch.tensor([output.label for output in learner.outputs])
     class_c = torch.tensor(classes)
     order_n = np.argsort(examples.lengths(), kind="stable")
     found: list[tuple[Ints, ...]] = []
     with learner.folded():
         for batch in batches(examples.select(order_n)):
-            scores_br = predictor.predict(learner, batch).cpu()
-            classes_b = class_c[class_scores(scores_br, learner.rows, classes).argmax(1)]
-            known_b = torch.full_like(classes_b, -1)
-            if own_r.any():
-                told_br = predictor.predict_told(learner, batch, task).cpu() if predictor.routes else scores_br
-                known_b = label_r[told_br.masked_fill(~own_r, -torch.inf).argmax(1)]
-            if told:
-                classes_b = known_b
-            right_b = own_r[scores_br.argmax(1)].long()
-            found.append(tuple(t.numpy() for t in (batch.labels_b.cpu(), classes_b, known_b, right_b)))
+            scores_bj = predictor.predict(learner, batch).cpu()
+            if scores_bj.isnan().any():
+                raise TrainingError(
+                    f"a score of task {task!r} is NaN. Training diverged, or an input is not finite: check the data, and "
+                    f"use a smaller training.lr."
+                )
+            predicted_b = class_c[class_scores(scores_bj, learner.outputs, classes).argmax(1)]
+            aware_b = torch.full_like(predicted_b, -1)
+            if own_j.any():
+                aware_bj = scores_bj
+                if predictor.uses_task:
+                    aware_bj = predictor.predict_task_aware(learner, batch, task).cpu()
+                aware_b = label_j[aware_bj.masked_fill(~own_j, -torch.inf).argmax(1)]
+            if task_aware:
+                predicted_b = aware_b
+            inferred_b = own_j[scores_bj.argmax(1)].long()
+            found.append(tuple(t.numpy() for t in (batch.labels_b.cpu(), predicted_b, aware_b, inferred_b)))
     back_n = np.argsort(order_n)
-    return Answers(*(np.concatenate(column)[back_n] for column in zip(*found, strict=True)))
+    return Predictions(*(np.concatenate(column)[back_n] for column in zip(*found, strict=True)))

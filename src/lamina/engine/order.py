@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from lamina import chance
+from lamina import rng
 from lamina.types import Ints
 
 
@@ -26,7 +26,7 @@ def positions_of_step(examples: int, batch_size: int, step: int, *, seed: int, t
 
 @lru_cache(maxsize=2)
 def _order_of_epoch(examples: int, seed: int, task: str, epoch: int) -> Ints:
-    return chance.permutation(examples, seed, chance.seed_of(task), epoch)
+    return rng.permutation(examples, seed, rng.seed_of(task), epoch)
 
 
 def in_order(examples: int, batch_size: int) -> Iterator[Ints]:
@@ -39,7 +39,7 @@ def in_order(examples: int, batch_size: int) -> Iterator[Ints]:
 def set_torch_seed(*parts: int | str) -> None:
     """Seed PyTorch's global generators for one piece of work (a phase, or a step), named by `parts`. As `torch.manual_seed`,
     which also takes notes for cards that are not in use, and takes a hundred times as long."""
-    seed = chance.seed_of(*parts)
+    seed = rng.seed_of(*parts)
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lamina.adapters import Branch, LowRank
-from lamina.chance import seed_of
 from lamina.config import MethodConfig as MethodConfig
 from lamina.learner import Learner
+from lamina.rng import seed_of
 from lamina.types import Batch, Task
 
 Scenario = Literal["class", "domain", "task", "mixed"]
@@ -56,7 +56,7 @@ class Needs:
 
     horizon: bool = False
     """It is better for knowing the number of tasks in advance."""
-    stored_samples: int = 0
+    stored_examples: int = 0
     """Training examples kept per class."""
     growth: str
     """How what it keeps grows with the number of tasks, in words. Head rows, one per class and task, go without saying."""
@@ -68,7 +68,7 @@ class Needs:
 class Refusal(NamedTuple):
     """A part of what happens around methods that one cannot be combined with: any value of it but the default."""
 
-    part: Literal["init", "merge", "drift", "head"]
+    part: Literal["init", "merging", "drift", "classifier"]
     why: str
 
 
@@ -151,15 +151,15 @@ class Method(ABC, Generic[C]):
         scores_br: Tensor = learner.head(self.features(learner, batch))
         return scores_br
 
-    def predict_told(self, learner: Learner, batch: Batch, task: str) -> Tensor:
+    def predict_task_aware(self, learner: Learner, batch: Batch, task: str) -> Tensor:
         """The scores (b, r) if it were known that all examples are of this task; only that task's rows count. Unless a
         method does more with the task than choose rows: those of `predict`."""
         return self.predict(learner, batch)
 
     @property
-    def routes(self) -> bool:
-        """Whether `predict_told` does more than `predict`."""
-        return type(self).predict_told is not Method.predict_told
+    def uses_task(self) -> bool:
+        """Whether `predict_task_aware` does more than `predict`."""
+        return type(self).predict_task_aware is not Method.predict_task_aware
 
     @abstractmethod
     def memory_bound(self, learner: Learner) -> int:
@@ -170,18 +170,18 @@ class Method(ABC, Generic[C]):
         return sum(value.numel() * value.element_size() for value in self.memory.values())
 
 
-def begin_shared(learner: Learner, task: Task, rank: int) -> None:
+def add_shared_lora(learner: Learner, task: Task, rank: int) -> None:
     """The beginning of a task where one adapter goes on: rows of the head and, in the first task, the adapter. It is the
     same, bit for bit, for every method that has one: without what they add, all of them are sequential LoRA."""
     learner.head.freeze()
     learner.head.add(task.name, task.classes)
-    for slot in learner.slots.values():
-        if SHARED not in slot.live():
-            generator = torch.Generator().manual_seed(seed_of("finetune", torch.initial_seed(), slot.name))
-            slot.add(SHARED, LowRank.fresh(slot.d_out, slot.d_in, rank, generator))
+    for site in learner.sites.values():
+        if SHARED not in site.live():
+            generator = torch.Generator().manual_seed(seed_of("finetune", torch.initial_seed(), site.name))
+            site.add(SHARED, LowRank.fresh(site.d_out, site.d_in, rank, generator))
 
 
-def row_labels(task: Task, labels_b: Tensor) -> Tensor:
+def local_labels(task: Task, labels_b: Tensor) -> Tensor:
     """Positions (b,) of class ids among the task's own rows."""
     return _positions(task.classes, labels_b.device)[labels_b]
 
@@ -197,7 +197,7 @@ def _positions(classes: tuple[int, ...], device: torch.device) -> Tensor:
 
 def local_cross_entropy(learner: Learner, batch: Batch, task: Task) -> Tensor:
     """Cross-entropy over the rows of the current task only; the rows of older tasks are neither computed nor trained."""
-    return F.cross_entropy(learner.task_logits(batch, task.name), row_labels(task, batch.labels_b))
+    return F.cross_entropy(learner.task_logits(batch, task.name), local_labels(task, batch.labels_b))
 
 
 def describe(method: type[Method[Any]]) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def describe(method: type[Method[Any]]) -> dict[str, Any]:
         "scenarios": list(method.scenarios),
         "independent": method.independent,
         "horizon": method.needs.horizon,
-        "stored_samples": method.needs.stored_samples,
+        "stored_examples": method.needs.stored_examples,
         "growth": method.needs.growth,
         "operations": method.needs.operations,
         "around": dict(method.config_type.around),

@@ -26,11 +26,11 @@ from pydantic import Field
 from torch import Tensor
 
 from lamina.adapters import Branch, LowRank
-from lamina.chance import seed_of
 from lamina.errors import MethodError
-from lamina.learner import Learner, Slot
-from lamina.linalg import remove_span, steps_to_reach
+from lamina.learner import AdapterSite, Learner
+from lamina.maths.linalg import remove_span, steps_to_reach
 from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Step, local_cross_entropy
+from lamina.rng import seed_of
 from lamina.types import Batch, Task
 
 SHARED = "shared"
@@ -114,21 +114,21 @@ class CLoRA(Method[CLoRAConfig]):
             )
         learner.head.freeze()
         learner.head.add(task.name, task.classes)
-        for slot in learner.slots.values():
-            first = SHARED not in slot.live()
-            parts = self.drawn(slot) if first else parts_of(slot.live()[SHARED])
+        for site in learner.sites.values():
+            first = SHARED not in site.live()
+            parts = self.drawn(site) if first else parts_of(site.live()[SHARED])
             delta_rr = torch.eye(config.rank) if first and config.start == "lora" else torch.zeros_like(parts["old"])
             trained, frozen = {"delta": delta_rr}, {"old" if config.stop_gradient else "begun": parts["old"]}
             learns = config.shared == "trained" or (config.shared == "frozen after first" and first)
             (trained if learns else frozen).update(a=parts["a"], b=parts["b"])
-            put(slot, Routed(trained=trained, frozen=frozen))
+            put(site, Routed(trained=trained, frozen=frozen))
 
-    def drawn(self, slot: Slot) -> dict[str, Tensor]:
+    def drawn(self, site: AdapterSite) -> dict[str, Tensor]:
         """A and B as they start, and R_old = 0."""
         rank = self.config.rank
-        generator = torch.Generator().manual_seed(seed_of("clora", torch.initial_seed(), slot.name))
-        b_ri = LowRank.fresh(slot.d_out, slot.d_in, rank, generator).down
-        a_or = torch.zeros(slot.d_out, rank)
+        generator = torch.Generator().manual_seed(seed_of("clora", torch.initial_seed(), site.name))
+        b_ri = LowRank.fresh(site.d_out, site.d_in, rank, generator).down
+        a_or = torch.zeros(site.d_out, rank)
         if self.config.start == "kaiming":
             a_or.uniform_(-(rank**-0.5), rank**-0.5, generator=generator)
         return {"a": a_or, "b": b_ri, "old": torch.zeros(rank, rank)}
@@ -137,21 +137,21 @@ class CLoRA(Method[CLoRAConfig]):
         fitting = local_cross_entropy(learner, batch, task)
         if self.config.penalty == 0:
             return fitting
-        overlaps = [overlap(*routing(slot), self.config.sides) for slot in learner.slots.values()]
+        overlaps = [overlap(*routing(site), self.config.sides) for site in learner.sites.values()]
         return fitting + self.config.penalty * torch.stack(overlaps).sum()
 
     def after_step(self, learner: Learner, step: Step) -> None:
         if self.config.projection is not None:
-            for slot in learner.slots.values():
-                old_rr, delta_rr = routing(slot)
+            for site in learner.sites.values():
+                old_rr, delta_rr = routing(site)
                 with torch.no_grad():
                     delta_rr.copy_(kept_out(old_rr, delta_rr, self.config.projection, self.config.sides))
 
     def end(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.head.freeze()
-        for slot in learner.slots.values():
-            parts, (old_rr, delta_rr) = parts_of(slot.live()[SHARED]), routing(slot)
-            put(slot, Routed(trained={}, frozen={"a": parts["a"], "b": parts["b"], "old": old_rr + delta_rr}))
+        for site in learner.sites.values():
+            parts, (old_rr, delta_rr) = parts_of(site.live()[SHARED]), routing(site)
+            put(site, Routed(trained={}, frozen={"a": parts["a"], "b": parts["b"], "old": old_rr + delta_rr}))
 
     def memory_bound(self, learner: Learner) -> int:
         return 0
@@ -161,16 +161,16 @@ def parts_of(branch: Branch) -> dict[str, Tensor]:
     return branch.trained() | branch.frozen()
 
 
-def put(slot: Slot, branch: Branch) -> None:
+def put(site: AdapterSite, branch: Branch) -> None:
     """The adapter in its new form, in the place of the one there was."""
-    if SHARED in slot.live():
-        slot.drop(SHARED)
-    slot.add(SHARED, branch)
+    if SHARED in site.live():
+        site.drop(SHARED)
+    site.add(SHARED, branch)
 
 
-def routing(slot: Slot) -> tuple[Tensor, Tensor]:
+def routing(site: AdapterSite) -> tuple[Tensor, Tensor]:
     """R_old and R_δ of the task being learnt."""
-    parts = parts_of(slot.live()[SHARED])
+    parts = parts_of(site.live()[SHARED])
     return parts["old" if "old" in parts else "begun"], parts["delta"]
 
 

@@ -30,10 +30,10 @@ from pydantic import Field
 from torch import Tensor
 
 from lamina.adapters import LowRank
-from lamina.chance import seed_of
 from lamina.learner import Learner
-from lamina.linalg import kmeans
+from lamina.maths.linalg import kmeans
 from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal
+from lamina.rng import seed_of
 from lamina.types import Batch, Task
 
 Distance = Literal["l1", "l2"]
@@ -88,16 +88,16 @@ class CoLoR(Method[CoLoRConfig]):
     config_type = CoLoRConfig
     refuses = (
         Refusal("init", "every expert starts from the pre-trained weights"),
-        Refusal("merge", "an expert is chosen per input, so the weights are not one matrix to average"),
+        Refusal("merging", "an expert is chosen per input, so the weights are not one matrix to average"),
     )
     independent = True  # CoLoR++ too: the first task's expert is used when a task ends, not while it trains
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.head.freeze()
         learner.head.add(task.name, task.classes)
-        for slot in learner.slots.values():
-            generator = torch.Generator().manual_seed(seed_of("color", torch.initial_seed(), slot.name))
-            slot.add(task.name, LowRank.fresh(slot.d_out, slot.d_in, self.config.rank, generator))
+        for site in learner.sites.values():
+            generator = torch.Generator().manual_seed(seed_of("color", torch.initial_seed(), site.name))
+            site.add(task.name, LowRank.fresh(site.d_out, site.d_in, self.config.rank, generator))
 
     def end(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.finish(task.name, fold=False)
@@ -124,7 +124,7 @@ class CoLoR(Method[CoLoRConfig]):
             features_bd[again_b] = through_experts(learner, batch.select(again_b), tasks, chosen_b[again_b])
         return features_bd, chosen_b
 
-    def predict_told(self, learner: Learner, batch: Batch, task: str) -> Tensor:
+    def predict_task_aware(self, learner: Learner, batch: Batch, task: str) -> Tensor:
         chosen_b = torch.zeros(len(batch), dtype=torch.int64, device=learner.device)
         return own_rows(learner, through_experts(learner, batch, [task], chosen_b), [task], chosen_b)
 
@@ -149,14 +149,14 @@ class CoLoR(Method[CoLoRConfig]):
 def through_experts(learner: Learner, batch: Batch, tasks: Sequence[str], chosen_b: Tensor) -> Tensor:
     """Features (b, d), each input through the expert of the task at its position in `tasks` and through nothing else."""
     used_e, expert_b = torch.unique(chosen_b, return_inverse=True)
-    with learner.bare(), learner.choosing([tasks[e] for e in used_e], expert_b):
+    with learner.bare(), learner.routing([tasks[e] for e in used_e], expert_b):
         return learner.features(batch)
 
 
 def own_rows(learner: Learner, features_bd: Tensor, tasks: Sequence[str], chosen_b: Tensor) -> Tensor:
     """Scores (b, r): those of the chosen task's rows, minus infinity for all others."""
     position = {task: e for e, task in enumerate(tasks)}
-    task_r = torch.tensor([position.get(row.task, -1) for row in learner.rows], device=learner.device)
+    task_r = torch.tensor([position.get(row.task, -1) for row in learner.outputs], device=learner.device)
     scores_br: Tensor = learner.head(features_bd)
     return scores_br.masked_fill(task_r != chosen_b[:, None], -torch.inf)
 

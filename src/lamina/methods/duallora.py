@@ -13,10 +13,10 @@ has to be kept. V is protected on its inputs (rows of down), K on the outputs of
     paper           here                                                                        shape
     O = B_o A_o     branch `orthogonal:<task>`, both factors trained; folded when finished      (o, r), (r, i)
     R = B_r A_r     branch `residual:<task>`, one factor frozen; an expert when finished        (o, r), (r, i)
-    Φ               in memory as `<slot>/bases`, the Ψ_t side by side                           (d, k)
-    Ψ_t             as many of its columns as `<slot>/sizes` says                               (d, k_t)
+    Φ               in memory as `<site>/bases`, the Ψ_t side by side                           (d, k)
+    Ψ_t             as many of its columns as `<site>/sizes` says                               (d, k_t)
     similarity      s_j = |Ψ_j^T p|^2 / |p|^2, summed over heads; p is z (V) or q (K)            (b, j)
-    its mean        in memory as `<slot>/shares`: of s_t and of s_{t-1} on task t's own data    (j, 2)
+    its mean        in memory as `<site>/shares`: of s_t and of s_{t-1} on task t's own data    (j, 2)
 
 The text of the paper could not be had: what is printed here is a reconstruction from its abstracts and notes on it. The
 names of the parts and their purpose are the paper's; every formula is inferred. See docs/papers/duallora.md.
@@ -35,13 +35,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from lamina import attention
 from lamina.adapters import LowRank
-from lamina.chance import seed_of
 from lamina.errors import MethodError
-from lamina.learner import Learner, Slot
-from lamina.linalg import remove_span, sorted_eigh, steps_to_reach
+from lamina.learner import AdapterSite, Learner
+from lamina.maths import attention
+from lamina.maths.linalg import remove_span, sorted_eigh, steps_to_reach
 from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal, Step
+from lamina.rng import seed_of
 from lamina.types import Batch, Task
 
 Residual = Literal["own", "previous", "none"]
@@ -110,7 +110,7 @@ class DualLoRA(Method[DualLoRAConfig]):
     config_type = DualLoRAConfig
     refuses = (
         Refusal("init", "what it remembers is about the changes it has made"),
-        Refusal("merge", "residuals are scaled per input, so the weights are not one matrix to average"),
+        Refusal("merging", "residuals are scaled per input, so the weights are not one matrix to average"),
     )
 
     # -- learning ---------------------------------------------------------------------------------------------------
@@ -121,39 +121,39 @@ class DualLoRA(Method[DualLoRAConfig]):
         learner.head.add(task.name, task.classes)
         own = self.config.residual == "own"
         moments = self.moments(learner, batches) if own else {}
-        for slot in learner.slots.values():
-            bases_dk, blocks = self.bases(slot), blocks_of(slot, learner)
-            generator = torch.Generator().manual_seed(seed_of("duallora", torch.initial_seed(), slot.name))
-            slot.add(orthogonal(task.name), LowRank.fresh(slot.d_out, slot.d_in, self.config.rank, generator))
+        for site in learner.sites.values():
+            bases_dk, blocks = self.bases(site), blocks_of(site, learner)
+            generator = torch.Generator().manual_seed(seed_of("duallora", torch.initial_seed(), site.name))
+            site.add(orthogonal(task.name), LowRank.fresh(site.d_out, site.d_in, self.config.rank, generator))
             if own:
-                basis_dr = main_directions(moments[slot.name], bases_dk, self.config.rank)
-            elif self.config.residual == "previous" and self.learnt(slot):
-                last_dk = bases_dk[:, bases_dk.shape[1] - int(self.memory[f"{slot.name}/sizes"][-1]) :]
+                basis_dr = main_directions(moments[site.name], bases_dk, self.config.rank)
+            elif self.config.residual == "previous" and self.learnt(site):
+                last_dk = bases_dk[:, bases_dk.shape[1] - int(self.memory[f"{site.name}/sizes"][-1]) :]
                 basis_dr = first_directions(last_dk, blocks, self.config.rank)
             else:
                 continue
-            slot.add(residual(task.name), self.on_basis(slot, basis_dr.float()))
+            site.add(residual(task.name), self.on_basis(site, basis_dr.float()))
         self.project(learner)
 
-    def on_basis(self, slot: Slot, basis_dr: Tensor) -> LowRank:
+    def on_basis(self, site: AdapterSite, basis_dr: Tensor) -> LowRank:
         """A change that starts from zero and never leaves the basis: of the inputs of V, of the outputs of K."""
         basis_dr, rank = self.config.basis_norm * basis_dr, self.config.rank
-        if slot.site.role == "k":
-            return LowRank(trained={"down": torch.zeros(rank, slot.d_in)}, frozen={"up": basis_dr})
-        return LowRank(trained={"up": torch.zeros(slot.d_out, rank)}, frozen={"down": basis_dr.T})
+        if site.role == "k":
+            return LowRank(trained={"down": torch.zeros(rank, site.d_in)}, frozen={"up": basis_dr})
+        return LowRank(trained={"up": torch.zeros(site.d_out, rank)}, frozen={"down": basis_dr.T})
 
     def after_step(self, learner: Learner, step: Step) -> None:
         self.project(learner)
 
     def project(self, learner: Learner) -> None:
         """Take out of the live O what would touch Φ. On the factors, not their gradients: exact with any optimiser."""
-        for slot in learner.slots.values():
-            bases_dk = self.bases(slot)
-            for name, branch in slot.live().items():
+        for site in learner.sites.values():
+            bases_dk = self.bases(site)
+            for name, branch in site.live().items():
                 if name.startswith(orthogonal("")) and bases_dk.shape[1]:
-                    factor = branch.trained()["up" if slot.site.role == "k" else "down"]
+                    factor = branch.trained()["up" if site.role == "k" else "down"]
                     with torch.no_grad():
-                        factor_dr = factor if slot.site.role == "k" else factor.T
+                        factor_dr = factor if site.role == "k" else factor.T
                         factor_dr.copy_(remove_span(factor_dr, bases_dk))
 
     def end(self, learner: Learner, task: Task, batches: Pass) -> None:
@@ -161,9 +161,9 @@ class DualLoRA(Method[DualLoRAConfig]):
         learner.finish(orthogonal(task.name))
         learner.finish(residual(task.name), fold=False)
         learner.head.freeze()
-        for slot in learner.slots.values():
-            epsilon = self.threshold(self.learnt(slot))
-            self.remember(slot.name, moments[slot.name], self.bases(slot).double(), epsilon)
+        for site in learner.sites.values():
+            epsilon = self.threshold(self.learnt(site))
+            self.remember(site.name, moments[site.name], self.bases(site).double(), epsilon)
 
     def remember(self, name: str, moment_gee: Tensor, bases_dk: Tensor, epsilon: float) -> None:
         """Φ_t = [Φ_{t-1}, Ψ_t], and what share of the task's own energy lies in Ψ_t and in Ψ_{t-1}."""
@@ -177,14 +177,14 @@ class DualLoRA(Method[DualLoRAConfig]):
         self.memory[f"{name}/shares"] = torch.cat([shares_j2, shares_2[None].float()])
 
     def moments(self, learner: Learner, batches: Pass) -> dict[str, Tensor]:
-        """Sum of p p^T over the training data of what each slot must not disturb, block by block, (g, e, e) float64."""
+        """Sum of p p^T over the training data of what each site must not disturb, block by block, (g, e, e) float64."""
         sums: dict[str, Tensor] = {}
 
-        def add(slot: Slot, probes_bpd: Tensor) -> None:
-            blocks = blocks_of(slot, learner)
+        def add(site: AdapterSite, probes_bpd: Tensor) -> None:
+            blocks = blocks_of(site, learner)
             rows_gne = attention.by_head(probes_bpd.flatten(0, 1), blocks).transpose(0, 1)
             product_gee = (rows_gne.mT @ rows_gne).double()
-            sums[slot.name] = sums[slot.name] + product_gee if slot.name in sums else product_gee
+            sums[site.name] = sums[site.name] + product_gee if site.name in sums else product_gee
 
         with learner.folded():
             for batch in batches(augmented=False):
@@ -198,22 +198,22 @@ class DualLoRA(Method[DualLoRAConfig]):
         return self.looked(learner, batch)[0]
 
     def looked(self, learner: Learner, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Features (b, d) with every residual scaled, and by slot how near each input is to each task, (b, tasks), where
+        """Features (b, d) with every residual scaled, and by site how near each input is to each task, (b, tasks), where
         that was looked at."""
         config, near = self.config, dict[str, Tensor]()
-        learnt = min(self.learnt(slot) for slot in learner.slots.values())
+        learnt = min(self.learnt(site) for site in learner.sites.values())
         first = {"own": 0, "previous": 1, "none": learnt}[config.residual]
         experts = [residual(task) for task in learner.head.tasks[first:learnt]]
 
-        def look(slot: Slot, probes_bpd: Tensor) -> None:
-            near[slot.name] = similarity(probes_bpd, self.bases(slot), self.memory[f"{slot.name}/sizes"])
+        def look(site: AdapterSite, probes_bpd: Tensor) -> None:
+            near[site.name] = similarity(probes_bpd, self.bases(site), self.memory[f"{site.name}/sizes"])
 
-        def gains(slot: Slot, x: Tensor) -> Tensor:
-            return self.gains(slot, near[slot.name]) if config.dynamic_memory else x.new_ones(len(x), len(experts))
+        def gains(site: AdapterSite, x: Tensor) -> Tensor:
+            return self.gains(site, near[site.name]) if config.dynamic_memory else x.new_ones(len(x), len(experts))
 
         needed = learnt and (config.calibration or (experts and config.dynamic_memory))
-        choices = {slot.name: partial(gains, slot) for slot in learner.slots.values()}
-        at_work = learner.choosing(experts, choices) if experts else nullcontext()
+        choices = {site.name: partial(gains, site) for site in learner.sites.values()}
+        at_work = learner.routing(experts, choices) if experts else nullcontext()
         with learner.watching(watchers(learner, batch, look) if needed else {}), at_work:
             return learner.features(batch), near
 
@@ -228,29 +228,29 @@ class DualLoRA(Method[DualLoRAConfig]):
         lowered_bj = config.calibration * (confidence_bj.amax(1, keepdim=True) - confidence_bj)
         return scores_br - of_rows(lowered_bj, learner)
 
-    def predict_told(self, learner: Learner, batch: Batch, task: str) -> Tensor:
+    def predict_task_aware(self, learner: Learner, batch: Batch, task: str) -> Tensor:
         """The told task's residual in full and no other; without a dynamic memory there is no choice."""
         if not self.config.dynamic_memory:
             return self.predict(learner, batch)
-        with learner.choosing([residual(task)], torch.zeros(len(batch), dtype=torch.int64, device=learner.device)):
+        with learner.routing([residual(task)], torch.zeros(len(batch), dtype=torch.int64, device=learner.device)):
             scores_br: Tensor = learner.head(learner.features(batch))
         return scores_br
 
-    def gains(self, slot: Slot, near_bj: Tensor) -> Tensor:
+    def gains(self, site: AdapterSite, near_bj: Tensor) -> Tensor:
         """What each residual is scaled by, (b, residuals): never more than the 1 it was trained with."""
         scaled = own_gains if self.config.residual == "own" else previous_gains
-        return scaled(near_bj, self.memory[f"{slot.name}/shares"])
+        return scaled(near_bj, self.memory[f"{site.name}/shares"])
 
     # -- the memory -------------------------------------------------------------------------------------------------
 
-    def learnt(self, slot: Slot) -> int:
+    def learnt(self, site: AdapterSite) -> int:
         """How many tasks have ended."""
-        return len(self.memory.get(f"{slot.name}/sizes", ()))
+        return len(self.memory.get(f"{site.name}/sizes", ()))
 
-    def bases(self, slot: Slot) -> Tensor:
+    def bases(self, site: AdapterSite) -> Tensor:
         """Φ: orthonormal columns (d, k)."""
-        width = slot.d_out if slot.site.role == "k" else slot.d_in
-        return self.memory.get(f"{slot.name}/bases", torch.zeros(width, 0, device=slot.device))
+        width = site.d_out if site.role == "k" else site.d_in
+        return self.memory.get(f"{site.name}/bases", torch.zeros(width, 0, device=site.device))
 
     def threshold(self, learnt: int) -> float:
         """ε_t = ε + (1 - ε) t / T with t = 0 for the first task; constant where the number of tasks is not known."""
@@ -258,7 +258,7 @@ class DualLoRA(Method[DualLoRAConfig]):
         return epsilon if horizon is None else epsilon + (1 - epsilon) * min(learnt, horizon - 1) / horizon
 
     def memory_bound(self, learner: Learner) -> int:
-        widths = [slot.d_out if slot.site.role == "k" else slot.d_in for slot in learner.slots.values()]
+        widths = [site.d_out if site.role == "k" else site.d_in for site in learner.sites.values()]
         return sum(4 * d * d + 16 * len(learner.head.tasks) for d in widths)
 
 
@@ -271,7 +271,7 @@ def residual(task: str) -> str:
 
 
 def check(learner: Learner) -> None:
-    roles = sorted({slot.site.role for slot in learner.slots.values()})
+    roles = sorted({site.role for site in learner.sites.values()})
     if not set(roles) <= {"k", "v"}:
         raise MethodError(
             f"method 'duallora' adapts keys and values only, and backbone.targets has {', '.join(roles)}. Set "
@@ -284,40 +284,42 @@ def check(learner: Learner) -> None:
         )
 
 
-def blocks_of(slot: Slot, learner: Learner) -> int:
+def blocks_of(site: AdapterSite, learner: Learner) -> int:
     """Keys are protected head by head, values all together."""
-    return (learner.backbone.heads or 1) if slot.site.role == "k" else 1
+    return (learner.backbone.heads or 1) if site.role == "k" else 1
 
 
 # -- what is read -------------------------------------------------------------------------------------------------------
 
-Show = Callable[[Slot, Tensor], None]
+Show = Callable[[AdapterSite, Tensor], None]
 
 
 def watchers(learner: Learner, batch: Batch, show: Show) -> dict[str, Callable[[Tensor], None]]:
-    """For `Learner.watching`: each slot's probes (b, p, d) of this batch are shown, those of keys before those of values."""
+    """For `Learner.watching`: each site's probes (b, p, d) of this batch are shown, those of keys before those of values."""
     mask_bt = batch.inputs.get("attention_mask")
     return {
-        group: partial(probe, learner, {slot.site.role: slot for slot in slots}, mask_bt, show)
-        for group, slots in learner.groups().items()
+        group: partial(probe, learner, {site.role: site for site in sites}, mask_bt, show)
+        for group, sites in learner.groups().items()
     }
 
 
-def probe(learner: Learner, slots: Mapping[str, Slot], mask_bt: Tensor | None, show: Show, x_btd: Tensor) -> None:
-    """Show q to the slot of the keys and z to that of the values, as the layer with all that is at work now has them."""
-    block, heads, x_btd = next(iter(slots.values())).site.block, learner.backbone.heads or 1, x_btd.float()
+def probe(
+    learner: Learner, sites: Mapping[str, AdapterSite], mask_bt: Tensor | None, show: Show, x_btd: Tensor
+) -> None:
+    """Show q to the site of the keys and z to that of the values, as the layer with all that is at work now has them."""
+    block, heads, x_btd = next(iter(sites.values())).block, learner.backbone.heads or 1, x_btd.float()
     weight_od, bias_o = learner.linear(block, "q")
     bias_o = None if bias_o is None else bias_o.float()
     asked_bno = attention.queries(x_btd, weight_od.float(), bias_o, mask_bt, first=learner.backbone.pooling == "cls")
-    if "k" in slots:
-        show(slots["k"], asked_bno)
-    if "v" in slots:
+    if "k" in sites:
+        show(sites["k"], asked_bno)
+    if "v" in sites:
         logits_bhnt = attention.key_logits(asked_bno, x_btd, learner.linear(block, "k")[0].float(), heads)
-        if "k" in slots and "k" in slots["k"].layer.mixtures:
-            _, ups_jor, downs_jrd, _ = mixture = slots["k"].layer.mixtures["k"]
+        if "k" in sites and "k" in sites["k"].layer.mixtures:
+            _, ups_jor, downs_jrd, _ = mixture = sites["k"].layer.mixtures["k"]
             factors = ups_jor.float(), downs_jrd.float()
-            logits_bhnt += attention.expert_logits(asked_bno, x_btd, *factors, mixture.gains(x_btd), heads)
-        show(slots["v"], attention.pooled_inputs(logits_bhnt, x_btd, asked_bno.shape[2] // heads, mask_bt))
+            logits_bhnt += attention.expert_logits(asked_bno, x_btd, *factors, mixture.gates(x_btd), heads)
+        show(sites["v"], attention.pooled_inputs(logits_bhnt, x_btd, asked_bno.shape[2] // heads, mask_bt))
 
 
 # -- subspaces, block by block ------------------------------------------------------------------------------------------
@@ -403,4 +405,4 @@ def previous_gains(near_bj: Tensor, shares_j2: Tensor) -> Tensor:
 def of_rows(values_bj: Tensor, learner: Learner) -> Tensor:
     """Values of the tasks that have ended, by row of the head, (b, r); 0 for rows of others."""
     position = {task: j for j, task in enumerate(learner.head.tasks[: values_bj.shape[1]])}
-    return F.pad(values_bj, (0, 1))[:, [position.get(row.task, -1) for row in learner.rows]]
+    return F.pad(values_bj, (0, 1))[:, [position.get(row.task, -1) for row in learner.outputs]]

@@ -5,9 +5,9 @@
     θ* = the factors as the last task left them
 
     paper   here                                                   shape
-    θ       factors of the branch "shared" of every slot           up (o, r), down (r, i)
-    F       in memory as `fisher/<slot>/up`, `fisher/<slot>/down`  of θ
-    θ*      in memory as `anchor/<slot>/up`, `anchor/<slot>/down`  of θ
+    θ       factors of the branch "shared" of every site           up (o, r), down (r, i)
+    F       in memory as `fisher/<site>/up`, `fisher/<site>/down`  of θ
+    θ*      in memory as `anchor/<site>/up`, `anchor/<site>/down`  of θ
     λ       strength
 
 F is the square of each example's gradient, averaged: never the square of an averaged gradient, which shrinks with the
@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from lamina.chance import seed_of, uniform
 from lamina.learner import Learner
 from lamina.methods.base import (
     SHARED,
@@ -37,10 +36,11 @@ from lamina.methods.base import (
     Paper,
     Pass,
     Refusal,
-    begin_shared,
+    add_shared_lora,
     local_cross_entropy,
-    row_labels,
+    local_labels,
 )
+from lamina.rng import seed_of, uniform
 from lamina.types import Batch, Task
 
 TOGETHER = 32
@@ -86,7 +86,7 @@ class EWC(Method[EWCConfig]):
     refuses = (Refusal("init", "its penalty holds the adapter where old tasks left it"),)
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
-        begin_shared(learner, task, self.config.rank)
+        add_shared_lora(learner, task, self.config.rank)
 
     def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
         fitting = local_cross_entropy(learner, batch, task)
@@ -111,7 +111,7 @@ class EWC(Method[EWCConfig]):
             batch = task.train.batch(chosen_b).to(learner.device)
             with learner.per_example(SHARED, len(batch)) as copies:
                 log_bc = F.log_softmax(learner.task_logits(batch, task.name), 1)
-                labels_b = row_labels(task, batch.labels_b)
+                labels_b = local_labels(task, batch.labels_b)
                 if self.config.fisher == "true":
                     uniform_b = torch.from_numpy(uniform(task.train.rows_n[chosen_b], seed)).to(learner.device)
                     labels_b = drawn(log_bc, uniform_b)
@@ -123,15 +123,15 @@ class EWC(Method[EWCConfig]):
         return {name: total / count for name, total in sums.items()}
 
     def memory_bound(self, learner: Learner) -> int:
-        return sum(2 * 4 * self.config.rank * (slot.d_in + slot.d_out) for slot in learner.slots.values())
+        return sum(2 * 4 * self.config.rank * (site.d_in + site.d_out) for site in learner.sites.values())
 
 
 def shared(learner: Learner) -> dict[str, Tensor]:
-    """The factors of the one adapter, by `<slot>/up` and `<slot>/down`."""
+    """The factors of the one adapter, by `<site>/up` and `<site>/down`."""
     return {
-        f"{slot.name}/{part}": value
-        for slot in learner.slots.values()
-        for part, value in slot.live()[SHARED].trained().items()
+        f"{site.name}/{part}": value
+        for site in learner.sites.values()
+        for part, value in site.live()[SHARED].trained().items()
     }
 
 

@@ -2,7 +2,7 @@
 
     ΔW = up down, both trained, carried from task to task; each task trains rows of the head of its own.
 
-The lower bound every method is measured against; on `stream.joined()` (all tasks at once) it is the ceiling.
+The lower bound every method is measured against; on `stream.joint()` (all tasks at once) it is the ceiling.
 The baseline is called SeqLoRA in InfLoRA (Liang & Li, CVPR 2024, supplement); like every method there it trains with
 cross-entropy over the current task's classes only (*inferred* for this baseline: the text does not say).
 
@@ -12,7 +12,7 @@ Shape letters: o outputs, i inputs, r rank.
 from pydantic import Field
 
 from lamina.learner import Learner
-from lamina.methods.base import Method, MethodConfig, Needs, Paper, Pass, begin_shared
+from lamina.methods.base import Method, MethodConfig, Needs, Paper, Pass, add_shared_lora
 from lamina.types import Task
 
 
@@ -36,7 +36,7 @@ class Finetune(Method[FinetuneConfig]):
     config_type = FinetuneConfig
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
-        begin_shared(learner, task, self.config.rank)
+        add_shared_lora(learner, task, self.config.rank)
 
     def end(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.head.freeze()

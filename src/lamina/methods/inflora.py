@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lamina.adapters import LowRank
 from lamina.learner import Learner
-from lamina.linalg import complement, keep_span, remove_span, sorted_eigh, steps_to_reach, top_eigenvectors
+from lamina.maths.linalg import complement, keep_span, remove_span, sorted_eigh, steps_to_reach, top_eigenvectors
 from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass
 from lamina.types import Task
 
@@ -140,13 +140,13 @@ class InfLoRA(Method[InfLoRAConfig]):
         learner.head.freeze()
         learner.head.add(task.name, task.classes)
         moments = learner.input_moments(batches(augmented=config.augmented_moments))
-        for group, slots in learner.groups().items():
+        for group, sites in learner.groups().items():
             old = None if config.design == "not freed" else self.old(group)
             moment_dd = random_moment(moments[group]) if config.design == "random" else moments[group]
             down_ri = config.row_norm * main_directions(moment_dd, old, config.rank, config.spectrum).T
-            for slot in slots:
-                up_or = torch.zeros(slot.d_out, config.rank)
-                slot.add(task.name, LowRank(trained={"up": up_or}, frozen={"down": down_ri}))  # eq. 1
+            for site in sites:
+                up_or = torch.zeros(site.d_out, config.rank)
+                site.add(task.name, LowRank(trained={"up": up_or}, frozen={"down": down_ri}))  # eq. 1
 
     def end(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.finish(task.name)
@@ -173,7 +173,7 @@ class InfLoRA(Method[InfLoRAConfig]):
         return growing_threshold(self.config.epsilon, learnt, horizon if self.config.growing_threshold else None)
 
     def memory_bound(self, learner: Learner) -> int:
-        widths = [slots[0].d_in for slots in learner.groups().values()]
+        widths = [sites[0].d_in for sites in learner.groups().values()]
         return sum(4 * d * ((d + 1) // 2) for d in widths) + 8
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from lamina.learner import Learner
-from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, begin_shared
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, add_shared_lora
 from lamina.types import Task
 
 
@@ -26,9 +26,9 @@ class LaminaConfig(MethodConfig):
     around: ClassVar[Mapping[str, Any]] = {
         "training.later_lr": 0.1,
         "consolidation.init": "chain",
-        "consolidation.merge": "ema",
+        "consolidation.merging": "ema",
         "consolidation.drift": "linear+local",
-        "consolidation.head": "lda",
+        "consolidation.classifier": "lda",
         "consolidation.layers": 4,
     }
     rank: int = Field(10, ge=1)
@@ -59,7 +59,7 @@ class Lamina(Method[LaminaConfig]):
     config_type = LaminaConfig
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
-        begin_shared(learner, task, self.config.rank)
+        add_shared_lora(learner, task, self.config.rank)
 
     def end(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.head.freeze()

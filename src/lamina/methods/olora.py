@@ -24,9 +24,9 @@ from pydantic import Field
 from torch import Tensor
 
 from lamina.adapters import Branch, LowRank
-from lamina.chance import seed_of
 from lamina.learner import Learner
 from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal, local_cross_entropy
+from lamina.rng import seed_of
 from lamina.types import Batch, Task
 
 
@@ -94,15 +94,15 @@ class OLoRA(Method[OLoRAConfig]):
         rank, alpha = self.config.rank, self.config.alpha
         learner.head.freeze()
         learner.head.add(task.name, task.classes)
-        for slot in learner.slots.values():
-            generator = torch.Generator().manual_seed(seed_of("olora", torch.initial_seed(), slot.name))
-            start = LowRank.fresh(slot.d_out, slot.d_in, rank, generator).trained()
-            slot.add(task.name, Scaled(trained=start, frozen={"scale": torch.tensor(alpha / rank if alpha else 1.0)}))
+        for site in learner.sites.values():
+            generator = torch.Generator().manual_seed(seed_of("olora", torch.initial_seed(), site.name))
+            start = LowRank.fresh(site.d_out, site.d_in, rank, generator).trained()
+            site.add(task.name, Scaled(trained=start, frozen={"scale": torch.tensor(alpha / rank if alpha else 1.0)}))
 
     def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
         config, total = self.config, local_cross_entropy(learner, batch, task)
-        for slot in learner.slots.values():
-            new, old = slot.live()[task.name].trained(), slot.finished()
+        for site in learner.sites.values():
+            new, old = site.live()[task.name].trained(), site.finished()
             if config.orthogonality and old:
                 total = total + config.orthogonality * overlap(
                     torch.cat([f.down_ri for f in old.values()]), new["down"]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lamina.errors import DataError
 from lamina.learner import Learner
-from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal, row_labels
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal, local_labels
 from lamina.types import Batch, Task
 
 
@@ -49,7 +49,7 @@ class Prototype(Method[PrototypeConfig]):
     config_type = PrototypeConfig
     refuses = (
         Refusal("init", "it trains nothing"),
-        Refusal("merge", "it trains nothing"),
+        Refusal("merging", "it trains nothing"),
     )
     trains = False
 
@@ -59,7 +59,7 @@ class Prototype(Method[PrototypeConfig]):
         counts_c = block.weight.new_zeros(len(task.classes), dtype=torch.float64)
         with learner.folded():
             for batch in batches(augmented=False):
-                positions_b = row_labels(task, batch.labels_b)
+                positions_b = local_labels(task, batch.labels_b)
                 sums_cd.index_add_(0, positions_b, learner.features(batch).double())
                 counts_c += torch.bincount(positions_b, minlength=len(task.classes))
         if (counts_c == 0).any():

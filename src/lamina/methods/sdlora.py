@@ -6,10 +6,10 @@
 
     paper        here                                                          shape
     A_t, B_t     up (trained, starts 0), down (trained)                        (o, r), (r, i)
-    α_1 ... α_t  scale (trained): a copy in every slot, all equal              (t,)
+    α_1 ... α_t  scale (trained): a copy in every site, all equal              (t,)
     D_k / ‖D_k‖  `up1`, `down1`, `up2`, ... (frozen), up divided by the norm   (o, r_k), (r_k, i)
 
-There is one scale per task for the whole model. Every slot holds a copy, and each copy's gradient is replaced by the sum
+There is one scale per task for the whole model. Every site holds a copy, and each copy's gradient is replaced by the sum
 over all of them, which is the gradient of the one: equal copies with equal gradients stay equal to the bit.
 
 What the released code (WuYichen-97/SD-Lora-CL, 8bacded) does decides the published numbers, so it is the default here:
@@ -25,9 +25,9 @@ from pydantic import Field
 from torch import Tensor
 
 from lamina.adapters import Branch, LowRank
-from lamina.chance import seed_of
 from lamina.learner import Learner
 from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal
+from lamina.rng import seed_of
 from lamina.types import Task
 
 SHARED = "shared"
@@ -103,15 +103,15 @@ class SDLoRA(Method[SDLoRAConfig]):
         config = self.config
         learner.head.freeze()
         learner.head.add(task.name, task.classes)
-        for slot in learner.slots.values():
-            before = slot.live().get(SHARED)
+        for site in learner.sites.values():
+            before = site.live().get(SHARED)
             number = 1 if before is None else len(before.trained()["scale"]) + 1
             rank = rank_of_task(number, config.rank, config.falling or ())
-            generator = torch.Generator().manual_seed(seed_of("sdlora", torch.initial_seed(), slot.name))
-            trained = LowRank.fresh(slot.d_out, slot.d_in, rank, generator).trained()
+            generator = torch.Generator().manual_seed(seed_of("sdlora", torch.initial_seed(), site.name))
+            trained = LowRank.fresh(site.d_out, site.d_in, rank, generator).trained()
             trained["scale"] = torch.full((number,), config.scale)
             if not isinstance(before, Directions):
-                slot.add(SHARED, Directions(trained=trained))
+                site.add(SHARED, Directions(trained=trained))
                 continue
             if config.carry:
                 trained["scale"][:-1] = before.scale.detach()
@@ -119,10 +119,10 @@ class SDLoRA(Method[SDLoRAConfig]):
                 f"up{number - 1}": before.up / norm_of(before.up, before.down, config.norm),
                 f"down{number - 1}": before.down,
             }
-            slot.replace(SHARED, Directions(trained=trained, frozen=before.frozen() | old))
+            site.replace(SHARED, Directions(trained=trained, frozen=before.frozen() | old))
 
     def after_backward(self, learner: Learner) -> None:
-        share_gradient([slot.live()[SHARED].trained()["scale"] for slot in learner.slots.values()])
+        share_gradient([site.live()[SHARED].trained()["scale"] for site in learner.sites.values()])
 
     def end(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.head.freeze()

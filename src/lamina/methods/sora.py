@@ -27,10 +27,10 @@ from pydantic import Field
 from torch import Tensor
 
 from lamina.adapters import Branch, LowRank
-from lamina.chance import seed_of
 from lamina.learner import Learner
-from lamina.linalg import soft_threshold
+from lamina.maths.linalg import soft_threshold
 from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Step, local_cross_entropy
+from lamina.rng import seed_of
 from lamina.types import Batch, Task
 
 
@@ -115,14 +115,14 @@ class SoRA(Method[SoRAConfig]):
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.head.freeze()
         learner.head.add(task.name, task.classes)
-        for slot in learner.slots.values():
-            generator = torch.Generator().manual_seed(seed_of("sora", torch.initial_seed(), slot.name))
-            fresh = LowRank.fresh(slot.d_out, slot.d_in, self.config.rank, generator)
+        for site in learner.sites.values():
+            generator = torch.Generator().manual_seed(seed_of("sora", torch.initial_seed(), site.name))
+            fresh = LowRank.fresh(site.d_out, site.d_in, self.config.rank, generator)
             drawn_r = torch.randn(self.config.rank, generator=generator)
             unit = self.total_rate if self.config.gate_start == "task" else 1.0
             gate_r = drawn_r if self.config.gate_start == "normal" else torch.full_like(drawn_r, unit)
             scale = torch.tensor(self.config.scale / unit)
-            slot.add(task.name, Gated(trained=fresh.trained() | {"gate": gate_r}, frozen={"scale": scale}))
+            site.add(task.name, Gated(trained=fresh.trained() | {"gate": gate_r}, frozen={"scale": scale}))
 
     def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
         fitting = local_cross_entropy(learner, batch, task)
@@ -141,10 +141,10 @@ class SoRA(Method[SoRAConfig]):
                 branch.gate.copy_(shrink(branch.gate, threshold))
 
     def end(self, learner: Learner, task: Task, batches: Pass) -> None:
-        for slot in learner.slots.values():
-            branch = slot.live()[task.name]
+        for site in learner.sites.values():
+            branch = site.live()[task.name]
             assert isinstance(branch, Gated)
-            slot.replace(task.name, pruned(branch))
+            site.replace(task.name, pruned(branch))
         learner.finish(task.name)
         learner.head.freeze()
 
@@ -153,8 +153,8 @@ class SoRA(Method[SoRAConfig]):
 
 
 def gated(learner: Learner) -> list[Gated]:
-    """The gated branches in training, one per slot."""
-    return [b for slot in learner.slots.values() for b in slot.live().values() if isinstance(b, Gated)]
+    """The gated branches in training, one per site."""
+    return [b for site in learner.sites.values() for b in site.live().values() if isinstance(b, Gated)]
 
 
 def strength(lam: float, done: int, total: int, warmup: float, levels: int) -> float:

@@ -7,8 +7,8 @@
     paper        here                                                      shape
     A, B         down_ri, up_or: the live branch of a task                 (r, i), (o, r)
     τ_i          change_oi = up_or @ down_ri                               (o, i)
-    Σ τ_i        in memory as `sum/<slot>`, float64                        (o, i)
-    θ - θ_pre    finished branch "merged" of every slot                    (o, i) in factors
+    Σ τ_i        in memory as `sum/<site>`, float64                        (o, i)
+    θ - θ_pre    finished branch "merged" of every site                    (o, i) in factors
     λ            scale
     MemFT        finished branch "memory", and the rows of the head while it is deployed
 
@@ -29,12 +29,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from lamina import chance, linalg
+from lamina import rng
 from lamina.adapters import LowRank
-from lamina.chance import seed_of
 from lamina.errors import TrainingError
-from lamina.head import class_scores
-from lamina.learner import Learner, Slot
+from lamina.learner import AdapterSite, Learner
+from lamina.learner.head import class_scores
+from lamina.maths import linalg
 from lamina.methods.base import (
     Departure,
     Method,
@@ -44,8 +44,9 @@ from lamina.methods.base import (
     Pass,
     Refusal,
     local_cross_entropy,
-    row_labels,
+    local_labels,
 )
+from lamina.rng import seed_of
 from lamina.types import Batch, Task
 
 MERGED, MEMORY = "merged", "memory"
@@ -64,7 +65,7 @@ class TaskArithmeticConfig(MethodConfig):
     density: float = Field(0.2, gt=0, le=1)
     """Share of the entries of each change that ties, dare and magnitude keep."""
     head: Literal["own", "scaled"] = "own"
-    """Rows of the head as their own task left them, or part of θ: what the task changed in them times λ."""
+    """OutputRange of the head as their own task left them, or part of θ: what the task changed in them times λ."""
     kl: float = Field(0.0, ge=0, lt=1)
     """Weight of the divergence from the pre-trained features; cross-entropy has 1 - kl. The paper tries 0 and 0.4."""
     memory_per_class: int = Field(10, ge=0)
@@ -113,7 +114,7 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         ),
     )
     needs = Needs(
-        stored_samples=10,
+        stored_examples=10,
         growth="kept examples, and head rows with a copy of each, by class; the merged change until its rank is full, but "
         "with merge = ties by one change per task. With memory_per_class = 0 no example is kept",
         operations="a step and an answer not at all; the end of a task by the fine-tuning on the kept examples of one more",
@@ -121,7 +122,7 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
     config_type = TaskArithmeticConfig
     refuses = (
         Refusal("init", "every task is learnt from the pre-trained weights"),
-        Refusal("merge", "it merges the changes of all tasks itself"),
+        Refusal("merging", "it merges the changes of all tasks itself"),
     )
     independent = True
 
@@ -134,9 +135,9 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         block = learner.head.add(task.name, task.classes)
         if self.config.head == "scaled":
             self.memory |= {f"start/{part}/{task.name}": p.detach().clone() for part, p in block.named_parameters()}
-        for slot in learner.slots.values():
-            generator = torch.Generator().manual_seed(seed_of(self.name, torch.initial_seed(), slot.name))
-            slot.add(task.name, LowRank.fresh(slot.d_out, slot.d_in, self.config.rank, generator))
+        for site in learner.sites.values():
+            generator = torch.Generator().manual_seed(seed_of(self.name, torch.initial_seed(), site.name))
+            site.add(task.name, LowRank.fresh(site.d_out, site.d_in, self.config.rank, generator))
 
     def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
         weight = self.config.kl
@@ -146,20 +147,20 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
             before_bd = learner.features(batch)
         features_bd = learner.features(batch)
         logits_bc = learner.head.block(task.name)(features_bd)
-        fitting = F.cross_entropy(logits_bc, row_labels(task, batch.labels_b))
+        fitting = F.cross_entropy(logits_bc, local_labels(task, batch.labels_b))
         return (1 - weight) * fitting + weight * feature_divergence(before_bd, features_bd)
 
     def end(self, learner: Learner, task: Task, batches: Pass) -> None:
-        for slot in learner.slots.values():
-            self.remember_change(slot, task.name)
+        for site in learner.sites.values():
+            self.remember_change(site, task.name)
         learner.drop(task.name)
         block = learner.head.block(task.name)
         self.memory |= {f"{part}/{task.name}": p.detach().clone() for part, p in block.named_parameters()}
         if self.config.memory_per_class:
             self.remember_examples(learner, task)
-        for slot in learner.slots.values():
-            up_or, down_ri = linalg.factors_of(self.merged(slot, sorted(learner.head.tasks)))
-            slot.add(MERGED, LowRank(trained={}, frozen={"up": up_or, "down": down_ri}))
+        for site in learner.sites.values():
+            up_or, down_ri = linalg.factors_of(self.merged(site, sorted(learner.head.tasks)))
+            site.add(MERGED, LowRank(trained={}, frozen={"up": up_or, "down": down_ri}))
         learner.finish(MERGED)
         for name in learner.head.tasks:
             self.set_rows(learner, name, self.gain(learner) if self.config.head == "scaled" else 1.0)
@@ -173,28 +174,28 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         """What every change is multiplied by: λ, or 1/n for a mean."""
         return 1 / len(learner.head.tasks) if self.config.merge == "mean" else self.config.scale
 
-    def remember_change(self, slot: Slot, task: str) -> None:
-        up_or, down_ri = (factor.detach() for factor in slot.live()[task].factors())
+    def remember_change(self, site: AdapterSite, task: str) -> None:
+        up_or, down_ri = (factor.detach() for factor in site.live()[task].factors())
         if self.config.merge == "ties":  # signs are elected among all changes, so each must be kept
-            self.memory |= {f"up/{slot.name}/{task}": up_or.clone(), f"down/{slot.name}/{task}": down_ri.clone()}
+            self.memory |= {f"up/{site.name}/{task}": up_or.clone(), f"down/{site.name}/{task}": down_ri.clone()}
             return
         change_oi = up_or.double() @ down_ri.double()
         if self.config.merge == "magnitude":
             change_oi = linalg.trim(change_oi, self.config.density)
         elif self.config.merge == "dare":
-            generator = torch.Generator().manual_seed(seed_of("dare", torch.initial_seed(), slot.name))
+            generator = torch.Generator().manual_seed(seed_of("dare", torch.initial_seed(), site.name))
             change_oi = linalg.drop_and_rescale(change_oi, self.config.density, generator)
         # Float64: what the order of the sum leaves in it is far below the rounding of the weight.
-        sum_oi = self.memory.get(f"sum/{slot.name}")
-        self.memory[f"sum/{slot.name}"] = change_oi if sum_oi is None else sum_oi + change_oi
+        sum_oi = self.memory.get(f"sum/{site.name}")
+        self.memory[f"sum/{site.name}"] = change_oi if sum_oi is None else sum_oi + change_oi
 
-    def merged(self, slot: Slot, tasks: list[str]) -> Tensor:
+    def merged(self, site: AdapterSite, tasks: list[str]) -> Tensor:
         """θ - θ_pre of one map, (o, i) float64."""
         if self.config.merge == "ties":
-            pairs = [[self.memory[f"{f}/{slot.name}/{task}"].double() for f in ("up", "down")] for task in tasks]
+            pairs = [[self.memory[f"{f}/{site.name}/{task}"].double() for f in ("up", "down")] for task in tasks]
             trimmed_noi = torch.stack([linalg.trim(up_or @ down_ri, self.config.density) for up_or, down_ri in pairs])
             return self.config.scale * linalg.agreeing_mean(trimmed_noi)
-        sum_oi = self.memory[f"sum/{slot.name}"]
+        sum_oi = self.memory[f"sum/{site.name}"]
         return sum_oi / len(tasks) if self.config.merge == "mean" else self.config.scale * sum_oi
 
     def set_rows(self, learner: Learner, task: str, gain: float) -> None:
@@ -210,7 +211,7 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
     def remember_examples(self, learner: Learner, task: Task) -> None:
         """Some of each class, chosen by a hash of their place in the data; and what the fine-tuning is seeded with."""
         seed = seed_of(MEMORY, torch.initial_seed())
-        order_n = np.argsort(chance.bits(task.train.rows_n, seed), kind="stable")
+        order_n = np.argsort(rng.bits(task.train.rows_n, seed), kind="stable")
         labels_n = task.train.labels_n[order_n]
         chosen = [order_n[labels_n == label][: self.config.memory_per_class] for label in task.classes]
         batch = task.train.batch(np.concatenate(chosen)).to(learner.device)
@@ -227,24 +228,24 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         class's score is the largest of its rows, as when predicting. Nothing here depends on the order of the tasks."""
         config, tasks = self.config, sorted(learner.head.tasks)
         seed = seed_of(*(int(self.memory[f"seed/{task}"]) for task in tasks))
-        for slot in learner.slots.values():
-            generator = torch.Generator().manual_seed(seed_of(seed, slot.name))
-            slot.add(MEMORY, LowRank.fresh(slot.d_out, slot.d_in, config.memory_rank, generator))
+        for site in learner.sites.values():
+            generator = torch.Generator().manual_seed(seed_of(seed, site.name))
+            site.add(MEMORY, LowRank.fresh(site.d_out, site.d_in, config.memory_rank, generator))
         learner.head.requires_grad_(True)
         inputs = {k: padded([self.memory[f"{k}/{task}"] for task in tasks]) for k in INPUTS[learner.backbone.kind]}
         labels_n = torch.cat([self.memory[f"labels/{task}"] for task in tasks])
-        classes_c = torch.tensor(sorted({row.label for row in learner.rows}), device=learner.device)
+        classes_c = torch.tensor(sorted({row.label for row in learner.outputs}), device=learner.device)
         optimizer = torch.optim.Adam(learner.trainable().values(), lr=config.memory_lr)
         per_epoch = -(-len(labels_n) // config.memory_batch)
         for step in range(config.memory_epochs * per_epoch):
             epoch, number = divmod(step, per_epoch)
-            order_n = torch.from_numpy(chance.permutation(len(labels_n), seed, epoch)).to(learner.device)
+            order_n = torch.from_numpy(rng.permutation(len(labels_n), seed, epoch)).to(learner.device)
             chosen_b = order_n[number * config.memory_batch : (number + 1) * config.memory_batch]
             values = {
                 k: v[chosen_b].float() if v.is_floating_point() else v[chosen_b].long() for k, v in inputs.items()
             }
             batch = Batch(inputs=values, labels_b=labels_n[chosen_b])
-            scores_bc = class_scores(learner.head(learner.features(batch)), learner.rows, classes_c.tolist())
+            scores_bc = class_scores(learner.head(learner.features(batch)), learner.outputs, classes_c.tolist())
             loss = F.cross_entropy(scores_bc, torch.searchsorted(classes_c, batch.labels_b))
             if not math.isfinite(loss.item()):
                 raise TrainingError(
@@ -257,8 +258,8 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         learner.finish(MEMORY)
 
     def memory_bound(self, learner: Learner) -> int:
-        config, tasks, rows = self.config, len(learner.head.tasks), len(learner.rows)
-        sizes = [(slot.d_out, slot.d_in) for slot in learner.slots.values()]
+        config, tasks, rows = self.config, len(learner.head.tasks), len(learner.outputs)
+        sizes = [(site.d_out, site.d_in) for site in learner.sites.values()]
         changes = sum(4 * tasks * config.rank * (o + i) if config.merge == "ties" else 8 * o * i for o, i in sizes)
         head = 4 * rows * (learner.backbone.width + 1) * (2 if config.head == "scaled" else 1)
         kinds = dict.fromkeys(("labels", *INPUTS[learner.backbone.kind]), 0)

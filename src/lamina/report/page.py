@@ -1,4 +1,4 @@
-"""From the records of runs to the page. Every figure is computed from the recorded counts by lamina.metrics.
+"""From the records of runs to the page. Every figure is computed from the recorded counts by lamina.maths.metrics.
 
 A record is the JSON of RUN/results.json. Whatever a record lacks is shown as an en dash, never guessed.
 """
@@ -17,14 +17,14 @@ import numpy as np
 import yaml
 from jinja2 import Environment, Template
 
-from lamina import metrics
 from lamina.errors import RunError
-from lamina.metrics import DEFINITIONS, AccuracyMatrix
+from lamina.maths import metrics
+from lamina.maths.metrics import DEFINITIONS, AccuracyMatrix
 from lamina.report import charts
 from lamina.report.charts import Series
 from lamina.report.text import count, interval, known, number, percent, plain, points, scaled, seconds, signed
 
-RECORD_FORMAT = 1
+RECORD_FORMAT = 2
 """The value of "format" in the records this version reads."""
 REQUIRED = ("name", "method", "stream", "matrix")
 LOSS_POINTS = 160
@@ -33,13 +33,13 @@ TITLES = {
     "final_accuracy": "Final accuracy",
     "average_accuracy": "Average accuracy",
     "forgetting": "Forgetting",
-    "final_accuracy_oracle": "Final accuracy, task known",
-    "final_accuracy_weighted": "Final accuracy over examples",
-    "average_accuracy_weighted": "Average accuracy over examples",
+    "task_aware_accuracy": "Task-aware accuracy",
+    "final_accuracy_micro": "Final accuracy (micro)",
+    "average_accuracy_micro": "Average accuracy (micro)",
     "learning_accuracy": "Learning accuracy",
     "backward_transfer": "Backward transfer",
     "forward_transfer": "Forward transfer",
-    "task_id_accuracy": "Task recognised",
+    "task_inference_accuracy": "Task-inference accuracy",
 }
 IN_POINTS = ("forgetting", "backward_transfer", "forward_transfer")
 PHASES = {
@@ -74,16 +74,16 @@ def labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 def figures(run: Mapping[str, Any], matrix: AccuracyMatrix) -> dict[str, float | None]:
     """Every figure of TITLES; None where the record has no grounds for it."""
     noted = run.get("metrics") or {}
-    told = run.get("task_id_accuracy") or []
+    told = run.get("task_inference_accuracy") or []
     values: dict[str, float | None] = dict.fromkeys(TITLES)
-    for name in ("forward_transfer", "final_accuracy_oracle", "task_id_accuracy"):
+    for name in ("forward_transfer", "task_aware_accuracy", "task_inference_accuracy"):
         values[name] = noted.get(name)
     if matrix.tasks:
         values |= metrics.summary(matrix)
-    if run.get("oracle") and run["oracle"]["correct"]:
-        values["final_accuracy_oracle"] = metrics.final_accuracy(AccuracyMatrix.from_dict(run["oracle"]))
+    if run.get("task_aware") and run["task_aware"]["correct"]:
+        values["task_aware_accuracy"] = metrics.final_accuracy(AccuracyMatrix.from_dict(run["task_aware"]))
     if told:
-        values["task_id_accuracy"] = told[-1]
+        values["task_inference_accuracy"] = told[-1]
     return {name: value if known(value) else None for name, value in values.items()}
 
 
@@ -108,7 +108,7 @@ def sentences(run: Mapping[str, Any], matrix: AccuracyMatrix, values: Mapping[st
     text = f"{run['method']['name']} learns {count(len(tasks), 'task')}{order}, {within}{source}{start}. "
     if not matrix.tasks:
         return text + "No task has been learnt yet."
-    weighted, mean = values["final_accuracy_weighted"] or 0.0, values["final_accuracy"] or 0.0
+    weighted, mean = values["final_accuracy_micro"] or 0.0, values["final_accuracy"] or 0.0
     agree = abs(weighted - mean) < 0.0005  # then say it once, without two roundings of one number
     right = percent(mean) if agree else percent(weighted)
     same = "" if agree else f" ({percent(mean)} when every task counts the same)"
@@ -159,7 +159,7 @@ def curves(run: Mapping[str, Any], matrix: AccuracyMatrix, low: float) -> list[d
     a = matrix.accuracy_ij
     span: dict[str, Any] = {"x_range": (1, matrix.tasks), "y_range": (low, 100), "x_name": "tasks learnt"}
     acc = metrics.incremental_accuracy(matrix)
-    weighted = metrics.incremental_accuracy_weighted(matrix)
+    weighted = metrics.incremental_accuracy_micro(matrix)
     both = [Series(name="mean over tasks", points=numbered(acc), style=0, accent=True)]
     legend: list[tuple[str, str]] = []
     agree = bool(np.nanmax(np.abs(weighted - acc), initial=0.0) < 0.0005)
@@ -264,7 +264,7 @@ def run_view(run: Mapping[str, Any], label: str, style: int, low: float) -> dict
     notes = {}
     if matrix.tasks:
         right, total = (int(m[-1, : matrix.tasks].sum()) for m in (matrix.correct_ij, matrix.total_ij))
-        notes["final_accuracy_weighted"] = f"{right} of {total}, 95 % interval {interval(right, total)}"
+        notes["final_accuracy_micro"] = f"{right} of {total}, 95 % interval {interval(right, total)}"
     shown = [(TITLES[k], figure_text(k, v), DEFINITIONS[k], notes.get(k, "")) for k, v in values.items()]
     drawings = curves(run, matrix, low) if matrix.tasks > 1 else []
     loss = loss_curve(run)
@@ -306,7 +306,7 @@ COLUMNS = (
     ("Final accuracy", "final_accuracy", max),
     ("Average accuracy", "average_accuracy", max),
     ("Forgetting", "forgetting", min),
-    ("Task known", "final_accuracy_oracle", max),
+    ("Task-aware", "task_aware_accuracy", max),
     ("Time", "seconds", min),
     ("Trainable parameters", "trainable_parameters", min),
     ("Stored parameters", "stored_parameters", min),

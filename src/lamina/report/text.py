@@ -5,7 +5,7 @@ from typing import Any
 
 from jinja2 import Undefined
 
-from lamina.metrics import wilson_interval
+from lamina.maths.metrics import wilson_interval
 
 DASH = "–"
 

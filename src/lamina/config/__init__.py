@@ -1,0 +1,3 @@
+"""The configuration of a run."""
+
+from lamina.config.schema import *  # noqa: F403

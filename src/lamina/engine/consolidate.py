@@ -1,0 +1,221 @@
+"""Consolidation: what happens around any method when a task begins and ends. It decides where training starts, and which
+weights, statistics and classifier are deployed afterwards. The mathematics is in `lamina.maths`.
+
+    begin of task t   features of its examples under the deployed weights M_{t-1} are stored     (for drift compensation)
+                      training starts from w_{t-1} (chain), from W_0 (fresh), or from M_{t-1} itself (merged)
+    end of task t     w_t, the result of the method, is merged into the deployed weights M_t     (weight merging)
+                      statistics of older outputs are moved into the feature space of M_t        (drift compensation)
+                      statistics of the new outputs are added, and all outputs refitted          (unified classifier)
+
+In every adapted layer M_t - w_t is a finished branch, so whatever saves, folds or counts branches includes it. Everything else
+is in `memory`, on the CPU. No step uses the number of tasks, and none sees an example of another task or split.
+
+Shape letters: n examples, d width of the features (of several blocks side by side if asked for), j outputs of the head,
+o outputs, i inputs of a linear layer.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lamina.adapters import LowRank
+from lamina.config import ConsolidationConfig
+from lamina.errors import MethodError, TrainingError
+from lamina.learner import AdapterSite, Learner
+from lamina.maths import classifiers, drift, linalg, merging
+from lamina.maths.class_statistics import Statistics, concatenated, of_features
+from lamina.methods.base import Method, Pass, local_labels
+from lamina.rng import seed_of
+from lamina.types import Batch, Task
+
+MERGED = "merging"
+"""Name of the branch that leads from w_t to M_t."""
+
+
+class Consolidation:
+    """Consolidation around one method. Raises MethodError where the method cannot be combined with the settings."""
+
+    def __init__(self, config: ConsolidationConfig, method: Method[Any]) -> None:
+        self.config, self.method = config, method
+        self.memory: dict[str, Tensor] = {}
+        for part, why in method.refuses:
+            value, default = getattr(config, part), type(config).model_fields[part].default
+            if value != default:
+                raise MethodError(
+                    f"consolidation.{part} = {value!r} does not go with method {method.name!r}: {why}. Leave it at {default!r}."
+                )
+        if config.layers > 1 and type(method).features is not Method.features:
+            raise MethodError(
+                f"consolidation.layers = {config.layers} does not go with method {method.name!r}, whose features are its own "
+                "and of the last block. Leave it at 1."
+            )
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(value.numel() * value.element_size() for value in self.memory.values())
+
+    def check(self, learner: Learner) -> None:
+        """Raises BackboneError where the backbone has no features of several blocks, and they are asked for."""
+        learner.backbone.check_layers(self.config.layers)
+
+    # -- around a task --------------------------------------------------------------------------------------------------
+
+    def begin(self, learner: Learner, batches: Pass) -> None:
+        """Before the method's own `begin`."""
+        if not learner.head.tasks:
+            return
+        if self.config.drift != "none":
+            self.memory["before"] = self.features_of(learner, batches)[0]
+        if self.config.merging != "none":
+            self.memory |= {f"deployed/{name}": update_of(site).float().cpu() for name, site in learner.sites.items()}
+            if self.config.init != "merged":
+                learner.drop(MERGED)
+        if self.config.init == "fresh":
+            for site in learner.sites.values():
+                for name in (*site.live(), *site.finished()):
+                    site.drop(name)
+
+    def end(self, learner: Learner, task: Task, batches: Pass) -> None:
+        """After the method's own `end`."""
+        if self.config.merging != "none":
+            self.merge(learner, batches, len(learner.head.tasks) - 1)
+        if self.config.classifier != "own":
+            features_nd, labels_n = self.features_of(learner, batches)
+            before_nd = self.memory.pop("before", None)
+            self.refit(learner, features_nd, local_labels(task, labels_n), len(task.classes), before_nd)
+
+    def merge(self, learner: Learner, batches: Pass, old_tasks: int) -> None:
+        """Deploy M_t in every site, in place of w_t."""
+        kind = self.config.merging
+        weight = merging.share(old_tasks, 1.0, 0.0) if kind == "mean" else merging.share(old_tasks)
+        moments = learner.input_moments(batches(augmented=False), summed=True) if kind == "weighted" else {}
+        for site in learner.sites.values():
+            trained_oi = update_of(site)
+            deployed_oi, already_oi = trained_oi, torch.zeros_like(trained_oi)
+            if old_tasks:
+                before_oi = self.memory.pop(f"deployed/{site.name}").to(learner.device)
+                if kind == "weighted":
+                    old_ii = self.memory[f"inputs/{site.group}"].to(learner.device)
+                    deployed_oi = merging.weighted(
+                        before_oi, trained_oi, old_ii, moments[site.group], merging.NEW_WEIGHT
+                    )
+                else:
+                    deployed_oi = merging.exponential(before_oi, trained_oi, weight)
+            if MERGED in site.finished():  # training started from the merged weights, which are a part of w_t
+                found = site.finished()[MERGED]
+                already_oi = found.up_or.double() @ found.down_ri.double()
+                site.drop(MERGED)
+            up_or, down_ri = linalg.factors_of(deployed_oi - trained_oi + already_oi)
+            site.add(MERGED, LowRank(trained={}, frozen={"up": up_or, "down": down_ri}))
+        learner.finish(MERGED)
+        for group, moment_ii in moments.items():
+            self.memory[f"inputs/{group}"] = moment_ii.cpu() + self.memory.get(f"inputs/{group}", 0)
+
+    def refit(
+        self, learner: Learner, features_nd: Tensor, output_n: Tensor, outputs: int, before_nd: Tensor | None
+    ) -> None:
+        """Move the statistics of older outputs, add those of the new task's, and fit one classifier of all.
+
+        features_nd: of the new examples under M_t. output_n: positions of their outputs among the task's own, of which
+        there are `outputs`. before_nd: the features under M_{t-1}.
+        """
+        kept = under(self.memory, "statistics")
+        statistics = of_features(features_nd, output_n, outputs, self.config.class_covariance_rank)
+        if kept:
+            old = self.compensated(learner, Statistics.of_tensors(kept), before_nd, features_nd)
+            output_n = output_n + len(old.counts_j)
+            statistics = concatenated(old, statistics)
+        classifier = self.fitted(statistics, (features_nd, output_n))
+        self.memory = {k: v for k, v in self.memory.items() if not k.startswith(("statistics/", "classifier/"))}
+        self.memory |= {f"statistics/{key}": value for key, value in statistics.tensors().items()}
+        self.memory |= {f"classifier/{key}": value for key, value in classifier.tensors().items()}
+
+    def compensated(self, learner: Learner, old: Statistics, before_nd: Tensor | None, after_nd: Tensor) -> Statistics:
+        """Returns the older outputs' statistics under M_t. before_nd, after_nd: features of the new examples under M_{t-1}
+        and M_t."""
+        if self.config.drift == "remeasured":
+            raise MethodError(
+                "consolidation.drift = 'remeasured' measures old classes on old examples, which are gone: it is a diagnosis "
+                "of benchmarks/lattice.py only. Choose none, linear or linear+local."
+            )
+        if before_nd is None or self.config.drift == "none":
+            return old
+        return drift.compensated(old, before_nd, after_nd, self.config.drift, self.generator("shift"))[0]
+
+    def fitted(self, statistics: Statistics, real: tuple[Tensor, Tensor]) -> classifiers.Classifier:
+        """Returns the classifier of all outputs. real: features and outputs of the examples at hand."""
+        kind, draws = self.config.classifier, self.generator("tail")
+        if kind == "ncm":
+            return classifiers.ncm(statistics)
+        if kind == "aligned":
+            return classifiers.aligned(statistics, draws)
+        if kind == "lda":
+            return classifiers.lda(statistics)
+        ridge = classifiers.ridge(statistics, draws, real, width=self.config.random_features)
+        if kind == "ridge":
+            return ridge
+        return classifiers.mixed(classifiers.lda(statistics), ridge, statistics, draws)
+
+    # -- prediction -----------------------------------------------------------------------------------------------------
+
+    @property
+    def uses_task(self) -> bool:
+        """Whether the task's identity does more than select outputs."""
+        return self.config.classifier == "own" and self.method.uses_task
+
+    def predict(self, learner: Learner, batch: Batch) -> Tensor:
+        """Returns the scores of all outputs, (b, j) float32, of what is deployed; minus infinity for outputs of a task that
+        has not ended."""
+        fitted = under(self.memory, "classifier")
+        if not fitted:
+            return self.method.predict(learner, batch)
+        scores_bj = classifiers.classifier_of(fitted).scores(self.features(learner, batch).cpu()).float()
+        return F.pad(scores_bj, (0, len(learner.outputs) - scores_bj.shape[1]), value=-torch.inf)
+
+    def predict_task_aware(self, learner: Learner, batch: Batch, task: str) -> Tensor:
+        """As `predict`, given that all examples are of this task."""
+        return self.method.predict_task_aware(learner, batch, task) if self.uses_task else self.predict(learner, batch)
+
+    # -- parts ----------------------------------------------------------------------------------------------------------
+
+    def features_of(self, learner: Learner, batches: Pass) -> tuple[Tensor, Tensor]:
+        """Returns features (n, d) and labels (n,) of the task's training examples under the current weights, with the
+        transform of evaluation. Raises TrainingError where a feature is not finite."""
+        with learner.folded():
+            found = [(self.features(learner, batch).cpu(), batch.labels_b.cpu()) for batch in batches(augmented=False)]
+        features_nd = torch.cat([features_bd for features_bd, _ in found])
+        if not torch.isfinite(features_nd).all():
+            number = int((~torch.isfinite(features_nd).all(1)).nonzero()[0])
+            raise TrainingError(
+                f"the features of training example {number + 1} of {len(features_nd)} are not finite. Its input is not finite, "
+                f"or training diverged: check the data, and use a smaller training.lr."
+            )
+        return features_nd, torch.cat([labels_b for _, labels_b in found])
+
+    def features(self, learner: Learner, batch: Batch) -> Tensor:
+        """Returns the features of a batch, (b, d), under the current weights."""
+        if self.config.layers > 1:
+            return learner.features(batch, self.config.layers)
+        return self.method.features(learner, batch)
+
+    def generator(self, what: str) -> torch.Generator:
+        """Returns a generator for one purpose. The engine seeds every phase by seed and task."""
+        return torch.Generator().manual_seed(seed_of(what, torch.initial_seed()))
+
+
+def update_of(site: AdapterSite) -> Tensor:
+    """Returns what all branches of a site, live or folded, add to the pre-trained weight, (o, i) float64."""
+    factors = [(part.up_or, part.down_ri) for part in site.finished().values() if part.folded]
+    factors += [branch.factors() for branch in site.live().values()]
+    update_oi = torch.zeros(site.d_out, site.d_in, dtype=torch.float64, device=site.device)
+    with torch.no_grad():
+        for up_or, down_ri in factors:
+            update_oi += up_or.double() @ down_ri.double()
+    return update_oi
+
+
+def under(memory: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Returns the tensors whose name starts with `prefix/`, without it."""
+    return {key.removeprefix(f"{prefix}/"): value for key, value in memory.items() if key.startswith(f"{prefix}/")}

@@ -1,0 +1,67 @@
+"""Head: a growing classifier with one block of output units per task.
+
+Every output unit belongs to one task and one class. A class's score is the maximum over its outputs. The scenarios differ
+only in which classes the outputs name: new classes per task, the same classes in a new domain, or both.
+
+Shape letters: b batch, d width, j outputs of all blocks, c classes.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Output(NamedTuple):
+    """An output unit of the head: one per class and task."""
+
+    task: str
+    label: int
+
+
+class Head(nn.Module):
+    """A growing linear classifier. Float32 throughout, whatever the precision of the backbone."""
+
+    def __init__(self, width: int, device: torch.device | None = None) -> None:
+        """device: of its weights; the CPU by default."""
+        super().__init__()
+        self.width, self.device = width, device or torch.device("cpu")
+        self.blocks = nn.ModuleList()
+        self.tasks: list[str] = []
+        self.outputs: list[Output] = []
+
+    def add(self, task: str, classes: Sequence[int]) -> nn.Linear:
+        """Append a block with one output per class, and return it.
+
+        It is initialised as PyTorch initialises linear layers, from the CPU's global generator (which the engine seeds).
+        Raises ValueError if the task has a block already.
+        """
+        if task in self.tasks:
+            raise ValueError(f"task {task!r} has a block in the head already")
+        block = nn.Linear(self.width, len(classes)).to(self.device)
+        self.blocks.append(block)
+        self.tasks.append(task)
+        self.outputs += [Output(task, label) for label in classes]
+        return block
+
+    def block(self, task: str) -> nn.Linear:
+        found = self.blocks[self.tasks.index(task)]
+        assert isinstance(found, nn.Linear)
+        return found
+
+    def freeze(self) -> None:
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+
+    def forward(self, features_bd: Tensor) -> Tensor:
+        """Returns the scores of all outputs, (b, j)."""
+        return torch.cat([block(features_bd) for block in self.blocks], 1)
+
+
+def class_scores(scores_bj: Tensor, outputs: Sequence[Output], classes: Sequence[int]) -> Tensor:
+    """Returns the maximum over the outputs of each of these classes, (b, c); minus infinity for a class without outputs."""
+    column = {label: position for position, label in enumerate(classes)}
+    columns_j = torch.tensor([column[output.label] for output in outputs], device=scores_bj.device)
+    empty_bc = scores_bj.new_full((len(scores_bj), len(classes)), -torch.inf)
+    return empty_bc.scatter_reduce(1, columns_j.expand(len(scores_bj), -1), scores_bj, "amax")

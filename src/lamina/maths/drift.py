@@ -1,0 +1,104 @@
+"""Where old features have gone: learnt from the current task's examples, seen before (F) and after (F') it was learnt.
+
+Features are rows of F; a map acts on them as column vectors: f' ≈ W f, hence F' ≈ F W^T.
+
+    linear           W = I + (F' - F)^T F (F^T F + ρ tr(F^T F)/d I)^{-1}           ridge, anchored at the identity
+                     W <- (1 - e^{-n/d}) W + e^{-n/d} I                            few examples keep the identity
+                     μ <- W μ,  S <- W S W^T,  U <- W U                            for every old row: `statistics.moved`
+    linear + local   then  μ_j += β_j Σ_i softmax_i(cos(μ_j, f_i) / τ) (f'_i - W f_i),    β_j = max(0, max_i cos(μ_j, f_i))
+                     with the μ_j of before the move, which is where the f_i are
+
+    symbol  here                     symbol  here
+    F, F'   before_nd, after_nd      ρ       ridge
+    W       map_dd                   τ       temperature
+
+Shape letters: n examples of the current task, d width, j old rows.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lamina.maths.class_statistics import Statistics, moved
+
+Kind = Literal["none", "linear", "linear+local", "random"]
+
+
+class Drift(NamedTuple):
+    """How far features moved, and how well a map tells where to. An alarm where cosine is far below that of other tasks."""
+
+    size: float
+    """‖W - I‖_F / sqrt(d)"""
+    cosine: float
+    """mean cosine between W f and f', over the examples given: held out from the fit, if it is to say anything"""
+
+
+def linear_map(before_nd: Tensor, after_nd: Tensor, ridge: float = 0.03, blend: bool = True) -> Tensor:
+    """W (d, d) float64 with f' ≈ W f. With ridge 0 and no blend it is exact where the move is linear and the examples
+    span the space; what they do not span stays. Raises ValueError for pairs that do not match or a negative ridge."""
+    if before_nd.shape != after_nd.shape or before_nd.ndim != 2 or ridge < 0:
+        raise ValueError(
+            f"features of shapes {tuple(before_nd.shape)} and {tuple(after_nd.shape)} with ridge {ridge}: "
+            "two of one shape (n, d), of the same examples, and a ridge >= 0 are needed"
+        )
+    (n, d), before_nd = before_nd.shape, before_nd.double()
+    gram_dd = before_nd.T @ before_nd
+    anchored_dd = gram_dd + ridge * gram_dd.trace() / d * torch.eye(d, dtype=torch.float64)
+    inverse_dd: Tensor = torch.linalg.pinv(anchored_dd, hermitian=True)
+    step_dd = (after_nd.double() - before_nd).T @ before_nd @ inverse_dd
+    trust = 1 - math.exp(-n / d) if blend else 1.0
+    return torch.eye(d, dtype=torch.float64) + trust * step_dd
+
+
+def random_map(map_dd: Tensor, generator: torch.Generator) -> Tensor:
+    """The control: the identity and a random step, as long as that of this map (in Frobenius norm)."""
+    eye_dd = torch.eye(len(map_dd), dtype=torch.float64)
+    noise_dd = torch.randn(map_dd.shape, generator=generator, dtype=torch.float64)
+    return eye_dd + noise_dd * float((map_dd - eye_dd).norm() / noise_dd.norm())
+
+
+def local_moves(
+    means_jd: Tensor, before_nd: Tensor, after_nd: Tensor, map_dd: Tensor, temperature: float = 0.07
+) -> Tensor:
+    """What the map leaves over near each mean, (j, d) float64: to be added to the moved means."""
+    before_nd, after_nd = before_nd.double(), after_nd.double()
+    cosine_jn = F.normalize(means_jd.double(), dim=1) @ F.normalize(before_nd, dim=1).T
+    trust_j = cosine_jn.amax(1).clamp_min(0)
+    moves_jd: Tensor = trust_j[:, None] * (cosine_jn / temperature).softmax(1) @ (after_nd - before_nd @ map_dd.T)
+    return moves_jd
+
+
+def drift(map_dd: Tensor, before_nd: Tensor, after_nd: Tensor) -> Drift:
+    eye_dd = torch.eye(len(map_dd), dtype=torch.float64)
+    cosine_n = F.cosine_similarity(before_nd.double() @ map_dd.T, after_nd.double(), dim=1)
+    return Drift(float((map_dd - eye_dd).norm()) / len(map_dd) ** 0.5, float(cosine_n.mean()))
+
+
+def compensated(
+    old: Statistics,
+    before_nd: Tensor,
+    after_nd: Tensor,
+    kind: Kind = "linear",
+    generator: torch.Generator | None = None,
+    ridge: float = 0.03,
+    temperature: float = 0.07,
+) -> tuple[Statistics, Tensor]:
+    """The old rows' statistics where they are thought to be now, and the map W (d, d) they were moved by.
+
+    "random" draws its map from the generator, and raises ValueError without one.
+    """
+    if kind == "none":
+        return old, torch.eye(len(old.scatter_dd), dtype=torch.float64)
+    map_dd = linear_map(before_nd, after_nd, ridge)
+    if kind == "random":
+        if generator is None:
+            raise ValueError("the random shift draws its map: give a generator")
+        map_dd = random_map(map_dd, generator)
+    new = moved(old, map_dd)
+    if kind == "linear+local":
+        moves_jd = local_moves(old.means_jd, before_nd, after_nd, map_dd, temperature)
+        new = new._replace(means_jd=new.means_jd + moves_jd)
+    return new, map_dd

@@ -1,0 +1,9 @@
+"""Everything that makes a run faster. All of it can be left out; results stay the same to rounding.
+
+`accelerate` puts it around a learner from outside: nothing in `adapters`, `learner` or `engine` knows of it.
+"""
+
+from lamina.speed.around import Accelerated, accelerate
+from lamina.speed.memory import keeping_memory
+
+__all__ = ["Accelerated", "accelerate", "keeping_memory"]
