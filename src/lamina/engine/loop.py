@@ -306,8 +306,10 @@ class Loop:
             accuracy_when_learnt=found[now].correct / max(totals[now], 1),
             stored_parameters=self.learner.stored_parameters(),
             memory_bytes=self.method.memory_bytes + self.consolidation.memory_bytes,
-            finished=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         )
+        today = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        clock = self.state.clock
+        self.state = replace(self.state, clock=replace(clock, finished={**clock.finished, str(now): today}))
         self.last_predictions = {str(j): torch.from_numpy(p.predicted_n) for j, p in found.items()}
         self._tell("evaluate", accuracy=float(self.matrix.accuracy_ij[now, : now + 1].mean()))
         return Position(now, "done") if now + 1 == len(self.stream) else Position(now + 1, "begin")

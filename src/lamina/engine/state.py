@@ -38,17 +38,17 @@ class TaskEntry:
     accuracy_when_learnt: float | None = None
     stored_parameters: int | None = None
     memory_bytes: int | None = None
-    finished: str | None = None
-    """When it was evaluated, UTC."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """Seconds spent, by phase and by task, and training examples seen."""
+    """Seconds spent, by phase and by task, when tasks were finished, and training examples seen."""
 
     seconds: Mapping[str, float] = field(default_factory=dict)
     train_seconds: Mapping[str, float] = field(default_factory=dict)
     """By the number of the task, as text."""
+    finished: Mapping[str, str] = field(default_factory=dict)
+    """When each task was evaluated, UTC, by its number as text."""
     examples: int = 0
     parallel_seconds: float | None = None
     """Wall-clock time of training tasks side by side; None where that was not done."""
