@@ -264,3 +264,35 @@ def test_a_split_without_examples(missing: int, name: str, cut: dict):
     data = replace(DATA, splits_n=np.full_like(DATA.splits_n, 2 - missing))
     with pytest.raises(DataError, match=f"has no {name} example: nothing could be {name}ed on"):
         make_stream(data, class_plan(data, 1), "class", **cut)
+
+
+# ------------------------------------------------------------------------- a class needs something to be trained on
+
+
+def without_training(label: int) -> LabelledData:
+    """Four classes with three training and two test examples each, but none to train on for one of them."""
+    labels = [c for c in range(4) for _ in range(5)]
+    splits = [2 if k >= 3 or c == label else 0 for c in range(4) for k in range(5)]
+    return make_data(labels, [0] * 20, splits, 4)
+
+
+@pytest.mark.parametrize("label", range(4))
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_a_class_without_a_training_example_is_refused_by_name(label: int, tasks: int):
+    data = without_training(label)
+    with pytest.raises(DataError, match=rf"no training example of class 'c{label}' \(0 train, 0 val, 5 test\)"):
+        make_stream(data, class_plan(data, tasks), "class")
+
+
+def test_also_one_whose_only_training_examples_are_of_another_domain():
+    data = make_data([0, 1, 0, 0, 1, 0], [0, 0, 1, 0, 0, 1], [0, 0, 0, 2, 2, 2], 2, 2)
+    plan = (PlannedTask(name="a", classes=(0, 1), domains=(0,)), PlannedTask(name="b", classes=(0, 1), domains=(1,)))
+    with pytest.raises(DataError, match=r"task 'b' .* no training example of class 'c1'"):
+        make_stream(data, plan, "mixed")
+    assert len(make_stream(data, (plan[0],), "mixed")) == 1
+
+
+def test_skipped_items_are_named_as_a_possible_cause():
+    data = replace(without_training(1), skipped=("a.png", "b.png"))
+    with pytest.raises(DataError, match="2 damaged items were skipped"):
+        make_stream(data, class_plan(data, 2), "class")

@@ -10,7 +10,7 @@ One plan (which classes and domains each task has) describes them all; nothing e
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -150,7 +150,8 @@ def make_stream(
     validation: where the data has no validation split of its own, this share of each class's training examples is held
     out for it (at least one is left to train on), before `per_class` is counted, and then at most as many as that.
     measured_per_class: at most this many test and validation examples of each class in each domain.
-    Raises DataError where two tasks share a training example, a task has no example to train or test on, or names repeat.
+    Raises DataError where two tasks share a training example, a task has no example to train or test on, a class has no
+    training example in a task that has it, or names repeat.
     """
     names = [task.name for task in plan]
     if len(set(names)) < len(names):
@@ -177,6 +178,7 @@ def make_stream(
                 raise DataError(
                     f"task {planned.name!r} of {data.name!r} has no {split} example: nothing could be {split}ed on."
                 )
+        _check_classes(data, planned, parts)
         taken = owner[parts["train"]]
         if (taken >= 0).any():
             other = plan[int(taken[taken >= 0][0])].name
@@ -204,6 +206,27 @@ def make_stream(
         kind=data.kind,
         class_names=data.class_names,
         fingerprint=fingerprint,
+    )
+
+
+def _check_classes(data: LabelledData, planned: PlannedTask, parts: Mapping[Split, Ints]) -> None:
+    """Raises DataError for classes of a task that have no training example in it."""
+    trained = set(data.labels_n[parts["train"]].tolist())
+    missing = [label for label in planned.classes if label not in trained]
+    if not missing:
+        return
+
+    def told(label: int) -> str:
+        counts = (f"{int((data.labels_n[rows] == label).sum())} {split}" for split, rows in parts.items())
+        return f"{data.class_names[label]!r} ({', '.join(counts)})"
+
+    found = [told(label) for label in missing[:5]]
+    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    skipped = f" {len(data.skipped)} damaged items were skipped." if data.skipped else ""
+    raise DataError(
+        f"task {planned.name!r} of {data.name!r} has no training example of class {', '.join(found)}{more}; every class needs "
+        f"at least one in each task that has it.{skipped} Add training examples, or leave the class out of the data or of "
+        f"stream.plan."
     )
 
 
