@@ -1,7 +1,7 @@
 """Draw docs/architecture.svg: the packages of lamina by level, and their imports, read from the code.
 
-    python tools/architecture.py            writes the drawing, and the table of docs/architecture.md
-    python tools/architecture.py --check    exits with 1 if they are not those of the code
+python tools/architecture.py            writes the drawing, and the table of docs/architecture.md
+python tools/architecture.py --check    exits with 1 if they are not those of the code
 """
 
 import ast
@@ -73,9 +73,9 @@ def drawing(imports: dict[str, set[str]]) -> str:
         for to_x, to_y in (place[n] for n in sorted(needs))
     ]
     boxes = [
-        Markup('<rect x="{:.0f}" y="{:.0f}" width="{}" height="{}" rx="5"/><text x="{:.0f}" y="{:.0f}">{}</text>').format(
-            x - WIDTH / 2, y - HEIGHT / 2, WIDTH, HEIGHT, x, y + 5, escape(name)
-        )
+        Markup(
+            '<rect x="{:.0f}" y="{:.0f}" width="{}" height="{}" rx="5"/><text x="{:.0f}" y="{:.0f}">{}</text>'
+        ).format(x - WIDTH / 2, y - HEIGHT / 2, WIDTH, HEIGHT, x, y + 5, escape(name))
         for name, (x, y) in sorted(place.items())
     ]
     style = (
@@ -95,15 +95,13 @@ def drawing(imports: dict[str, set[str]]) -> str:
 
 def table(imports: dict[str, set[str]]) -> str:
     """Returns the parts from the highest level to the lowest, each with the first sentence of its docstring."""
-    lines = ["| level | part | what it is | lines |", "|---:|---|---|---:|"]
+    lines = ["| level | part | what it is |", "|---:|---|---|"]
     for number, row in reversed(list(enumerate(levels(imports)))):
         for name in row:
             folder, file = SOURCE / name, SOURCE / f"{name}.py"
             text = (file if file.is_file() else folder / "__init__.py").read_text(encoding="utf-8")
             what = " ".join((ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].split())
-            files = [file] if file.is_file() else sorted(folder.rglob("*.py"))
-            count = sum(len(f.read_text(encoding="utf-8").splitlines()) for f in files)
-            lines.append(f"| {number} | `{name}` | {what} | {count} |")
+            lines.append(f"| {number} | `{name}` | {what} |")
     return "\n".join(lines)
 
 
@@ -113,7 +111,9 @@ def main() -> None:
     head, tail = page.split(BEGIN)[0], page.split(END)[1]
     wanted = {DRAWING: drawing(imports), PAGE: f"{head}{BEGIN}\n{table(imports)}\n{END}{tail}"}
     if "--check" in sys.argv:
-        stale = [path.name for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+        stale = [
+            path.name for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text
+        ]
         if stale:
             sys.exit(f"{', '.join(stale)}: not as in the code; run python tools/architecture.py")
         return

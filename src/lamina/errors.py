@@ -1,8 +1,8 @@
-"""What can go wrong for a user. Every message names the thing, its value, what is allowed, and the remedy."""
+"""Errors that a user can act on. Every message says what is wrong, the value found, what is allowed, and what to do."""
 
 
 class LaminaError(Exception):
-    """A failure the user can act on. The command line prints it without a traceback and exits with code 2."""
+    """An error the user can act on. The command prints it without a traceback and exits with code 2."""
 
 
 class ConfigError(LaminaError):
@@ -10,7 +10,7 @@ class ConfigError(LaminaError):
 
 
 class DataError(LaminaError):
-    """A dataset, a file in it, or a stream made from it is not what it should be."""
+    """A dataset, a file in it, or a stream made from it is invalid."""
 
 
 class BackboneError(LaminaError):
@@ -18,7 +18,7 @@ class BackboneError(LaminaError):
 
 
 class MethodError(LaminaError):
-    """A method cannot do what is asked of it, for example learn a scenario it does not fit."""
+    """A method does not support the request, for example the scenario of the stream."""
 
 
 class CheckpointError(LaminaError):
@@ -30,4 +30,4 @@ class RunError(LaminaError):
 
 
 class TrainingError(LaminaError):
-    """Training cannot go on, for example because the loss is not finite."""
+    """Training cannot continue, for example because the loss is not finite."""

@@ -1,4 +1,4 @@
-"""The frozen nouns everything speaks: Batch, Examples, LabelledData, Task.
+"""The data types that all parts share: Batch, Examples, LabelledData, Task. All are immutable.
 
 Shape letters used here: n examples, b batch, c channels, h w pixels, t tokens.
 """
@@ -18,7 +18,7 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 class Augment(NamedTuple):
-    """Names one random augmentation of every sample: it is a function of (seed, epoch, sample), never of any state."""
+    """Names one random augmentation of every example. It is a function of (seed, epoch, example), without any state."""
 
     seed: int
     epoch: int
@@ -26,11 +26,11 @@ class Augment(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Some examples, ready for a backbone.
+    """Examples ready for a backbone.
 
     `inputs` holds `pixel_values` (b, c, h, w) float32 already normalised for the backbone, or `input_ids` and
     `attention_mask` (b, t) int64. `labels_b` are class ids: positions in the dataset's list of class names. `task` is
-    the name of the task the examples are from, and is None wherever a learner must not know it.
+    the name of the examples' task; None wherever a learner must not know it.
     """
 
     inputs: Mapping[str, Tensor]
@@ -41,7 +41,7 @@ class Batch:
         return len(self.labels_b)
 
     def to(self, device: torch.device) -> "Batch":
-        """The same examples on this device. Towards a card the processor does not wait for the copy."""
+        """Returns the same examples on this device. The CPU does not wait for a copy to a GPU."""
 
         def moved(value: Tensor) -> Tensor:
             if device.type == "cuda" and value.device.type == "cpu":
@@ -52,7 +52,7 @@ class Batch:
         return replace(self, inputs=inputs, labels_b=moved(self.labels_b))
 
     def select(self, keep_b: Tensor) -> "Batch":
-        """The examples where keep_b (b,) is true."""
+        """Returns the examples where keep_b (b,) is true."""
         return replace(
             self,
             inputs={name: value[keep_b] for name, value in self.inputs.items()},
@@ -61,21 +61,21 @@ class Batch:
 
 
 class Table(Protocol):
-    """Where the inputs of a dataset lie, decoded once (pixels) or tokenised once (text)."""
+    """The inputs of a dataset, decoded once (images) or tokenised once (texts)."""
 
     def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:
-        """The inputs of these rows. With `augment`, the training transform, drawn for (seed, epoch, row); without, the
-        evaluation transform. What one row gives never depends on the other rows (padding of texts aside)."""
+        """Returns the inputs of these rows: with `augment` after the training transform, drawn for (seed, epoch, row), else
+        after the evaluation transform. The inputs of a row never depend on the other rows (padding of texts aside)."""
         ...
 
     def lengths(self, rows: Ints) -> Ints:
-        """How many tokens each of these rows has; all 1 where rows are alike."""
+        """Returns the number of tokens of each row; all 1 for images."""
         ...
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled examples of one split of one task: rows of a table, and their class ids."""
+    """Labelled examples of one split of one task: rows of a table and their class ids."""
 
     table: Table
     rows_n: Ints
@@ -91,7 +91,7 @@ class Examples:
         )
 
     def lengths(self) -> Ints:
-        """(n,) how many tokens each example has; all 1 where examples are alike."""
+        """Returns the number of tokens of each example, (n,); all 1 for images."""
         return self.table.lengths(self.rows_n)
 
     def select(self, keep: Ints | NDArray[np.bool_]) -> "Examples":
@@ -100,10 +100,10 @@ class Examples:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledData:
-    """A whole dataset, ready to be cut into tasks.
+    """A whole dataset, to be cut into tasks.
 
     labels_n: class id of every row; splits_n: 0 train, 1 val, 2 test (positions in SPLITS); domains_n: domain id of
-    every row (all 0 where there is one domain). `fingerprint` changes whenever a file, label or split does.
+    every row (all 0 where there is one domain). `fingerprint` changes with every file, label and split.
     """
 
     kind: Literal["image", "text"]
@@ -116,7 +116,7 @@ class LabelledData:
     domain_names: tuple[str, ...]
     fingerprint: str
     skipped: tuple[str, ...] = ()
-    """Damaged items left out because the user asked to skip them: where each one was."""
+    """Where each damaged item was that the user asked to skip."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ class Task:
 
     name: str
     classes: tuple[int, ...]
-    """Class ids, in the order of this task's rows in the head."""
+    """Class ids, in the order of this task's outputs in the head."""
     train: Examples
     val: Examples
     test: Examples

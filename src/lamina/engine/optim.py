@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules of the papers, started afresh with every task."""
+"""Optimisers and learning-rate schedules of the papers. Every task starts with a new optimiser."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -16,9 +16,10 @@ def make_optimizer(
     *,
     later: bool = False,
 ) -> torch.optim.Optimizer:
-    """Up to three groups: the adapters, the head (names starting with `head/`), and what weight decay leaves alone (by
-    name); each with its base rate as `base_lr`. later: of a task that is not the first. One kernel steps all of them: dozens
-    of small matrices, each in several kernels of its own, would take longer to call than to compute."""
+    """Returns an optimiser with up to three groups, each with its base rate as `base_lr`: the adapters, the head (names
+    starting with `head/`), and parameters excluded from weight decay (`undecayed`, by name).
+
+    later: whether the task is not the first. Fused, since dozens of small matrices take longer to launch than to compute."""
     adapter_lr = adapter_rate(config, later=later)
     head = {name for name in parameters if name.startswith("head/")}
     head_lr = config.head_lr if config.head_lr is not None else config.lr
@@ -38,18 +39,18 @@ def make_optimizer(
 
 
 def adapter_rate(config: TrainingConfig, *, later: bool) -> float:
-    """Base rate of the adapters. later: in a task that is not the first."""
+    """Returns the base learning rate of the adapters. later: whether the task is not the first."""
     return config.lr * (config.later_lr if later else 1.0)
 
 
 def total_rate(config: TrainingConfig, per_epoch: int, *, later: bool) -> float:
-    """Sum of the adapters' rates over all steps of a task with so many steps an epoch."""
+    """Returns the sum of the adapters' learning rates over all steps of a task. per_epoch: its steps per epoch."""
     factors = (rate_factor(config, epoch) for epoch in range(config.epochs))
     return adapter_rate(config, later=later) * per_epoch * sum(factors)
 
 
 def rate_factor(config: TrainingConfig, epoch: int) -> float:
-    """What the base rate is multiplied by in this epoch of a task (0-based)."""
+    """Returns the factor of the base rate in this epoch of a task (0-based)."""
     last = max(config.epochs - 1, 1)
     if config.schedule == "cosine":
         return (1 + math.cos(math.pi * epoch / config.epochs)) / 2
@@ -66,7 +67,7 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimiser's state by parameter name: `exp_avg:block0.k/task-01/up`."""
+    """Returns the optimiser's state by parameter name: `exp_avg:block0.k/task-01/up`."""
     return {
         f"{kind}:{name}": value.detach()
         for name, parameter in parameters.items()
