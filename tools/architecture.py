@@ -21,7 +21,7 @@ def parts() -> dict[str, set[str]]:
     """Returns the modules and packages directly in lamina, each with those it imports."""
     names = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
     names -= {"__init__"}
-    found: dict[str, set[str]] = {name: set() for name in names}
+    found: dict[str, set[str]] = {name: set() for name in sorted(names)}
     for file in SOURCE.rglob("*.py"):
         own = file.relative_to(SOURCE).parts[0].removesuffix(".py")
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
