@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina.adapters import AdaptedLinear, Change, Rows, factor_gradients
+from lamina.backbones.roles import class_token
 from lamina.moments import looks_only
 
 VECTOR = 32
@@ -36,12 +37,6 @@ _aten = torch.ops.aten
 def softmax(logits: Tensor) -> Tensor:
     """Over the last dimension; in float32 where rows are shorter than a vector, else in the precision of the logits."""
     return (logits.float() if logits.shape[-1] < VECTOR else logits).softmax(-1)
-
-
-def class_token(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-    """For a hook: the feature is the class token, so after its attention the last block need not compute the others. They get
-    what the class token adds to itself, and nobody looks at them."""
-    return (inputs[0][:, :1],)
 
 
 class Map(NamedTuple):

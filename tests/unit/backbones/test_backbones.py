@@ -22,7 +22,7 @@ from tests.tiny import (
 )
 from torch import Tensor, nn
 
-from lamina.backbones import ROLES, Backbone, content_hash, from_module, load, site, tensors_hash
+from lamina.backbones import ROLES, Backbone, content_hash, from_module, load, make_site, tensors_hash
 from lamina.errors import BackboneError
 
 NANO_HASH = "954a4fb211abf9ef10c9270dfd6994164b0ac53ffcc948985226c1f1bdf2dd42"
@@ -121,22 +121,22 @@ def test_every_block_has_every_role_once(make):
         assert all(isinstance(modules[s.path], nn.Linear) for s in sites.values())
 
 
-def test_rows_of_a_fused_layer_are_q_k_and_v():
+def test_outputs_of_a_fused_layer_are_q_k_and_v():
     backbone = tiny_fused_vit()
     q, k, v = backbone.sites[:3]
     assert q.path == k.path == v.path == "blocks.0.attn.qkv"
-    assert [s.rows for s in (q, k, v)] == [(0, 32), (32, 64), (64, 96)]
+    assert [s.outputs for s in (q, k, v)] == [(0, 32), (32, 64), (64, 96)]
 
 
 def test_sites_of_a_custom_module_are_checked():
     module = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
     options = {"kind": "image", "width": 6, "features": lambda m, x: m(x["pixel_values"])}
     with pytest.raises(BackboneError, match="no linear layer at 1"):
-        from_module(module, [site(0, "q", "1")], **options)
-    with pytest.raises(BackboneError, match=r"rows \(4, 8\) are not within the 6"):
-        from_module(module, [site(0, "q", "0", (4, 8))], **options)
+        from_module(module, [make_site(0, "q", "1")], **options)
+    with pytest.raises(BackboneError, match=r"outputs \(4, 8\) are not within the 6"):
+        from_module(module, [make_site(0, "q", "0", (4, 8))], **options)
     with pytest.raises(BackboneError, match="unknown role 'query'"):
-        site(0, "query", "0")
+        make_site(0, "query", "0")
 
 
 # ---------------------------------------------------------------------------------------------- architectures
