@@ -121,7 +121,7 @@ def test_every_block_has_every_role_once(make):
         assert all(isinstance(modules[s.path], nn.Linear) for s in sites.values())
 
 
-def test_rows_of_a_fused_layer_are_q_k_and_v():
+def test_outputs_of_a_fused_layer_are_q_k_and_v():
     backbone = tiny_fused_vit()
     q, k, v = backbone.sites[:3]
     assert q.path == k.path == v.path == "blocks.0.attn.qkv"
@@ -133,7 +133,7 @@ def test_sites_of_a_custom_module_are_checked():
     options = {"kind": "image", "width": 6, "features": lambda m, x: m(x["pixel_values"])}
     with pytest.raises(BackboneError, match="no linear layer at 1"):
         from_module(module, [make_site(0, "q", "1")], **options)
-    with pytest.raises(BackboneError, match=r"rows \(4, 8\) are not within the 6"):
+    with pytest.raises(BackboneError, match=r"outputs \(4, 8\) are not within the 6"):
         from_module(module, [make_site(0, "q", "0", (4, 8))], **options)
     with pytest.raises(BackboneError, match="unknown role 'query'"):
         make_site(0, "query", "0")

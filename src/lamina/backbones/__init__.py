@@ -1,0 +1,22 @@
+"""Pre-trained transformers by role: which linear layers are q, k, v, out, fc1 and fc2, whatever a family names them.
+
+`load` builds a `Backbone` from safetensors weights; `from_module` makes one of any model. `docs/backbones.md` lists the
+supported families.
+"""
+
+from lamina.backbones.files import content_hash, tensors_hash
+from lamina.backbones.loading import from_module, load
+from lamina.backbones.roles import ROLES, Backbone, ImageInput, Site, class_token, make_site
+
+__all__ = [
+    "ROLES",
+    "Backbone",
+    "ImageInput",
+    "Site",
+    "class_token",
+    "content_hash",
+    "from_module",
+    "load",
+    "make_site",
+    "tensors_hash",
+]

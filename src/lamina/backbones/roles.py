@@ -1,0 +1,145 @@
+"""The nouns of a backbone: `Site`, `ImageInput` and `Backbone`.
+
+Shape letters: b batch, c channels, h w pixels, t tokens (special tokens first), d width.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lamina.errors import BackboneError
+
+Kind = Literal["image", "text"]
+Pooling = Literal["cls", "mean"]
+Triple = tuple[float, float, float]
+Features = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+Pool = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+
+ROLES = ("q", "k", "v", "out", "fc1", "fc2")
+"""Queries, keys, values and output of the attention; first and second layer of the MLP."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear layer of the backbone, or a slice of its outputs, with its role."""
+
+    name: str
+    """For example "block3.k"."""
+    block: int
+    role: str
+    """One of ROLES."""
+    path: str
+    """Path of the nn.Linear in `Backbone.module`, for example "layers.3.attention.k_proj"."""
+    outputs: tuple[int, int] | None
+    """Output units of that nn.Linear, (start, stop), where several roles share it (fused qkv); None means all."""
+    group: str
+    """Sites of one group read the same input: "block3.attention" for q, k and v; otherwise the site's own name."""
+
+
+def make_site(block: int, role: str, path: str, outputs: tuple[int, int] | None = None) -> Site:
+    """Returns a Site with the standard name and group. Raises BackboneError for a role that is not in ROLES."""
+    if role not in ROLES:
+        raise BackboneError(f"unknown role {role!r} for {path!r}; roles are {', '.join(ROLES)}")
+    group = "attention" if role in ("q", "k", "v") else role
+    return Site(f"block{block}.{role}", block, role, path, outputs, f"block{block}.{group}")
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """How an image becomes `pixel_values`: `size` x `size` pixels, RGB in [0, 1], minus `mean`, divided by `std`."""
+
+    size: int
+    mean: Triple
+    std: Triple
+
+
+@dataclass
+class Backbone:
+    """A frozen pre-trained model and the sites that adapters can use."""
+
+    name: str
+    kind: Kind
+    hash: str
+    """sha256 over names, dtypes, shapes and bytes of the stored tensors. It does not depend on how they are sharded."""
+    module: nn.Module
+    """In eval mode; no parameter requires a gradient."""
+    sites: tuple[Site, ...]
+    width: int
+    blocks: int
+    image: ImageInput | None
+    tokenizer: Path | None
+    """Folder of the tokenizer, for text; None if there is none beside the weights."""
+    pooling: Pooling
+    forward: Features
+    """Maps inputs to features for this family; called by `features`."""
+    heads: int | None = None
+    """Heads of every attention layer; None if unknown."""
+    ignored: tuple[str, ...] = ()
+    """Stored tensors that the backbone does not use, such as an old classification head."""
+    stages: tuple[str, ...] = ()
+    """Paths in `module` of the embeddings, block 0, block 1, ...: each gets hidden states (b, t, d) as its first
+    argument. Empty if unknown; `layered` needs them."""
+    pool: Pool | None = None
+    """Maps hidden states (b, t, d) and inputs to (b, d), as `features` does; None if unknown. `layered` needs it."""
+    fusible: bool = False
+    """Whether a fused block can compute its blocks: those of transformers' `ViTLayer` with exact GELU."""
+
+    def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Returns features (b, d) of `pixel_values` (b, c, h, w), or of `input_ids` and `attention_mask` (b, t).
+
+        Images: the class token after the last LayerNorm ("cls"), or the mean of the patch tokens ("mean"). Text: the
+        first token of the last hidden state, or its mean over the attention mask. Row i depends on example i only.
+        Raises BackboneError for images of another size than `image.size`.
+        """
+        if self.image is not None and inputs["pixel_values"].shape[-2:] != (self.image.size, self.image.size):
+            got = "x".join(map(str, inputs["pixel_values"].shape[-2:]))
+            raise BackboneError(f"{self.name} takes {self.image.size} px images, got {got}; resize them")
+        return self.forward(self.module, inputs)
+
+    def layered(self, inputs: Mapping[str, Tensor], layers: int) -> Tensor:
+        """Returns features of the last `layers` blocks (all, if there are fewer), side by side, (b, layers d).
+
+        The last d columns are `features`. The others are the hidden states between blocks, pooled in the same way and
+        not normalised. Raises as `features` and `check_layers` do.
+        """
+        self.check_layers(layers)
+        found: list[Tensor] = []
+
+        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            assert self.pool is not None
+            found.append(self.pool(args[0], inputs))
+
+        # The input of the next block: some families return tuples, or change the hidden states between blocks.
+        later = self.stages[1:][-layers:][1:]
+        hooks = [self.module.get_submodule(path).register_forward_pre_hook(note) for path in later]
+        try:
+            last_bd = self.features(inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat([*found, last_bd], 1)
+
+    def check_layers(self, layers: int) -> None:
+        """Raises BackboneError if features of several blocks are wanted and only those of the last one are available."""
+        if layers > 1 and (self.pool is None or not self.stages):
+            raise BackboneError(
+                f"{self.name} does not say what it computes block by block, so there are features of its last block only; give "
+                "`stages` and `pool` to from_module(), or leave consolidation.layers at 1"
+            )
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Converts the frozen weights to this precision."""
+        self.module.to(dtype)
+
+
+def class_token(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    """Returns the class token only: a forward pre-hook for the parts of the last block that follow its attention.
+
+    If the feature is the class token, the last block need not compute the other tokens after its attention. They get
+    the class token's update instead, and nothing reads them.
+    """
+    return (inputs[0][:, :1],)
