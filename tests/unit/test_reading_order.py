@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "lamina"
 MOST = 900
 """Lines of code, without blank lines, comments and docstrings."""
-ITEM = re.compile(r"^\d+\. \[([\w/]+\.py)\]\([^)]*\): (.*?)\. [A-Z]", re.MULTILINE | re.DOTALL)
+ITEM = re.compile(r"^\d+\. \[([\w/]+\.py)\]\([^)]*\): (.*?)\.\s+[A-Z]", re.MULTILINE | re.DOTALL)
 EXPLAINED = {"seed_of", "Departure", "Paper", "Needs", "Refusal", "MethodConfig"}
 """Not in the list, because their names say enough."""
 
