@@ -16,12 +16,13 @@ def accelerate_on_cpu(backbone: Backbone, dtype: torch.dtype) -> None:
     """Chooses the attention and block implementations for this precision, on the device of the backbone.
 
     PyTorch's fused attention on a CPU is slow to differentiate in bf16 (half of a training step at 17 to 65 tokens).
-    There, the attention of transformers' models is computed in matrix products, and fusible blocks are fused.
+    There, the attention of transformers' models is computed in matrix products, and fusible blocks are fused. Families
+    with an attention of their own ("eager") keep it.
     """
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import eager_mask
 
-    if not isinstance(backbone.module, PreTrainedModel):
+    if not isinstance(backbone.module, PreTrainedModel) or backbone.module.config._attn_implementation == "eager":
         return
     AttentionInterface.register("lamina", _explicit_attention)
     AttentionMaskInterface.register("lamina", eager_mask)
