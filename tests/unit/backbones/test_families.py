@@ -184,6 +184,26 @@ def test_every_family_has_a_row():
     assert {name.split(",")[0] for name in ROWS} | TOWERS.keys() == FAMILIES.keys()
 
 
+def test_the_table_of_the_documentation_is_that_of_the_code():
+    lines = (Path(__file__).parents[3] / "docs" / "backbones.md").read_text(encoding="utf-8").splitlines()
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 5 and "`" in cells[1] and cells[1] != "`model_type`":
+            found |= dict.fromkeys((name.strip(" `") for name in cells[1].split(",")), cells[2:])
+    assert found.keys() == FAMILIES.keys()
+    for name, (model, features, sizes) in found.items():
+        family = FAMILIES[name]
+        assert model == f"`{family.model}`"
+        if family.kind == "text":
+            assert features == "mean of tokens"
+            assert ("512" in sizes or "table" in sizes) == (family.positions is not None), name
+        else:
+            assert features.startswith("class token" if family.has_class_token and not family.mean_if else "mean"), name
+            assert sizes.startswith("table resized" if family.positions else "by the model"), name
+            assert ("antialiasing" in sizes) == family.antialias, name
+
+
 @images
 @pytest.mark.parametrize("size", [16, 32])
 def test_image_features_are_those_of_transformers(name: str, size: int, folder: Path):
@@ -296,6 +316,31 @@ def test_every_site_reads_hidden_states_once_and_a_group_reads_the_same(name: st
         (read_bti,) = seen[site.path]
         assert (read_bti.ndim, len(read_bti)) == (3, 2), site.name
         assert torch.equal(groups.setdefault(site.group, read_bti), read_bti), site.name
+
+
+@every_row
+def test_q_k_and_v_are_what_they_are_called(name: str, folder: Path):
+    """The attention's output is linear in v. If only the first token is used, only its query is, but all keys are."""
+    first = ROWS[name].features is not patch_mean
+    backbone = load(str(folder), pooling="cls" if first else "mean")
+    inputs = WORDS if backbone.kind == "text" else {"pixel_values": pixels(16)}
+    sites = {site.role: site for site in backbone.sites if site.block == 1}
+    modules = {role: backbone.module.get_submodule(site.path) for role, site in sites.items()}
+    seen: dict[str, Tensor] = {}
+    modules["out"].register_forward_pre_hook(lambda _, given: seen.update(out=given[0].detach()))
+    for role in "qk":
+        modules[role].weight.requires_grad_()
+        modules[role].register_forward_hook(lambda _, __, output, role=role: seen.update({role: output}))
+    features_bd = backbone.features(inputs)
+    gradients = dict(zip("qk", torch.autograd.grad(features_bd.square().sum(), [seen["q"], seen["k"]]), strict=True))
+    used = {role: gradients[role][..., slice(*(sites[role].outputs or (None,)))][:, 1:].any() for role in "qk"}
+    assert used == {"q": not first, "k": True}
+    before, rows = seen["out"], slice(*(sites["v"].outputs or (None,)))
+    with torch.no_grad():
+        for parameter in modules["v"].parameters():
+            parameter[rows] *= 2
+        backbone.features(inputs)
+    torch.testing.assert_close(seen["out"], 2 * before)
 
 
 @every_row
