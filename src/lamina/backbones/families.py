@@ -1,45 +1,129 @@
-"""The table of supported families: a family is data."""
+"""The supported families: a family is data, one row of FAMILIES. `docs/backbones.md` says how to add one."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from lamina.backbones.roles import Kind, Triple
 
-IMAGENET: tuple[Triple, Triple] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-_VIT = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2")
-_BERT = (
-    *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
-    *("intermediate.dense", "output.dense"),
-)
-_DISTILBERT = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2")
+Normalisation = tuple[Triple, Triple]
+HALF: Normalisation = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP: Normalisation = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
-    """What differs between model types."""
+    """What differs between model types. All paths are those of transformers 5, checked against the module."""
 
     kind: Kind
     model: str
     """Class in transformers."""
     block: str
-    """Path of block {} in that module, as transformers 5 names it; checked against the module that was built."""
-    parts: tuple[str, ...]
-    """Paths inside a block, in the order of ROLES."""
+    """Path of block {} in the module."""
+    layers: tuple[str, ...]
+    """Paths in a block of its linear layers, in the order of ROLES. Roles with the same path share the outputs of that
+    layer in equal parts."""
+    gated: tuple[str, str, str] | None = None
+    """Paths in a block of (gate, fc1, fc2), in the variant of the family that has a gated MLP."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the class."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that replace those of config.json."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """The implementation that transformers offers for it."""
+    positions: str | None = None
+    """Path of the table of absolute positions, if there is one. For images it is resized; the other image families
+    adapt to the size of the input by themselves. For text its length bounds the input."""
+    shared: tuple[str, Mapping[str, str]] | None = None
+    """(setting, {layer: copy}): if the setting is true, the linear layer of an attention also projects relative positions.
+    Then a frozen copy of it does that instead, so that a site reads hidden states only."""
+
     middle: str = "layernorm_after"
-    """Path inside a block of what its MLP's input goes through; for images."""
+    """Images: path in a block of the LayerNorm before the MLP."""
+    norm: str | None = None
+    """Images: path of the last LayerNorm, if `last_hidden_state` comes before it. It is applied after pooling."""
+    has_class_token: bool = True
+    mean_if: str | None = None
+    """Images: setting that says that the features are the mean of the patch tokens, if there is one."""
+    antialias: bool = False
+    """Images: whether the table of positions is resized with antialiasing."""
+    takes_patches: bool = False
+    """Images: whether the input is flat patches (SigLIP 2), not pixels."""
+    tower: str | None = None
+    """Images: prefix of the stored names of the vision tower. Tensors without it are ignored."""
     fusible: bool = False
-    """Whether a block is made as transformers' `ViTLayer` is."""
-    pooler: bool = True
-    """Whether the class takes `add_pooling_layer`, which is always declined."""
-    mean: Triple = (0.5, 0.5, 0.5)
-    std: Triple = (0.5, 0.5, 0.5)
+    """Images: whether its blocks are those of transformers' `ViTLayer`."""
+    normalisation: Normalisation = HALF
+    """Images: mean and std if no file beside the weights says them."""
 
 
-FAMILIES = {  # by the model_type in config.json
-    "vit": Family("image", "ViTModel", "layers.{}", _VIT, fusible=True),
-    "deit": Family("image", "DeiTModel", "layers.{}", _VIT, fusible=True, mean=IMAGENET[0], std=IMAGENET[1]),
-    "dinov2": Family("image", "Dinov2Model", "encoder.layer.{}", _VIT, "norm2", False, False, *IMAGENET),
-    "bert": Family("text", "BertModel", "encoder.layer.{}", _BERT),
-    "roberta": Family("text", "RobertaModel", "encoder.layer.{}", _BERT),
-    "distilbert": Family("text", "DistilBertModel", "transformer.layer.{}", _DISTILBERT, pooler=False),
+_ATTENTION = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj")
+_VIT = (*_ATTENTION, "mlp.fc1", "mlp.fc2")
+_GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_CLIP = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+_MLP = ("intermediate.dense", "output.dense")
+_BERT = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense", *_MLP)
+_DEBERTA = (*(f"attention.self.{role}_proj" for role in ("query", "key", "value")), "attention.output.dense", *_MLP)
+_SHARED_BY_DEBERTA = ("share_att_key", {"key_proj": "pos_key_proj", "query_proj": "pos_query_proj"})
+_MPNET = ("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o", *_MLP)
+_DISTILBERT = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2")
+_MODERNBERT = ("attn.Wqkv", "attn.Wqkv", "attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo")
+
+
+def _vit(model: str, **more: Any) -> Family:
+    plain: dict[str, Any] = {"options": {"add_pooling_layer": False}, "fusible": True}
+    return _image(model, block="layers.{}", **(plain | more))
+
+
+def _dino(model: str, **more: Any) -> Family:
+    more = {"block": "encoder.layer.{}", "gated": _GATED} | more
+    return _image(model, middle="norm2", normalisation=IMAGENET, **more)
+
+
+def _image(model: str, **more: Any) -> Family:
+    more = {"layers": _VIT, "positions": "embeddings.position_embeddings"} | more
+    return Family(kind="image", model=model, **more)
+
+
+def _tower(model: str, **more: Any) -> Family:
+    table: dict[str, Any] = {"positions": "embeddings.position_embedding", "tower": "vision_model."}
+    return _image(model, block="encoder.layers.{}", layers=_CLIP, middle="layer_norm2", **(table | more))
+
+
+def _bert(model: str, *, pooler: bool = True, **more: Any) -> Family:
+    more = {"block": "encoder.layer.{}", "layers": _BERT, "positions": "embeddings.position_embeddings"} | more
+    return Family(kind="text", model=model, options={"add_pooling_layer": False} if pooler else {}, **more)
+
+
+_CLIP_VISION = _tower("CLIPVisionModel", norm="post_layernorm", normalisation=CLIP)
+_NO_HEAD: Any = {"has_class_token": False, "settings": {"vision_use_head": False}}
+_SIGLIP_VISION = _tower("SiglipVisionModel", **_NO_HEAD)
+_SIGLIP2_VISION = _tower("Siglip2VisionModel", positions=None, takes_patches=True, **_NO_HEAD)
+
+FAMILIES: Mapping[str, Family] = {  # by the model_type in config.json
+    "vit": _vit("ViTModel"),
+    "deit": _vit("DeiTModel", normalisation=IMAGENET),
+    "vit_msn": _vit("ViTMSNModel", options={}, fusible=False, normalisation=IMAGENET),
+    "beit": _vit(
+        "BeitModel", options={}, fusible=False, positions=None, norm="pooler.layernorm", mean_if="use_mean_pooling"
+    ),
+    "dinov2": _dino("Dinov2Model"),
+    "dinov2_with_registers": _dino("Dinov2WithRegistersModel", antialias=True),
+    "dinov3_vit": _dino("DINOv3ViTModel", block="model.layer.{}", layers=(*_ATTENTION, *_GATED[1:]), positions=None),
+    "clip": _CLIP_VISION,
+    "clip_vision_model": _CLIP_VISION,
+    "siglip": _SIGLIP_VISION,
+    "siglip_vision_model": _SIGLIP_VISION,
+    "siglip2": _SIGLIP2_VISION,
+    "siglip2_vision_model": _SIGLIP2_VISION,
+    "bert": _bert("BertModel"),
+    "roberta": _bert("RobertaModel"),
+    "xlm-roberta": _bert("XLMRobertaModel"),
+    "camembert": _bert("CamembertModel"),
+    "electra": _bert("ElectraModel", pooler=False),
+    "distilbert": _bert("DistilBertModel", pooler=False, block="transformer.layer.{}", layers=_DISTILBERT),
+    "mpnet": _bert("MPNetModel", layers=_MPNET, attention="eager"),
+    "deberta-v2": _bert("DebertaV2Model", pooler=False, layers=_DEBERTA, attention="eager", shared=_SHARED_BY_DEBERTA),
+    "modernbert": _bert("ModernBertModel", pooler=False, block="layers.{}", layers=_MODERNBERT, positions=None),
 }

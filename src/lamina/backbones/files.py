@@ -1,41 +1,21 @@
-"""Files of a backbone: where they are, and reading weights and JSON from them safely."""
+"""Files of a backbone: where they are, and how weights and JSON are read without running code.
+
+Only regular files are opened. Names, shapes and types of tensors are read before any weight is.
+"""
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lamina.errors import BackboneError
-
-
-def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 (hexadecimal) over the sorted names, dtypes, shapes and bytes of tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def content_hash(name: str) -> str:
-    """Of everything that is read from a named backbone: its weights, and the settings and tokenizer beside them."""
-    folder, files = locate(name)
-    digest = hashlib.sha256(tensors_hash(read_weights(files)).encode())
-    for file in sorted(_HUB_FILES):
-        if "safetensors" not in file and (folder / file).is_file():
-            digest.update(f"|{file}|".encode() + hashlib.sha256((folder / file).read_bytes()).digest())
-    return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------- files
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
 _HUB_FILES = [
@@ -43,33 +23,55 @@ _HUB_FILES = [
     *("tokenizer_config.json", "special_tokens_map.json", "merges.txt", *TOKENIZER_FILES),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
 ]
+_NO_PICKLE = (
+    "only safetensors weights are read, because loading a pickle can run any code. Convert once, where you trust the "
+    "file: safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')"
+)
+_MOST_JSON_BYTES = 2**26
+_STORED_TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")
 
 
-def locate(name: str) -> tuple[Path, list[Path]]:
-    """The folder of a named backbone and the safetensors files of its weights."""
+class Location(NamedTuple):
+    """Where a named backbone is."""
+
+    folder: Path
+    file: Path | None = None
+    """The weights file, if the name is that of a file."""
+    hub_name: str | None = None
+    """Its name on the Hugging Face hub, if its weights have still to be downloaded."""
+
+
+class Header(NamedTuple):
+    """A stored tensor, as the header of its file describes it."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+def locate(name: str) -> Location:
+    """Returns where a backbone is; of one on the hub, everything but the weights is downloaded."""
     path = Path(name)
     if name == "nano":
         with resources.as_file(resources.files("lamina") / "assets" / "nano") as path:
-            return path, [path / "model.safetensors"]
-    if path.is_file():
+            return Location(path)
+    if path.is_dir():
+        return Location(path)
+    if path.exists():
         if path.suffix != ".safetensors":
             raise BackboneError(f"{name}: {_NO_PICKLE}")
-        return path.parent, [path]
-    if path.is_dir():
-        return path, _weight_files(path)
+        return Location(path.parent, path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise BackboneError(f"no backbone {name!r}: give 'nano', a folder, a .safetensors file, or owner/name")
-    folder = _download(name)
-    return folder, _weight_files(folder)
+    return Location(_download(name, [file for file in _HUB_FILES if "safetensors" not in file]), hub_name=name)
 
 
-def _download(name: str) -> Path:
+def _download(name: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
         with quiet():
-            return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+            return Path(snapshot_download(name, allow_patterns=list(files)))
     except (OSError, HFValidationError) as error:  # every hub error is an OSError: not found, gated, offline
         raise BackboneError(
             f"{name!r} is neither a local path nor to be had from the Hugging Face hub ({type(error).__name__}). Check "
@@ -77,24 +79,16 @@ def _download(name: str) -> Path:
         ) from error
 
 
-_NO_PICKLE = (
-    "only safetensors weights are read, because loading a pickle can run any code. Convert once, where you trust the "
-    "file: safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')"
-)
-
-
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(where: Location) -> list[Path]:
+    """Returns the safetensors files of a backbone. Raises BackboneError if there are none, or it is not clear which."""
+    if where.file is not None:
+        return [where.file]
+    folder = where.folder if where.hub_name is None else _download(where.hub_name, _HUB_FILES)
     index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
+    if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
-    if index.is_file():
-        names = sorted({str(shard) for shard in read_json(index).get("weight_map", {}).values()})
-        for shard in names:
-            if Path(shard).name != shard:
-                raise BackboneError(f"{index}: refused shard {shard!r}: shards must lie in the same folder")
-        if not names:
-            raise BackboneError(f"{index}: no weight_map")
-        return [folder / shard for shard in names]
+    if index.exists():
+        return _shards(index)
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
         return found
@@ -105,42 +99,142 @@ def _weight_files(folder: Path) -> list[Path]:
     raise BackboneError(f"{folder}: no safetensors weights; {reason}")
 
 
-def read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BackboneError(
+            f"{index}: weight_map must be an object that names the file of each tensor; download it again"
+        )
+    names = sorted({str(shard) for shard in weight_map.values()})
+    for shard in names:
+        if Path(shard).name != shard:
+            raise BackboneError(f"{index}: refused shard {shard!r}: shards must lie in the same folder")
+    return [index.parent / shard for shard in names]
 
-    tensors: dict[str, Tensor] = {}
+
+def read_headers(files: Sequence[Path]) -> dict[str, Header]:
+    """Returns name, shape and file of every stored tensor; no weight is read.
+
+    Raises BackboneError for a file that is missing, damaged, not a regular file or a PEFT adapter, and for quantised
+    weights.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    headers: dict[str, Header] = {}
     for file in files:
+        if not file.exists():
+            raise BackboneError(f"weights file {file} is missing; complete the download")
+        check_regular(file)
         try:
-            tensors.update(load_file(file))
-        except FileNotFoundError as error:
-            raise BackboneError(f"weights file {file} is missing; complete the download") from error
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118 - not a dict
+                    part = stored.get_slice(name)
+                    if part.get_dtype() not in _STORED_TYPES:
+                        raise BackboneError(
+                            f"{file}: {name} is stored as {part.get_dtype()}; quantised weights are not supported, give "
+                            f"the weights in one of {', '.join(_STORED_TYPES[:4])}"
+                        )
+                    headers[name] = Header(file, tuple(part.get_shape()))
         except (SafetensorError, OSError) as error:
             raise BackboneError(f"{file} is not a readable safetensors file ({error}); download it again") from error
+    if files and (files[0].name.startswith("adapter_model") or any(".lora_A." in name for name in headers)):
+        raise _is_an_adapter(files[0])
+    return headers
+
+
+def _is_an_adapter(file: Path) -> BackboneError:
+    base = read_json(file.parent / "adapter_config.json").get("base_model_name_or_path")
+    return BackboneError(
+        f"{file} is a PEFT adapter, not a whole model. Give its base model"
+        + (f", {base!r}" if isinstance(base, str) else "")
+        + ", or merge the adapter into it (peft's merge_and_unload) and save the result"
+    )
+
+
+def read_tensors(headers: Mapping[str, Header], names: Collection[str]) -> dict[str, Tensor]:
+    """Returns these stored tensors. Raises BackboneError for a value that is not finite."""
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, Tensor] = {}
+    for file in dict.fromkeys(headers[name].file for name in names):
+        try:
+            with safe_open(file, framework="pt") as stored:
+                tensors |= {name: stored.get_tensor(name) for name in names if headers[name].file == file}
+        except (SafetensorError, OSError) as error:
+            raise BackboneError(f"{file} is not a readable safetensors file ({error}); download it again") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise BackboneError(
+                f"{headers[name].file}: {name} holds values that are not finite (NaN or infinity); the weights are damaged "
+                "or training them diverged. Download them again, or use another checkpoint"
+            )
     return tensors
 
 
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """Returns sha256 (hexadecimal) over the sorted names, dtypes, shapes and bytes of tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def content_hash(name: str) -> str:
+    """Returns a hash over all files of a named backbone: its weights, and the settings and tokenizer beside them."""
+    with readable(name):
+        where = locate(name)
+        headers = read_headers(weight_files(where))
+        digest = hashlib.sha256(tensors_hash(read_tensors(headers, headers)).encode())
+        for file in sorted(_HUB_FILES):
+            if "safetensors" not in file and (where.folder / file).is_file():
+                digest.update(f"|{file}|".encode() + hashlib.sha256((where.folder / file).read_bytes()).digest())
+        return digest.hexdigest()
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file."""
-    if not path.is_file():
+    """Returns the object in a JSON file; an empty one if there is no such file."""
+    if not path.exists():
         return {}
+    check_regular(path)
     try:
+        if path.stat().st_size > _MOST_JSON_BYTES:
+            raise BackboneError(f"{path} has {path.stat().st_size} bytes; at most {_MOST_JSON_BYTES} are read")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BackboneError(f"{path} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise BackboneError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise BackboneError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Turns errors of the system (no permission, a name that is too long) into BackboneError while it is open."""
+    try:
+        yield
+    except OSError as error:
+        raise BackboneError(f"{name} cannot be read: {error}") from error
+
+
+def check_regular(path: Path) -> None:
+    """Raises BackboneError for a folder, pipe, device or socket: reading one may never end."""
+    if not path.is_file():
+        raise BackboneError(f"{path} is not a regular file; put the file itself there")
+
+
 def some(names: Sequence[str], most: int = 5) -> str:
+    """Returns the first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without its load reports and progress bars, put back afterwards."""
+    """Silences load reports and progress bars of transformers while it is open."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,17 +1,36 @@
-"""Build a backbone from a checkpoint, or from any module."""
+"""Build a backbone from a checkpoint, or from any module.
+
+All settings are checked before any weight is read, and every weight is checked: nothing is ever left at random.
+transformers is imported when a model is loaded, because that takes seconds.
+
+Shape letters: p positions, d width, h w patches.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lamina.backbones.families import FAMILIES, Family
-from lamina.backbones.files import TOKENIZER_FILES, locate, quiet, read_json, read_weights, some, tensors_hash
+from lamina.backbones.families import Family
+from lamina.backbones.features import image_features, pool_image, pool_text, text_features
+from lamina.backbones.files import (
+    TOKENIZER_FILES,
+    locate,
+    quiet,
+    read_headers,
+    read_json,
+    read_tensors,
+    readable,
+    some,
+    tensors_hash,
+    weight_files,
+)
 from lamina.backbones.roles import (
     ROLES,
     Backbone,
@@ -25,11 +44,254 @@ from lamina.backbones.roles import (
     class_token,
     make_site,
 )
-from lamina.backbones.timm_keys import from_timm
+from lamina.backbones.settings import (
+    choose_size,
+    explained,
+    family_config,
+    find_family,
+    find_normalisation,
+    image_input,
+    image_pooling,
+    text_pooling,
+)
+from lamina.backbones.timm_keys import is_timm, rename_timm, timm_settings
 from lamina.errors import BackboneError
 
+_MOST_TIMES_STORED = 4
+"""A model may have this many times the numbers that are stored; with more, config.json belongs to other weights."""
 
-def _check_sites(module: nn.Module, sites: Sequence[Site]) -> None:
+
+def load(
+    name: str,
+    *,
+    image_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    pooling: Literal["auto", "cls", "mean"] = "auto",
+    mean: Triple | None = None,
+    std: Triple | None = None,
+) -> Backbone:
+    """Loads a backbone from safetensors weights.
+
+    name: "nano" (shipped with lamina), a folder with config.json and safetensors weights, a .safetensors file, or
+    "owner/name" on the Hugging Face hub. Weights may be in transformers' layout or in timm's ViT layout.
+    image_size: pixels per side; the table of positions is resized to it once.
+    pooling: "auto" is what docs/backbones.md says of the family.
+    mean, std: replace the normalisation found beside the weights.
+
+    Raises BackboneError for weights that are missing, damaged, incomplete, of another shape, or not supported.
+    """
+    if pooling not in ("auto", "cls", "mean"):
+        raise BackboneError(f"pooling must be 'auto', 'cls' or 'mean', not {pooling!r}")
+    wanted: Pooling | None = None if pooling == "auto" else pooling
+    with readable(name):
+        checkpoint = _Checkpoint(name)
+        if checkpoint.family.kind == "image":
+            backbone = checkpoint.image(wanted, image_size, mean, std)
+        elif image_size or mean or std:
+            model_type = checkpoint.settings["model_type"]
+            raise BackboneError(f"{name} is a text model ({model_type}): image_size, mean and std do not apply")
+        else:
+            backbone = checkpoint.text(wanted)
+    _probe(backbone)
+    backbone.module.to(dtype)
+    return backbone
+
+
+class _Checkpoint:
+    """A stored model: its settings and the headers of its weights, checked. `image` and `text` read the weights."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        where = locate(name)
+        self.folder = where.folder
+        self.settings = read_json(where.folder / "config.json")
+        if self.settings.get("model_type") is not None:
+            find_family(self.settings, name)  # refused before weights are looked for, or downloaded
+        self.headers = read_headers(weight_files(where))
+        self.timm = is_timm(self.headers)
+        if self.timm:
+            self.settings = timm_settings(self.headers, self.settings, name)
+        elif not self.settings:
+            raise BackboneError(
+                f"{name}: no config.json in {where.folder} and the weights are not in timm's ViT layout"
+            )
+        self.family = find_family(self.settings, name)
+        self.config = family_config(self.family, self.settings, name)
+        self.blocks: int = self.config.num_hidden_layers
+        prefix = self.family.tower or ""
+        self.prefix = prefix if any(key.startswith(prefix) for key in self.headers) else ""
+        self.used = [key for key in self.headers if key.startswith(self.prefix)]
+        self.copies: Mapping[str, str] = {}
+        if self.family.shared is not None and getattr(self.config, self.family.shared[0], False):
+            setattr(self.config, self.family.shared[0], False)
+            self.copies = self.family.shared[1]
+        skeleton = self._skeleton()
+        self.linear_layers = tuple(path for path, module in skeleton.named_modules() if isinstance(module, nn.Linear))
+        self.sites = find_sites(skeleton, self.family, self.blocks)
+
+    def _skeleton(self) -> nn.Module:
+        """The module without memory for its weights. Raises BackboneError if it is far larger than what is stored."""
+        import transformers
+
+        if self.blocks > len(self.used):
+            raise BackboneError(
+                f"{self.name}: config.json says {self.blocks} blocks, and the weights hold {len(self.used)} tensors; "
+                "give the config.json that belongs to them"
+            )
+        with quiet(), explained(f"{self.name}: config.json does not make a {self.family.model}"), torch.device("meta"):
+            module: nn.Module = getattr(transformers, self.family.model)(self.config, **self.family.options)
+        numbers = sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
+        stored = sum(_count(self.headers[key].shape) for key in self.used)
+        if numbers > _MOST_TIMES_STORED * stored:
+            raise BackboneError(
+                f"{self.name}: config.json describes a model of {numbers} numbers, and the weights hold {stored}; give the "
+                "config.json that belongs to them"
+            )
+        return module
+
+    def image(self, wanted: Pooling | None, size: int | None, mean: Triple | None, std: Triple | None) -> Backbone:
+        config, family = self.config, self.family
+        pooling = image_pooling(config, family, wanted, self.name)
+        before, after = choose_size(config, family, size, self.name)
+        found = find_normalisation(self.folder, self.settings, family, config.num_channels)
+        image = image_input(after * config.patch_size, config.num_channels, found, mean, std, self.name)
+        stored_hash, tensors, ignored = self._read()
+        if family.positions is not None:
+            config.image_size = image.size
+            for key in [key for key in tensors if key.removesuffix(".weight").endswith(family.positions)]:
+                tensors[key] = _resize(tensors[key], before, after, family.antialias)
+        module, unused = self._build(tensors)
+        last = family.block.format(self.blocks - 1)
+        if pooling == "cls":
+            for path in (family.layers[ROLES.index("out")], family.middle):
+                module.get_submodule(f"{last}.{path}").register_forward_pre_hook(class_token)
+        pool = partial(pool_image, pooling=pooling, patches=after**2)
+        forward = partial(
+            image_features,
+            pool=pool,
+            norm=family.norm if family.norm in dict(module.named_modules()) else None,
+            grey=image.channels == 1,
+            patch=config.patch_size if family.takes_patches else None,
+        )
+        backbone = self._backbone(stored_hash, module, pooling, forward, pool, [*ignored, *unused])
+        return replace(backbone, image=image, fusible=family.fusible and config.hidden_act == "gelu")
+
+    def text(self, wanted: Pooling | None) -> Backbone:
+        pooling = wanted or text_pooling(self.folder, self.name)
+        stored_hash, tensors, ignored = self._read()
+        module, unused = self._build(tensors)
+        pool = partial(pool_text, pooling=pooling)
+        forward = partial(text_features, pool=pool)
+        backbone = self._backbone(stored_hash, module, pooling, forward, pool, [*ignored, *unused])
+        positions = dict(module.named_modules()).get(self.family.positions or "none")
+        return replace(
+            backbone,
+            tokenizer=self.folder if any((self.folder / file).is_file() for file in TOKENIZER_FILES) else None,
+            positions=_longest(positions) if isinstance(positions, nn.Embedding) else None,
+            vocabulary=self.config.vocab_size,
+        )
+
+    def _read(self) -> tuple[str, dict[str, Tensor], list[str]]:
+        """The hash of the stored tensors, the tensors as transformers names them, and the names of those not read."""
+        stored = read_tensors(self.headers, self.used)
+        stored_hash = tensors_hash(stored)
+        if self.timm:
+            return stored_hash, *rename_timm(stored)
+        tensors = {key.removeprefix(self.prefix): tensor for key, tensor in stored.items()}
+        tensors |= self._copied(tensors)
+        return stored_hash, tensors, sorted(self.headers.keys() - stored.keys())
+
+    def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of linear layers that are copies of another one: see `Family.shared`."""
+        found: dict[str, Tensor] = {}
+        for layer, copy in self.copies.items():
+            for key in [key for key in tensors if f".{layer}." in key]:
+                path, _, end = key.replace(f".{layer}.", f".{copy}.").rpartition(".")
+                if path.endswith(self.linear_layers):
+                    found[f"{path}.{end}"] = tensors[key]
+        return found
+
+    def _build(self, tensors: dict[str, Tensor]) -> tuple[nn.Module, list[str]]:
+        """The frozen transformers module in fp32 with these weights in it, and the names of tensors it does not use.
+
+        Passing a state dict lets transformers convert old key names, and it opens no file.
+        """
+        import transformers
+
+        model, name = getattr(transformers, self.family.model), self.name
+        with quiet(), explained(f"{name}: config.json and weights do not make a {self.family.model}"):
+            module, found = model.from_pretrained(
+                None,
+                config=self.config,
+                state_dict=tensors,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                dtype=torch.float32,
+                attn_implementation=self.family.attention,
+                **self.family.options,
+            )
+        if found["mismatched_keys"]:
+            wrong = [f"{k} (expected {list(e)}, found {list(f)})" for k, f, e in sorted(found["mismatched_keys"])]
+            raise BackboneError(f"{name}: wrong shape for {some(wrong)}; config.json is not the one of these weights")
+        if found["missing_keys"] or found["error_msgs"]:
+            wrong = [*sorted(found["missing_keys"]), *found["error_msgs"]]
+            raise BackboneError(f"{name}: the weights lack {some(wrong)}; the file is incomplete or of another model")
+        unused = sorted(found["unexpected_keys"])
+        blocks = [key for key in unused if re.search(r"(^|\.)layers?\.\d+\.", key)]
+        if blocks:
+            raise BackboneError(f"{name}: the weights have parts that config.json does not: {some(blocks)}")
+        module.eval().requires_grad_(False)
+        # In a mapped file they lie at odd addresses, which change the last bits of a product.
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = tensor.data.clone()
+        return module, [self.prefix + key for key in unused]
+
+    def _backbone(
+        self,
+        stored_hash: str,
+        module: nn.Module,
+        pooling: Pooling,
+        forward: Features,
+        pool: Pool,
+        ignored: Sequence[str],
+    ) -> Backbone:
+        return Backbone(
+            *(self.name, self.family.kind, stored_hash, module, self.sites, self.config.hidden_size, self.blocks),
+            image=None,
+            tokenizer=None,
+            pooling=pooling,
+            forward=forward,
+            heads=self.config.num_attention_heads,
+            ignored=tuple(sorted(ignored)),
+            stages=("embeddings", *(self.family.block.format(block) for block in range(self.blocks))),
+            pool=pool,
+        )
+
+
+def find_sites(module: nn.Module, family: Family, blocks: int) -> tuple[Site, ...]:
+    """Returns the sites of all blocks of a module of this family. Raises BackboneError if a linear layer is not there."""
+    modules = dict(module.named_modules())
+    layers, gate = family.layers, None
+    if family.gated is not None and f"{family.block.format(0)}.{family.gated[0]}" in modules:
+        gate, layers = family.gated[0], (*family.layers[:4], *family.gated[1:])
+    sites: list[Site] = []
+    for block in range(blocks):
+        start = family.block.format(block)
+        for role, part in zip(ROLES, layers, strict=True):
+            path = f"{start}.{part}"
+            outputs, shared = None, [r for r, other in zip(ROLES, layers, strict=True) if other == part]
+            if len(shared) > 1 and isinstance(modules.get(path), nn.Linear):
+                width = modules[path].out_features // len(shared)
+                outputs = (shared.index(role) * width, (shared.index(role) + 1) * width)
+            sites.append(make_site(block, role, path, outputs))
+        if gate is not None:
+            sites.append(replace(make_site(block, "fc1", f"{start}.{gate}"), name=f"block{block}.fc1_gate"))
+    check_sites(module, sites)
+    return tuple(sites)
+
+
+def check_sites(module: nn.Module, sites: Sequence[Site]) -> None:
+    """Raises BackboneError for a site that is not a linear layer of the module, or whose outputs are outside it."""
     modules = dict(module.named_modules())
     wrong = [s.path for s in sites if not isinstance(modules.get(s.path), nn.Linear)]
     if wrong:
@@ -44,99 +306,45 @@ def _check_sites(module: nn.Module, sites: Sequence[Site]) -> None:
             raise BackboneError(f"site {s.name}: outputs {s.outputs} are not within the {d_out} outputs of {s.path}")
 
 
-def _features(module: nn.Module, inputs: Mapping[str, Tensor], *, names: Sequence[str], pool: Pool) -> Tensor:
-    tokens_btd: Tensor = module(**{name: inputs[name] for name in names}).last_hidden_state
-    return pool(tokens_btd, inputs)
+def _count(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape).numel())
 
 
-def _image_pool(tokens_btd: Tensor, _: Mapping[str, Tensor], *, pooling: Pooling, patches: int) -> Tensor:
-    return tokens_btd[:, 0] if pooling == "cls" else tokens_btd[:, -patches:].mean(1)
+def _resize(table: Tensor, before: int, after: int, antialias: bool) -> Tensor:
+    """A table of positions (..., p, d) for `after` x `after` patches, by bicubic interpolation; special tokens keep theirs.
 
-
-def _text_pool(tokens_btd: Tensor, inputs: Mapping[str, Tensor], *, pooling: Pooling) -> Tensor:
-    if pooling == "cls":
-        return tokens_btd[:, 0]
-    mask_bt = inputs["attention_mask"]
-    total_bd = (tokens_btd * mask_bt.unsqueeze(-1)).sum(1, dtype=torch.float32)
-    return (total_bd / mask_bt.sum(1, keepdim=True).clamp(min=1)).to(tokens_btd.dtype)
-
-
-# ---------------------------------------------------------------------------------------------- loading
-
-
-def load(
-    name: str,
-    *,
-    image_size: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    pooling: Literal["auto", "cls", "mean"] = "auto",
-    mean: Triple | None = None,
-    std: Triple | None = None,
-) -> Backbone:
-    """Load a backbone from safetensors weights.
-
-    `name` is "nano" (shipped with lamina), a folder with config.json and safetensors weights, a .safetensors file, or
-    "owner/name" on the Hugging Face hub. Weights may be in transformers' layout or in timm's ViT layout. `image_size`
-    other than the checkpoint's is built into the position embedding once, by bicubic interpolation. `mean` and `std`
-    replace the normalisation found beside the weights. `pooling` "auto" is the class token for images and, for text,
-    what a sentence-transformers folder says, else the mean.
-
-    Raises BackboneError when the weights are missing, damaged, incomplete, of another shape, or not supported.
+    One that does not fit the settings is returned as it is: building the model then names it with both shapes.
     """
-    if pooling not in ("auto", "cls", "mean"):
-        raise BackboneError(f"pooling must be 'auto', 'cls' or 'mean', not {pooling!r}")
-    folder, files = locate(name)
-    tensors, ignored = read_weights(files), list[str]()
-    settings = read_json(folder / "config.json")
-    stored_hash = tensors_hash(tensors)
-    if "blocks.0.attn.qkv.weight" in tensors:
-        settings, tensors, ignored = from_timm(tensors, settings, name)
-    elif not settings:
-        raise BackboneError(f"{name}: no config.json in {folder} and the weights are not in timm's ViT layout")
-    model_type = str(settings.get("model_type"))
-    if model_type not in FAMILIES:
-        raise BackboneError(f"{name}: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}")
-    architecture = FAMILIES[model_type]
-    if architecture.kind == "text" and (image_size or mean or std):
-        raise BackboneError(f"{name} is a text model ({model_type}): image_size, mean and std do not apply")
+    positions_pd = table.float().reshape(-1, table.shape[-1]) if table.ndim > 1 else table[None]
+    if after == before or len(positions_pd) < before**2:
+        return table
+    special_pd, grid_pd = positions_pd[: len(positions_pd) - before**2], positions_pd[-(before**2) :]
+    old_1dhw = grid_pd.T.reshape(1, -1, before, before)
+    new_1dhw = nn.functional.interpolate(
+        old_1dhw, size=(after, after), mode="bicubic", align_corners=False, antialias=antialias
+    )
+    return torch.cat([special_pd, new_1dhw[0].flatten(1).T]).reshape(*table.shape[:-2], -1, table.shape[-1])
 
-    module, unused = _build(architecture, settings, tensors, name)
-    config, image, tokenizer = module.config, None, None
-    blocks = config.num_hidden_layers
-    sites = tuple(
-        make_site(block, role, f"{architecture.block.format(block)}.{part}")
-        for block in range(blocks)
-        for role, part in zip(ROLES, architecture.parts, strict=True)
-    )
-    _check_sites(module, sites)
-    if architecture.kind == "image":
-        chosen: Pooling = "cls" if pooling == "auto" else pooling
-        size = _resize_positions(module, image_size or config.image_size, name)
-        found_mean, found_std = _normalisation(folder, settings, architecture)
-        image = ImageInput(size, _three("mean", mean or found_mean), _three("std", std or found_std))
-        names: tuple[str, ...] = ("pixel_values",)
-        pool: Pool = partial(_image_pool, pooling=chosen, patches=(size // config.patch_size) ** 2)
+
+def _longest(positions: nn.Embedding) -> int:
+    """Tokens that a table of positions has room for. RoBERTa's and its relatives' start behind that of padding."""
+    return positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
+
+
+def _probe(backbone: Backbone) -> None:
+    """Computes the features of one example. Raises BackboneError if that fails, or they are not finite."""
+    if backbone.image is not None:
+        inputs = {"pixel_values": torch.zeros(1, 3, backbone.image.size, backbone.image.size)}
     else:
-        chosen = _text_pooling(folder, name) if pooling == "auto" else pooling
-        tokenizer = folder if any((folder / file).is_file() for file in TOKENIZER_FILES) else None
-        names, pool = ("input_ids", "attention_mask"), partial(_text_pool, pooling=chosen)
-    if (architecture.kind, chosen) == ("image", "cls"):
-        last = architecture.block.format(blocks - 1)
-        for path in (f"{last}.{architecture.parts[ROLES.index('out')]}", f"{last}.{architecture.middle}"):
-            module.get_submodule(path).register_forward_pre_hook(class_token)
-    module = module.to(dtype).eval().requires_grad_(False)
-    # In a mapped file they lie at odd addresses, which change the last bits of a product.
-    for tensor in (*module.parameters(), *module.buffers()):
-        tensor.data = tensor.data.clone()
-    return Backbone(
-        *(name, architecture.kind, stored_hash, module, sites, config.hidden_size, blocks, image, tokenizer, chosen),
-        forward=partial(_features, names=names, pool=pool),
-        heads=config.num_attention_heads,
-        ignored=tuple(sorted([*ignored, *unused])),
-        stages=("embeddings", *(architecture.block.format(block) for block in range(blocks))),
-        pool=pool,
-        fusible=architecture.fusible and config.hidden_act == "gelu",
-    )
+        ids_bt = torch.zeros(1, min(4, backbone.positions or 4), dtype=torch.int64)
+        inputs = {"input_ids": ids_bt, "attention_mask": torch.ones_like(ids_bt)}
+    with quiet(), explained(f"{backbone.name}: the model that config.json describes does not compute"), torch.no_grad():
+        features_bd = backbone.features(inputs)
+    if features_bd.shape != (1, backbone.width) or not bool(features_bd.isfinite().all()):
+        raise BackboneError(
+            f"{backbone.name}: features of a blank example are not {backbone.width} finite numbers; config.json or the "
+            "weights are damaged"
+        )
 
 
 def from_module(
@@ -153,15 +361,18 @@ def from_module(
     heads: int | None = None,
     stages: Sequence[str] = (),
     pool: Pool | None = None,
+    positions: int | None = None,
+    vocabulary: int | None = None,
 ) -> Backbone:
-    """A backbone out of any model of yours, for example one with a fused qkv layer. The module itself is frozen.
+    """Returns a backbone made of any model, for example one with a fused qkv layer. The module itself is frozen.
 
-    `features(module, inputs)` returns (b, width). `pooling` is a record of what it does; `heads` (of every attention layer)
-    is asked for by methods that look into attention, `stages` (see `Backbone`) by `backbone.reuse_mb`, and with `pool` by
-    `consolidation.layers`. Raises BackboneError for a site that is not a linear layer of the module, or whose rows are
-    outside it, and for stages that do not fit.
+    features: maps (module, inputs) to (b, width). pooling: a record of what it does. heads: of every attention layer;
+    methods that look into attention need it. stages, pool, positions, vocabulary: see `Backbone`.
+
+    Raises BackboneError for a site that is not a linear layer of the module or whose outputs are outside it, and for
+    stages that do not fit.
     """
-    _check_sites(module, sites)
+    check_sites(module, sites)
     stored_hash, module = tensors_hash(module.state_dict()), module.eval().requires_grad_(False)
     blocks = 1 + max((s.block for s in sites), default=-1)
     unknown = sorted(set(stages) - dict(module.named_modules()).keys())
@@ -176,87 +387,6 @@ def from_module(
         heads=heads,
         stages=tuple(stages),
         pool=pool,
+        positions=positions,
+        vocabulary=vocabulary,
     )
-
-
-# ---------------------------------------------------------------------------------------------- building
-
-
-def _build(arch: Family, settings: dict[str, Any], tensors: dict[str, Tensor], name: str) -> tuple[Any, list[str]]:
-    """The transformers module in fp32 with these weights in it, and the names of tensors it had no use for.
-
-    Handing over a state dict lets transformers convert old key names, while no file but ours is ever opened.
-    """
-    import transformers
-    from huggingface_hub.errors import StrictDataclassError
-
-    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa", "output_loading_info": True}
-    if arch.pooler:
-        options["add_pooling_layer"] = False
-    model = getattr(transformers, arch.model)
-    try:
-        config = model.config_class.from_dict(settings)
-        with quiet():
-            module, found = model.from_pretrained(
-                None, config=config, state_dict=tensors, ignore_mismatched_sizes=True, **options
-            )
-    except (ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
-        raise BackboneError(f"{name}: config.json and weights do not make a {arch.model}: {error}") from error
-    if found["mismatched_keys"]:
-        wrong = [f"{k} (expected {list(e)}, found {list(f)})" for k, f, e in sorted(found["mismatched_keys"])]
-        raise BackboneError(f"{name}: wrong shape for {some(wrong)}; config.json is not the one of these weights")
-    if found["missing_keys"] or found["error_msgs"]:
-        wrong = [*sorted(found["missing_keys"]), *found["error_msgs"]]
-        raise BackboneError(f"{name}: the weights lack {some(wrong)}; the file is incomplete or of another model")
-    unused = sorted(found["unexpected_keys"])
-    blocks = [key for key in unused if re.search(r"(^|\.)layers?\.\d+\.", key)]
-    if blocks:
-        raise BackboneError(f"{name}: the weights have parts that config.json does not: {some(blocks)}")
-    return module, unused
-
-
-def _resize_positions(module: Any, size: int | Sequence[int], name: str) -> int:
-    """Fit the position embedding (1, p, d) to square images of `size` pixels, once. Returns the size."""
-    config, embeddings = module.config, module.embeddings
-    patch, old = config.patch_size, config.image_size
-    if not isinstance(patch, int) or not isinstance(old, int) or not isinstance(size, int):
-        raise BackboneError(f"{name}: only square images and patches are supported, found {old} and {patch}")
-    if size < patch or size % patch:
-        raise BackboneError(f"{name}: image_size {size} is not a multiple of the patch size {patch}")
-    before, after = old // patch, size // patch
-    if after != before:
-        positions_pd = embeddings.position_embeddings.detach()[0]
-        special_pd, grid_pd = positions_pd[: -(before**2)], positions_pd[-(before**2) :]
-        old_1dhw = grid_pd.T.reshape(1, -1, before, before)
-        new_1dhw = nn.functional.interpolate(old_1dhw, size=(after, after), mode="bicubic", align_corners=False)
-        embeddings.position_embeddings = nn.Parameter(torch.cat([special_pd, new_1dhw[0].flatten(1).T])[None])
-    config.image_size = size
-    embeddings.image_size = embeddings.patch_embeddings.image_size = (size, size)
-    embeddings.patch_embeddings.num_patches = after**2
-    return size
-
-
-def _normalisation(folder: Path, settings: Mapping[str, Any], arch: Family) -> tuple[Triple, Triple]:
-    """Mean and std as preprocessor_config.json or timm's config say; else those usual for the architecture."""
-    processor, timm = read_json(folder / "preprocessor_config.json"), settings.get("pretrained_cfg", {})
-    if not processor.get("do_normalize", True):
-        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    mean = processor.get("image_mean") or timm.get("mean") or arch.mean
-    return mean, processor.get("image_std") or timm.get("std") or arch.std
-
-
-def _three(label: str, values: Sequence[float]) -> Triple:
-    if len(values) != 3 or (label == "std" and min(values) <= 0):
-        raise BackboneError(f"image {label} must be three numbers, one per channel (std above 0), not {values!r}")
-    return float(values[0]), float(values[1]), float(values[2])
-
-
-def _text_pooling(folder: Path, name: str) -> Pooling:
-    """What a sentence-transformers folder says; the mean where it says nothing."""
-    said = read_json(folder / "1_Pooling" / "config.json")
-    modes = [key for key, on in said.items() if key.startswith("pooling_mode_") and on is True]
-    if modes in ([], ["pooling_mode_mean_tokens"]):
-        return "mean"
-    if modes == ["pooling_mode_cls_token"]:
-        return "cls"
-    raise BackboneError(f"{name}: {', '.join(modes)} in 1_Pooling is not supported; choose pooling='mean' or 'cls'")

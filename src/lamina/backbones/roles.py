@@ -37,7 +37,8 @@ class Site:
     outputs: tuple[int, int] | None
     """Output units of that nn.Linear, (start, stop), where several roles share it (fused qkv); None means all."""
     group: str
-    """Sites of one group read the same input: "block3.attention" for q, k and v; otherwise the site's own name."""
+    """Sites of one group read the same input: "block3.attention" for q, k and v; otherwise "block3.", and the role. A
+    gated MLP has two sites with the role fc1: "block3.fc1" and "block3.fc1_gate"."""
 
 
 def make_site(block: int, role: str, path: str, outputs: tuple[int, int] | None = None) -> Site:
@@ -55,6 +56,9 @@ class ImageInput:
     size: int
     mean: Triple
     std: Triple
+    channels: int = 3
+    """Input channels of the model. One of 1 channel (grey) also takes RGB, with equal means and stds: `load` makes it
+    convert to luma."""
 
 
 @dataclass
@@ -85,6 +89,10 @@ class Backbone:
     argument. Empty if unknown; `layered` needs them."""
     pool: Pool | None = None
     """Maps hidden states (b, t, d) and inputs to (b, d), as `features` does; None if unknown. `layered` needs it."""
+    positions: int | None = None
+    """Text: longest input in tokens, special tokens included; None means no limit."""
+    vocabulary: int | None = None
+    """Text: number of token ids; None if unknown."""
     fusible: bool = False
     """Whether a fused block can compute its blocks: those of transformers' `ViTLayer` with exact GELU."""
 
@@ -92,7 +100,8 @@ class Backbone:
         """Returns features (b, d) of `pixel_values` (b, c, h, w), or of `input_ids` and `attention_mask` (b, t).
 
         Images: the class token after the last LayerNorm ("cls"), or the mean of the patch tokens ("mean"). Text: the
-        first token of the last hidden state, or its mean over the attention mask. Row i depends on example i only.
+        first token of the last hidden state, or its mean over the attention mask. docs/backbones.md has the details of
+        each family. Row i depends on example i only.
         Raises BackboneError for images of another size than `image.size`.
         """
         if self.image is not None and inputs["pixel_values"].shape[-2:] != (self.image.size, self.image.size):

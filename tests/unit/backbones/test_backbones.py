@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tests.tiny import (
     noise,
     raw_bert,
-    raw_vit,
     scatter,
     timm_vit,
     tiny_bert,
@@ -20,6 +19,7 @@ from tests.tiny import (
     tiny_texts,
     tiny_vit,
 )
+from tests.unit.backbones.folders import change, configure
 from torch import Tensor, nn
 
 from lamina.backbones import ROLES, Backbone, content_hash, from_module, load, make_site, tensors_hash
@@ -40,20 +40,6 @@ def seeded(make: type, config: object, **options: bool) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         return scatter(make(config, **options)).eval()
-
-
-@pytest.fixture
-def vit_folder(tmp_path: Path) -> Path:
-    raw_vit().save_pretrained(tmp_path)
-    return tmp_path
-
-
-def change(folder: Path, edit) -> None:
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    file.unlink()
-    edit(tensors)
-    save_file(tensors, file)
 
 
 # ---------------------------------------------------------------------------------------------- nano and MiniLM
@@ -139,74 +125,7 @@ def test_sites_of_a_custom_module_are_checked():
         make_site(0, "query", "0")
 
 
-# ---------------------------------------------------------------------------------------------- architectures
-
-
-@pytest.mark.parametrize("kind", ["ViT", "DeiT", "Dinov2"])
-def test_image_architectures_give_the_raw_models_class_token(kind, tmp_path):
-    config = getattr(transformers, f"{kind}Config")(**SMALL, image_size=16, patch_size=8)
-    raw = seeded(getattr(transformers, f"{kind}Model"), config)
-    raw.save_pretrained(tmp_path)
-    backbone = load(str(tmp_path))
-    larger = load(str(tmp_path), image_size=32)
-    assert len(backbone.sites) == 12
-    assert backbone.image.mean[0] == (0.5 if kind == "ViT" else 0.485)
-    with torch.no_grad():
-        torch.testing.assert_close(backbone.features(pixels(16)), raw(**pixels(16)).last_hidden_state[:, 0])
-        interpolate = {} if kind == "Dinov2" else {"interpolate_pos_encoding": True}
-        tokens_btd = raw(**pixels(32), **interpolate).last_hidden_state
-        torch.testing.assert_close(larger.features(pixels(32)), tokens_btd[:, 0])
-        patches = load(str(tmp_path), image_size=32, pooling="mean")
-        torch.testing.assert_close(patches.features(pixels(32)), tokens_btd[:, -16:].mean(1))
-        first_btd = raw(**pixels(32), **interpolate, output_hidden_states=True).hidden_states[1]
-        both_bd = torch.cat([first_btd[:, 0], tokens_btd[:, 0]], 1)
-        torch.testing.assert_close(larger.layered(pixels(32), 2), both_bd)
-        assert torch.equal(larger.layered(pixels(32), 1), larger.features(pixels(32)))
-        both_bd = torch.cat([first_btd[:, -16:].mean(1), tokens_btd[:, -16:].mean(1)], 1)
-        torch.testing.assert_close(patches.layered(pixels(32), 2), both_bd)
-
-
-@pytest.mark.parametrize("kind", ["ViT", "DeiT", "Dinov2"])
-def test_leaving_out_what_the_class_token_does_not_need_leaves_every_gradient_as_it_was(kind, tmp_path):
-    config = getattr(transformers, f"{kind}Config")(**SMALL, image_size=16, patch_size=8)
-    raw = seeded(getattr(transformers, f"{kind}Model"), config)
-    raw.save_pretrained(tmp_path)
-    backbone = load(str(tmp_path))
-    weights = {s.name: backbone.module.get_submodule(s.path).weight for s in backbone.sites}
-    whole = {s.name: raw.get_submodule(s.path).weight for s in backbone.sites}
-    for weight in weights.values():
-        weight.requires_grad_()
-    shapes = {}
-    backbone.module.get_submodule(backbone.sites[-1].path).register_forward_hook(
-        lambda _, inputs, __: shapes.update(last=inputs[0].shape)
-    )
-    found = torch.autograd.grad(backbone.features(pixels(16)).square().sum(), list(weights.values()))
-    expected = torch.autograd.grad(raw(**pixels(16)).last_hidden_state[:, 0].square().sum(), list(whole.values()))
-    assert shapes["last"][1] == 1, "the last block computes more than the class token"
-    for name, mine, theirs in zip(weights, found, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, msg=name)
-
-
-@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DistilBert"])
-def test_text_architectures_pool_the_last_hidden_state(kind, tmp_path):
-    raw = seeded(
-        getattr(transformers, f"{kind}Model"),
-        getattr(transformers, f"{kind}Config")(**SMALL, hidden_dim=64, vocab_size=60, pad_token_id=0),
-    )
-    raw.save_pretrained(tmp_path)
-    inputs = {"input_ids": IDS, "attention_mask": MASK}
-    backbone, first = load(str(tmp_path)), load(str(tmp_path), pooling="cls")
-    assert (len(backbone.sites), backbone.tokenizer, backbone.image) == (12, None, None)
-    assert backbone.heads == 2
-    with torch.no_grad():
-        tokens_btd = raw(**inputs).last_hidden_state
-        torch.testing.assert_close(first.features(inputs), tokens_btd[:, 0])
-        expected = torch.stack([tokens_btd[0].mean(0), tokens_btd[1, :2].mean(0)])
-        torch.testing.assert_close(backbone.features(inputs), expected)
-        first_btd = raw(**inputs, output_hidden_states=True).hidden_states[1]
-        before = torch.stack([first_btd[0].mean(0), first_btd[1, :2].mean(0)])
-        torch.testing.assert_close(backbone.layered(inputs, 2), torch.cat([before, expected], 1))
-        torch.testing.assert_close(first.layered(inputs, 2), torch.cat([first_btd[:, 0], tokens_btd[:, 0]], 1))
+# ---------------------------------------------------------------------------------------------- checkpoints
 
 
 def test_features_of_several_blocks_are_of_all_there_are_at_most():
@@ -243,6 +162,36 @@ def test_pooling_and_normalisation_beside_the_weights_are_followed(tmp_path, vit
     assert load(str(vit_folder), std=(0.5, 0.5, 0.5)).image.std == (0.5, 0.5, 0.5)
     with pytest.raises(BackboneError, match="std must be three numbers"):
         load(str(vit_folder), std=(0.5, 0.5, 0.0))
+
+
+def test_a_grey_model_gets_luma(tmp_path: Path):
+    config = transformers.ViTConfig(**SMALL, image_size=16, patch_size=8, num_channels=1)
+    raw = seeded(transformers.ViTModel, config)
+    raw.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.25], "image_std": [0.5]}')
+    backbone = load(str(tmp_path))
+    assert (backbone.image.channels, backbone.image.mean, backbone.image.std) == (1, (0.25,) * 3, (0.5,) * 3)
+    rgb_bchw = noise((2, 3, 16, 16), "rgb").sigmoid()
+    luma_b1hw = (rgb_bchw * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    with torch.no_grad():
+        features_bd = backbone.features({"pixel_values": (rgb_bchw - 0.25) / 0.5})
+        expected_bd = raw(pixel_values=(luma_b1hw - 0.25) / 0.5).last_hidden_state[:, 0]
+    torch.testing.assert_close(features_bd, expected_bd)
+    with pytest.raises(
+        BackboneError, match="has one input channel: image mean must be one number, or three equal ones"
+    ):
+        load(str(tmp_path), mean=(0.1, 0.2, 0.3))
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert load(str(tmp_path)).image.mean == (0.5, 0.5, 0.5)
+
+
+def test_square_sizes_may_be_lists(vit_folder: Path):
+    before = load(str(vit_folder)).features(pixels(16))
+    configure(vit_folder, image_size=[16, 16], patch_size=[8, 8])
+    backbone = load(str(vit_folder))
+    assert backbone.image.size == 16
+    assert torch.equal(backbone.features(pixels(16)), before)
+    assert load(str(vit_folder), image_size=32).image.size == 32
 
 
 # ---------------------------------------------------------------------------------------------- timm
@@ -292,111 +241,26 @@ def test_timm_variants_are_refused(tmp_path):
         load(str(tmp_path))
 
 
-# ---------------------------------------------------------------------------------------------- damage
-
-
-def test_a_missing_tensor_is_named(vit_folder):
-    def edit(tensors):
-        del tensors[next(k for k in tensors if ".1." in k and k.endswith(("query.weight", "q_proj.weight")))]
-
-    change(vit_folder, edit)
-    with pytest.raises(BackboneError, match=r"lack layers\.1\.attention\.q_proj\.weight"):
-        load(str(vit_folder))
-
-
-def test_a_wrong_shape_is_named_with_both_shapes(vit_folder):
-    change(vit_folder, lambda t: t.update({"layernorm.weight": torch.ones(31)}))
-    with pytest.raises(BackboneError, match=r"layernorm\.weight \(expected \[32\], found \[31\]\)"):
-        load(str(vit_folder))
-
-
-def test_more_blocks_than_the_configuration_says_are_refused(vit_folder):
-    settings = json.loads((vit_folder / "config.json").read_text())
-    (vit_folder / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": 2}))
-    with pytest.raises(BackboneError, match=r"parts that config\.json does not"):
-        load(str(vit_folder))
-
-
-def test_damaged_and_foreign_files_are_refused(vit_folder):
-    weights = (vit_folder / "model.safetensors").read_bytes()
-    (vit_folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    with pytest.raises(BackboneError, match="not a readable safetensors file"):
-        load(str(vit_folder))
-    (vit_folder / "model.safetensors").rename(vit_folder / "pytorch_model.bin")
-    with pytest.raises(BackboneError, match=r"found pytorch_model\.bin: only safetensors"):
-        load(str(vit_folder))
-    with pytest.raises(BackboneError, match="only safetensors"):
-        load(str(vit_folder / "pytorch_model.bin"))
-
-
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "not valid JSON"),
-        ("[]", "expected a JSON object"),
-        ("{}", r"no config\.json"),
-        ('{"model_type": "swin"}', "model_type 'swin' is not supported; known: vit, deit, dinov2, bert"),
-        ('{"model_type": "vit", "hidden_size": "wide"}', "do not make a ViTModel"),
-    ],
+    "key", ["pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.1.attn.qkv.weight"]
 )
-def test_a_bad_configuration_is_refused(vit_folder, text, message):
-    (vit_folder / "config.json").write_text(text)
-    with pytest.raises(BackboneError, match=message):
-        load(str(vit_folder))
+def test_timm_weights_of_odd_shapes_are_refused(tmp_path: Path, key: str):
+    timm_folder(tmp_path, num_heads=2)
+    change(tmp_path, lambda t: t.update({key: torch.ones(7)}))
+    with pytest.raises(BackboneError, match=f"wrong shape for {key}"):
+        load(str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"image_size": 20}, "not a multiple of the patch size 8"), ({"pooling": "max"}, "pooling must be")],
-)
-def test_options_are_checked(options, message):
-    with pytest.raises(BackboneError, match=message):
-        load("nano", **options)
+@pytest.mark.parametrize("settings", [{"num_heads": "two"}, {"num_heads": 5}, {"num_heads": [2]}], ids=str)
+def test_odd_settings_of_timm_are_refused(tmp_path: Path, settings: dict[str, object]):
+    timm_folder(tmp_path, **settings)
+    with pytest.raises(BackboneError, match=r"num_attention_heads|number of attention heads"):
+        load(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["no-such-backbone", "./nowhere/at-all", "../x"])
-def test_an_unknown_name_says_what_is_allowed(name):
-    with pytest.raises(BackboneError, match="give 'nano', a folder"):
-        load(name)
-
-
-def test_the_hub_is_refused_kindly_when_offline(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(BackboneError, match="give the path of its folder"):
-        load("nobody/no-such-model")
-
-
-# ---------------------------------------------------------------------------------------------- shards
-
-
-def shard(folder: Path, *, second: str = "model-00002-of-00002.safetensors") -> None:
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = sorted(tensors)
-    half = len(names) // 2
-    first = "model-00001-of-00002.safetensors"
-    save_file({k: tensors[k] for k in names[:half]}, folder / first)
-    save_file({k: tensors[k] for k in names[half:]}, folder / Path(second).name)
-    weight_map = {**dict.fromkeys(names[:half], first), **dict.fromkeys(names[half:], second)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
-def test_shards_are_one_model_with_the_same_hash(vit_folder):
-    whole = load(str(vit_folder))
-    shard(vit_folder)
-    parts = load(str(vit_folder))
-    assert parts.hash == whole.hash
-    assert torch.equal(parts.features(pixels(16)), whole.features(pixels(16)))
-    (vit_folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(BackboneError, match=r"model-00002-of-00002\.safetensors is missing"):
-        load(str(vit_folder))
-
-
-@pytest.mark.parametrize("second", ["../x.safetensors", "/tmp/x.safetensors", "a/../../x.safetensors"])
-def test_shards_outside_the_folder_are_refused(vit_folder, second):
-    shard(vit_folder, second=second)
-    with pytest.raises(BackboneError, match="refused shard"):
-        load(str(vit_folder))
+def test_settings_of_timm_without_use_are_passed_over(tmp_path: Path):
+    timm_folder(tmp_path, num_heads=2, pretrained_cfg=[], model_args="none", model_type=None)
+    assert load(str(tmp_path)).image.mean == (0.5, 0.5, 0.5)
 
 
 # ---------------------------------------------------------------------------------------------- tiny
@@ -426,7 +290,7 @@ def test_loading_is_silent_and_leaves_transformers_as_it_was(vit_folder, capfd):
 
 
 @pytest.mark.parametrize("kind", ["vit", "bert"])
-def test_attention_spelt_out_for_bf16_is_that_of_transformers(kind: str):
+def test_explicit_attention_for_bf16_is_that_of_transformers(kind: str):
     backbone = tiny_vit() if kind == "vit" else tiny_bert()
     inputs = pixels(16) if kind == "vit" else {"input_ids": IDS, "attention_mask": MASK}
     backbone.cast(torch.bfloat16)
