@@ -1,18 +1,18 @@
 """accelerate: puts everything of `lamina.speed` around a learner."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 
 import torch
 from torch import nn
 
 from lamina.engine.steps import Loss, Steps
 from lamina.learner import Learner
-from lamina.speed.attention import plain_attention
+from lamina.speed.attention import use_plain_attention
 from lamina.speed.composed_weight import ComposedLinear
 from lamina.speed.cuda_graph import GraphedGradients, worth_recording
-from lamina.speed.fused_block import fused
-from lamina.speed.instance import replaced
+from lamina.speed.fused_block import fuse
+from lamina.speed.instance import replace
 from lamina.speed.prefetch import prefetched
 from lamina.speed.split_batch import SplitBatch
 from lamina.types import Batch
@@ -58,12 +58,13 @@ def accelerate(learner: Learner) -> Accelerated:
     backbone, on_cpu = learner.backbone, learner.device.type == "cpu"
     with ExitStack() as undo:
         for one in layers:
-            undo.enter_context(replaced(one.layer, "with_live", one))
+            undo.callback(replace(one.layer, "with_live", one))
         if on_cpu and learner.dtype == torch.bfloat16:
-            undo.enter_context(plain_attention(backbone.module))
+            undo.callback(use_plain_attention(backbone.module))
             for path in backbone.stages[1:] if backbone.fusible else ():
-                undo.enter_context(fused(backbone.module.get_submodule(path)))
+                undo.callback(fuse(backbone.module.get_submodule(path)))
         elif on_cpu and learner.dtype == torch.float32 and torch.get_num_threads() % 2 == 0:
-            split = undo.enter_context(closing(SplitBatch(learner, layers)))
-            undo.enter_context(replaced(backbone, "forward", split))
+            split = SplitBatch(learner, layers)
+            undo.callback(split.close)
+            undo.callback(replace(backbone, "forward", split))
         return Accelerated(learner, undo.pop_all())

@@ -5,8 +5,8 @@ PyTorch's fused attention is slow to differentiate there: half of a training ste
 Shape letters: b batch, n queries, t tokens, h heads, e width of a head.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,25 +21,20 @@ def softmax(logits: Tensor) -> Tensor:
     return (logits.float() if logits.shape[-1] < VECTOR else logits).softmax(-1)
 
 
-@contextmanager
-def plain_attention(module: nn.Module) -> Iterator[None]:
-    """Within the context a transformers model that uses PyTorch's fused attention ("sdpa") computes it in matrix products.
+def use_plain_attention(module: nn.Module) -> Callable[[], None]:
+    """Let a transformers model that uses PyTorch's fused attention ("sdpa") compute it in matrix products.
 
-    Other modules, and models with an attention of their own ("eager"), stay as they are.
+    Other modules, and models with an attention of their own ("eager"), stay as they are. Returns a function that undoes it.
     """
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import eager_mask
 
     if not isinstance(module, PreTrainedModel) or module.config._attn_implementation != "sdpa":
-        yield
-        return
+        return lambda: None
     AttentionInterface.register("lamina", attention)
     AttentionMaskInterface.register("lamina", eager_mask)
     module.set_attn_implementation("lamina")
-    try:
-        yield
-    finally:
-        module.set_attn_implementation("sdpa")
+    return partial(module.set_attn_implementation, "sdpa")
 
 
 def attention(

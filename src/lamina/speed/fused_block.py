@@ -15,8 +15,7 @@ Shape letters: b batch, t tokens, n query tokens (all, or the class token), h he
 i inputs. Two dimensions taken as one: m is b t, or b n where only those are computed; g is b h.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ from lamina.adapters import AdaptedLinear, OutputRange, Update
 from lamina.backbones import class_token
 from lamina.speed.attention import softmax
 from lamina.speed.composed_weight import LinearParts, factor_gradients, parts_of
-from lamina.speed.instance import is_watched, replaced
+from lamina.speed.instance import is_watched, replace
 
 _aten = torch.ops.aten
 
@@ -191,10 +190,10 @@ class _Block(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------- transformers' blocks
 
 
-def fused(block: nn.Module) -> AbstractContextManager[None]:
-    """Within the context a `ViTLayer` of transformers (or a block of the same parts, with exact GELU) computes as one
-    function. It computes as before while it is given a mask, or while something watches or changes its parts."""
-    return replaced(block, "forward", partial(_forward, block))
+def fuse(block: nn.Module) -> Callable[[], None]:
+    """Let a `ViTLayer` of transformers (or a block of the same parts, with exact GELU) compute as one function, except where it
+    is given a mask, or where something watches or changes its parts. Returns a function that undoes it."""
+    return replace(block, "forward", partial(_forward, block))
 
 
 def _forward(block: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Tensor:

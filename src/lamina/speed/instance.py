@@ -1,24 +1,23 @@
-"""What `accelerate` needs of instances: to replace one of their attributes for a while, and to know who watches them."""
+"""What `accelerate` needs of instances: to replace one of their attributes, and to know whether anything watches them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from torch import nn
 
 from lamina.backbones import class_token
 
 
-@contextmanager
-def replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    """Within the context this attribute of the instance has another value. Its class stays as it is."""
+def replace(owner: object, name: str, value: object) -> Callable[[], None]:
+    """Give this attribute of the instance another value. Returns a function that undoes it."""
     own = vars(owner)
     before = {name: own[name]} if name in own else {}
     own[name] = value
-    try:
-        yield
-    finally:
+
+    def undo() -> None:
         del own[name]
         own.update(before)
+
+    return undo
 
 
 def is_watched(part: nn.Module) -> bool:
