@@ -1,38 +1,34 @@
-"""A pretended card, for machines without one: tensors that compute on the processor, and say and behave as if they were not
-there. Whatever brings them together with tensors of the processor is refused as a real card would refuse it.
+"""A pretended GPU, for machines without one: tensors that compute on the CPU, and say and behave as if they were elsewhere.
+Mixing them with tensors of the CPU is refused as with a real GPU.
 
-PyTorch's own fake tensors refuse the same, but have no values, and methods look at values: how many directions hold a share
-of the energy, say. These have the values that the processor gives, so that whole runs can be compared bit by bit.
+PyTorch's own fake tensors refuse the same but have no values, and methods look at values: at how many directions hold a
+share of the energy, say. These have the values that the CPU computes, so that whole runs can be compared bit by bit.
 
-What it cannot show: kernels that a card lacks, and tensors that are made and mixed within one function of PyTorch.
+Not covered: kernels that a GPU lacks, and tensors that are made and mixed within one function of PyTorch.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lamina.engine import loop
-from lamina.types import Batch
-
-CARD = torch.device("cuda")
+GPU = torch.device("cuda")
 COPIES = (Tensor.copy_, Tensor.__setitem__)
 """What may read from another device than it writes to."""
 WHOLE = (torch.cat, torch.stack)
-"""What does not take a single number of the processor either."""
+"""What does not take a single number on the CPU either."""
 OFF = (Tensor.numpy, Tensor.__array__)
 
 
-class OnCard(Tensor):
-    """A tensor of the pretended card."""
+class OnGpu(Tensor):
+    """A tensor on the pretended GPU."""
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return CARD
+        return GPU
 
     @classmethod
     def __torch_function__(
@@ -40,9 +36,9 @@ class OnCard(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func in OFF:
-            raise TypeError("can't convert a tensor of the pretended card to numpy")
+            raise TypeError("can't convert a tensor on the pretended GPU to numpy")
         if kwargs.get("generator") is not None:
-            raise RuntimeError(f"{func.__name__}: a generator of the processor cannot draw on the pretended card")
+            raise RuntimeError(f"{func.__name__}: a generator of the CPU cannot draw on the pretended GPU")
         _refuse_mixed(func, args, kwargs)
         result = super().__torch_function__(func, types, args, kwargs)
         if func == Tensor.grad.__get__ and result is not None:
@@ -51,15 +47,15 @@ class OnCard(Tensor):
 
 
 def _refuse_mixed(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if func in COPIES or (func is Tensor.__getitem__ and isinstance(args[0], OnCard)):
-        return  # the index of a tensor of the card may be of the processor
+    if func in COPIES or (func is Tensor.__getitem__ and isinstance(args[0], OnGpu)):
+        return  # the index of a tensor on the GPU may be on the CPU
     strangers = [
         tuple(found.shape)
         for found in _tensors((args, kwargs))
-        if not isinstance(found, OnCard) and (found.ndim or func in WHOLE)
+        if not isinstance(found, OnGpu) and (found.ndim or func in WHOLE)
     ]
     if strangers:
-        raise RuntimeError(f"{func.__name__}: tensors of the pretended card and of the processor (shapes {strangers})")
+        raise RuntimeError(f"{func.__name__}: tensors on the pretended GPU and on the CPU (shapes {strangers})")
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -72,8 +68,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from _tensors(list(value.values()))
 
 
-class _Card(TorchFunctionMode):
-    """Makes tensors of the pretended card where `device` asks for it, and moves them to and from it."""
+class _Gpu(TorchFunctionMode):
+    """Makes tensors on the pretended GPU where `device` asks for it, and moves them to and from it."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -98,8 +94,8 @@ class _Card(TorchFunctionMode):
         if torch.device(kwargs["device"]).type == "cpu":
             return made
         if kwargs.get("generator") is not None:
-            raise RuntimeError(f"{func.__name__}: a generator of the processor cannot draw on the pretended card")
-        return made.as_subclass(OnCard)
+            raise RuntimeError(f"{func.__name__}: a generator of the CPU cannot draw on the pretended GPU")
+        return made.as_subclass(OnGpu)
 
 
 def _is_device(value: Any) -> bool:
@@ -108,17 +104,13 @@ def _is_device(value: Any) -> bool:
 
 def _moved(value: Tensor, device: torch.device) -> Tensor:
     """A copy on the other device; the same tensor where it is there already."""
-    if isinstance(value, OnCard) == (device.type == "cuda"):
+    if isinstance(value, OnGpu) == (device.type == "cuda"):
         return value
-    return value.clone().as_subclass(OnCard if device.type == "cuda" else Tensor)
+    return value.clone().as_subclass(OnGpu if device.type == "cuda" else Tensor)
 
 
 @contextmanager
-def pretended_card() -> Iterator[None]:
-    """While open, `cuda` is a device. Batches are made when they are asked for: other threads know nothing of the card."""
-
-    def when_asked(makers: Iterable[Callable[[], Batch]], _: torch.device) -> Iterator[Batch]:
-        return (make() for make in makers)
-
-    with _Card(), mock.patch.object(loop, "ahead", when_asked):
+def pretended_gpu() -> Iterator[None]:
+    """Within the context `cuda` is a device, for this thread."""
+    with _Gpu():
         yield

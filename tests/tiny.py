@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
+from lamina.adapters import LowRank
 from lamina.backbones import Backbone, ImageInput, from_module, make_site
 from lamina.rng import seed_of
 from lamina.types import Augment, Ints, LabelledData
@@ -288,3 +289,21 @@ def tiny_texts(
     lengths_n = torch.randint(3, length + 1, (n, 1), generator=generator)
     mask_nt = (torch.arange(length)[None] < lengths_n).long()
     return _labelled("text", TextTable(ids_nt * mask_nt, mask_nt), n, classes, domains, [ids_nt * mask_nt, mask_nt])
+
+
+def tiny_linear(o: int = 6, i: int = 5, bias: bool = True) -> nn.Linear:
+    """A frozen linear layer with random weights."""
+    made = nn.Linear(i, o, bias).requires_grad_(False)
+    made.weight.copy_(noise((o, i), "weight"))
+    if bias:
+        made.bias.copy_(noise((o,), "bias"))
+    return made
+
+
+def tiny_branch(key: str, o: int = 6, i: int = 5, rank: int = 2, trained: tuple[str, ...] = ("up",)) -> LowRank:
+    """A branch with an update that is not zero, a function of the key."""
+    factors = {"up": noise((o, rank), key, "up"), "down": noise((rank, i), key, "down")}
+    return LowRank(
+        trained={name: factors[name] for name in trained},
+        frozen={name: factor for name, factor in factors.items() if name not in trained},
+    )

@@ -1,6 +1,7 @@
 """accelerate: puts everything of `lamina.speed` around a learner."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -11,16 +12,17 @@ from lamina.speed.attention import use_plain_attention
 from lamina.speed.composed_weight import ComposedLinear
 from lamina.speed.cuda_graph import GraphedGradients, worth_recording
 from lamina.speed.fused_block import fuse
+from lamina.speed.instance import replace
 from lamina.speed.prefetch import prefetched
 from lamina.speed.split_batch import SplitBatch
 from lamina.types import Batch
 
 
 class Accelerated(Steps):
-    """What a loop is given instead of the plain `Steps`. It must be closed."""
+    """Faster steps for one learner. They hold threads and must be closed."""
 
-    def __init__(self, learner: Learner, split: SplitBatch | None) -> None:
-        self.learner, self.split = learner, split
+    def __init__(self, learner: Learner, undo: ExitStack) -> None:
+        self.learner, self._undo = learner, undo
 
     def batches(self, makers: Iterable[Callable[[], Batch]]) -> Iterator[Batch]:
         return prefetched(makers) if self.learner.device.type == "cuda" else super().batches(makers)
@@ -39,28 +41,30 @@ class Accelerated(Steps):
         return super().gradients(loss, parameters, batch_size=batch_size, full_batches=full_batches, note=note)
 
     def close(self) -> None:
-        """Stop the threads. The learner computes the plain way afterwards."""
-        if self.split is not None:
-            self.learner.backbone.forward = self.split.plain
-            self.split.close()
-            self.split = None
+        """Stop the threads and undo everything: the learner computes the plain way afterwards. May be called twice."""
+        self._undo.close()
 
 
 def accelerate(learner: Learner) -> Accelerated:
-    """Make a new learner faster, and return how a loop makes its batches and gradients.
+    """Make a learner faster until the result is closed. The result tells a loop how to make batches and gradients.
 
-    Adapted layers compose their weights. On a CPU, bf16 backbones get plain attention and fused blocks, and float32
-    backbones compute a batch in two halves if the number of threads is even.
+    Adapted layers compose their weights. On a CPU, bf16 backbones also get plain attention and fused blocks; float32
+    backbones compute the two halves of a batch in parallel if the number of threads, as it is now, is even.
+    Raises ValueError where the learner is accelerated already.
     """
     layers = [ComposedLinear(layer) for layer in learner.layers.values()]
-    for composed in layers:
-        vars(composed.layer)["with_live"] = composed
-    split = None
-    if learner.device.type == "cpu" and learner.dtype == torch.bfloat16:
-        use_plain_attention(learner.backbone)
-        for path in learner.backbone.stages[1:] if learner.backbone.fusible else ():
-            fuse(learner.backbone.module.get_submodule(path))
-    elif learner.device.type == "cpu" and torch.get_num_threads() % 2 == 0:
-        split = SplitBatch(learner, layers)
-        learner.backbone.forward = split
-    return Accelerated(learner, split)
+    if any("with_live" in vars(one.layer) for one in layers):
+        raise ValueError("the learner is accelerated already: close what accelerate() returned before")
+    backbone, on_cpu = learner.backbone, learner.device.type == "cpu"
+    with ExitStack() as undo:
+        for one in layers:
+            undo.callback(replace(one.layer, "with_live", one))
+        if on_cpu and learner.dtype == torch.bfloat16:
+            undo.callback(use_plain_attention(backbone.module))
+            for path in backbone.stages[1:] if backbone.fusible else ():
+                undo.callback(fuse(backbone.module.get_submodule(path)))
+        elif on_cpu and learner.dtype == torch.float32 and torch.get_num_threads() % 2 == 0:
+            split = SplitBatch(learner, layers)
+            undo.callback(split.close)
+            undo.callback(replace(backbone, "forward", split))
+        return Accelerated(learner, undo.pop_all())

@@ -5,15 +5,15 @@ PyTorch's fused attention is slow to differentiate there: half of a training ste
 Shape letters: b batch, n queries, t tokens, h heads, e width of a head.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from lamina.backbones import Backbone
-
 VECTOR = 32
-"""How many bf16 numbers the longest vectors of a CPU hold. PyTorch's bf16 softmax computes the rest of a row number by number;
-its float32 softmax does not."""
+"""How many bf16 numbers the longest vectors of a CPU hold. PyTorch's bf16 softmax computes what is left of a row number by
+number; its float32 softmax does not."""
 
 
 def softmax(logits: Tensor) -> Tensor:
@@ -21,18 +21,23 @@ def softmax(logits: Tensor) -> Tensor:
     return (logits.float() if logits.shape[-1] < VECTOR else logits).softmax(-1)
 
 
-def use_plain_attention(backbone: Backbone) -> None:
-    """From now on a model of transformers computes its attention in matrix products."""
+def use_plain_attention(module: nn.Module) -> Callable[[], None]:
+    """Let a transformers model that uses PyTorch's fused attention ("sdpa") compute it in matrix products.
+
+    Other modules, and models with an attention of their own ("eager"), stay as they are. Returns a function that undoes it.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import eager_mask
 
-    if isinstance(backbone.module, PreTrainedModel):
-        AttentionInterface.register("lamina", _attention)
-        AttentionMaskInterface.register("lamina", eager_mask)
-        backbone.module.set_attn_implementation("lamina")
+    if not isinstance(module, PreTrainedModel) or module.config._attn_implementation != "sdpa":
+        return lambda: None
+    AttentionInterface.register("lamina", attention)
+    AttentionMaskInterface.register("lamina", eager_mask)
+    module.set_attn_implementation("lamina")
+    return partial(module.set_attn_implementation, "sdpa")
 
 
-def _attention(
+def attention(
     _: nn.Module,
     query_bhne: Tensor,
     key_bhte: Tensor,
@@ -44,8 +49,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Returns softmax(scaling q k^T + mask) v, (b, n, h, e), without dropout.
 
-    transformers' own ("eager") converts the scores to float32 for a softmax that computes in float32 anyway: four more
-    passes over them in bf16, which pay for short rows only.
+    transformers' own ("eager") converts the scores to float32 for a softmax that computes in float32 anyway. In bf16 these
+    are four more passes over them, which pay for short rows only.
     """
     logits_bhnt = query_bhne @ key_bhte.mT * scaling
     if mask_b1nt is not None:

@@ -15,7 +15,7 @@ Shape letters: b batch, t tokens, n query tokens (all, or the class token), h he
 i inputs. Two dimensions taken as one: m is b t, or b n where only those are computed; g is b h.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from lamina.adapters import AdaptedLinear, OutputRange, Update
 from lamina.backbones import class_token
 from lamina.speed.attention import softmax
 from lamina.speed.composed_weight import LinearParts, factor_gradients, parts_of
+from lamina.speed.instance import is_watched, replace
 
 _aten = torch.ops.aten
 
@@ -82,11 +83,11 @@ def forward(x_btd: Tensor, parts: Parts) -> tuple[Tensor, Kept]:
     n = 1 if parts.first else t
     x_md = x_btd.reshape(b * t, d)
     h_md, mean_m, rstd_m = _norm(x_md, parts.norm_1)
-    (q_gne,) = _apart(_apply(parts.q, _asking(h_md, b, n)), b, parts.heads, 1)
+    (q_gne,) = _apart(_apply(parts.q, _queries(h_md, b, n)), b, parts.heads, 1)
     k_gte, v_gte = _apart(_apply(parts.kv, h_md), b, parts.heads, 2)
     a_gnt = softmax(torch.bmm(q_gne, k_gte.mT).mul_(parts.scale))
     z_mo = _together(torch.bmm(a_gnt.to(x_btd.dtype), v_gte)[None], b)
-    r_md = _apply(parts.out, z_mo).add_(_asking(x_md, b, n))
+    r_md = _apply(parts.out, z_mo).add_(_queries(x_md, b, n))
     s_md, mean_s_m, rstd_s_m = _norm(r_md, parts.norm_2)
     u_mo = _apply(parts.fc1, s_md)
     y_md = _apply(parts.fc2, F.gelu(u_mo)).add_(r_md)
@@ -128,12 +129,12 @@ def backward(
     if last(1, kept.h_md, grad_kv):
         return None, found
     grad_q = _together(torch.bmm(grad_s, kept.k_gte)[None], b)
-    if last(0, _asking(kept.h_md, b, n), grad_q):
+    if last(0, _queries(kept.h_md, b, n), grad_q):
         return None, found
     grad_h = grad_kv @ parts.kv.weight_oi
-    _asking(grad_h, b, n).addmm_(grad_q, parts.q.weight_oi)
+    _queries(grad_h, b, n).addmm_(grad_q, parts.q.weight_oi)
     grad_x = _norm_back(grad_h, kept.x_md, parts.norm_1, kept.mean_m, kept.rstd_m)
-    _asking(grad_x, b, n).add_(grad_r)
+    _queries(grad_x, b, n).add_(grad_r)
     return grad_x.view(b, -1, d), found
 
 
@@ -153,9 +154,9 @@ def _norm_back(grad_md: Tensor, x_md: Tensor, norm: nn.LayerNorm, mean_m: Tensor
     return found
 
 
-def _asking(rows_md: Tensor, b: int, n: int) -> Tensor:
-    """Returns a view of the query tokens."""
-    return rows_md.view(b, -1, rows_md.shape[1])[:, :n].view(b * n, -1)
+def _queries(tokens_md: Tensor, b: int, n: int) -> Tensor:
+    """Returns a view of the first n tokens of each example, (b n, d)."""
+    return tokens_md.view(b, -1, tokens_md.shape[1])[:, :n].view(b * n, -1)
 
 
 def _apart(y_mo: Tensor, b: int, heads: int, count: int) -> Tensor:
@@ -189,13 +190,10 @@ class _Block(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------- transformers' blocks
 
 
-def fuse(block: Any) -> None:
-    """From now on a `ViTLayer` of transformers (or a block of the same parts, with exact GELU) computes as one function."""
-    vars(block)["forward"] = partial(_forward, block)
-
-
-def unfuse(block: Any) -> None:
-    vars(block).pop("forward", None)
+def fuse(block: nn.Module) -> Callable[[], None]:
+    """Let a `ViTLayer` of transformers (or a block of the same parts, with exact GELU) compute as one function, except where it
+    is given a mask, or where something watches or changes its parts. Returns a function that undoes it."""
+    return replace(block, "forward", partial(_forward, block))
 
 
 def _forward(block: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Tensor:
@@ -211,11 +209,9 @@ def _undisturbed(block: Any) -> bool:
     """Returns whether nothing watches or changes what passes through the parts of this block."""
     attention, mlp = block.attention, block.mlp
     linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.fc1, mlp.fc2)
-    for part in (attention, mlp, mlp.activation_fn, block.layernorm_before, block.layernorm_after, *linears):
-        hooks = [hook for hook in part._forward_pre_hooks.values() if hook is not class_token]
-        if hooks or part._forward_hooks or part._backward_hooks:
-            return False
-    return not block.training and not any(isinstance(one, AdaptedLinear) and one.mixtures for one in linears)
+    parts = (attention, mlp, mlp.activation_fn, block.layernorm_before, block.layernorm_after, *linears)
+    routed = any(isinstance(one, AdaptedLinear) and one.mixtures for one in linears)
+    return not (block.training or routed or any(map(is_watched, parts)))
 
 
 def _parts(block: Any) -> Parts:

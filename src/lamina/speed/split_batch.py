@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamina.backbones import class_token
 from lamina.learner import Learner
 from lamina.speed.composed_weight import ComposedLinear, shared_weights
+from lamina.speed.instance import is_watched
 
 SMALLEST = 32
 """Batches of fewer examples are not split. With 36 images of 17 tokens splitting gains nothing, with 64 it does (two cores,
@@ -37,6 +37,7 @@ class SplitBatch:
             raise ValueError(f"{threads} threads cannot be halved")
         self.learner, self.layers = learner, layers
         self.plain: Features = learner.backbone.forward
+        self.parts = [*learner.backbone.module.modules()]
         self._workers = [ThreadPoolExecutor(1, f"lamina-half-{half}", _take, (threads // 2,)) for half in (0, 1)]
         self.both(int, [0, 0])
         torch.set_num_threads(threads)  # for this thread, and for those that start later
@@ -59,12 +60,7 @@ class SplitBatch:
 
     def splittable(self) -> bool:
         """Returns whether every example passes through the backbone by itself, unwatched."""
-        if any(one.layer.mixtures for one in self.layers):
-            return False
-        return not any(
-            part._forward_hooks or any(hook is not class_token for hook in part._forward_pre_hooks.values())
-            for part in self.learner.backbone.module.modules()
-        )
+        return not (any(one.layer.mixtures for one in self.layers) or any(map(is_watched, self.parts)))
 
     def both(self, work: Callable[[Any], Any], given: Sequence[Any]) -> list[Any]:
         """Does this work on two things, one per worker."""

@@ -1,11 +1,13 @@
-"""Which steps come from a recording. Without a card: what a card would do is stood in for."""
+"""Which training steps come from a recording. Without a GPU: stand-ins do what it would do."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tests.tiny import noise
 from torch import Tensor, nn
 
-from lamina.speed.prefetch import ahead
+from lamina.speed import cuda_graph
 from lamina.types import Batch
 
 SIZE = 4
@@ -34,9 +36,9 @@ class World:
                 world.replayed += 1
                 return world.gradients._plain(batch)
 
-        monkeypatch.setattr(graphs, "_Recording", Recording)
-        monkeypatch.setattr(graphs, "_seconds", lambda way, _: replayed if way.__name__ == "replay" else plain)
-        self.gradients = graphs.Gradients(self.loss, [self.weight], SIZE, self.notes.append)
+        monkeypatch.setattr(cuda_graph, "_Recording", Recording)
+        monkeypatch.setattr(cuda_graph, "_seconds", lambda way, _: replayed if way.__name__ == "replay" else plain)
+        self.gradients = cuda_graph.GraphedGradients(self.loss, [self.weight], SIZE, self.notes.append)
 
     def loss(self, batch: Batch) -> Tensor:
         return (batch.inputs["pixel_values"] @ self.weight).square().mean()
@@ -57,14 +59,14 @@ def test_a_faster_recording_is_made_once_and_replayed_for_full_batches(monkeypat
     assert (world.made, world.replayed, world.notes) == (1, 3, [])
 
 
-def test_a_recording_that_is_hardly_faster_is_given_up(monkeypatch: pytest.MonkeyPatch):
+def test_a_recording_that_is_hardly_faster_is_discarded(monkeypatch: pytest.MonkeyPatch):
     world = World(monkeypatch, plain=2.0, replayed=1.9)
     for number in range(3):
         world.check(SIZE, str(number))
     assert (world.made, world.replayed, world.notes) == (1, 0, [])
 
 
-def test_what_cannot_be_recorded_is_said_once_and_computed(monkeypatch: pytest.MonkeyPatch):
+def test_a_step_that_cannot_be_recorded_is_noted_once_and_computed(monkeypatch: pytest.MonkeyPatch):
     world = World(
         monkeypatch, plain=2.0, replayed=1.0, error="operation not permitted when stream is capturing\nand more"
     )
@@ -76,27 +78,15 @@ def test_what_cannot_be_recorded_is_said_once_and_computed(monkeypatch: pytest.M
     ]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_batches_made_ahead_are_those_asked_for_in_order(device: str):
-    made: list[int] = []
-
-    def make(number: int) -> Batch:
-        made.append(number)
-        return batch(1, str(number))
-
-    for number, got in enumerate(ahead((lambda n=n: make(n) for n in range(6)), torch.device(device))):
-        assert torch.equal(got.inputs["pixel_values"], batch(1, str(number)).inputs["pixel_values"])
-        assert len(made) <= number + (1 if device == "cpu" else 3)
-    assert made == list(range(6))
-
-
-def test_what_a_maker_raises_is_raised_where_its_batch_would_have_come():
-    def make(number: int) -> Batch:
-        if number == 2:
-            raise ValueError("damaged")
-        return batch(1, str(number))
-
-    batches = ahead((lambda n=n: make(n) for n in range(6)), torch.device("cuda"))
-    assert [len(next(batches)), len(next(batches))] == [1, 1]
-    with pytest.raises(ValueError, match="damaged"):
-        next(batches)
+@pytest.mark.parametrize(
+    ("device", "kind", "full_batches", "worth"),
+    [
+        ("cuda", "image", 50, True),
+        ("cuda", "image", 49, False),
+        ("cuda", "text", 50, False),
+        ("cpu", "image", 50, False),
+    ],
+)
+def test_steps_are_recorded_where_they_are_alike_and_many(device: str, kind: str, full_batches: int, worth: bool):
+    learner = SimpleNamespace(device=torch.device(device), backbone=SimpleNamespace(kind=kind))
+    assert cuda_graph.worth_recording(learner, full_batches) == worth

@@ -1,4 +1,4 @@
-"""A block computed as one is that of transformers: values, gradients, and whatever watches or changes what goes through it."""
+"""A fused block is that of transformers: values, gradients, and whatever watches or changes what passes through it."""
 
 import json
 from collections.abc import Callable
@@ -12,11 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from lamina.adapters import LowRank
-from lamina.backbones import load
+from lamina.backbones import class_token, load
 from lamina.learner import Learner
-from lamina.learner.moments import only_looks
-from lamina.speed import fused_block
-from lamina.speed.fused_block import class_token, fuse
+from lamina.speed import accelerate
+from lamina.speed.fused_block import fuse
 from lamina.types import Batch
 
 ROLES = ("q", "k", "v", "out", "fc1", "fc2")
@@ -38,14 +37,15 @@ def learner_of(
     frozen: tuple[str, ...] = (),
     branches: int = 1,
 ) -> Learner:
-    """With branches that do something. shortcut: the last block need compute the class token only."""
+    """With branches that do something. shortcut: the last block need compute the class token only. fused: its blocks are, for
+    good."""
     learner = Learner(tiny_vit(size=size), targets, dtype=dtype)
     module = learner.backbone.module
     if shortcut:
         for part in (module.layers[-1].attention.o_proj, module.layers[-1].layernorm_after):
             part.register_forward_pre_hook(class_token)
-    for layer in module.layers:
-        fuse(layer, fused)
+    for layer in module.layers if fused else ():
+        fuse(layer)
     generator = torch.Generator().manual_seed(2)
     for site in learner.sites.values():
         for number in range(branches):
@@ -60,7 +60,7 @@ def learner_of(
 
 
 def learnt(learner: Learner, batch: Batch) -> dict[str, Tensor]:
-    """The features, and the gradient of everything that learns."""
+    """Returns the features, and the gradient of everything that learns."""
     features_bd = learner.features(batch)
     towards_bd = torch.randn(features_bd.shape, generator=torch.Generator().manual_seed(3))
     (features_bd * towards_bd).sum().backward()
@@ -91,7 +91,7 @@ def test_what_is_not_learnt_gets_no_gradient(frozen: str):
 
 
 @pytest.mark.parametrize("without", [("k_proj", "v_proj"), ("k_proj",), ("v_proj",)], ids=" ".join)
-def test_a_map_without_bias_stays_without(without: tuple[str, ...]):
+def test_a_layer_without_bias_stays_without(without: tuple[str, ...]):
     found = []
     for fused in (True, False):
         learner = learner_of(("q",), fused=fused)
@@ -105,7 +105,7 @@ def test_a_map_without_bias_stays_without(without: tuple[str, ...]):
 
 @pytest.mark.parametrize("targets", [("k", "v"), ("fc2",), ROLES], ids=" ".join)
 def test_it_takes_no_more_operations_than_the_plain_block(targets: tuple[str, ...]):
-    """Nothing is computed below the first map that learns; the class token alone asks in the last block."""
+    """Nothing is computed below the first layer that learns; in the last block only the class token has queries."""
     counts = []
     for fused in (True, False):
         learner = learner_of(targets, fused=fused)
@@ -128,16 +128,21 @@ def test_in_bf16_it_is_as_near_to_float32_as_the_plain_block():
     assert distance(ours).mean() < 1.2 * distance(plain).mean()
 
 
-def test_a_loaded_backbone_has_such_blocks_in_bf16_and_gives_them_back():
-    backbone = load("nano", image_size=32)
-    layers = backbone.module.layers
+def test_an_accelerated_backbone_has_fused_blocks_in_bf16_and_gives_them_back():
+    learner = Learner(load("nano", image_size=32), dtype=torch.bfloat16)
+    pixels_bchw = torch.randn(2, 3, 32, 32).bfloat16().requires_grad_()
+    layers = learner.backbone.module.layers
+
+    def blocks() -> int:
+        return _made_by(learner.backbone.features({"pixel_values": pixels_bchw}), "_BlockBackward")
+
+    assert blocks() == 0
+    accelerated = accelerate(learner)
+    assert blocks() == len(layers)
     assert all(type(layer) is ViTLayer for layer in layers)
-    backbone.cast(torch.bfloat16)
-    assert all(isinstance(layer, ViTLayer) and type(layer) is not ViTLayer for layer in layers)
-    features_bd = backbone.features({"pixel_values": torch.randn(2, 3, 32, 32).bfloat16().requires_grad_()})
-    assert _made_by(features_bd, "_BlockBackward") == len(layers)
-    backbone.cast(torch.float32)
-    assert all(type(layer) is ViTLayer for layer in layers)
+    accelerated.close()
+    assert blocks() == 0
+    assert not any("forward" in vars(layer) for layer in layers)
 
 
 def _made_by(value: Tensor, name: str) -> int:
@@ -152,7 +157,6 @@ def _made_by(value: Tensor, name: str) -> int:
 
 
 def test_another_activation_is_left_to_transformers(tmp_path):
-
     raw_vit().save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
     assert load(str(tmp_path)).fusible
@@ -187,32 +191,28 @@ def test_what_changes_a_part_is_obeyed(path: str, before: bool):
     assert (unchanged["features"] - found[0]["features"]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("path", ["attention.k_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"])
-def test_who_only_looks_is_shown_the_input_of_a_map(path: str):
+@pytest.mark.parametrize("path", ["attention.k_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2", "layernorm_after"])
+def test_watchers_of_a_part_are_shown_its_input(path: str):
+    """The block they watch is computed as transformers computes it, the others stay fused."""
     seen: list[list[Tensor]] = [[], []]
-
-    def look(own: list[Tensor], _: nn.Module, given: tuple[Tensor, ...]) -> None:
-        own.append(given[0].detach().clone())
-
     for own, fused in zip(seen, (True, False), strict=True):
         learner = learner_of(fused=fused)
-        for layer in learner.backbone.module.layers:
-            layer.get_submodule(path).register_forward_pre_hook(only_looks(partial(look, own)))
-        features_bd = learner.features(batch_of())
-        assert _made_by(features_bd, "_BlockBackward") == 3 * fused
-    assert len(seen[0]) == 3
+        part = learner.backbone.module.layers[1].get_submodule(path)
+        part.register_forward_pre_hook(lambda _, given, own=own: own.append(given[0].detach().clone()))
+        assert _made_by(learner.features(batch_of()), "_BlockBackward") == 2 * fused
+    assert len(seen[0]) == 1
     torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
 
 
-def test_who_looks_elsewhere_has_the_plain_block():
-    """A norm is part of a block that is computed as one; what is shown of it is what the plain block has."""
-    learner = learner_of(fused=True)
-    seen: list[Tensor] = []
-    learner.backbone.module.layers[1].layernorm_after.register_forward_pre_hook(
-        only_looks(lambda _, given: seen.append(given[0]))
-    )
-    assert _made_by(learner.features(batch_of()), "_BlockBackward") == 2
-    assert len(seen) == 1
+def test_watchers_of_a_gradient_are_shown_it():
+    seen: list[list[Tensor]] = [[], []]
+    for own, fused in zip(seen, (True, False), strict=True):
+        learner = learner_of(ROLES, fused=fused)
+        part = learner.backbone.module.layers[1].mlp.fc2
+        part.register_full_backward_hook(lambda _, __, given, own=own: own.append(given[0].clone()))
+        learnt(learner, batch_of())
+    assert len(seen[0]) == 1
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
 
 
 def test_those_who_watch_a_group_are_shown_it_once():
@@ -235,7 +235,7 @@ def _per_example(learner: Learner) -> dict[str, Tensor]:
     return {name: copy.grad for name, copy in copies.items() if copy.grad is not None}
 
 
-def _experts(learner: Learner) -> dict[str, Tensor]:
+def _routed(learner: Learner) -> dict[str, Tensor]:
     learner.finish("task-0", fold=False)
     with learner.routing(["task-0"], torch.tensor([0, -1, 0, -1, 0, 0])):
         return {"features": learner.features(batch_of())}
@@ -255,13 +255,7 @@ def _layered(learner: Learner) -> dict[str, Tensor]:
     return {"features": learner.features(batch_of(), layers=3)}
 
 
-def _in_two_steps(learner: Learner) -> dict[str, Tensor]:
-    inputs = batch_of().inputs
-    below = learner.backbone.below(inputs, 1)
-    return {"below": below, "above": learner.backbone.above(below, inputs, 1)}
-
-
-@pytest.mark.parametrize("do", [_moments, _per_example, _experts, _bare, _folded, _layered, _in_two_steps])
+@pytest.mark.parametrize("do", [_moments, _per_example, _routed, _bare, _folded, _layered])
 def test_what_learners_do_with_a_backbone_is_the_same(do: Callable[[Learner], dict[str, Tensor]]):
     ours, plain = (do(learner_of(fused=fused)) for fused in (True, False))
     assert plain
@@ -277,14 +271,6 @@ def test_a_mask_is_left_to_transformers():
         found.append(layer(hidden_btd, mask_b11t))
     torch.testing.assert_close(*found)
     assert (layer(hidden_btd, None) - found[0]).abs().max() > 0.01
-
-
-@pytest.mark.parametrize(("length", "kind"), [(31, torch.float32), (32, torch.bfloat16)])
-def test_short_rows_get_a_softmax_in_float32(length: int, kind: torch.dtype):
-    logits = torch.randn(3, length, generator=torch.Generator().manual_seed(5)).bfloat16()
-    found = fused_block.softmax(logits)
-    assert found.dtype == kind
-    torch.testing.assert_close(found.float(), logits.float().softmax(-1), rtol=1e-2, atol=1e-3)
 
 
 def test_a_graph_may_be_gone_through_again_where_it_is_kept():
@@ -307,9 +293,10 @@ def test_a_block_of_deit_is_one_of_these():
     layer = scatter(DeiTModel(config, add_pooling_layer=False)).eval().requires_grad_(False).layers[0]
     found = []
     for fused in (True, False):
-        fuse(layer, fused)
         hidden_btd = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(7)).requires_grad_()
+        undo = fuse(layer) if fused else lambda: None
         made_btd = layer(hidden_btd, None)
+        undo()
         assert _made_by(made_btd, "_BlockBackward") == fused
         found.append([made_btd, *torch.autograd.grad(made_btd.square().sum(), hidden_btd)])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
