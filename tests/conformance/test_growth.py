@@ -204,8 +204,8 @@ def cost(loop: Loop, step: int) -> Cost:
     with Operations() as folding, learner.folded():
         pass
     width, written = learner.backbone.width, 1  # joined
-    if loop.consolidation.config.head != "local":
-        width, written = loop.consolidation.memory["head/weight_jd"].shape[1], 3  # with the bias, rounded, joined
+    if loop.consolidation.config.classifier != "own":
+        width, written = loop.consolidation.memory["classifier/weight_jd"].shape[1], 3  # with the bias, rounded, joined
     of_rows = len(learner.outputs) * (2 * width + written)
     return Cost(
         branches=learner.stored_parameters() - head_numbers(learner),

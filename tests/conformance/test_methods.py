@@ -450,14 +450,14 @@ def test_tasks_said_to_be_independent_train_alone_to_the_same_bits(
         assert alone.learner.trainable()
         for key, value in alone.learner.tensors().items():
             assert torch.equal(value, after["learner"][key]), f"{key} depends on what was learnt before"
-        assert alone.losses == [entry for entry in found.loop.state.losses if entry[0] == number]
+        assert alone.state.losses == tuple(loss for loss in found.loop.state.losses if loss.task == number)
         assert before["memory"].keys() == after["memory"].keys()
         assert all(torch.equal(value, after["memory"][key]) for key, value in before["memory"].items())
     loop = make_loop(name, world, tmp_path / "whole", trained=folders)
     loop.run()
     assert state(newest(tmp_path / "whole")) == state(found.saved[-1])
     assert loop.state.clock.examples == found.loop.state.clock.examples
-    assert loop.clock["tasks"].keys() == found.loop.clock["tasks"].keys()
+    assert loop.state.clock.train_seconds.keys() == found.loop.state.clock.train_seconds.keys()
 
 
 @pytest.mark.parametrize("until", ["train", "nothing"])
@@ -467,7 +467,7 @@ def test_what_is_not_trained_to_its_end_is_not_taken(tmp_path: Path, until: str)
         with pytest.raises(Interrupted):
             alone.run()
     loop = make_loop("color", HOME, tmp_path / "whole", trained={0: tmp_path / "0"})
-    with pytest.raises(CheckpointError, match=r"0 does not hold all that task 'task-01' has trained\. .*resume"):
+    with pytest.raises(CheckpointError, match=r"0 does not hold the finished training of task 'task-01'\. .*resume"):
         loop.run()
 
 
@@ -488,15 +488,15 @@ def test_it_keeps_what_it_declares(name: str, world: World, trail: Walks, tmp_pa
         assert len(learner.outputs) == sum(len(task.classes) for task in found.stream.tasks[: number + 1])
         assert not any(value.requires_grad for block in learner.head.blocks for value in block.parameters())
         after = found.loop.state.lineage[number]
-        assert (after["stored_parameters"], after["memory_bytes"]) == (learner.stored_parameters(), method.memory_bytes)
+        assert (after.stored_parameters, after.memory_bytes) == (learner.stored_parameters(), method.memory_bytes)
 
 
 @on_every_method
 def test_every_task_trains_as_many_parameters_as_the_first_or_as_declared(name: str, trail: Walks):
     lineage, more = trail(name, HOME).loop.state.lineage, CASES[name].more_to_train(trail(name, HOME).loop.learner)
-    assert [entry["task"] for entry in lineage] == [task.name for task in stream("image", "class")]
-    assert len({entry["trainable_parameters"] - number * more for number, entry in enumerate(lineage)}) == 1
-    assert (lineage[0]["trainable_parameters"] > 0) == METHODS[name].trains
+    assert [entry.task for entry in lineage] == [task.name for task in stream("image", "class")]
+    assert len({entry.trainable_parameters - number * more for number, entry in enumerate(lineage)}) == 1
+    assert (lineage[0].trainable_parameters > 0) == METHODS[name].trains
 
 
 @on_every_method

@@ -296,9 +296,9 @@ def test_its_size_does_not_depend_on_the_number_of_tasks(tmp_path: Path):
     loop.run()
     sites, head = loop.learner.sites.values(), 2 * (32 + 1)
     factors = sum((site.d_in + site.d_out) * RANK + RANK**2 for site in sites)
-    assert [entry["stored_parameters"] for entry in loop.state.lineage] == [factors + t * head for t in (1, 2, 3)]
-    assert [entry["trainable_parameters"] for entry in loop.state.lineage] == [factors + head] * 3
-    assert [entry["memory_bytes"] for entry in loop.state.lineage] == [0] * 3
+    assert [entry.stored_parameters for entry in loop.state.lineage] == [factors + t * head for t in (1, 2, 3)]
+    assert [entry.trainable_parameters for entry in loop.state.lineage] == [factors + head] * 3
+    assert [entry.memory_bytes for entry in loop.state.lineage] == [0] * 3
 
 
 def test_the_end_of_a_task_changes_no_weight(tmp_path: Path):
@@ -364,7 +364,7 @@ def test_a_and_b_learn_only_as_long_as_they_are_meant_to(tmp_path: Path, shared:
             assert method.trained[number][name]["delta"].any()
     per_slot = [site.d_in * RANK + site.d_out * RANK for site in loop.learner.sites.values()]
     fixed = len(per_slot) * RANK**2 + 2 * (32 + 1)
-    assert [entry["trainable_parameters"] for entry in loop.state.lineage] == [
+    assert [entry.trainable_parameters for entry in loop.state.lineage] == [
         fixed + (sum(per_slot) if number < moving else 0) for number in range(3)
     ]
 

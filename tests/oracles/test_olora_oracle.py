@@ -177,5 +177,5 @@ def test_it_grows_by_one_adapter_per_task(tmp_path: Path):
     loop = make_loop(tmp_path)
     loop.run()
     per_task = sum((site.d_in + site.d_out) * RANK for site in loop.learner.sites.values()) + 2 * (32 + 1)
-    assert [entry["stored_parameters"] for entry in loop.state.lineage] == [t * per_task for t in (1, 2, 3)]
+    assert [entry.stored_parameters for entry in loop.state.lineage] == [t * per_task for t in (1, 2, 3)]
     assert not loop.method.memory

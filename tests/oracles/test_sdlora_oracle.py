@@ -272,8 +272,8 @@ def test_it_grows_by_a_direction_and_a_copy_of_a_scale_per_map_and_task(tmp_path
     sites = loop.learner.sites.values()
     per_task = sum((site.d_in + site.d_out) * 3 + 1 for site in sites)
     head = 2 * (32 + 1)
-    assert [entry["stored_parameters"] for entry in loop.state.lineage] == [t * (per_task + head) for t in (1, 2, 3)]
-    assert [entry["trainable_parameters"] for entry in loop.state.lineage] == [
+    assert [entry.stored_parameters for entry in loop.state.lineage] == [t * (per_task + head) for t in (1, 2, 3)]
+    assert [entry.trainable_parameters for entry in loop.state.lineage] == [
         per_task + head + t * len(sites) for t in (0, 1, 2)
     ]
     assert not loop.method.memory

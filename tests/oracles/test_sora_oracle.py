@@ -265,7 +265,7 @@ def test_the_stronger_lambda_the_fewer_ranks(tmp_path: Path):
         )
         head = sum(p.numel() for p in loop.learner.head.parameters())
         assert loop.learner.stored_parameters() == held + head
-        assert loop.state.lineage[1]["stored_parameters"] == held + head
+        assert loop.state.lineage[1].stored_parameters == held + head
     assert kept[0] == 4 * 2 * 4, "nothing is pruned without λ: 4 ranks, 2 tasks, 4 maps"
     assert kept[0] > kept[1] > kept[2] > 0
 

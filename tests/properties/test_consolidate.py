@@ -43,7 +43,7 @@ def labelled(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
 
 def every_head(
     statistics: Statistics, shrinkage: Shrinkage, real: tuple[Tensor, Tensor] | None
-) -> dict[str, classifiers.Head]:
+) -> dict[str, classifiers.Classifier]:
     linear = classifiers.lda(statistics, shrinkage)
     ridge = classifiers.ridge(statistics, seeded(0), real, width=12, draws=6, shrinkage=shrinkage)
     return {

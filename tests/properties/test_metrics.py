@@ -103,7 +103,7 @@ def test_a_matrix_grows_by_rows_and_survives_its_record(matrix: AccuracyMatrix):
 
 @often
 @given(matrices(smallest=2), st.integers(0, 2**30))
-def test_renumbering_the_examples_of_a_task_changes_nothing_and_growing_a_test_set_only_the_weighted_figures(
+def test_renumbering_the_examples_of_a_task_changes_nothing_and_growing_a_test_set_only_the_micro_figures(
     matrix: AccuracyMatrix, seed: int
 ):
     factors = np.random.default_rng(seed).integers(1, 5, matrix.total_ij.shape[1])
@@ -111,7 +111,7 @@ def test_renumbering_the_examples_of_a_task_changes_nothing_and_growing_a_test_s
     before, after = metrics.summary(matrix), metrics.summary(larger)
     assert before.keys() == after.keys() <= metrics.DEFINITIONS.keys()
     for name in before:
-        assert name.endswith("weighted") or after[name] == near(before[name])
+        assert name.endswith("micro") or after[name] == near(before[name])
 
 
 def test_an_example_worked_by_hand():

@@ -92,7 +92,7 @@ def concatenated(old: Statistics, new: Statistics) -> Statistics:
     if old.own_jdr.shape[1:] != new.own_jdr.shape[1:]:
         raise ValueError(
             f"statistics of (width, own rank) {tuple(old.own_jdr.shape[1:])} and {tuple(new.own_jdr.shape[1:])} "
-            "cannot be joined: take both from one backbone, with one own_rank"
+            "cannot be concatenated: take both from one backbone, with one own_rank"
         )
     return Statistics(
         torch.cat([old.means_jd, new.means_jd]),

@@ -322,7 +322,7 @@ def test_the_mixture_is_the_mean_of_both_log_probabilities():
 # ---------------------------------------------------------------------------------------------- saving and repeating
 
 
-def every_head(seed: int = 0) -> dict[str, classifiers.Head]:
+def every_head(seed: int = 0) -> dict[str, classifiers.Classifier]:
     known = statistics(2)
     linear, ridge = classifiers.lda(known), classifiers.ridge(known, seeded(seed), width=30, draws=20)
     return {
@@ -369,7 +369,7 @@ def test_what_each_head_makes_of_digits():
     order = torch.randperm(len(output_n), generator=seeded())
     fit, rest = order[:900], order[900:]
 
-    def right(head: classifiers.Head) -> float:
+    def right(head: classifiers.Classifier) -> float:
         return 100 * float((head.scores(features_nd[rest]).argmax(1) == output_n[rest]).double().mean())
 
     known, examples = of_features(features_nd[fit], output_n[fit], 10, 8), (features_nd[fit], output_n[fit])
