@@ -267,13 +267,13 @@ def test_a_method_can_have_defaults_around_it_which_what_is_said_overrides() -> 
     assert (plain.consolidation.classifier, plain.training.later_lr) == ("lda", 0.5)
     said, _ = check({"consolidation": {"classifier": "own"}})
     assert said is not None
-    assert (said.consolidation.classifier, said.training.later_lr) == ("local", 0.5)
+    assert (said.consolidation.classifier, said.training.later_lr) == ("own", 0.5)
     own, _ = configuration.check({"consolidation": {"classifier": "own"}}, SETTINGS)
     assert own is not None
     assert (own.consolidation.drift, own.consolidation.layers, own.consolidation.merging) == ("none", 1, "ema")
     other, _ = check({"method": "finetune"})
     assert other is not None
-    assert other.consolidation.classifier == "local"
+    assert other.consolidation.classifier == "own"
     assert check({"consolidation": 5})[1][0].startswith("consolidation = 5:")
     raw: dict[str, Any] = {"consolidation": {"merging": "ema"}}
     check(raw)

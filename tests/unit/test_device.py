@@ -16,7 +16,7 @@ from lamina.config import RunConfig, fingerprint
 from lamina.engine import device
 from lamina.errors import ConfigError
 from lamina.methods.inflora import InfLoRAConfig
-from lamina.speed import precision
+from lamina.speed import memory, precision
 from lamina.types import Batch
 
 
@@ -30,7 +30,7 @@ def test_auto_takes_a_card_where_there_is_one(card: bool, chosen: str, monkeypat
 def test_a_card_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(
-        ConfigError, match=r"device = 'cuda': PyTorch finds no CUDA device here .* Allowed are auto, cpu"
+        ConfigError, match=r"device = 'cuda': PyTorch finds no CUDA device here .* Allowed are auto and cpu"
     ):
         device.resolve("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -51,7 +51,7 @@ def test_on_the_processor_there_is_nothing_to_name_or_prepare():
     before = torch.backends.cudnn.allow_tf32
     device.prepare("cpu")
     assert torch.backends.cudnn.allow_tf32 == before
-    assert device.card("cpu") is device.peak_memory_mb("cpu") is None
+    assert device.gpu_name("cpu") is device.peak_memory_mb("cpu") is None
 
 
 def test_a_run_that_says_nothing_of_the_device_is_the_run_it_was():
@@ -110,7 +110,7 @@ from contextlib import nullcontext
 
 import torch
 
-from lamina.engine import device
+from lamina.speed import memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -119,12 +119,12 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 torch.set_num_threads(1)
-with device.keeping_memory() if sys.argv[1] == "kept" else nullcontext():
+with memory.keeping_memory() if sys.argv[1] == "kept" else nullcontext():
     [faults() for _ in range(6)]
     print(sum(faults() for _ in range(4)))
 held = torch.ones(10_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-with device.keeping_memory():
+with memory.keeping_memory():
     del held
 held = torch.ones(10_000_000)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -146,10 +146,10 @@ def test_freed_memory_is_kept_while_asked_for_and_then_goes_back():
 
 
 def test_without_glibc_memory_is_left_alone(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(device, "_of_libc", lambda _: None)
-    with device.keeping_memory():
+    monkeypatch.setattr(memory, "_of_libc", lambda _: None)
+    with memory.keeping_memory():
         assert torch.ones(2).sum() == 2
 
 
 def test_a_function_that_the_c_library_has_not_is_none():
-    assert device._of_libc("lamina_has_no_such_function") is None
+    assert memory._of_libc("lamina_has_no_such_function") is None
