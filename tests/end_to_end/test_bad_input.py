@@ -76,10 +76,8 @@ def test_a_file_of_another_form(lamina: Command, tmp_path: Path, text: str, told
         ("stream.scenario=mixed", ["stream.plan"]),
         ("evaluation.split=val", ["evaluation.split = 'val'", "--set stream.validation=0.2"]),
         ("backbone.blocks=[99]", ["blocks 0 to 8", "[99]"]),
-        ("backbone.reuse_mb=10", ["backbone.reuse_mb = 10", "adapters in block 0", "backbone.blocks = [8]"]),
         ("backbone.image_size=33", ["33", "multiple of the patch size 8"]),
         ("backbone.name=nosuch", ["no backbone 'nosuch'", "'nano'"]),
-        ("data.views=0", ["data.views = 0", "greater than or equal to 1"]),
         ("data.source=nosuch", ["nosuch does not exist", "a folder of class folders"]),
         ("data.cache=/proc/nowhere", ["/proc/nowhere", "--set data.cache=FOLDER"]),
     ],
@@ -241,7 +239,7 @@ def test_one_flipped_bit_falls_back_to_the_checkpoint_before(lamina: Command, tm
         assert said.code == 0
         assert damaged.name in said.err
         assert "damaged" in said.err
-        assert f"Going on from checkpoint {int(damaged.name) - 1}" in said.err
+        assert f"Continuing from checkpoint {int(damaged.name) - 1}" in said.err
         for learnt in LEARNT:
             assert (newest(out) / learnt).read_bytes() == (newest(finished) / learnt).read_bytes()
 

@@ -17,8 +17,8 @@ from lamina.methods import METHODS
 
 COMMANDS = ("demo", "run", "resume", "evaluate", "report", "compare", "methods", "data")
 RECORD = (
-    *("format", "name", "created", "method", "config", "stream", "backbone", "machine", "code", "matrix", "oracle"),
-    *("task_inference_accuracy", "metrics", "classes", "cost", "lineage", "losses", "skipped"),
+    *("format", "name", "created", "method", "config", "stream", "backbone", "machine", "code", "matrix", "task_aware"),
+    *("task_inference_accuracy", "metrics", "classes", "cost", "lineage", "losses", "skipped", "notes"),
 )
 """The keys of results.json."""
 
@@ -197,7 +197,7 @@ def test_the_same_command_twice_gives_the_same_numbers(lamina: Command, tmp_path
     for out in ("one", "two"):
         assert lamina("run", "--data", photos, "--tasks", 2, "--out", out, *QUICK).code == 0
         records.append(json.loads((tmp_path / out / "results.json").read_text()))
-    for key in ("matrix", "oracle", "losses", "metrics"):
+    for key in ("matrix", "task_aware", "losses", "metrics"):
         assert records[0][key] == records[1][key]
 
 

@@ -34,7 +34,7 @@ SMALL = {
     "threads": 1,
 }
 """A real run of a few seconds: three tasks of 4, 3 and 3 classes, with 12, 10 and 10 steps."""
-LEARNT = ("learner.safetensors", "memory.safetensors", "answers.safetensors", "state.json")
+LEARNT = ("learner.safetensors", "memory.safetensors", "predictions.safetensors", "state.json")
 """The files of a checkpoint that hold what was learnt and measured; clock.json holds seconds."""
 PHASES = ("begin", "train", "end", "evaluate")
 ORDER = (*PHASES, "done")
@@ -207,7 +207,7 @@ def assert_same_bits(out: Path, reference: Path) -> None:
     for name in LEARNT:
         assert (newest(out) / name).read_bytes() == (newest(reference) / name).read_bytes(), f"{name} differs"
     record, expected = (json.loads((path / "results.json").read_text()) for path in (out, reference))
-    for key in ("matrix", "oracle", "metrics", "losses", "classes", "task_inference_accuracy"):
+    for key in ("matrix", "task_aware", "metrics", "losses", "classes", "task_inference_accuracy"):
         assert record[key] == expected[key]
     assert (out / "report.html").is_file()
 

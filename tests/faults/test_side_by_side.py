@@ -59,7 +59,7 @@ def process_of(out: Path, number: int) -> int:
 
 
 def test_one_of_two_processes_killed(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "PAUSE", 0.01)
+    monkeypatch.setattr(side_by_side, "PAUSE", 0.01)
     out, whole = tmp_path / "run", tmp_path / "whole"
     given = [("method", {"name": "taskarithmetic", "memory_per_class": 0}), ("data.source", str(photos))]
     given += SMALLER.items()
@@ -87,17 +87,17 @@ def test_one_of_two_processes_killed(tmp_path: Path, photos: Path, monkeypatch: 
     told: list[Event] = []
     record = runs.resume(out, lambda _, event: told.append(event))
     assert {(e.done, e.total) for e in told if e.phase == "parallel"} == {(1, 2), (2, 2)}
-    assert not [e for e in told if e.at_work and "task-02" in e.at_work], "what is trained is not trained again"
+    assert not [e for e in told if e.workers and "task-02" in e.workers], "what is trained is not trained again"
     assert_same_bits(out, whole)
     assert not (out / "parallel").exists()
     logged = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     assert [(e["phase"], e["done"]) for e in logged if e["phase"] == "parallel"] == [("parallel", 2)]
     expected = json.loads((whole / "results.json").read_text())
-    assert record["cost"]["side_by_side_seconds"] > 0
-    assert expected["cost"]["side_by_side_seconds"] is None
+    assert record["cost"]["parallel_seconds"] > 0
+    assert expected["cost"]["parallel_seconds"] is None
     assert all(task["seconds"] > 0 for task in record["lineage"])
     assert record["cost"]["seconds"]["train"] == pytest.approx(sum(t["seconds"] for t in record["lineage"]), abs=1e-2)
-    left_out = ("seconds", "learnt")
+    left_out = ("seconds", "finished")
     assert [{k: v for k, v in task.items() if k not in left_out} for task in record["lineage"]] == [
         {k: v for k, v in task.items() if k not in left_out} for task in expected["lineage"]
     ]

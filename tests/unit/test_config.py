@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lamina import config as configuration
-from lamina.config import MethodConfig, RunConfig, Section, fingerprint, load, parse_override, to_yaml
+from lamina.config import MethodConfig, RunConfig, Section, fingerprint, load, parse_override, renamed, to_yaml
 from lamina.errors import ConfigError
 from lamina.methods import METHODS
 from lamina.methods.inflora import InfLoRAConfig
@@ -91,7 +91,7 @@ stream:
         "line 8: training.epochs = 'many': input should be a valid integer, .*",
         "line 10: training.schedule = 'cosin': input should be 'constant', .* Did you mean 'cosine'?",
         "line 12: backbone.targets.1 = 'w': input should be 'q', 'k', 'v', 'out', 'fc1' or 'fc2'",
-        "line 14: data.crop_scale = [0.5, 0.1]: must be two numbers with 0 < least <= largest <= 1",
+        "line 14: data.crop_scale = [0.5, 0.1]: must be two numbers with 0 < smallest <= largest <= 1",
         "line 16: data.columns.lable = 'x': no such setting. There are: image, .* Did you mean 'label'?",
         "line 20: stream.plan.1.classes = .*: field required",
         "line 21: stream.plan.1.clases = ['x']: no such setting. .* Did you mean 'classes'?",
@@ -137,6 +137,92 @@ def test_a_file_that_cannot_be_read(tmp_path: Path):
         load(tmp_path / "bytes.yaml", method_settings=SETTINGS)
 
 
+# --------------------------------------------------------------------------------------------------------- limits
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("seed: 1\ntraining: {lr: 1}\nseed: 2\n", "line 3: seed is set twice, on lines 1 and 3"),
+        ("training:\n  lr: 1\n  epochs: 3\n  lr: 2\n  lr: 3\n", "line 4: training.lr is set twice, on lines 2 and 4"),
+        ("training: {lr: 1}\ntraining.lr: 2\n", "line 2: training.lr is set twice, on lines 1 and 2"),
+        ("a: &x [1]\nb: *x\n", r"line 2: the alias \*x is not allowed"),
+        ("a: &x [*x]\n", r"line 1: the alias \*x is not allowed"),
+        ("a: " + 2000 * "[" + 2000 * "]", "line 1: more than 30 levels of nesting"),
+        ("- " * 2000, "line 1: more than 30 levels of nesting"),
+        (f"seed: {10_000 * '9'}", "line 1: an integer of 10,000 digits"),
+        (f"seed: 0x{9_998 * 'f'}", "line 1: an integer of 10,000 digits"),
+        (f"? {10_000 * '9'}\n: seed", "line 1: an integer of 10,000 digits"),
+        ("seed: 2020-13-45", "not YAML: month must be in 1..12"),
+        ("seed: 1\n---\nseed: 2\n", "not YAML: line 2: expected a single document"),
+        ("seed: !!python/object/apply:os.getcwd []", "not YAML: line 1: could not determine a constructor"),
+        ("a" * 2**20 + "b: 1", "longer than 1,048,576 characters"),
+    ],
+    ids=lambda text: text[:24],
+)
+def test_yaml_that_says_things_twice_or_grows_without_bound(text: str, told: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match=f"run.yaml: {told}"):
+        read(tmp_path, text)
+
+
+def test_an_alias_bomb_costs_nothing():
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{n}: &a{n} [{', '.join(10 * [f'*a{n - 1}'])}]" for n in range(1, 10)]
+    with pytest.raises(ConfigError, match=r"line 2: the alias \*a0 is not allowed"):
+        parse_override("a={" + ",\n".join(lines) + "}")
+
+
+def test_a_long_value_is_cut_in_its_message(tmp_path: Path):
+    (found,) = problems(tmp_path, f"seed: [{', '.join(5_000 * ['1'])}]")
+    assert len(found) < 200
+
+
+def test_what_an_endless_file_holds_is_not_read(tmp_path: Path):
+    with pytest.raises(ConfigError, match="/dev/zero: "):
+        load(Path("/dev/zero"), method_settings=SETTINGS)
+
+
+@pytest.mark.parametrize("key", ["training.lr", "training.head_lr", "training.weight_decay", "training.later_lr"])
+def test_rates_have_a_bound(key: str):
+    with pytest.raises(ConfigError, match=rf"{key} = 1e\+300: input should be less than or equal to 1000"):
+        given((key, 1e300))
+
+
+# ------------------------------------------------------------------------------------- settings of older versions
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("consolidation.merge", "ema", "now called consolidation.merging. Write consolidation.merging = 'ema'"),
+        ("consolidation.head", "local", "now called consolidation.classifier. Write consolidation.classifier = 'own'"),
+        ("consolidation.own_rank", 3, "now called consolidation.class_covariance_rank"),
+        ("stream.joined", True, "now called stream.joint. Write stream.joint = True"),
+        ("consolidation.classifier", "local", "'local' is now called 'own'"),
+        ("consolidation.drift", "oracle", "'oracle' is now called 'remeasured'"),
+        ("training.distil", 1, "this setting was removed: self-distillation"),
+        ("keep_chain", True, "this setting was removed: "),
+    ],
+)
+def test_a_setting_of_an_older_version_is_refused_with_the_new_name(key: str, value: Any, told: str, tmp_path: Path):
+    text = yaml.safe_dump({key: value} if "." not in key else {key.split(".")[0]: {key.split(".")[1]: value}})
+    (found,) = problems(tmp_path, text)
+    assert found.startswith(f"line {text.count(chr(10))}: {key} = ")
+    assert told in found
+    with pytest.raises(ConfigError) as refused:
+        given((key, value))
+    assert told in str(refused.value)
+
+
+def test_old_names_exist_no_more_and_new_ones_do():
+    keys = set(RunConfig.model_fields)
+    for section, field in RunConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys |= {f"{section}.{name}" for name in field.annotation.model_fields}
+    assert set(renamed.RENAMED.values()) <= keys
+    assert not (set(renamed.RENAMED) | set(renamed.REMOVED)) & keys
+
+
 # ---------------------------------------------------------------------------------------------------------- --set
 
 
@@ -169,7 +255,7 @@ def test_overrides_are_yaml(text: str, key: str, value: object):
 def test_overrides_without_a_key_or_a_value(text: str):
     with pytest.raises(ConfigError, match=r"write it as key=value, for example --set training.lr=0.001"):
         parse_override(text)
-    with pytest.raises(ConfigError, match="the value is not YAML"):
+    with pytest.raises(ConfigError, match=r"--set 'seed=\[': not YAML"):
         parse_override("seed=[")
 
 
@@ -267,13 +353,13 @@ def test_a_method_can_have_defaults_around_it_which_what_is_said_overrides() -> 
     assert (plain.consolidation.classifier, plain.training.later_lr) == ("lda", 0.5)
     said, _ = check({"consolidation": {"classifier": "own"}})
     assert said is not None
-    assert (said.consolidation.classifier, said.training.later_lr) == ("local", 0.5)
+    assert (said.consolidation.classifier, said.training.later_lr) == ("own", 0.5)
     own, _ = configuration.check({"consolidation": {"classifier": "own"}}, SETTINGS)
     assert own is not None
     assert (own.consolidation.drift, own.consolidation.layers, own.consolidation.merging) == ("none", 1, "ema")
     other, _ = check({"method": "finetune"})
     assert other is not None
-    assert other.consolidation.classifier == "local"
+    assert other.consolidation.classifier == "own"
     assert check({"consolidation": 5})[1][0].startswith("consolidation = 5:")
     raw: dict[str, Any] = {"consolidation": {"merging": "ema"}}
     check(raw)

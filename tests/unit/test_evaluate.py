@@ -27,8 +27,8 @@ def test_texts_of_a_batch_are_of_like_length_and_answers_in_the_order_of_the_dat
     assert found.labels_n.tolist() == task.test.labels_n.tolist()
     for i in range(len(task.test)):
         alone = predict_all(loop.learner, loop.method, task.test.select(np.array([i])), one_by_one, task.name)
-        assert (alone.classes_n, alone.task_aware_n, alone.task_inferred_n) == (
-            found.classes_n[i],
+        assert (alone.predicted_n, alone.task_aware_n, alone.task_inferred_n) == (
+            found.predicted_n[i],
             found.task_aware_n[i],
             found.task_inferred_n[i],
         )

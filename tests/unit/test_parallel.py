@@ -33,7 +33,7 @@ def train(out: Path, script: str, jobs: int, should_stop: Callable[[], bool] = l
 
 @pytest.fixture(autouse=True)
 def _look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "PAUSE", 0.01)
+    monkeypatch.setattr(side_by_side, "PAUSE", 0.01)
 
 
 def test_every_task_is_trained_and_no_more_than_jobs_at_a_time(tmp_path: Path):
@@ -73,7 +73,7 @@ def test_asked_to_stop_it_stops_its_processes_first(tmp_path: Path):
 
 
 def test_the_watcher_says_what_is_at_work():
-    event = Event(task=0, phase="parallel", done=3, total=10, at_work="task-04 60/80, task-05 10/80")
+    event = Event(task=0, phase="parallel", done=3, total=10, workers="task-04 60/80, task-05 10/80")
     written, stream = io.StringIO(), [0] * 10
     watch: Any = Watcher("mine", Console(file=written, soft_wrap=True), interval=0)
     watch(stream, event)

@@ -1,3 +1,48 @@
-"""The configuration of a run."""
+"""The configuration of a run: its settings, how they are read, and their fingerprint."""
 
-from lamina.config.schema import *  # noqa: F403
+from lamina.config.fingerprint import fingerprint
+from lamina.config.reading import check, explain, listed, load, parse_override, put, unknown, with_line
+from lamina.config.renamed import RENAMED_FLAGS
+from lamina.config.schema import (
+    BackboneConfig,
+    Columns,
+    ConsolidationConfig,
+    DataConfig,
+    EvaluationConfig,
+    MethodConfig,
+    PlanConfig,
+    Role,
+    RunConfig,
+    Section,
+    StreamConfig,
+    TrainingConfig,
+)
+from lamina.config.yaml_text import Loader, read_yaml, to_yaml
+
+__all__ = [
+    "RENAMED_FLAGS",
+    "BackboneConfig",
+    "Columns",
+    "ConsolidationConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "Loader",
+    "MethodConfig",
+    "PlanConfig",
+    "Role",
+    "RunConfig",
+    "Section",
+    "StreamConfig",
+    "TrainingConfig",
+    "check",
+    "explain",
+    "fingerprint",
+    "listed",
+    "load",
+    "parse_override",
+    "put",
+    "read_yaml",
+    "to_yaml",
+    "unknown",
+    "with_line",
+]

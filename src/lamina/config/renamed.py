@@ -1,0 +1,35 @@
+"""Settings of older versions of lamina. They are refused with the name to use instead, or the reason why they went."""
+
+from typing import Any
+
+RENAMED = {
+    "consolidation.merge": "consolidation.merging",
+    "consolidation.head": "consolidation.classifier",
+    "consolidation.own_rank": "consolidation.class_covariance_rank",
+    "stream.joined": "stream.joint",
+}
+RENAMED_VALUES: dict[tuple[str, Any], str] = {
+    ("consolidation.classifier", "local"): "own",
+    ("consolidation.drift", "oracle"): "remeasured",
+}
+REMOVED = {
+    "consolidation.gamma": "the weight of a new task in a merge is fixed, since no result table used another",
+    "consolidation.floor": "the least weight of a new task in a merge is fixed, since no result table used another",
+    "consolidation.shrinkage": "the shrinkage is always chosen by its sampling error (OAS)",
+    "training.distil": "self-distillation doubled the time of a step and improved no result",
+    "backbone.reuse_mb": "the feature cache is gone",
+    "data.views": "it served the feature cache, which is gone",
+    "keep_chain": "the benchmarks of consolidation keep what they need themselves",
+}
+RENAMED_FLAGS = {"--joined": "--joint", "--merge": "--merging", "--head": "--classifier"}
+
+
+def advice(key: str, value: object) -> str | None:
+    """Returns what to say about a setting of an older version; None for a setting that never existed."""
+    if key in RENAMED:
+        new = RENAMED[key]
+        value = RENAMED_VALUES.get((new, value), value) if isinstance(value, str) else value
+        return f"this setting is now called {new}. Write {new} = {value!r}."
+    if key in REMOVED:
+        return f"this setting was removed: {REMOVED[key]}. Leave it out."
+    return None
