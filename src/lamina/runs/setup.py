@@ -1,0 +1,167 @@
+"""Setup: everything a run needs, made from its configuration."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lamina import backbones, data
+from lamina import config as configuration
+from lamina.backbones import Backbone
+from lamina.config import RunConfig
+from lamina.data import Source, streams
+from lamina.data.streams import Stream
+from lamina.engine import device
+from lamina.engine.loop import Event, Loop
+from lamina.errors import ConfigError
+from lamina.learner import Learner
+from lamina.methods import METHODS
+from lamina.methods.base import Method
+from lamina.runs.environment import environment_of
+from lamina.speed import accelerate, precision
+from lamina.types import LabelledData
+
+Watch = Callable[[Stream | None, Event], None]
+"""Is told the progress; there is no stream yet while data is loaded."""
+
+
+def load_config(file: Path | None, overrides: list[tuple[str, Any]]) -> RunConfig:
+    """The configuration of a run from a YAML file and settings on top. Raises ConfigError naming every error."""
+    types = {name: method.config_type for name, method in METHODS.items()}
+    return configuration.load(file, overrides, method_settings=types)
+
+
+class Setup:
+    """Everything a run needs, made from its configuration. environment: what an earlier process decided, if any."""
+
+    def __init__(self, config: RunConfig, environment: dict[str, Any] | None, watch: Watch = lambda *_: None) -> None:
+        self.started = time.perf_counter()
+        self.config = config
+        self.method = METHODS[config.method["name"]]
+        if config.jobs > 1 and not self.method.independent:
+            raise ConfigError(
+                f"jobs = {config.jobs}: method {self.method.name!r} learns each task from what earlier ones left, so its "
+                f"tasks cannot be trained side by side. Leave jobs at 1, or choose a method that learns each task from the "
+                f"pre-trained model alone: {', '.join(name for name, known in METHODS.items() if known.independent)}."
+            )
+        settings = {key: value for key, value in config.method.items() if key != "name"}
+        self.settings = self.method.config_type(**settings)
+        self.device = device.resolve(environment.get("device", "cpu") if environment else config.device)
+        self.backbone = backbones.load(
+            config.backbone.name,
+            image_size=config.backbone.image_size,
+            pooling=config.backbone.pooling,
+            mean=config.backbone.mean,
+            std=config.backbone.std,
+        )
+        self.backbone_parameters = sum(p.numel() for p in self.backbone.module.parameters())
+        self.data = load_data(config, self.backbone, watch)
+        self.stream = make_stream(config, self.data)
+        if config.evaluation.split == "val" and not all(len(task.val) for task in self.stream):
+            raise ConfigError(
+                "evaluation.split = 'val': the data has no validation split. Hold one out, for example with "
+                "--set stream.validation=0.2"
+            )
+        device.prepare(self.device)
+        self.environment = environment or environment_of(config, self.device, self.backbone.width)
+        torch.set_num_threads(self.environment["threads"])
+
+    def loop(self, out: Path) -> Loop:
+        config = self.config
+        dtype = precision.DTYPES[self.environment["precision"]]
+        learner = Learner(self.backbone, config.backbone.targets, config.backbone.blocks, dtype, self.device)
+        self.accelerated = accelerate(learner)
+        method: Method[Any] = self.method(self.settings, len(self.stream))
+        return Loop(
+            learner=learner,
+            method=method,
+            stream=self.stream,
+            training=config.training,
+            evaluation=config.evaluation,
+            consolidation=config.consolidation,
+            seed=config.seed,
+            checkpoints=out / "checkpoints",
+            checkpoint_seconds=config.checkpoint_seconds,
+            steps=self.accelerated,
+            identity={
+                "configuration": configuration.fingerprint(config, self.method.config_type),
+                "stream": self.stream.fingerprint,
+                "backbone": self.backbone.hash,
+            },
+        )
+
+
+def open_source(config: RunConfig) -> Source:
+    """The examples a configuration names, not decoded yet."""
+    section = config.data
+    return data.open_source(
+        section.source,
+        kind=section.kind,
+        columns=data.Columns(**section.columns.model_dump()),
+        test_fraction=section.test_fraction,
+    )
+
+
+def load_data(config: RunConfig, backbone: Backbone, watch: Watch = lambda *_: None) -> LabelledData:
+    """The labelled data a configuration names, as this backbone takes it."""
+    section = config.data
+    source = open_source(config)
+    if source.kind != backbone.kind:
+        raise ConfigError(
+            f"data.source = {section.source!r} holds {source.kind}s, and backbone {backbone.name!r} takes {backbone.kind}s. "
+            f"Choose a backbone or data to match."
+        )
+    if backbone.image is None:
+        if backbone.tokenizer is None:
+            raise ConfigError(
+                f"backbone.name = {config.backbone.name!r} has no tokenizer beside its weights. Put tokenizer.json or "
+                f"vocab.txt into its folder."
+            )
+        return data.load_texts(source, backbone.tokenizer, max_length=section.max_length)
+    transform = data.ImageTransform(
+        size=backbone.image.size,
+        mean=backbone.image.mean,
+        std=backbone.image.std,
+        evaluate=section.evaluate,
+        train=section.augment,
+        scale=section.crop_scale,
+    )
+    cache = Path(section.cache).expanduser() if section.cache else None
+
+    def progress(done: int, total: int) -> None:
+        watch(None, Event(task=0, phase="load", done=done, total=total))
+
+    return data.load_images(source, transform, cache=cache, on_damaged=section.on_damaged, progress=progress)
+
+
+def make_stream(config: RunConfig, labelled: LabelledData) -> Stream:
+    """The stream a configuration describes. Raises DataError where the data cannot be cut so."""
+    section = config.stream
+    if section.scenario == "mixed":
+        if section.plan is None:
+            raise ConfigError(
+                "stream.scenario = 'mixed' needs stream.plan: a list of tasks with name, classes, domains."
+            )
+        plan = streams.named_plan(labelled, [(p.name, p.classes, p.domains) for p in section.plan])
+    elif section.scenario == "domain":
+        plan = streams.domain_plan(labelled, section.domains)
+    else:
+        plan = streams.class_plan(labelled, section.tasks, section.order_seed)
+    stream = streams.make_stream(
+        labelled,
+        plan,
+        section.scenario,
+        per_class=config.data.per_class,
+        validation=section.validation,
+        measured_per_class=config.evaluation.per_class,
+    )
+    if section.first is not None:
+        stream = stream.first(section.first)
+    return stream.joint() if section.joint else stream
+
+
+def check_stream(config: RunConfig) -> None:
+    """Raises what `make_stream` would raise, without decoding any data."""
+    make_stream(config, data.undecoded(open_source(config)))
