@@ -1,4 +1,4 @@
-"""AccuracyMatrix, and every figure of continual learning as a pure function of it.
+"""AccuracyMatrix, and every metric of continual learning as a pure function of it.
 
 Notation, with tasks counted 0..T-1: a[i, j] is the accuracy on the test data of task j after learning task i.
 The functions take the matrix as it stands, so they also hold for a stream that has not ended: T is then the number of
@@ -10,6 +10,7 @@ Ranzato, NeurIPS 2017, eqs. 3 and 4); interval (Wilson, 1927).
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,23 +21,37 @@ from lamina.types import Ints
 
 Floats = NDArray[np.float64]
 
+FORMULAS: dict[str, str] = {
+    "final_accuracy": "mean over j of a[T-1, j]",
+    "final_accuracy_micro": "correct predictions over test examples of all tasks",
+    "average_accuracy": "mean over i of ACC_i, with ACC_i the mean over j <= i of a[i, j]",
+    "average_accuracy_micro": "mean over i of micro ACC_i: correct predictions over test examples of tasks j <= i",
+    "forgetting": "mean over j < T-1 of max over i < T-1 of a[i, j], minus a[T-1, j]",
+    "backward_transfer": "mean over j < T-1 of a[T-1, j] - a[j, j]",
+    "forward_transfer": "mean over j > 0 of a[j-1, j] - chance",
+    "learning_accuracy": "mean over j of a[j, j]",
+    "task_aware_accuracy": "as final accuracy; only outputs of the example's task compete",
+}
+"""Each metric of DEFINITIONS as a formula, where there is one."""
 DEFINITIONS: dict[str, str] = {
-    "final_accuracy": "mean over tasks j of a[T-1, j]: accuracy after the last task, every task counting the same",
-    "final_accuracy_micro": "correct answers over all test examples of all tasks after the last task",
-    "average_accuracy": "mean over i of ACC_i, where ACC_i is the mean over j <= i of a[i, j]",
-    "average_accuracy_micro": "the same mean over i, with ACC_i counted over examples instead of tasks",
-    "forgetting": "mean over j < T-1 of (best a[i, j] for i < T-1) minus a[T-1, j]; negative where a task improved",
-    "backward_transfer": "mean over j < T-1 of a[T-1, j] minus a[j, j]",
-    "forward_transfer": "mean over j > 0 of a[j-1, j] minus chance: accuracy on a task before learning it",
-    "learning_accuracy": "mean over j of a[j, j]: how well each task was learnt when it was new",
+    "final_accuracy": "accuracy after the last task, averaged over tasks",
+    "final_accuracy_micro": "accuracy after the last task, averaged over test examples",
+    "average_accuracy": "accuracy on all tasks so far, averaged over the tasks learnt",
+    "average_accuracy_micro": "the same with micro accuracy: averaged over test examples instead of tasks",
+    "forgetting": "best earlier accuracy on each task minus its final accuracy, averaged over all tasks but the last; "
+    "negative where tasks improved",
+    "backward_transfer": "final accuracy on each task minus its accuracy when learnt, averaged over all tasks but the last",
+    "forward_transfer": "accuracy on each task just before it is learnt, minus chance, averaged over all tasks but the first",
+    "learning_accuracy": "accuracy on each task just after it is learnt, averaged over tasks",
     "task_aware_accuracy": "final accuracy if the task's identity is given at test time",
-    "task_inference_accuracy": "share of test examples, after the last task, whose winning output belongs to their own task",
+    "task_inference_accuracy": "share of test examples whose highest-scoring output belongs to their own task, after the last "
+    "task",
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AccuracyMatrix:
-    """Counts of right answers: row i after learning task i, column j on the test data of task j.
+    """Counts of correct predictions: row i after learning task i, column j on the test data of task j.
 
     correct_ij, total_ij: (tasks learnt, tasks measured) int64, at least as many columns as rows. total is 0 where
     nothing was measured, which is usual above the diagonal.
@@ -49,10 +64,19 @@ class AccuracyMatrix:
         shape = self.correct_ij.shape
         if shape != self.total_ij.shape or len(shape) != 2 or shape[1] < shape[0]:
             raise ValueError(
-                f"counts must have one shape with columns for all rows, got {shape} and {self.total_ij.shape}"
+                f"correct and total must have one shape, with at least as many columns as rows, got {shape} and "
+                f"{self.total_ij.shape}"
             )
         if (self.correct_ij < 0).any() or (self.correct_ij > self.total_ij).any():
-            raise ValueError("each count of right answers must lie between 0 and its total")
+            raise ValueError("each number of correct predictions must lie between 0 and its total")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AccuracyMatrix):
+            return NotImplemented
+        return np.array_equal(self.correct_ij, other.correct_ij) and np.array_equal(self.total_ij, other.total_ij)
+
+    def __hash__(self) -> int:
+        return hash((self.correct_ij.tobytes(), self.total_ij.tobytes()))
 
     @classmethod
     def empty(cls) -> "AccuracyMatrix":
@@ -70,7 +94,7 @@ class AccuracyMatrix:
         return shares
 
     def with_row(self, counts: dict[int, tuple[int, int]]) -> "AccuracyMatrix":
-        """The matrix one task later. counts: for each measured task j, (right answers, examples)."""
+        """Returns the matrix one task later. counts: for each measured task j, (correct predictions, examples)."""
         rows = self.tasks + 1
         columns = max([rows, self.correct_ij.shape[1], *(j + 1 for j in counts)])
         correct, total = np.zeros((rows, columns), np.int64), np.zeros((rows, columns), np.int64)
@@ -84,12 +108,20 @@ class AccuracyMatrix:
         return {"correct": self.correct_ij.tolist(), "total": self.total_ij.tolist()}
 
     @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> "AccuracyMatrix":
-        rows = len(record["correct"])
-        correct, total = (
-            np.array(record[key], np.int64).reshape(rows, -1 if rows else 0) for key in ("correct", "total")
-        )
-        return cls(correct, total)
+    def from_dict(cls, counts: Mapping[str, Any]) -> "AccuracyMatrix":
+        """The inverse of `as_dict`. Raises ValueError for anything else."""
+        if counts.keys() != {"correct", "total"}:
+            raise ValueError(f"a matrix has the keys correct and total, got {', '.join(map(str, counts)) or 'none'}")
+        return cls(_counts(counts["correct"]), _counts(counts["total"]))
+
+
+def _counts(rows: object) -> Ints:
+    """Returns rows of whole numbers as a matrix. Raises ValueError for anything else."""
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        raise ValueError("counts must be a list of lists")
+    if not all(type(value) is int and abs(value) < 2**63 for row in rows for value in row):
+        raise ValueError("counts must be whole numbers below 2^63")
+    return np.array(rows, np.int64).reshape(len(rows), -1 if rows else 0)
 
 
 def incremental_accuracy(matrix: AccuracyMatrix) -> Floats:
@@ -98,7 +130,7 @@ def incremental_accuracy(matrix: AccuracyMatrix) -> Floats:
 
 
 def incremental_accuracy_micro(matrix: AccuracyMatrix) -> Floats:
-    """ACC_i counted over examples: right answers on tasks j <= i over their number. Shape (T,)."""
+    """Micro ACC_i: correct predictions over test examples of tasks j <= i. Shape (T,)."""
     correct, total = np.tril(matrix.correct_ij).sum(1), np.tril(matrix.total_ij).sum(1)
     shares: Floats = correct / np.maximum(total, 1)
     return shares
@@ -169,12 +201,12 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
 
 
 def negative_flips(before_n: Ints, after_n: Ints, labels_n: Ints) -> float:
-    """Share of examples that were right before an update and are wrong after it (Yan et al., CVPR 2021). Shapes (n,)."""
+    """Returns the share of examples that are correct before an update and wrong after it (Yan et al., CVPR 2021). Shapes (n,)."""
     return float(np.mean((before_n == labels_n) & (after_n != labels_n))) if len(labels_n) else 0.0
 
 
 def summary(matrix: AccuracyMatrix) -> dict[str, float]:
-    """The figures every run reports, by the names in DEFINITIONS."""
+    """Returns the metrics that every run has, by the names in DEFINITIONS."""
     return {
         "final_accuracy": final_accuracy(matrix),
         "final_accuracy_micro": final_accuracy_micro(matrix),

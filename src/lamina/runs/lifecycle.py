@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from lamina import report
+from lamina import record, report
 from lamina.config import RunConfig
 from lamina.engine import checkpoint
 from lamina.engine.evaluate import predict_all
@@ -18,6 +18,7 @@ from lamina.engine.loop import Event, Loop
 from lamina.engine.order import in_order
 from lamina.engine.state import Position
 from lamina.errors import RunError
+from lamina.record import Record
 from lamina.runs import side_by_side
 from lamina.runs.directory import locked, refuse_other, refuse_used, saved, with_whole_paths
 from lamina.runs.environment import now
@@ -28,7 +29,7 @@ from lamina.speed import keeping_memory
 from lamina.types import Batch, Examples, Split
 
 
-def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None) -> dict[str, Any]:
+def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None) -> Record:
     """Run in a new directory, from the start to the end, and return the record.
 
     Raises RunError where the directory holds something already, DataError, BackboneError, ConfigError or MethodError
@@ -49,7 +50,7 @@ def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None) -> dict
         return _work(setup, loop, out, watch)
 
 
-def resume(out: Path, watch: Watch = lambda *_: None, jobs: int | None = None) -> dict[str, Any]:
+def resume(out: Path, watch: Watch = lambda *_: None, jobs: int | None = None) -> Record:
     """Go on with a run from its newest whole checkpoint; a finished one returns its record at once. jobs: tasks trained at
     a time from now on, where that is not what the run began with.
 
@@ -59,8 +60,8 @@ def resume(out: Path, watch: Watch = lambda *_: None, jobs: int | None = None) -
     refuse_other(out)
     with locked(out):
         config, environment = saved(out)
-        if (out / "results.json").exists():
-            return report.read_record(out)
+        if (out / record.FILE).exists():
+            return record.read(out)
         setup = Setup(config.model_copy(update={"jobs": jobs or config.jobs}), environment, watch)
         return _work(setup, setup.loop(out), out, watch)
 
@@ -113,12 +114,12 @@ def train_task(out: Path, number: int, parent: int, watch: Watch) -> None:
             loop.run(until="end")
 
 
-def _work(setup: Setup, loop: Loop, out: Path, watch: Watch) -> dict[str, Any]:
+def _work(setup: Setup, loop: Loop, out: Path, watch: Watch) -> Record:
     def on_event(event: Event) -> None:
         if event.seconds:
             with (out / "events.jsonl").open("a", encoding="utf-8") as log:
-                record = dataclasses.asdict(event) | {"time": now(), "task": setup.stream[event.task].name}
-                log.write(json.dumps(record) + "\n")
+                line = dataclasses.asdict(event) | {"time": now(), "task": setup.stream[event.task].name}
+                log.write(json.dumps(line) + "\n")
         watch(setup.stream, event)
 
     with stop_on_signals() as should_stop, keeping_memory(), closing(setup.accelerated):
@@ -128,11 +129,11 @@ def _work(setup: Setup, loop: Loop, out: Path, watch: Watch) -> dict[str, Any]:
         if setup.config.jobs > 1 or (out / "parallel").exists():
             _train_side_by_side(setup, loop, out)
         loop.run()
-    record = record_of(setup, loop)
+    found = record_of(setup, loop)
     shutil.rmtree(out / "parallel", ignore_errors=True)
-    report.write([record], out / "report.html")
-    checkpoint.replace_text(out / "results.json", json.dumps(record, indent=1) + "\n")  # last: it says that all is done
-    return record
+    report.write([found], out / "report.html")
+    checkpoint.replace_text(out / record.FILE, json.dumps(found.to_json(), indent=1) + "\n")  # last: all is done
+    return found
 
 
 def _train_side_by_side(setup: Setup, loop: Loop, out: Path) -> None:

@@ -1,119 +1,137 @@
-"""The record of a finished run, from its state."""
+"""The record of a finished run, made from its setup and its state."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lamina import __version__
 from lamina.engine import device
 from lamina.engine.loop import Loop
-from lamina.maths import metrics
+from lamina.engine.state import Clock
 from lamina.methods.base import describe
+from lamina.record import (
+    BackboneRecord,
+    ClassRecord,
+    CodeRecord,
+    CostRecord,
+    LineageRecord,
+    MachineRecord,
+    MethodRecord,
+    Record,
+    StreamRecord,
+    TaskRecord,
+)
 from lamina.runs.environment import now, peak_memory_mb
 from lamina.runs.setup import Setup
+from lamina.types import SPLITS
 
-FORMAT = 2
+
+def record_of(setup: Setup, loop: Loop) -> Record:
+    """Returns the record of a run that has come to its end."""
+    config, state, environment = setup.config, loop.state, setup.environment
+    facts = describe(setup.method)
+    steps_before = [sum(entry.steps for entry in state.lineage[:task]) for task in range(len(state.lineage))]
+    return Record(
+        name=config.method["name"] + ("-joint" if config.stream.joint else ""),
+        created=now(),
+        seed=config.seed,
+        split=config.evaluation.split,
+        method=MethodRecord(**{key: facts[key] for key in MethodRecord.model_fields}),
+        stream=_stream(setup),
+        matrix=state.matrix,
+        task_aware=state.task_aware,
+        task_inference_accuracy=tuple(
+            sum(inferred) / int(state.matrix.total_ij[i, : i + 1].sum())
+            for i, inferred in enumerate(state.task_inference)
+        ),
+        config=config.model_dump(mode="json"),
+        backbone=BackboneRecord(
+            name=Path(setup.backbone.name).name,
+            hash=setup.backbone.hash,
+            parameters=setup.backbone_parameters,
+            kind=setup.backbone.kind,
+        ),
+        machine=MachineRecord(**environment),
+        code=CodeRecord(version=__version__, commit=environment["commit"]),
+        classes=_classes(setup, loop),
+        cost=_cost(setup, loop),
+        lineage=_lineage(setup, loop),
+        losses=tuple((steps_before[loss.task] + loss.step, loss.value) for loss in state.losses),
+        skipped=tuple(setup.data.skipped),
+        notes=state.notes,
+    )
 
 
-def record_of(setup: Setup, loop: Loop) -> dict[str, Any]:
-    """What `results.json` holds."""
-    config, stream, learner, state = setup.config, setup.stream, loop.learner, loop.state
-    seconds = {phase: round(value, 3) for phase, value in state.clock.seconds.items()}
+def _stream(setup: Setup) -> StreamRecord:
+    stream = setup.stream
+    return StreamRecord(
+        data=stream.data_name,
+        kind=stream.kind,
+        scenario=stream.scenario if stream.scenario == "mixed" else f"{stream.scenario}-incremental",
+        fingerprint=stream.fingerprint,
+        joint=setup.config.stream.joint,
+        tasks=tuple(
+            TaskRecord(
+                name=task.name,
+                classes=tuple(stream.class_names[c] for c in task.classes),
+                domain=task.domain,
+                **{split: len(task.split(split)) for split in SPLITS},
+            )
+            for task in stream
+        ),
+    )
+
+
+def _cost(setup: Setup, loop: Loop) -> CostRecord:
+    state, clock = loop.state, loop.state.clock
+    seconds = {phase: round(value, 3) for phase, value in clock.seconds.items()}
     total, train = sum(seconds.values()), seconds.get("train", 0.0)
-    lineage = []
+    return CostRecord(
+        seconds=seconds | {"total": round(total, 3)},
+        steps=sum(entry.steps for entry in state.lineage),
+        train_examples_per_second=clock.examples / train if clock.examples and train else None,
+        parallel_seconds=None if clock.parallel_seconds is None else round(clock.parallel_seconds, 3),
+        outside_training_share=1 - train / total if total else None,
+        peak_memory_mb=peak_memory_mb(),
+        peak_gpu_memory_mb=device.peak_memory_mb(setup.device),
+        trainable_parameters=state.lineage[-1].trainable_parameters,
+        stored_parameters=loop.learner.stored_parameters(),
+        memory_bytes=loop.method.memory_bytes + loop.consolidation.memory_bytes,
+    )
+
+
+def _lineage(setup: Setup, loop: Loop) -> tuple[LineageRecord, ...]:
+    state, names = loop.state, setup.stream.class_names
+    found = []
     for index, entry in enumerate(state.lineage):
-        of_task = [loss.value for loss in state.losses if loss.task == index]
-        lineage.append(
-            dataclasses.asdict(entry)
-            | {
-                "classes": [stream.class_names[c] for c in stream[index].classes],
-                "loss_first": of_task[0] if of_task else None,
-                "loss_last": of_task[-1] if of_task else None,
-                "seconds": state.clock.train_seconds.get(str(index)),
-                "finished": state.clock.finished.get(str(index)),
-                "accuracy_at_end": float(state.matrix.accuracy_ij[-1, index]),
-            }
+        losses = [loss.value for loss in state.losses if loss.task == index]
+        found.append(
+            LineageRecord(
+                **dataclasses.asdict(entry),
+                classes=tuple(names[c] for c in setup.stream[index].classes),
+                loss_first=losses[0] if losses else None,
+                loss_last=losses[-1] if losses else None,
+                accuracy_at_end=float(state.matrix.accuracy_ij[-1, index]),
+                **_times(state.clock, index),
+            )
         )
-    shares = [
-        sum(right) / sum(int(n) for n in state.matrix.total_ij[i, : i + 1])
-        for i, right in enumerate(state.task_inference)
-    ]
-    figures = metrics.summary(state.matrix) | {
-        "task_aware_accuracy": metrics.final_accuracy(state.task_aware),
-        "task_inference_accuracy": shares[-1],
-    }
-    if config.evaluation.unseen:
-        guess = 1 / len({label for task in stream for label in task.classes})
-        figures["forward_transfer"] = metrics.forward_transfer(state.matrix, np.full(len(stream), guess))
-    return {
-        "format": FORMAT,
-        "name": config.method["name"] + ("-joint" if config.stream.joint else ""),
-        "created": now(),
-        "method": describe(setup.method),
-        "config": config.model_dump(mode="json"),
-        "stream": {
-            "scenario": {"mixed": "mixed"}.get(stream.scenario, f"{stream.scenario}-incremental"),
-            "fingerprint": stream.fingerprint,
-            "data": stream.data_name,
-            "kind": stream.kind,
-            "tasks": [
-                {
-                    "name": task.name,
-                    "classes": [stream.class_names[c] for c in task.classes],
-                    "domain": task.domain,
-                    **{split: len(task.split(split)) for split in ("train", "val", "test")},
-                }
-                for task in stream
-            ],
-        },
-        "backbone": {
-            "name": Path(setup.backbone.name).name,
-            "hash": setup.backbone.hash,
-            "parameters": setup.backbone_parameters,
-            "kind": setup.backbone.kind,
-        },
-        "machine": setup.environment,
-        "code": {"version": __version__, "commit": setup.environment["commit"]},
-        "matrix": state.matrix.as_dict(),
-        "task_aware": state.task_aware.as_dict(),
-        "task_inference_accuracy": shares,
-        "metrics": figures,
-        "classes": _class_counts(setup, loop),
-        "cost": {
-            "seconds": seconds | {"total": round(total, 3)},
-            "steps": sum(entry.steps for entry in state.lineage),
-            "train_examples_per_second": state.clock.examples / train if state.clock.examples and train else None,
-            "parallel_seconds": None
-            if state.clock.parallel_seconds is None
-            else round(state.clock.parallel_seconds, 3),
-            "outside_training_share": 1 - train / total if total else None,
-            "peak_memory_mb": peak_memory_mb(),
-            "peak_gpu_memory_mb": device.peak_memory_mb(setup.device),
-            "trainable_parameters": state.lineage[-1].trainable_parameters,
-            "stored_parameters": learner.stored_parameters(),
-            "memory_bytes": loop.method.memory_bytes + loop.consolidation.memory_bytes,
-        },
-        "lineage": lineage,
-        "losses": [
-            [sum(entry.steps for entry in state.lineage[: loss.task]) + loss.step, loss.value] for loss in state.losses
-        ],
-        "skipped": list(setup.data.skipped),
-        "notes": list(state.notes),
-    }
+    return tuple(found)
 
 
-def _class_counts(setup: Setup, loop: Loop) -> list[dict[str, Any]]:
-    """For every class: examples of it in all tasks, and how many the last model answered right."""
-    counts: dict[int, list[int]] = {}
+def _times(clock: Clock, task: int) -> dict[str, Any]:
+    return {"seconds": clock.train_seconds.get(str(task)), "finished": clock.finished.get(str(task))}
+
+
+def _classes(setup: Setup, loop: Loop) -> tuple[ClassRecord, ...]:
+    """For every class: examples of it in all tasks, and how many the last model predicts correctly."""
+    counts: dict[int, tuple[int, int]] = {}
     for j in range(loop.matrix.tasks):
-        labels = setup.stream[j].split(setup.config.evaluation.split).labels_n
-        for label, answer in zip(labels.tolist(), loop.last_predictions[str(j)].tolist(), strict=True):
-            right, total = counts.get(label, [0, 0])
-            counts[label] = [right + (label == answer), total + 1]
+        labels_n = setup.stream[j].split(setup.config.evaluation.split).labels_n
+        for label, predicted in zip(labels_n.tolist(), loop.last_predictions[str(j)].tolist(), strict=True):
+            correct, total = counts.get(label, (0, 0))
+            counts[label] = correct + (label == predicted), total + 1
     first_task = {label: task.name for task in reversed(setup.stream.tasks) for label in task.classes}
-    return [
-        {"name": setup.stream.class_names[c], "task": first_task[c], "correct": counts[c][0], "total": counts[c][1]}
+    return tuple(
+        ClassRecord(name=setup.stream.class_names[c], task=first_task[c], correct=counts[c][0], total=counts[c][1])
         for c in sorted(counts)
-    ]
+    )

@@ -1,0 +1,314 @@
+"""Record: what a run leaves for its readers. `results.json` holds one; reports, comparisons and tables read it.
+
+Written and read in this file only. Fields that are None or empty were not recorded: the file of records that `lamina compare`
+keeps holds only what a table needs.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from lamina.errors import RunError
+from lamina.maths import metrics
+from lamina.maths.metrics import AccuracyMatrix
+
+FORMAT = 2
+"""It changes whenever an older or newer lamina could not read a record."""
+FILE = "results.json"
+
+
+def _matrix(value: object) -> object:
+    return AccuracyMatrix.from_dict(value) if isinstance(value, Mapping) else value
+
+
+Matrix = Annotated[AccuracyMatrix, BeforeValidator(_matrix), PlainSerializer(AccuracyMatrix.as_dict)]
+
+
+class Part(BaseModel):
+    """A part of a record."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class MethodRecord(Part):
+    name: str
+    title: str | None = None
+    authors: str | None = None
+    venue: str | None = None
+    link: str | None = None
+    departures: tuple[str, ...] = ()
+    """Departures from the paper, as sentences."""
+
+
+class TaskRecord(Part):
+    """A task of the stream: its classes, and its number of examples in every split."""
+
+    name: str
+    classes: tuple[str, ...]
+    domain: str | None = None
+    train: int | None = None
+    val: int | None = None
+    test: int | None = None
+
+
+class StreamRecord(Part):
+    data: str | None = None
+    kind: str | None = None
+    """image or text."""
+    scenario: str | None = None
+    fingerprint: str | None = None
+    joint: bool = False
+    """All tasks at once."""
+    tasks: tuple[TaskRecord, ...] = ()
+
+
+class LeftOut(Part):
+    """Files that were not read, for one reason."""
+
+    reason: str
+    count: int
+    examples: tuple[str, ...] = ()
+
+
+class SourceRecord(Part):
+    """How the data was understood."""
+
+    name: str
+    kind: str
+    layout: str
+    splits: dict[str, int]
+    """Number of examples by split."""
+    classes: dict[str, dict[str, int]]
+    """Number of examples by class and split."""
+    domains: dict[str, dict[str, int]] = Field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class BackboneRecord(Part):
+    name: str
+    hash: str | None = None
+    """Of the weights, sha256."""
+    parameters: int | None = None
+    kind: str | None = None
+
+
+class MachineRecord(Part):
+    """The machine, and what was decided for it."""
+
+    device: str | None = None
+    gpu: str | None = None
+    precision: str | None = None
+    """Of the frozen weights."""
+    threads: int | None = None
+    cpu: str | None = None
+    cores: int | None = None
+    memory_gb: float | None = None
+    system: str | None = None
+    python: str | None = None
+    torch: str | None = None
+    lamina: str | None = None
+    commit: str | None = None
+    started: str | None = None
+
+
+class CodeRecord(Part):
+    version: str
+    commit: str | None = None
+
+
+class ClassRecord(Part):
+    """Predictions of the last model for one class, over all tasks."""
+
+    name: str
+    task: str | None = None
+    """The task that brought the class."""
+    correct: int
+    total: int
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.correct / self.total if self.total else None
+
+
+class CostRecord(Part):
+    seconds: dict[str, float | None] = Field(default_factory=dict)
+    """By phase, and `total`."""
+    steps: int | None = None
+    train_examples_per_second: float | None = None
+    parallel_seconds: float | None = None
+    """Wall-clock time of training tasks side by side; None where that was not done."""
+    outside_training_share: float | None = None
+    peak_memory_mb: float | None = None
+    peak_gpu_memory_mb: float | None = None
+    trainable_parameters: int | None = None
+    stored_parameters: int | None = None
+    memory_bytes: int | None = None
+
+    @property
+    def total_seconds(self) -> float | None:
+        return self.seconds.get("total")
+
+
+class LineageRecord(Part):
+    """How one task was learnt."""
+
+    task: str
+    classes: tuple[str, ...] = ()
+    finished: str | None = None
+    """UTC."""
+    steps: int | None = None
+    seconds: float | None = None
+    """Of training."""
+    loss_first: float | None = None
+    loss_last: float | None = None
+    accuracy_when_learnt: float | None = None
+    accuracy_at_end: float | None = None
+    negative_flips: float | None = None
+    """Share of earlier tasks' test examples that this task turned from correct to wrong."""
+    trainable_parameters: int | None = None
+    stored_parameters: int | None = None
+    memory_bytes: int | None = None
+
+
+class Metrics(Part):
+    """The figures of a run by the names in `maths.metrics.DEFINITIONS`; None where the record has no grounds for one."""
+
+    final_accuracy: float | None = None
+    average_accuracy: float | None = None
+    forgetting: float | None = None
+    task_aware_accuracy: float | None = None
+    final_accuracy_micro: float | None = None
+    average_accuracy_micro: float | None = None
+    learning_accuracy: float | None = None
+    backward_transfer: float | None = None
+    forward_transfer: float | None = None
+    task_inference_accuracy: float | None = None
+
+
+class Record(Part):
+    name: str
+    """Of the method, with `-joint` where it learnt all tasks at once."""
+    created: str | None = None
+    """UTC."""
+    seed: int | None = None
+    split: str = "test"
+    """What the accuracies were measured on."""
+    method: MethodRecord
+    stream: StreamRecord
+    matrix: Matrix
+    task_aware: Matrix = Field(default_factory=AccuracyMatrix.empty)
+    """The same if the task's identity is given at test time."""
+    task_inference_accuracy: tuple[float, ...] = ()
+    """After each task: share of test examples so far whose winning output belongs to their own task."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Every setting, for people. What programs read of it has fields of its own."""
+    source: SourceRecord | None = None
+    backbone: BackboneRecord | None = None
+    machine: MachineRecord = MachineRecord()
+    code: CodeRecord | None = None
+    classes: tuple[ClassRecord, ...] = ()
+    cost: CostRecord = CostRecord()
+    lineage: tuple[LineageRecord, ...] = ()
+    losses: tuple[tuple[int, float], ...] = ()
+    """Training step over all tasks, and loss."""
+    skipped: tuple[str, ...] = ()
+    """Damaged files that were left out."""
+    notes: tuple[str, ...] = ()
+    """What a user should know about this run, as sentences."""
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        """Every figure, computed from the counts."""
+        found: dict[str, float] = metrics.summary(self.matrix) if self.matrix.tasks else {}
+        if self.task_aware.tasks:
+            found["task_aware_accuracy"] = metrics.final_accuracy(self.task_aware)
+        if self.task_inference_accuracy:
+            found["task_inference_accuracy"] = self.task_inference_accuracy[-1]
+        classes = {name for task in self.stream.tasks for name in task.classes}
+        if classes and self.matrix.tasks:
+            chance_t = np.full(self.matrix.tasks, 1 / len(classes))
+            found["forward_transfer"] = metrics.forward_transfer(self.matrix, chance_t)
+        return Metrics(**{name: value for name, value in found.items() if not np.isnan(value)})
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what `results.json` holds: the fields that were recorded, and the figures for people to read."""
+        content = self.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+        return {"format": FORMAT, **content, "metrics": self.metrics.model_dump(exclude_none=True)}
+
+    @classmethod
+    def from_json(cls, content: object, where: str) -> "Record":
+        """The inverse of `to_json`. where: names the record in messages.
+
+        Raises RunError for what is no record, or one of another format.
+        """
+        if not isinstance(content, dict) or "format" not in content:
+            raise RunError(f"{where} is damaged: it must hold a record, with its format, and holds {_short(content)}.")
+        if content["format"] != FORMAT:
+            raise RunError(
+                f"{where} has format {content['format']!r}, and this version of lamina reads format {FORMAT}. Use the version "
+                "that wrote it, or run it again in another directory."
+            )
+        try:
+            return cls.model_validate({k: v for k, v in content.items() if k not in ("format", "metrics")})
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            value = "" if first["type"] == "missing" else f" = {_short(first['input'])}"
+            raise RunError(f"{where} is damaged: {key}{value}: {first['msg'].removeprefix('Value error, ')}.") from error
+
+    def for_table(self) -> "Record":
+        """Returns the part that tables and searches read."""
+        stream = self.stream
+        return Record(
+            name=self.name,
+            created=self.created,
+            seed=self.seed,
+            split=self.split,
+            method=MethodRecord(name=self.method.name),
+            stream=StreamRecord(
+                data=stream.data, scenario=stream.scenario, fingerprint=stream.fingerprint, joint=stream.joint
+            ),
+            matrix=self.matrix,
+            task_aware=self.task_aware,
+            task_inference_accuracy=self.task_inference_accuracy,
+            backbone=self.backbone,
+            machine=self.machine,
+            code=self.code,
+            cost=self.cost,
+        )
+
+
+def read(run_directory: Path) -> Record:
+    """Returns the record of a finished run. Raises RunError where it is absent, damaged, or of another format."""
+    path = run_directory / FILE
+    if not run_directory.is_dir():
+        raise RunError(f"there is no run directory {run_directory}. Check the path.")
+    if not path.is_file():
+        raise RunError(
+            f"{run_directory} holds no {FILE}. If its run was interrupted, go on with `lamina resume {run_directory}`; otherwise "
+            "it is not a run directory."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged: {error}. {_remedy(run_directory)}") from error
+    try:
+        return Record.from_json(content, str(path))
+    except RunError as error:
+        remedy = _remedy(run_directory) if " is damaged" in str(error) else ""
+        raise RunError(f"{error} {remedy}".strip()) from error
+
+
+def _remedy(run_directory: Path) -> str:
+    return f"Remove it and write it anew with `lamina resume {run_directory}`."
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
