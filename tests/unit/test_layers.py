@@ -172,9 +172,9 @@ def test_yaml_and_arrays_are_read_without_running_code():
 
 
 def test_the_yaml_loader_is_a_safe_one_that_also_reads_1e_3():
-    from lamina.config import reading
+    from lamina.config import Loader
 
-    assert reading.Loader.yaml_constructors == __import__("yaml").SafeLoader.yaml_constructors
+    assert Loader.yaml_constructors == __import__("yaml").SafeLoader.yaml_constructors
 
 
 def test_no_file_is_a_drawer_for_everything():
@@ -214,8 +214,15 @@ def test_the_plain_path_names_nothing_that_makes_it_faster(part: str):
 
 
 NAMED_TUPLE = {"_replace", "_asdict", "_fields"}
-FOREIGN = {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_softmax_backward_data"}
-"""Of PyTorch."""
+FOREIGN = {
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_softmax_backward_data",
+    "_attn_implementation",
+}
+"""Of PyTorch and transformers."""
 
 
 @every_module
