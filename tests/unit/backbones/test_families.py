@@ -378,7 +378,7 @@ def test_inflora_learns_tasks(name: str, folder: Path, tmp_path: Path, monkeypat
     loop = cases.make_loop("inflora", cases.World("family", "class"), tmp_path / "run", training=training)
     loop.run()
     by_task: dict[int, list[float]] = {}
-    for task, _, loss in loop.losses:
+    for task, _, loss in loop.state.losses:
         by_task.setdefault(task, []).append(loss)
     assert len(by_task) == 3
     assert sum(losses[-1] for losses in by_task.values()) < 0.5 * sum(losses[0] for losses in by_task.values())
