@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from lamina.data import from_arrays, open_source, pixels
-from lamina.data.pixels import decode, decode_once, default_cache, stored_size
+from lamina.data.decoding import decode, stored_size
+from lamina.data.pixels import decode_once, default_cache
 from lamina.errors import DataError
 
 
