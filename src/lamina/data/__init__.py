@@ -71,14 +71,25 @@ def load_images(
     return _labelled(source, PixelTable(store, transform), keep, store.skipped)
 
 
-def load_texts(source: Source, tokenizer: Path | str, *, max_length: int = 128) -> LabelledData:
+def load_texts(
+    source: Source,
+    tokenizer: Path | str,
+    *,
+    max_length: int = 128,
+    positions: int | None = None,
+    vocabulary: int | None = None,
+) -> LabelledData:
     """The texts of a source, tokenised once. Rows are those of the source.
 
-    Raises DataError for images and if there is no tokenizer; ConfigError for a max_length that is not allowed.
+    positions: the most tokens the backbone has positions for. vocabulary: the number of tokens its embedding has.
+
+    Raises DataError for images, if there is no tokenizer, and for a token beyond the vocabulary; ConfigError for a
+    max_length that tokenizer or backbone do not allow.
     """
     if source.kind != "text":
         raise DataError(f"{source.name} holds images, where texts are needed. Use an image backbone, or other data")
-    return _labelled(source, tokenise_once(source, tokenizer, max_length), np.arange(len(source)), ())
+    table = tokenise_once(source, tokenizer, max_length, positions=positions, vocabulary=vocabulary)
+    return _labelled(source, table, np.arange(len(source)), ())
 
 
 def undecoded(source: Source) -> LabelledData:

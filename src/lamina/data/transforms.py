@@ -176,12 +176,16 @@ class PixelTable:
 
     def _resize_together(self, rows: Ints, boxes_b4: Boxes, flip_b: NDArray[np.bool_], sizes_b2: Ints) -> Tensor:
         alike_nhwc = self.store.alike_nhwc
-        gathered_bhwc = np.zeros((len(rows), *self.store.box, 3), np.uint8)
+        shape = (len(rows), *self.store.box, 3)
         # In the order of the file, so that a disk is read in one direction.
-        for k in np.argsort(rows, kind="stable"):
-            if alike_nhwc is not None:
+        order = np.argsort(rows, kind="stable")
+        if alike_nhwc is not None:
+            gathered_bhwc = np.empty(shape, np.uint8)
+            for k in order:
                 gathered_bhwc[k] = alike_nhwc[rows[k]]
-            else:
+        else:
+            gathered_bhwc = np.zeros(shape, np.uint8)
+            for k in order:
                 gathered_bhwc[k, : sizes_b2[k, 0], : sizes_b2[k, 1]] = self.store.image(rows[k])
         return resample(torch.from_numpy(gathered_bhwc), boxes_b4, self.transform.size, flip_b, sizes_b2)
 
