@@ -11,6 +11,7 @@ from torch import Tensor
 from lamina.data.audit import Audit, audit, render
 from lamina.data.pixels import decode_once, default_cache
 from lamina.data.sources import Columns, Source, from_arrays, open_source
+from lamina.data.summary import as_dict, check_taught, describe_source, difference
 from lamina.data.tokens import TokenTable, tokenise_once
 from lamina.data.transforms import ImageTransform, PixelTable
 from lamina.errors import ConfigError, DataError
@@ -23,8 +24,12 @@ __all__ = [
     "PixelTable",
     "Source",
     "TokenTable",
+    "as_dict",
     "audit",
+    "check_taught",
     "default_cache",
+    "describe_source",
+    "difference",
     "from_arrays",
     "load_images",
     "load_texts",
@@ -66,14 +71,25 @@ def load_images(
     return _labelled(source, PixelTable(store, transform), keep, store.skipped)
 
 
-def load_texts(source: Source, tokenizer: Path | str, *, max_length: int = 128) -> LabelledData:
+def load_texts(
+    source: Source,
+    tokenizer: Path | str,
+    *,
+    max_length: int = 128,
+    positions: int | None = None,
+    vocabulary: int | None = None,
+) -> LabelledData:
     """The texts of a source, tokenised once. Rows are those of the source.
 
-    Raises DataError for images and if there is no tokenizer; ConfigError for a max_length that is not allowed.
+    positions: the most tokens the backbone has positions for. vocabulary: the number of tokens its embedding has.
+
+    Raises DataError for images, if there is no tokenizer, and for a token beyond the vocabulary; ConfigError for a
+    max_length that tokenizer or backbone do not allow.
     """
     if source.kind != "text":
         raise DataError(f"{source.name} holds images, where texts are needed. Use an image backbone, or other data")
-    return _labelled(source, tokenise_once(source, tokenizer, max_length), np.arange(len(source)), ())
+    table = tokenise_once(source, tokenizer, max_length, positions=positions, vocabulary=vocabulary)
+    return _labelled(source, table, np.arange(len(source)), ())
 
 
 def undecoded(source: Source) -> LabelledData:

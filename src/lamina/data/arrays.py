@@ -67,6 +67,7 @@ def from_arrays(
         domain_names=domain_names,
         contents=_contents(items, len(images_or_texts), textual=textual),
         test_fraction=test_fraction,
+        layout="items in memory",
     )
 
 
@@ -74,7 +75,8 @@ def _contents(items: ArrayItems, n: int, *, textual: bool) -> Iterator[bytes]:
     for i in range(n):
         value = items.read(i)
         if isinstance(value, str) and textual:
-            yield value.encode()
+            # A lone surrogate is no reason to stop; the tokenizer names the text.
+            yield value.encode("utf-8", "surrogatepass")
         elif isinstance(value, bytes) and not textual:
             yield value
         elif isinstance(value, np.ndarray) and not textual:

@@ -2,14 +2,17 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from lamina.data.pixels import Damage, Progress, decode, each
+from lamina.data.decoding import decode, nearly_black
+from lamina.data.names import listed
+from lamina.data.pixels import Damage, Progress, each
 from lamina.data.records import Kind, Payload, Source
+from lamina.data.summary import count, counts, describe_source, notes
 from lamina.types import SPLITS, Ints
 
 _EXAMPLES = 5
@@ -32,6 +35,8 @@ class Audit:
     name: str
     kind: Kind
     items: int
+    description: tuple[str, ...]
+    """How the source was understood and what was left out of it: the lines of `describe_source`."""
     class_names: tuple[str, ...]
     domain_names: tuple[str, ...]
     per_split: dict[str, int]
@@ -53,25 +58,38 @@ class Audit:
     """Classes with fewer than the wanted number of training items, and how many they have."""
     untested: tuple[str, ...]
     """Classes with no test items."""
+    untaught: tuple[str, ...]
+    """Classes with no training items."""
+    alike: tuple[str, ...]
+    """A sentence for each group of names of classes or domains that look alike."""
+    black: tuple[str, ...]
+    """Images of more than 8 bits that have decoded to nearly black."""
     min_per_class: int
 
     @property
     def problems(self) -> list[str]:
         """One sentence for each kind of problem, most serious first; empty if there is none."""
         what = "image" if self.kind == "image" else "text"
-        few, untested = len(self.few), len(self.untested)
+        few = [name for name in self.few if name not in self.untaught]
         found = [
-            (len(self.damaged), f"{_count(len(self.damaged), what)} damaged or empty"),
-            (self.leaks.groups, f"{_count(self.leaks.groups, what)} in more than one split: tests will look too good"),
+            (len(self.damaged), f"{count(len(self.damaged), what)} damaged or empty"),
+            (self.leaks.groups, f"{count(self.leaks.groups, what)} in more than one split: tests will look too good"),
             (
                 self.conflicts.groups,
-                f"{_count(self.conflicts.groups, what)} in more than one class: one label is wrong",
+                f"{count(self.conflicts.groups, what)} in more than one class: one label is wrong",
             ),
-            (self.shared.groups, f"{_count(self.shared.groups, what)} in more than one domain: their tasks overlap"),
-            (few, f"{_count(few, 'class')} with fewer than {self.min_per_class} training items: {_list(self.few)}"),
-            (untested, f"{_count(untested, 'class')} without test items: {_list(self.untested)}"),
+            (self.shared.groups, f"{count(self.shared.groups, what)} in more than one domain: their tasks overlap"),
+            (len(self.untaught), f"{count(len(self.untaught), 'class')} without training items: {listed(self.untaught)}"),
+            (len(few), f"{count(len(few), 'class')} with fewer than {self.min_per_class} training items: {listed(few)}"),
+            (len(self.untested), f"{count(len(self.untested), 'class')} without test items: {listed(self.untested)}"),
+            *((1, sentence) for sentence in self.alike),
+            (
+                len(self.black),
+                f"{count(len(self.black), what)} nearly black: numbers of 12 bits or fewer in 16? Scale them, or write the"
+                f" TIFF tag SMaxSampleValue: {listed(self.black, 3)}",
+            ),
         ]
-        return [sentence for count, sentence in found if count]
+        return [sentence for number, sentence in found if number]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, as what JSON can hold."""
@@ -83,7 +101,9 @@ def audit(source: Source, *, min_per_class: int = 5, progress: Progress | None =
 
     Images are the same if their decoded pixels are; texts, if they are after folding case and white space.
     """
-    contents: list[bytes | Damage] = list(each(source, _content, progress))
+    found = list(each(source, _content, progress))
+    contents: list[bytes | Damage] = [item if isinstance(item, Damage) else item[0] for item in found]
+    black = tuple(source.where(row) for row, item in enumerate(found) if not isinstance(item, Damage) and item[1])
     damaged = tuple(
         f"{source.where(row)}: {content.reason}" for row, content in enumerate(contents) if isinstance(content, Damage)
     )
@@ -93,26 +113,30 @@ def audit(source: Source, *, min_per_class: int = 5, progress: Progress | None =
             rows_by_content[content].append(row)
     groups = [np.array(rows) for rows in rows_by_content.values() if len(rows) > 1]
     labels_n, splits_n, domains_n = source.labels_n, source.splits_n, source.domains_n
-    per_class = _table(source.class_names, labels_n, splits_n)
+    per_class = counts(source.class_names, labels_n, splits_n)
     # A damaged item teaches and tests nothing.
     whole_n = np.array([not isinstance(content, Damage) for content in contents])
-    usable = _table(source.class_names, labels_n[whole_n], splits_n[whole_n])
+    usable = counts(source.class_names, labels_n[whole_n], splits_n[whole_n])
     return Audit(
         name=source.name,
         kind=source.kind,
         items=len(source),
+        description=tuple(describe_source(source)),
         class_names=source.class_names,
         domain_names=source.domain_names,
         per_split={name: int((splits_n == k).sum()) for k, name in enumerate(SPLITS)},
-        per_domain=_table(source.domain_names, domains_n, splits_n),
+        per_domain=counts(source.domain_names, domains_n, splits_n),
         per_class=per_class,
         damaged=damaged,
         repeats=_repeats(groups, source),
         leaks=_repeats(_differing(groups, splits_n), source),
         conflicts=_repeats(_differing(groups, labels_n), source),
         shared=_repeats(_differing(groups, domains_n), source),
-        few={name: counts["train"] for name, counts in usable.items() if counts["train"] < min_per_class},
-        untested=tuple(name for name, counts in usable.items() if counts["test"] == 0),
+        few={name: per_split["train"] for name, per_split in usable.items() if per_split["train"] < min_per_class},
+        untested=tuple(name for name, per_split in usable.items() if per_split["test"] == 0),
+        untaught=tuple(name for name, per_split in usable.items() if per_split["train"] == 0),
+        alike=tuple(notes(source)),
+        black=black,
         min_per_class=min_per_class,
     )
 
@@ -121,22 +145,21 @@ def render(found: Audit) -> str:
     """The audit as plain text for a terminal."""
     splits = [name for name in SPLITS if found.per_split[name]]
     lines = [
-        f"{found.name}: {_count(found.items, found.kind)}, {_count(len(found.class_names), 'class')},"
-        f" {_count(len(found.domain_names), 'domain')}",
+        *found.description,
         "",
         *_columns("split", {name: {"items": found.per_split[name]} for name in splits}, ["items"]),
     ]
     if len(found.domain_names) > 1:
         lines += ["", *_columns("domain", found.per_domain, splits)]
-    sizes = sorted((counts["train"], name) for name, counts in found.per_class.items())
+    sizes = sorted((per_split["train"], name) for name, per_split in found.per_class.items())
     lines += [
         "",
         f"training items per class: {sizes[0][0]} ({sizes[0][1]}) to {sizes[-1][0]} ({sizes[-1][1]}),"
         f" median {sizes[len(sizes) // 2][0]}",
-        f"repeated items: {found.repeats.items} in {_count(found.repeats.groups, 'group')}",
+        f"repeated items: {found.repeats.items} in {count(found.repeats.groups, 'group')}",
     ]
     problems = found.problems
-    lines += ["", _count(len(problems), "problem") + (":" if problems else "")]
+    lines += ["", count(len(problems), "problem") + (":" if problems else "")]
     lines += [f"- {sentence}" for sentence in problems]
     if found.damaged:
         lines += ["", "damaged:", *(f"  {where}" for where in found.damaged)]
@@ -151,22 +174,16 @@ def render(found: Audit) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _content(payload: Payload) -> bytes:
+def _content(payload: Payload) -> tuple[bytes, bool]:
+    """A hash of what an item shows, and whether it is an image that has turned out nearly black."""
     if isinstance(payload, str):
         text = " ".join(payload.casefold().split())
         if not text:
             raise ValueError("the text is empty")
-        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest(), False
     pixels = decode(payload)
-    return hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest()
-
-
-def _table(names: tuple[str, ...], ids_n: Ints, splits_n: Ints) -> dict[str, dict[str, int]]:
-    counts = np.bincount(ids_n * len(SPLITS) + splits_n, minlength=len(names) * len(SPLITS)).reshape(-1, len(SPLITS))
-    return {
-        name: {split: int(count) for split, count in zip(SPLITS, row, strict=True)}
-        for name, row in zip(names, counts, strict=True)
-    }
+    content = hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest()
+    return content, nearly_black(payload, pixels)
 
 
 def _differing(groups: list[Ints], ids_n: Ints) -> list[Ints]:
@@ -185,15 +202,6 @@ def _repeats(groups: list[Ints], source: Source) -> Repeats:
         items=sum(len(rows) for rows in groups),
         examples=tuple(tuple(told(int(row)) for row in rows[:_EXAMPLES]) for rows in groups[:_EXAMPLES]),
     )
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}{'es' if noun.endswith('s') else 's'}"
-
-
-def _list(names: Iterable[str]) -> str:
-    shown = list(names)
-    return ", ".join(shown[:_EXAMPLES]) + (", ..." if len(shown) > _EXAMPLES else "")
 
 
 def _columns(title: str, rows: dict[str, dict[str, int]], columns: Sequence[str]) -> list[str]:

@@ -30,4 +30,5 @@ def open_digits(test_fraction: float = 0.2) -> Source:
         splits_n=None,
         contents=(image.tobytes() for image in images_n88),
         test_fraction=test_fraction,
+        layout="handwritten digits of scikit-learn",
     )

@@ -1,17 +1,21 @@
 """A folder with one folder of images per class, with or without folders for splits and domains above them."""
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lamina.data.records import Kind, Source, build, split_of
+from lamina.data.names import clean, listed, shown, split_of, split_words
+from lamina.data.records import Kind, Source, build
+from lamina.data.tree import IMAGE_SUFFIXES, Folder, Leftovers, scan
 from lamina.errors import DataError
-from lamina.types import Ints
+from lamina.types import SPLITS, Ints
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jfif", ".png", ".pgm", ".ppm", ".tif", ".tiff", ".webp"})
+_FEW = 10
+"""Images beside folders of images are strays if there are ten times as many in the folders."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +29,27 @@ class FolderItems:
         return (self.root / self.paths[i]).read_bytes()
 
     def where(self, i: int) -> str:
-        return str(self.root / self.paths[i])
+        # A name that is not valid Unicode must be printable all the same.
+        return os.fsencode(self.root / self.paths[i]).decode("utf-8", "backslashreplace")
 
 
 @dataclass(frozen=True)
 class ClassFolder:
     """One folder of images: its class, its split if its place tells, its domain."""
 
-    path: Path
+    folder: Folder
     split: int | None
     domain: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a folder was understood."""
+
+    classes: list[ClassFolder]
+    layout: str
+    passed: list[Folder]
+    """Folders above the class folders: images directly in them are left out."""
 
 
 def open_folder(root: Path, *, kind: Kind, test_fraction: float) -> Source:
@@ -47,89 +62,211 @@ def open_folder(root: Path, *, kind: Kind, test_fraction: float) -> Source:
             f"{root} is a folder of folders, which can only hold images, but the kind asked for is {kind}."
             " Put texts in a CSV or Parquet file with the columns text and label"
         )
-    folders = class_folders(root)
-    class_names = tuple(sorted({folder.path.name for folder in folders}))
-    domain_names = tuple(dict.fromkeys(folder.domain for folder in folders))
-    paths, labels, splits, domains, sizes, times = [], [], [], [], [], []
-    for folder in folders:
-        files = list(_images(folder.path))
-        if not files:
+    tree, left = scan(root)
+    reading = read_layout(tree)
+    for folder in reading.passed:
+        if not folder.holds:
+            left.add("empty folders", folder.path)
+        for image in folder.images:
+            left.add("images beside the class folders", image.path)
+    names = [clean(found.folder.name, f"class folder {found.folder.path!a}") for found in reading.classes]
+    domains = [clean(found.domain, "the name of a domain") for found in reading.classes]
+    class_names, domain_names = tuple(sorted(set(names))), tuple(dict.fromkeys(domains))
+    class_ids = {name: k for k, name in enumerate(class_names)}
+    images, labels_n, domains_n, splits = [], [], [], []
+    for found, name, domain in zip(reading.classes, names, domains, strict=True):
+        inside = sorted(found.folder.all_images(), key=lambda image: image.path.split("/"))
+        if not inside:
             raise DataError(
-                f"class folder {folder.path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})."
+                f"class folder {root / found.folder.path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})."
                 " Put images in it, or remove it"
             )
-        for file in files:
-            state = file.stat()
-            paths.append(file.relative_to(root).as_posix())
-            labels.append(class_names.index(folder.path.name))
-            splits.append(folder.split)
-            domains.append(domain_names.index(folder.domain))
-            sizes.append(state.st_size)
-            times.append(state.st_mtime_ns)
-    splits_n: Ints | None = None if None in splits else np.array(splits, np.int64)
+        _note_empty(found.folder, left)
+        images += inside
+        labels_n += [class_ids[name]] * len(inside)
+        domains_n += [domain_names.index(domain)] * len(inside)
+        splits += [found.split] * len(inside)
     return build(
         kind="image",
         name=root.resolve().name,
-        items=FolderItems(root, tuple(paths)),
-        labels_n=np.array(labels, np.int64),
+        items=FolderItems(root, tuple(image.path for image in images)),
+        labels_n=np.array(labels_n, np.int64),
         class_names=class_names,
-        splits_n=splits_n,
-        domains_n=np.array(domains, np.int64),
+        splits_n=None if None in splits else np.array(splits, np.int64),
+        domains_n=np.array(domains_n, np.int64),
         domain_names=domain_names,
-        contents=(f"{path}\0{size}".encode() for path, size in zip(paths, sizes, strict=True)),
+        contents=(os.fsencode(f"{image.path}\0{image.size}") for image in images),
         test_fraction=test_fraction,
-        stamp=hashlib.blake2b(repr(times).encode(), digest_size=16).hexdigest(),
+        stamp=hashlib.blake2b(repr([image.changed for image in images]).encode(), digest_size=16).hexdigest(),
+        layout=reading.layout,
+        left_out=left.found(),
     )
 
 
-def class_folders(root: Path) -> list[ClassFolder]:
-    """The class folders below `root`, in a fixed order, each with the split and domain its place says."""
-    first = _folders(root)
-    if not first:
+def read_layout(root: Folder) -> Reading:
+    """The class folders below `root`, in a fixed order, each with the split and domain that its place says.
+
+    Raises DataError where the folders can be understood in more than one way.
+    """
+    if not root.folders:
         raise DataError(
-            f"{root} holds neither folders of images, nor Parquet files, nor a saved Hugging Face dataset."
+            f"{root.at} holds neither folders of images, nor Parquet files, nor a saved Hugging Face dataset."
             " Point at a folder with one folder per class, at a Parquet or CSV file, or at hf:owner/name"
         )
-    if any(split_of(folder.name) is not None for folder in first):
-        return _by_split(root, first, "all")
-    second = {folder: _folders(folder) for folder in first}
-    nested = [folder for folder in first if second[folder] and not any(_direct_images(folder))]
-    if nested == first:
-        if all(split_of(inner.name) is not None for inners in second.values() for inner in inners):
-            return [found for folder in first for found in _by_split(folder, second[folder], folder.name)]
-        names = [inner.name for inners in second.values() for inner in inners]
-        # Several classes, one of them in more than one place: the outer folders can only be domains. Otherwise they
-        # are classes that keep their images one folder deeper (as Tiny ImageNet does).
-        if 1 < len(set(names)) < len(names):
-            return [ClassFolder(inner, None, folder.name) for folder in first for inner in second[folder]]
-    return [ClassFolder(folder, None, "all") for folder in first]
+    top, passed = _unwrapped(root)
+    inside = f"inside {shown(top.path)}, " if top is not root else ""
+    splits = _splits(top, top.folders)
+    if splits:
+        found, above = _classes_of_splits(splits, "all")
+        _refuse_domains_in_splits(top, found)
+        told = ", ".join(f"{shown(folder.name)}/ is {SPLITS[split]}" for split, folder in splits)
+        return Reading(found, f"{inside}folders SPLIT/CLASS: {told}", [*passed, *above])
+    if _hold_splits(top):
+        found, above = [], []
+        for domain in top.folders:
+            its_classes, its_above = _classes_of_splits(_splits(domain, domain.folders), domain.name)
+            found += its_classes
+            above += [domain, *its_above]
+        return Reading(found, f"{inside}folders DOMAIN/SPLIT/CLASS: {_named(top.folders)}", [*passed, *above])
+    if _are_domains(top):
+        found = [ClassFolder(inner, None, domain.name) for domain in top.folders for inner in domain.folders]
+        layout = f"{inside}folders DOMAIN/CLASS: {_named(top.folders)}"
+        return Reading(found, layout, [*passed, *top.folders])
+    return Reading([ClassFolder(folder, None, "all") for folder in top.folders], f"{inside}folders CLASS", passed)
 
 
-def _by_split(parent: Path, folders: list[Path], domain: str) -> list[ClassFolder]:
-    found: list[ClassFolder] = []
-    for folder in sorted(folders, key=lambda folder: (split_of(folder.name) or 0, folder.name)):
-        split = split_of(folder.name)
-        if split is None:
-            raise DataError(
-                f"{parent} holds folders of splits (train, val, test) and also {folder.name!r}, which is none."
-                f" Move {folder.name!r} elsewhere, or rename the folders if they are classes"
-            )
-        inner = _folders(folder)
-        if not inner:
-            raise DataError(f"split folder {folder} holds no class folders. Put one folder per class in it")
-        found.extend(ClassFolder(path, split, domain) for path in inner)
-    return found
+def _unwrapped(folder: Folder) -> tuple[Folder, list[Folder]]:
+    """The first folder below this one that holds more than one folder, and all above it.
+
+    A zip file is often unpacked into a folder of its own. A lone folder of images, or of a split, is no such wrapper.
+    """
+    passed = [folder]
+    while len(folder.folders) == 1 and split_of(folder.folders[0].name) is None:
+        inner = folder.folders[0]
+        if inner.images or len([deeper for deeper in inner.folders if deeper.holds]) == 0:
+            break
+        folder = inner
+        passed.append(folder)
+    # Where nothing but single folders was met, there is one class, and it is the outermost.
+    return (folder, passed) if len(folder.folders) > 1 or _splits(folder, folder.folders) else (passed[0], passed[:1])
 
 
-def _folders(parent: Path) -> list[Path]:
-    return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _classes_of_splits(splits: list[tuple[int, Folder]], domain: str) -> tuple[list[ClassFolder], list[Folder]]:
+    found, above = [], []
+    for split, folder in splits:
+        above.append(inner := folder)
+        # A split is at times unpacked into a folder of its own name.
+        while len(inner.folders) == 1 and not inner.folders[0].images and split_words(inner.folders[0].name)[0]:
+            above.append(inner := inner.folders[0])
+        if not inner.folders:
+            raise DataError(f"split folder {folder.at} holds no class folders. Put one folder per class in it")
+        found += [ClassFolder(path, split, domain) for path in inner.folders]
+    return found, above
 
 
-def _direct_images(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+def _splits(parent: Folder, folders: Sequence[Folder]) -> list[tuple[int, Folder]]:
+    """The split of each folder, in the order of splits; none where they are no splits.
+
+    Raises DataError where only some are, or where it cannot be told.
+    """
+    meant = {folder: split_of(folder.name) for folder in folders}
+    if all(split is None or _is_class_named_train(folder, folders) for folder, split in meant.items()):
+        return _splits_by_one_word(parent, folders)
+    other = next((folder for folder, split in meant.items() if split is None), None)
+    if other is not None:
+        raise DataError(
+            f"{parent.at} holds folders of splits (train, val, test) and also {shown(other.name)!r}, which is none."
+            f" Move {shown(other.name)!r} elsewhere, or rename the folders if they are classes"
+        )
+    found = [(split, folder) for folder, split in meant.items() if split is not None]
+    return sorted(found, key=lambda pair: (pair[0], pair[1].name))
 
 
-def _images(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file():
-            yield path
+def _is_class_named_train(folder: Folder, beside: Sequence[Folder]) -> bool:
+    """A train is a thing too: a folder of images with other folders beside it that are no splits."""
+    others = [split_of(other.name) is None for other in beside if other is not folder]
+    return folder.name.lower() == "train" and bool(folder.images) and not folder.folders and len(others) > 1 and all(others)
+
+
+def _splits_by_one_word(parent: Folder, folders: Sequence[Folder]) -> list[tuple[int, Folder]]:
+    """Folders such as seg_train and seg_test, which hold class folders and differ in the word of the split only."""
+    words = {folder: split_words(folder.name) for folder in folders if folder.holds}
+    meant = {folder: min(splits) for folder, (splits, _) in words.items() if len(splits) == 1}
+    nested = all(folder.nested > len(folder.images) for folder in meant)
+    if 0 not in meant.values() or len(set(meant.values())) < 2 or not nested:
+        return []
+    if len(meant) == len(words) and len({rest for _, rest in words.values()}) == 1:
+        return sorted(((split, folder) for folder, split in meant.items()), key=lambda pair: (pair[0], pair[1].name))
+    raise DataError(
+        f"{parent.at} holds folders that may be splits ({_named(list(meant))}) or domains: it cannot be told."
+        f" Name splits train, val and test, and move other folders elsewhere (found: {_named(folders)})"
+    )
+
+
+def _hold_splits(top: Folder) -> bool:
+    """Whether these are domains, each with folders for its splits. Raises DataError where only some are."""
+    inner = [folder for outer in top.folders for folder in outer.folders]
+    are = [bool(_splits(outer, outer.folders)) for outer in top.folders if outer.folders]
+    if not inner or not any(are):
+        return False
+    without = [outer.name for outer in top.folders if not outer.folders or not _splits(outer, outer.folders)]
+    if without:
+        raise DataError(
+            f"{top.at} holds domains with folders of splits (train, val, test), but {listed(without)} has none."
+            " Give every domain the same splits, or move that folder elsewhere"
+        )
+    return True
+
+
+def _are_domains(top: Folder) -> bool:
+    """Whether the folders are domains: the same class folders stand in several of them.
+
+    Otherwise they are classes, perhaps with their images one folder deeper (as in Tiny ImageNet). Raises DataError
+    where both are possible.
+    """
+    outer = [folder for folder in top.folders if folder.folders]
+    if not _shared(outer):
+        return False
+    direct, nested = sum(len(folder.images) for folder in outer), sum(folder.nested for folder in outer)
+    flat = [folder for folder in top.folders if folder.images and not folder.folders]
+    if direct * _FEW <= nested and not flat:
+        return True
+    if direct >= nested:
+        return False
+    found = f"{flat[0].path} holds images directly" if flat else f"{direct} images lie directly in them"
+    raise DataError(
+        f"{top.at}: the folders {_named(outer)} hold folders of the same names, as domains do, but {shown(found)}, as in"
+        " classes: it cannot be told. Move the images into class folders, or give every class one folder"
+    )
+
+
+def _refuse_domains_in_splits(top: Folder, found: list[ClassFolder]) -> None:
+    outer = {each.folder.name: each.folder for each in found if each.folder.nested > len(each.folder.images)}
+    if _shared(list(outer.values())):
+        raise DataError(
+            f"{top.at}: in the folders of splits, the folders {_named(list(outer.values()))} hold folders of the same names:"
+            " domains of classes, or classes in parts; it cannot be told. Lay domains out as DOMAIN/SPLIT/CLASS, or put"
+            " the images of a class into its folder"
+        )
+
+
+def _shared(outer: Sequence[Folder]) -> bool:
+    """Whether these folders hold several names of folders, one of them more than once."""
+    names = [clean(inner.name, f"folder {inner.path!a}") for folder in outer for inner in folder.folders]
+    return 1 < len(set(names)) < len(names)
+
+
+def _named(folders: Sequence[Folder]) -> str:
+    return listed([f"{folder.name}/" for folder in folders])
+
+
+def _note_empty(folder: Folder, left: Leftovers) -> None:
+    for inner in _below(folder):
+        if not inner.holds:
+            left.add("empty folders", inner.path)
+
+
+def _below(folder: Folder) -> Iterator[Folder]:
+    for inner in folder.folders:
+        yield inner
+        yield from _below(inner)

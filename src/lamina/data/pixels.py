@@ -1,28 +1,26 @@
-"""Decodes every image once, into one memory-mapped array of bytes that a killed decode never leaves half written.
+"""Decodes every image once, into one memory-mapped file that a killed decode never leaves half written.
 
 Shape letters: n images, h w the pixels of one image, H W those of the largest, c = 3 channels.
 """
 
 import hashlib
-import io
 import json
 import os
 import shutil
-import struct
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
-from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from lamina.data.decoding import DAMAGE, decode, header_size
 from lamina.data.records import Payload, Source
 from lamina.errors import DataError
 from lamina.types import Ints
@@ -30,30 +28,17 @@ from lamina.types import Ints
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
 
-# What Pillow's decoders raise for files that are not what they claim to be.
-DAMAGE = (
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    OSError,
-    EOFError,
-    ValueError,
-    SyntaxError,
-    struct.error,
-    zlib.error,
-)
-_FORMAT = 1
-_ROTATED = frozenset({5, 6, 7, 8})
-_ORIENTATION = 0x0112
+_FORMAT = 2
 _STALE_SECONDS = 24 * 3600
 _HANDFUL = 32
 
 
 @dataclass(frozen=True, eq=False)
 class PixelStore:
-    """Decoded images. Image k is pixels[k, :sizes[k, 0], :sizes[k, 1]]; the rest of its box is zero."""
+    """Decoded images, one after another: each takes the bytes of its own pixels."""
 
     pixels: NDArray[np.uint8]
-    """(n, H, W, 3), memory-mapped and read-only."""
+    """All pixels, memory-mapped and read-only: image 0 (h, w, 3), then image 1, and so on."""
     sizes_n2: Ints
     """Height and width of every image."""
     skipped: tuple[str, ...] = ()
@@ -61,6 +46,32 @@ class PixelStore:
 
     def __len__(self) -> int:
         return len(self.sizes_n2)
+
+    @cached_property
+    def box(self) -> tuple[int, int]:
+        """H, W: the largest height and the largest width."""
+        height, width = self.sizes_n2.max(0).tolist()
+        return height, width
+
+    @cached_property
+    def alike_nhwc(self) -> NDArray[np.uint8] | None:
+        """All images as one array (n, H, W, 3), None where their sizes differ."""
+        return self.pixels.reshape(len(self), *self.box, 3) if (self.sizes_n2 == self.box).all() else None
+
+    def image(self, k: int) -> NDArray[np.uint8]:
+        """Image k, (h, w, 3), not copied."""
+        if self.alike_nhwc is not None:
+            return self.alike_nhwc[k]
+        height, width = self.sizes_n2[k]
+        return self._flat[self._starts_n[k] : self._starts_n[k] + 3 * height * width].reshape(height, width, 3)
+
+    @cached_property
+    def _flat(self) -> NDArray[np.uint8]:
+        return self.pixels.reshape(-1)
+
+    @cached_property
+    def _starts_n(self) -> Ints:
+        return np.cumsum([0, *(3 * self.sizes_n2.prod(1))], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -74,38 +85,6 @@ def default_cache() -> Path:
     """Where decoded images go unless a folder is named: $XDG_CACHE_HOME/lamina, else ~/.cache/lamina."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "lamina"
-
-
-def stored_size(height: int, width: int, store_px: int) -> tuple[int, int]:
-    """Height and width at which an image is kept: at most 2 : 1, the short side at most `store_px`, never enlarged."""
-    short = min(height, width)
-    scale = min(1.0, store_px / short)
-    box_h, box_w = min(height, 2 * short), min(width, 2 * short)
-    return max(1, round(box_h * scale)), max(1, round(box_w * scale))
-
-
-def decode(payload: Payload, store_px: int | None = None) -> NDArray[np.uint8]:
-    """One image as RGB (h, w, 3): upright by its EXIF tag, transparency over white, reduced to `stored_size`.
-
-    Without store_px, at its own size and shape. Raises one of DAMAGE if it cannot be decoded.
-    """
-    with _opened(payload) as image:
-        height, width = _upright_size(image)
-        target = (height, width) if store_px is None else stored_size(height, width, store_px)
-        if store_px is not None and image.format == "JPEG":
-            # JPEG can be decoded at 1/2, 1/4 or 1/8 for a fraction of the time; twice the target keeps it antialiased.
-            enough = 2 * max(target)
-            image.draft("RGB", (enough, enough))
-        image.load()
-        upright = _rgb(_upright(image))
-    if target == (upright.height, upright.width):
-        return np.asarray(upright)
-    # Centred, at most 2 : 1.
-    short = min(upright.height, upright.width)
-    box_h, box_w = min(upright.height, 2 * short), min(upright.width, 2 * short)
-    left, top = (upright.width - box_w) / 2, (upright.height - box_h) / 2
-    box = (left, top, left + box_w, top + box_h)
-    return np.asarray(upright.resize((target[1], target[0]), Image.Resampling.BILINEAR, box=box))
 
 
 def decode_once(
@@ -134,20 +113,21 @@ def decode_once(
             _remove_stale(cache, key)
             partial = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=cache))
         except OSError as error:
-            raise DataError(
-                f"decoded images cannot be kept in {cache} ({error.strerror}). Name a folder that can be written with"
-                " --set data.cache=FOLDER"
-            ) from error
+            raise _no_room(cache, error) from error
         try:
             _write(source, store_px, partial, on_damaged, progress)
             _publish(partial, folder)
+        except OSError as error:
+            raise _no_room(cache, error) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         skipped = {int(row): str(reason) for row, reason in meta["skipped"]}
-        pixels = np.load(folder / "pixels.npy", mmap_mode="r", allow_pickle=False)
         sizes_n2 = np.load(folder / "sizes.npy", allow_pickle=False)
+        pixels = np.memmap(folder / "pixels.bin", np.uint8, mode="r")
+        if len(pixels) != 3 * int(sizes_n2.prod(1).sum()):
+            raise ValueError(f"pixels.bin holds {len(pixels)} bytes, {3 * int(sizes_n2.prod(1).sum())} are needed")
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"the decoded images in {folder} are damaged ({error}). Remove that folder; they will be decoded again"
@@ -158,7 +138,7 @@ def decode_once(
     keep = np.array([row for row in range(len(source)) if row not in skipped], np.int64)
     told = tuple(f"{source.where(row)}: {reason}" for row, reason in sorted(skipped.items()))
     # A plain view: indexing a numpy.memmap costs more than copying a small image.
-    return PixelStore(np.asarray(pixels)[: len(sizes_n2)], sizes_n2, told), keep
+    return PixelStore(np.asarray(pixels), sizes_n2, told), keep
 
 
 def each(source: Source, work: Callable[[Payload], T], progress: Progress | None = None) -> Iterator[T | Damage]:
@@ -194,44 +174,39 @@ def _write(
     progress: Progress | None,
 ) -> None:
     n = len(source)
-    # The first pass reads headers only, so that no more than a chunk of images is ever in memory.
-    largest = np.zeros(2, np.int64)
-    for row, size in enumerate(each(source, lambda payload: _header_size(payload, store_px))):
+    # The first pass reads headers only, so that a disk that is too small is known before hours of decoding.
+    needed = 0
+    for row, size in enumerate(each(source, lambda payload: header_size(payload, store_px))):
         if not isinstance(size, Damage):
-            largest = np.maximum(largest, size)
+            needed += 3 * size[0] * size[1]
         elif on_damaged == "error":
             raise _damaged(source, row, size.reason)
-    height, width = (int(side) for side in largest)
-    needed, free = n * height * width * 3, shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free
     if needed > free:
-        # A full disk would otherwise kill the process: writes to a memory map have no error to return.
         raise DataError(
             f"the decoded images of {source.name} need {needed / 2**30:.1f} GiB and {folder.parent} has"
             f" {free / 2**30:.1f} GiB free. Free some, name another with --set data.cache=FOLDER, or choose a"
             f" smaller backbone.image_size (images are kept at up to {store_px} px)"
         )
-    if height == 0:
-        raise DataError(f"none of the {n} images of {source.name} can be decoded; the first is {source.where(0)}")
-    pixels = open_memmap(folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=(n, height, width, 3))
     sizes: list[tuple[int, int]] = []
     skipped: list[tuple[int, str]] = []
-    for row, image in enumerate(each(source, lambda payload: decode(payload, store_px), progress)):
-        if isinstance(image, Damage):
-            if on_damaged == "error":
-                raise _damaged(source, row, image.reason)
-            skipped.append((row, image.reason))
-            continue
-        h, w, _ = image.shape
-        pixels[len(sizes), :h, :w] = image
-        sizes.append((h, w))
+    with (folder / "pixels.bin").open("wb") as file:
+        for row, image in enumerate(each(source, lambda payload: decode(payload, store_px), progress)):
+            if isinstance(image, Damage):
+                if on_damaged == "error":
+                    raise _damaged(source, row, image.reason)
+                skipped.append((row, image.reason))
+                continue
+            file.write(np.ascontiguousarray(image).data)
+            sizes.append((image.shape[0], image.shape[1]))
     if not sizes:
-        raise DataError(f"none of the {n} images of {source.name} can be decoded; the first is {source.where(0)}")
-    pixels.flush()
-    del pixels
+        raise DataError(
+            f"none of the {n} images of {source.name} can be decoded; the first is {source.where(0)} ({skipped[0][1]})"
+        )
     np.save(folder / "sizes.npy", np.array(sizes, np.int64), allow_pickle=False)
     meta = {"format": _FORMAT, "name": source.name, "n": len(sizes), "store_px": store_px, "skipped": skipped}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
-    for name in ("pixels.npy", "sizes.npy", "meta.json"):
+    for name in ("pixels.bin", "sizes.npy", "meta.json"):
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
 
@@ -256,45 +231,15 @@ def _remove_stale(cache: Path, key: str) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
+def _no_room(cache: Path, error: OSError) -> DataError:
+    return DataError(
+        f"decoded images cannot be kept in {cache} ({error.strerror}). Name a folder that can be written, and has room, with"
+        " --set data.cache=FOLDER"
+    )
+
+
 def _damaged(source: Source, row: int, reason: str) -> DataError:
     return DataError(
         f"{source.where(row)} cannot be decoded ({reason}). `lamina data check SOURCE` lists all damaged images;"
         " replace them, or leave them out with --set data.on_damaged=skip"
     )
-
-
-def _opened(payload: Payload) -> Image.Image:
-    if isinstance(payload, bytes):
-        return Image.open(io.BytesIO(payload))
-    if isinstance(payload, str):
-        raise TypeError("a text cannot be decoded as an image")
-    return Image.fromarray(payload)
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    # Without a tag Pillow would copy the image.
-    return ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    turned = image.getexif().get(_ORIENTATION) in _ROTATED
-    return image.size if turned else (image.height, image.width)
-
-
-def _header_size(payload: Payload, store_px: int) -> tuple[int, int]:
-    if isinstance(payload, np.ndarray):
-        return stored_size(payload.shape[0], payload.shape[1], store_px)
-    with _opened(payload) as image:
-        height, width = _upright_size(image)
-    return stored_size(height, width, store_px)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16 bits of grey: Pillow's own conversion would clip all but the darkest 1/256 to white.
-        grey = np.clip(np.asarray(image, np.float32) / 257, 0, 255)
-        return Image.fromarray(np.round(grey).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        layered = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")

@@ -4,11 +4,9 @@ Shape letters: n items.
 """
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from numbers import Integral
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -16,24 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamina import rng
+from lamina.data.names import SPLIT_NAMES, clean, listed, shown, split_of
 from lamina.errors import ConfigError, DataError
 from lamina.types import SPLITS, Ints
 
 Kind = Literal["image", "text"]
 Payload: TypeAlias = bytes | NDArray[np.uint8] | str
-
-SPLIT_NAMES = {
-    "train": 0,
-    "training": 0,
-    "val": 1,
-    "valid": 1,
-    "validation": 1,
-    "dev": 1,
-    "test": 2,
-    "testing": 2,
-}
-"""How people name the three splits, in lower case, and the position in SPLITS each means."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
@@ -62,6 +48,21 @@ class Items(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """Files or folders that are no data, for one reason."""
+
+    reason: str
+    """What they are, in the plural."""
+    count: int
+    examples: tuple[str, ...]
+    """The first few."""
+
+    def __str__(self) -> str:
+        more = ", ..." if self.count > len(self.examples) else ""
+        return f"{self.reason}: {self.count} ({listed(self.examples)}{more})"
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
     """Labelled items, not yet decoded.
@@ -81,6 +82,10 @@ class Source:
     fingerprint: str
     stamp: str = ""
     """For folders, a hash of the times of change: a decoded copy is current only while it stays the same."""
+    layout: str = ""
+    """How the folder or table was understood: one sentence."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What was found there and is no data."""
 
     def __len__(self) -> int:
         return len(self.labels_n)
@@ -94,62 +99,77 @@ class Source:
         return self.items.where(i)
 
 
-@lru_cache(maxsize=1024)
-def split_of(name: str) -> int | None:
-    """The split a name means, as a position in SPLITS, or None."""
-    return SPLIT_NAMES.get(name.strip().lower())
-
-
-def split_in_file_name(stem: str) -> int | None:
-    """The split a file name such as `train-00-of-05` begins with, or None."""
-    return split_of(re.split(r"[-_.]", stem, maxsplit=1)[0])
-
-
 def label_ids(
     values: Sequence[Any], names: tuple[str, ...] | None, where: Callable[[int], str]
 ) -> tuple[Ints, tuple[str, ...]]:
-    """Class ids (n,) and class names, from a column of ids or of names.
+    """Class ids (n,) and class names, from a column of ids, of names, or of True and False.
 
-    Known `names` fix the ids. Otherwise the distinct values, in ascending order, are the classes.
+    Known `names` fix the ids. Otherwise the distinct values, in ascending order, are the classes. Names are compared in
+    Unicode NFC.
 
-    Raises DataError naming the first row whose label is missing, unknown, out of range or of another type.
+    Raises DataError naming the first row whose label is missing, empty, unknown, out of range or of another type.
     """
-    if names is not None and (doubled := [name for name, times in Counter(names).items() if times > 1]):
-        raise DataError(f"class name {doubled[0]!r} is listed more than once: give every class a name of its own")
-    textual = bool(len(values)) and isinstance(next((v for v in values if v is not None), None), str)
-    wanted: type = str if textual else Integral
+    if names is not None:
+        names = tuple(clean(name, f"the name of class {k}") for k, name in enumerate(names))
+        if doubled := [name for name, times in Counter(names).items() if times > 1]:
+            raise DataError(f"class name {doubled[0]!r} is listed more than once: give every class a name of its own")
+    first = next((value for value in values if value is not None), None)
+    # A sequence of True and False holds the classes of these names.
+    wanted: type = str if isinstance(first, str) else bool if isinstance(first, bool | np.bool_) else Integral
     # Of types, not of rows: there may be millions, and a test for an abstract class takes its time.
     fits = {
-        type_: issubclass(type_, wanted) and not issubclass(type_, bool | np.bool_) for type_ in set(map(type, values))
+        type_: issubclass(type_, bool | np.bool_) if wanted is bool else _fits(type_, wanted)
+        for type_ in set(map(type, values))
     }
     if not all(fits.values()):
         row, value = next((row, value) for row, value in enumerate(values) if not fits[type(value)])
         if value is None:
             raise DataError(f"{where(row)} has no label. Remove the row, or label it")
         raise DataError(
-            f"{where(row)} has the label {value!r} ({type(value).__name__}); allowed are class ids (0, 1, ...) or"
-            " class names, one or the other throughout"
+            f"{where(row)} has the label {shown(repr(value))} ({type(value).__name__}); allowed are class ids (0, 1, ...)"
+            " or class names, one or the other throughout"
         )
-    if textual:
-        known = names if names is not None else tuple(sorted(set(values)))
-        place = {name: k for k, name in enumerate(known)}
-        for row, value in enumerate(values):
-            if value not in place:
-                raise DataError(
-                    f"{where(row)} has the label {value!r}, which is none of the {len(known)} class names"
-                    f" ({_some(known)}). Correct the label or the list of names"
-                )
-        return np.array([place[value] for value in values], np.int64), known
-    labels_n = np.array([int(value) for value in values], np.int64)
-    limit = len(names) if names is not None else None
-    wrong = np.flatnonzero((labels_n < 0) | (labels_n >= limit) if limit is not None else labels_n < 0)
-    if len(wrong):
-        row = int(wrong[0])
-        allowed = f"0 to {limit - 1}, one for each class name" if limit is not None else "0 or more"
+    if wanted is str or (wanted is bool and names is None):
+        return _ids_of_names([str(value) for value in values], names, where)
+    return _ids_of_numbers([int(value) for value in values], names, where)
+
+
+def _fits(type_: type, wanted: type) -> bool:
+    return issubclass(type_, wanted) and not issubclass(type_, bool | np.bool_)
+
+
+def _ids_of_names(
+    values: list[str], names: tuple[str, ...] | None, where: Callable[[int], str]
+) -> tuple[Ints, tuple[str, ...]]:
+    spelt: dict[str, str] = {}
+    for row, value in enumerate(values):
+        if value not in spelt:
+            if not value.strip():
+                raise DataError(f"{where(row)} has no label: it is empty. Remove the row, or label it")
+            spelt[value] = clean(value, f"the label of {where(row)}")
+    known = names if names is not None else tuple(sorted(set(spelt.values())))
+    place = {name: k for k, name in enumerate(known)}
+    if unknown := {value for value, name in spelt.items() if name not in place}:
+        row, value = next((row, value) for row, value in enumerate(values) if value in unknown)
         raise DataError(
-            f"{where(row)} has the label {labels_n[row]}; allowed is {allowed}."
+            f"{where(row)} has the label {shown(value)!r}, which is none of the {len(known)} class names"
+            f" ({_some(known)}). Correct the label or the list of names"
+        )
+    return np.array([place[spelt[value]] for value in values], np.int64), known
+
+
+def _ids_of_numbers(
+    values: list[int], names: tuple[str, ...] | None, where: Callable[[int], str]
+) -> tuple[Ints, tuple[str, ...]]:
+    limit = len(names) if names is not None else 2**63
+    wrong = next((row for row, value in enumerate(values) if not 0 <= value < limit), None)
+    if wrong is not None:
+        allowed = f"0 to {limit - 1}, one for each class name" if names is not None else "0 or more, in 64 bits"
+        raise DataError(
+            f"{where(wrong)} has the label {values[wrong]}; allowed is {allowed}."
             " Correct the label, or leave unlabelled rows out"
         )
+    labels_n = np.array(values, np.int64)
     if names is not None:
         return labels_n, names
     distinct, ids_n = np.unique(labels_n, return_inverse=True)
@@ -160,9 +180,10 @@ def split_ids(values: Sequence[Any], where: Callable[[int], str]) -> Ints:
     """Positions in SPLITS (n,), from names or positions. Raises DataError naming the first row with neither."""
     found = [split_of(value) if isinstance(value, str) else value for value in values]
     for row, split in enumerate(found):
-        if not (type(split) is int or isinstance(split, Integral)) or not 0 <= int(split) < len(SPLITS):
+        whole = type(split) is int or (isinstance(split, Integral) and not isinstance(split, bool | np.bool_))
+        if not whole or not 0 <= int(split) < len(SPLITS):
             raise DataError(
-                f"{where(row)} has the split {values[row]!r}; allowed are {', '.join(SPLIT_NAMES)}."
+                f"{where(row)} has the split {shown(repr(values[row]))}; allowed are {', '.join(SPLIT_NAMES)}."
                 " Rename it, or leave the row out"
             )
     return np.array(found, np.int64)
@@ -173,16 +194,27 @@ def domain_ids(
 ) -> tuple[Ints, tuple[str, ...]]:
     """Domain ids (n,) and names, in the order of `names` if they cover all, else of first appearance.
 
-    Raises DataError naming the first row without a domain.
+    Raises DataError naming the first row without a domain, or with one that is neither text nor a whole number.
     """
+    spelt: dict[Any, str] = {}
+    allowed = {type_: issubclass(type_, str | bool | np.bool_ | Integral) for type_ in set(map(type, values))}
     for row, value in enumerate(values):
-        if value is None:
+        if value is None or (isinstance(value, str) and not value.strip()):
             raise DataError(f"{where(row)} has no domain. Name one, or remove the column of domains")
-    found = tuple(dict.fromkeys(map(str, values)))
-    if names is not None and set(names) >= set(found):
-        found = tuple(name for name in names if name in set(found))
+        if not allowed[type(value)]:
+            raise DataError(
+                f"{where(row)} has the domain {shown(repr(value))} ({type(value).__name__}); allowed are names and whole"
+                " numbers. Convert the column of domains to text"
+            )
+        if value not in spelt:
+            spelt[value] = clean(str(value), f"the domain of {where(row)}")
+    found = tuple(dict.fromkeys(spelt.values()))
+    if names is not None:
+        names = tuple(clean(name, "a name of a domain") for name in names)
+        if set(names) >= set(found):
+            found = tuple(name for name in names if name in set(found))
     place = {name: k for k, name in enumerate(found)}
-    return np.array([place[str(value)] for value in values], np.int64), found
+    return np.array([place[spelt[value]] for value in values], np.int64), found
 
 
 def hold_out(labels_n: Ints, domains_n: Ints, splits_n: Ints, fraction: float) -> Ints:
@@ -191,12 +223,15 @@ def hold_out(labels_n: Ints, domains_n: Ints, splits_n: Ints, fraction: float) -
     At least one row of each class and domain goes to either side, where there are two. No generator is involved.
     """
     splits_n = splits_n.copy()
-    for domain, label in np.unique(np.stack([domains_n, labels_n], 1), axis=0):
-        rows_m = np.flatnonzero((labels_n == label) & (domains_n == domain) & (splits_n == 0))
+    rows = np.flatnonzero(splits_n == 0)
+    rows = rows[np.lexsort((rows, labels_n[rows], domains_n[rows]))]
+    edges = np.flatnonzero(np.diff(labels_n[rows]) | np.diff(domains_n[rows])) + 1
+    for rows_m in np.split(rows, edges):
         if len(rows_m) < 2:
             continue
         held = min(max(round(len(rows_m) * fraction), 1), len(rows_m) - 1)
-        order_m = rng.permutation(len(rows_m), rng.seed_of("lamina.data.hold_out"), int(domain), int(label))
+        domain, label = int(domains_n[rows_m[0]]), int(labels_n[rows_m[0]])
+        order_m = rng.permutation(len(rows_m), rng.seed_of("lamina.data.hold_out"), domain, label)
         splits_n[rows_m[order_m[:held]]] = 2
     return splits_n
 
@@ -214,10 +249,12 @@ def build(
     domain_names: tuple[str, ...] = ("all",),
     test_fraction: float = 0.2,
     stamp: str = "",
+    layout: str,
+    left_out: tuple[LeftOut, ...] = (),
 ) -> Source:
     """The source of these rows. Where no row is marked as test, `test_fraction` of the training rows becomes the test.
 
-    contents: one buffer per row, hashed into the fingerprint. Raises DataError if there are no rows, or none to train
+    contents: one buffer per row, hashed into the fingerprint. layout: how the source was understood. Raises DataError if there are no rows, or none to train
     on; ConfigError if the fraction is not in (0, 1).
     """
     if not 0 < test_fraction < 1:
@@ -232,6 +269,7 @@ def build(
         raise DataError(f"{name} holds no training items, only {present}. Add items whose split is train")
     if not (splits_n == 2).any():
         splits_n = hold_out(labels_n, domains_n, splits_n, test_fraction)
+        layout += f"; no test split, so a fixed {test_fraction:.0%} of each class is held out for testing"
     digest = hashlib.blake2b(digest_size=16)
     for part in (kind, *class_names, "", *domain_names, ""):
         _feed(digest, part.encode())
@@ -250,6 +288,8 @@ def build(
         domain_names=domain_names,
         fingerprint=digest.hexdigest(),
         stamp=stamp,
+        layout=layout,
+        left_out=left_out,
     )
 
 
@@ -260,5 +300,5 @@ def _feed(digest: "hashlib.blake2b", content: bytes | memoryview) -> None:
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:
-    shown = ", ".join(repr(name) for name in names[:most])
-    return shown if len(names) <= most else f"{shown}, ..."
+    told = ", ".join(repr(shown(name)) for name in names[:most])
+    return told if len(names) <= most else f"{told}, ..."

@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Literal
 
 from lamina.data.arrays import from_arrays
+from lamina.data.csv_files import open_csv
 from lamina.data.digits import open_digits
 from lamina.data.folders import open_folder
-from lamina.data.records import Columns, Kind, Source
-from lamina.data.tables import open_csv, open_hub, open_parquet, open_saved
+from lamina.data.hugging_face import open_hub, open_saved
+from lamina.data.records import Columns, Kind, LeftOut, Source
+from lamina.data.tables import open_parquet
+from lamina.data.tree import Leftovers, is_hidden
 from lamina.errors import ConfigError, DataError
 
 __all__ = ["Columns", "Source", "from_arrays", "open_source"]
@@ -37,13 +40,23 @@ def open_source(
         raise ConfigError(f"data.kind is {kind!r}; allowed are auto, image and text")
     columns = columns or Columns()
     wanted: Kind | None = None if kind == "auto" else kind
-    path = Path(where).expanduser()
-    if str(where) == "digits" and not path.exists():
-        if wanted == "text":
+    if not str(where).isprintable():
+        raise DataError(f"{ascii(str(where))} holds characters that cannot be shown. Rename it")
+    try:
+        path = Path(where).expanduser()
+        return _open(path, str(where), kind=wanted, columns=columns, test_fraction=test_fraction)
+    except (OSError, RuntimeError) as error:
+        # No permission, a name that is too long, links in a circle, a user without a home, a file that went away.
+        raise DataError(f"{where} cannot be read ({error}). Correct the path, or make it readable") from error
+
+
+def _open(path: Path, where: str, *, kind: Kind | None, columns: Columns, test_fraction: float) -> Source:
+    if where == "digits" and not path.exists():
+        if kind == "text":
             raise DataError("`digits` holds images, but the kind asked for is text. Leave data.kind at auto")
         return open_digits(test_fraction)
-    if str(where).startswith("hf:"):
-        return open_hub(str(where)[3:], kind=wanted, columns=columns, test_fraction=test_fraction)
+    if where.startswith("hf:"):
+        return open_hub(where[3:], kind=kind, columns=columns, test_fraction=test_fraction)
     if not path.exists():
         raise DataError(
             f"{where} does not exist. Allowed are a folder of class folders, a Parquet or CSV file, a folder of Parquet"
@@ -51,17 +64,40 @@ def open_source(
         )
     if path.is_file():
         if path.suffix.lower() == ".parquet":
-            return open_parquet([path], name=path.stem, kind=wanted, columns=columns, test_fraction=test_fraction)
+            return open_parquet([path], name=path.stem, kind=kind, columns=columns, test_fraction=test_fraction)
         if path.suffix.lower() == ".csv":
-            return open_csv(path, kind=wanted, columns=columns, test_fraction=test_fraction)
+            return open_csv(path, kind=kind, columns=columns, test_fraction=test_fraction)
         raise DataError(
             f"{where} is a file of type {path.suffix or 'unknown'!r}; allowed are .parquet and .csv."
             " For images, point at the folder that holds one folder per class"
         )
+    if not path.is_dir():
+        raise DataError(f"{where} is neither a file nor a folder (a pipe, socket or device). Point at a file or folder")
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return open_saved(path, kind=wanted, columns=columns, test_fraction=test_fraction)
-    files = sorted(path.glob("*.parquet")) or sorted(path.glob("data/*.parquet"))
-    if files:
-        name = path.resolve().name
-        return open_parquet(files, name=name, kind=wanted, columns=columns, test_fraction=test_fraction)
-    return open_folder(path, kind=wanted or "image", test_fraction=test_fraction)
+        return open_saved(path, kind=kind, columns=columns, test_fraction=test_fraction)
+    inner = path / "data"
+    for folder in (path, inner):
+        files, left_out = _parquet_files(folder) if folder.is_dir() else ([], ())
+        if files:
+            return open_parquet(
+                files,
+                name=path.resolve().name,
+                kind=kind,
+                columns=columns,
+                test_fraction=test_fraction,
+                left_out=left_out,
+            )
+    return open_folder(path, kind=kind or "image", test_fraction=test_fraction)
+
+
+def _parquet_files(folder: Path) -> tuple[list[Path], tuple[LeftOut, ...]]:
+    """The Parquet files of a folder, in order of their names, and what is beside them."""
+    files, left = [], Leftovers()
+    for path in sorted(folder.iterdir()):
+        if is_hidden(path.name):
+            left.add("hidden and system files and folders", path.name)
+        elif path.suffix.lower() == ".parquet" and path.is_file():
+            files.append(path)
+        elif path.name != "README.json":
+            left.add("files and folders beside the Parquet files", path.name)
+    return files, left.found()

@@ -1,28 +1,19 @@
-"""Tables: Parquet and CSV files, and Hugging Face datasets, saved or from the hub. All are read as Arrow tables."""
+"""Tables of labelled rows, and Parquet files. CSV files and Hugging Face datasets come to the same Arrow tables."""
 
 import json
+import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from lamina.data.records import (
-    SPLIT_NAMES,
-    Columns,
-    Kind,
-    Payload,
-    Source,
-    build,
-    domain_ids,
-    label_ids,
-    split_ids,
-    split_in_file_name,
-    split_of,
-)
+from lamina.data.names import listed, shown, split_of, split_words
+from lamina.data.records import Columns, Kind, LeftOut, Payload, Source, build, domain_ids, label_ids, split_ids
 from lamina.errors import DataError
 from lamina.types import Ints
 
@@ -61,19 +52,23 @@ class TableItems:
 
     @staticmethod
     def _inside(part: Part, path: str) -> Path:
-        """A path that a table names. Only files below the table's own folder are ever read."""
+        """A path that a table names. Only regular files below the table's own folder are ever read."""
+        if "\0" in path:
+            raise DataError(f"{part.name} names the file {shown(path)!r}, which no file can be called. Correct the table")
         found = (part.folder / path).resolve()
         if not found.is_relative_to(part.folder.resolve()):
             raise DataError(
                 f"{part.name} names the file {path!r}, which is outside {part.folder}. Move the file into that folder, or"
                 " store the images in the table as bytes"
             )
+        if found.exists() and not found.is_file():
+            raise OSError(f"{found} is no regular file")
         return found
 
     def where(self, i: int) -> str:
         part, row = self.place(i)
         told = part.table.column(PROVENANCE)[row].as_py() if PROVENANCE in part.table.column_names else None
-        return f"{part.name} row {row}" + (f" ({told})" if told else "")
+        return f"{part.name} row {row}" + (f" ({shown(str(told))})" if told else "")
 
     def place(self, i: int) -> tuple[Part, int]:
         which = bisect_right(self.starts, i) - 1
@@ -84,114 +79,68 @@ class TableItems:
             if pa.types.is_struct(part.table.schema.field(self.column).type):
                 for row in range(len(part.table)):
                     # A path on this machine would make the fingerprint differ elsewhere: hash what it leads to.
-                    payload = self.read(start + row)
+                    try:
+                        payload = self.read(start + row)
+                    except OSError:
+                        # Decoding names the image, or leaves it out.
+                        payload = b""
                     yield payload if isinstance(payload, bytes) else bytes(str(payload), "utf-8")
                 continue
             for some in part.table.select([self.column]).to_batches(max_chunksize=1024):
                 yield from some.column(0).cast(pa.large_binary()).to_numpy(zero_copy_only=False)
 
 
-def open_parquet(files: list[Path], *, name: str, kind: Kind | None, columns: Columns, test_fraction: float) -> Source:
+def open_parquet(
+    files: list[Path],
+    *,
+    name: str,
+    kind: Kind | None,
+    columns: Columns,
+    test_fraction: float,
+    left_out: tuple[LeftOut, ...] = (),
+) -> Source:
     """Parquet files with the columns image or text, label, and perhaps split and domain.
 
     Class names come from `class_names` in a README.json beside the files, or from the features that Hugging Face
     datasets write into the files, or else they are the labels. Raises DataError for what is missing or damaged.
     """
-    import pyarrow.parquet as pq
-
     readme = _readme(files[0].parent / "README.json")
-    wanted = (columns.image, columns.text, columns.label, columns.domain, columns.split, PROVENANCE)
-    payloads = [column for of, column in (("image", columns.image), ("text", columns.text)) if kind in (None, of)]
-    parts = []
-    names: tuple[str, ...] | None = None
-    for file in files:
-        try:
-            schema = pq.read_schema(file)
-            names = names or _names_in_schema(schema, columns.label)
-            present = [column for column in schema.names if column in wanted]
-            # Where a column is missing, an empty table with all of them lets the message list what there is.
-            complete = columns.label in present and any(payload in present for payload in payloads)
-            table = pq.read_table(file, columns=present, memory_map=True) if complete else schema.empty_table()
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"{file} cannot be read as Parquet ({_line(error)}). Fetch or write the file again"
-            ) from error
-        parts.append(Part(file.name, table, split_in_file_name(file.stem), file.parent))
+    splits = _splits_in_file_names(files)
+    parts: list[Part] = []
+    names_by_file: dict[str, tuple[str, ...] | None] = {}
+    for file, split in zip(files, splits, strict=True):
+        table, names_by_file[file.name] = _read_parquet(file, kind, columns)
+        parts.append(Part(file.name, table, split, file.parent))
+    listed_names = _listed(readme, "class_names", files[0].parent)
     return from_parts(
         parts,
         name=name,
         kind=kind,
         columns=columns,
-        class_names=_listed(readme, "class_names", files[0].parent) or names,
+        class_names=listed_names or one_list_of_names(names_by_file),
         domain_names=_listed(readme, "domains", files[0].parent),
         test_fraction=test_fraction,
+        form=f"Parquet, {len(files)} file{'s' * (len(files) > 1)}",
+        left_out=left_out,
     )
 
 
-def open_csv(file: Path, *, kind: Kind | None, columns: Columns, test_fraction: float) -> Source:
-    """A CSV file of texts with a header. Raises DataError if it is damaged or lacks a column."""
-    from pyarrow import csv
+def _read_parquet(file: Path, kind: Kind | None, columns: Columns) -> tuple[pa.Table, tuple[str, ...] | None]:
+    """The wanted columns of a file, and the class names it lists."""
+    import pyarrow.parquet as pq
 
-    if kind == "image":
-        raise DataError(
-            f"{file} is a CSV file, which can only hold texts. Point at a folder of images or a Parquet file"
-        )
-    texts = {column: pa.string() for column in (columns.text, columns.domain, columns.split)}
+    wanted = (columns.image, columns.text, columns.label, columns.domain, columns.split, PROVENANCE)
+    payloads = [column for of, column in (("image", columns.image), ("text", columns.text)) if kind in (None, of)]
     try:
-        table = csv.read_csv(
-            file,
-            parse_options=csv.ParseOptions(newlines_in_values=True),
-            convert_options=csv.ConvertOptions(column_types=texts),
-        )
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{file} cannot be read as CSV ({_line(error)}). Correct the line, quoting texts that hold commas"
-        ) from error
-    # The file's name says nothing here: a lone train.csv must still be able to bring its own split column.
-    return from_parts(
-        [Part(file.name, table, None, file.parent)],
-        name=file.stem,
-        kind="text",
-        columns=columns,
-        class_names=None,
-        domain_names=None,
-        test_fraction=test_fraction,
-    )
-
-
-def open_saved(folder: Path, *, kind: Kind | None, columns: Columns, test_fraction: float) -> Source:
-    """A Hugging Face dataset written with save_to_disk. Raises DataError if it is damaged or lacks a column."""
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise DataError(
-            f"{folder} cannot be read as a saved Hugging Face dataset ({_line(error)}). Save it again with save_to_disk"
-        ) from error
-    return _from_datasets(loaded, folder.name, folder, kind=kind, columns=columns, test_fraction=test_fraction)
-
-
-def open_hub(address: str, *, kind: Kind | None, columns: Columns, test_fraction: float) -> Source:
-    """A dataset of the Hugging Face hub: `owner/name` or `owner/name:configuration`.
-
-    Raises DataError if it cannot be had, for example without a network, and if it lacks a column.
-    """
-    import datasets
-    from huggingface_hub.constants import HF_HOME
-
-    name, _, configuration = address.partition(":")
-    try:
-        loaded = datasets.load_dataset(name, configuration or None)
-    except (OSError, ValueError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"hf:{address} cannot be had from the Hugging Face hub ({_line(error)}). Check the spelling (hf:owner/name,"
-            " or hf:owner/name:configuration) and the network; with HF_HUB_OFFLINE=1 only datasets fetched before"
-            " can be used. Or save it elsewhere with save_to_disk and point at that folder"
-        ) from error
-    return _from_datasets(
-        loaded, name.rpartition("/")[2], Path(HF_HOME), kind=kind, columns=columns, test_fraction=test_fraction
-    )
+        schema = pq.read_schema(file)
+        present = [column for column in schema.names if column in wanted]
+        check_once(file.name, schema.names, wanted)
+        # Where a column is missing, an empty table with all of them lets the message list what there is.
+        complete = columns.label in present and any(payload in present for payload in payloads)
+        table = pq.read_table(file, columns=present, memory_map=True) if complete else schema.empty_table()
+    except (pa.ArrowException, OSError, RecursionError) as error:
+        raise DataError(f"{file} cannot be read as Parquet ({line_of(error)}). Fetch or write the file again") from error
+    return table, _names_in_schema(file, schema, columns.label)
 
 
 def from_parts(
@@ -203,29 +152,40 @@ def from_parts(
     class_names: tuple[str, ...] | None,
     domain_names: tuple[str, ...] | None,
     test_fraction: float,
+    form: str,
+    left_out: tuple[LeftOut, ...] = (),
 ) -> Source:
-    """A source of the rows of these tables, one after another. Raises DataError naming the first wrong row."""
+    """A source of the rows of these tables, one after another. form: what kind of tables they are.
+
+    Raises DataError naming the first wrong row.
+    """
     kind = kind or _kind(parts[0], columns)
     payload = columns.image if kind == "image" else columns.text
     for part in parts:
         _require(part, payload, kind)
         _require(part, columns.label, "label")
+    parts = [replace(part, table=_plain(part, (payload, columns.label, columns.domain, columns.split))) for part in parts]
+    for part in parts:
         _check_payload(part, payload, kind)
     starts = np.cumsum([0, *(len(part.table) for part in parts)])
     items = TableItems(tuple(parts), payload, tuple(int(start) for start in starts[:-1]))
-    missing_n = np.concatenate([part.table.column(payload).is_null().to_numpy() for part in parts])
+    missing_n = np.concatenate([_missing(part.table.column(payload)) for part in parts])
     if missing_n.any():
         raise DataError(f"{items.where(int(missing_n.argmax()))} has no {kind}. Remove the row")
     labels_n, names = label_ids(_values(parts, columns.label), class_names, items.where)
+    told = [f"{kind}s in column {shown(payload)!r}, labels in {shown(columns.label)!r}"]
     domains_n: Ints | None = None
     found_domains: tuple[str, ...] = ("all",)
-    if all(columns.domain in part.table.column_names for part in parts):
+    if _in_all(parts, columns.domain, "domain"):
         domains_n, found_domains = domain_ids(_values(parts, columns.domain), domain_names, items.where)
+        told.append(f"domains in {shown(columns.domain)!r}")
     splits_n = None
-    if all(columns.split in part.table.column_names for part in parts):
+    if _in_all(parts, columns.split, "split"):
         splits_n = split_ids(_values(parts, columns.split), items.where)
-    elif all(part.split is not None for part in parts):
-        splits_n = np.concatenate([np.full(len(part.table), part.split, np.int64) for part in parts])
+        told.append(f"splits in {shown(columns.split)!r}")
+    elif any(part.split is not None for part in parts):
+        splits_n = _splits_of_parts(parts)
+        told.append("splits told by the names of the parts")
     return build(
         kind=kind,
         name=name,
@@ -237,35 +197,96 @@ def from_parts(
         domain_names=found_domains,
         contents=items.contents(),
         test_fraction=test_fraction,
+        layout=f"{form}: {', '.join(told)}",
+        left_out=left_out,
     )
 
 
-def _from_datasets(
-    loaded: Any, name: str, folder: Path, *, kind: Kind | None, columns: Columns, test_fraction: float
-) -> Source:
-    split_by_name = dict(loaded) if isinstance(loaded, dict) else {None: loaded}
-    parts = []
-    for split_name, dataset in split_by_name.items():
-        split = split_of(split_name) if split_name is not None else None
-        if split_name is not None and split is None:
+def check_once(table: str, found: Sequence[str], wanted: Sequence[str]) -> None:
+    """Raises DataError where a wanted column stands more than once."""
+    doubled = next((column for column in wanted if found.count(column) > 1), None)
+    if doubled is not None:
+        raise DataError(
+            f"{table} has {found.count(doubled)} columns named {shown(doubled)!r}; allowed is one. Rename or remove the others"
+        )
+
+
+def one_list_of_names(names_by_part: Mapping[str, tuple[str, ...] | None]) -> tuple[str, ...] | None:
+    """The class names that all parts list, None where none does. Raises DataError where two lists differ."""
+    told = {part: names for part, names in names_by_part.items() if names}
+    first = next(iter(told), None)
+    other = next((part for part, names in told.items() if names != told[str(first)]), None)
+    if other is not None:
+        raise DataError(
+            f"{first} and {other} list different class names ({listed(told[str(first)])}; {listed(told[other])}), so a label"
+            " has two meanings. Write both with the same list"
+        )
+    return told[first] if first is not None else None
+
+
+def _splits_in_file_names(files: list[Path]) -> list[int | None]:
+    """The split that each file name begins with (`train-00-of-05`), or else has as a word beside other files' splits."""
+    first = [split_of(re.split(r"[-_.]", file.stem, maxsplit=1)[0]) for file in files]
+    if any(split is not None for split in first):
+        return first
+    words = [split_words(file.stem)[0] for file in files]
+    told: list[int | None] = [min(splits) if len(splits) == 1 else None for splits in words]
+    # A lone file may be about anything, such as crash tests.
+    return told if 0 in told and len(set(told)) > 1 else [None] * len(files)
+
+
+def _splits_of_parts(parts: list[Part]) -> Ints:
+    without = next((part for part in parts if part.split is None), None)
+    if without is not None:
+        other = next(part for part in parts if part.split is not None)
+        raise DataError(
+            f"the name of {other.name} tells a split, that of {without.name} does not. Name both by their splits (train, val,"
+            " test), or move one elsewhere"
+        )
+    return np.concatenate([np.full(len(part.table), part.split, np.int64) for part in parts])
+
+
+def _in_all(parts: list[Part], column: str, role: Literal["domain", "split"]) -> bool:
+    """Whether the tables have this column. Raises DataError where only some have it."""
+    has = [part.name for part in parts if column in part.table.column_names]
+    if has and len(has) < len(parts):
+        without = next(part.name for part in parts if part.name not in has)
+        raise DataError(
+            f"{has[0]} has a column {column!r}, {without} does not. Give every file a {role} for each row, or none"
+        )
+    return bool(has)
+
+
+def _plain(part: Part, columns: Sequence[str]) -> pa.Table:
+    """The table with dictionary-encoded and view columns as plain ones, and its texts known to be valid Unicode."""
+    table = part.table
+    for column in dict.fromkeys(column for column in (*columns, PROVENANCE) if column in table.column_names):
+        values = table.column(column)
+        try:
+            if pa.types.is_dictionary(values.type):
+                values = values.cast(values.type.value_type)
+            if pa.types.is_string_view(values.type) or pa.types.is_binary_view(values.type):
+                values = values.cast(pa.large_string() if pa.types.is_string_view(values.type) else pa.large_binary())
+            if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+                values.validate(full=True)
+        except pa.ArrowException as error:
             raise DataError(
-                f"{name} has a split named {split_name!r}; allowed are {', '.join(SPLIT_NAMES)}."
-                " Rename or drop it, and save the dataset with save_to_disk"
-            )
-        # In this format nothing is decoded, and rows selected or shuffled earlier come in their order.
-        table = dataset.with_format("arrow")[:]
-        parts.append(Part(f"{name}/{split_name}" if split_name else name, table, split, folder))
-    feature = next(iter(split_by_name.values())).features.get(columns.label)
-    names = getattr(feature, "names", None)
-    return from_parts(
-        parts,
-        name=name,
-        kind=kind,
-        columns=columns,
-        class_names=tuple(names) if names else None,
-        domain_names=None,
-        test_fraction=test_fraction,
-    )
+                f"column {column!r} of {part.name} cannot be read ({line_of(error)}). Write the file again; texts in UTF-8"
+            ) from error
+        table = table.set_column(table.column_names.index(column), column, values)
+    return table
+
+
+def _missing(values: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """(n,) whether a row holds nothing: neither bytes nor a path, in a pair of them."""
+    missing_n: NDArray[np.bool_] = values.is_null().to_numpy()
+    if pa.types.is_struct(values.type) and len(values):
+        found, path = (
+            np.concatenate([chunk.field(name).is_null().to_numpy(zero_copy_only=False) for chunk in values.chunks])
+            for name in ("bytes", "path")
+        )
+        missing_n = missing_n | (found & path)
+    return missing_n
 
 
 def _kind(part: Part, columns: Columns) -> Kind:
@@ -294,14 +315,22 @@ def _check_payload(part: Part, column: str, kind: Kind) -> None:
     if kind == "text":
         fits, allowed = pa.types.is_string(found) or pa.types.is_large_string(found), "string"
     else:
-        pair = pa.types.is_struct(found) and {"bytes", "path"} <= {field.name for field in found}
-        fits = pair or pa.types.is_binary(found) or pa.types.is_large_binary(found)
+        fits = _is_pair(found) or pa.types.is_binary(found) or pa.types.is_large_binary(found)
         allowed = "binary (encoded images), or {bytes, path} pairs"
     if not fits:
         raise DataError(
             f"column {column!r} of {part.name} is of type {found}; allowed for {kind}s is {allowed}."
             f" Convert it, or name another column with --set data.columns.{kind}=NAME"
         )
+
+
+def _is_pair(found: pa.DataType) -> bool:
+    """Whether it is a {bytes, path} pair of Hugging Face datasets."""
+    if not pa.types.is_struct(found) or sorted(inner.name for inner in found) != ["bytes", "path"]:
+        return False
+    content, path = found.field("bytes").type, found.field("path").type
+    binary = pa.types.is_binary(content) or pa.types.is_large_binary(content) or pa.types.is_null(content)
+    return binary and (pa.types.is_string(path) or pa.types.is_large_string(path) or pa.types.is_null(path))
 
 
 def _values(parts: list[Part], column: str) -> list[Any]:
@@ -313,13 +342,25 @@ def _values(parts: list[Part], column: str) -> list[Any]:
     return [value for part in parts for value in listed(part.table.column(column))]
 
 
-def _names_in_schema(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
+def _names_in_schema(file: Path, schema: pa.Schema, label: str) -> tuple[str, ...] | None:
     """Class names that Hugging Face datasets left in the metadata of a Parquet file."""
     stored = (schema.metadata or {}).get(b"huggingface")
     if stored is None:
         return None
-    names = json.loads(stored).get("info", {}).get("features", {}).get(label, {}).get("names")
-    return tuple(map(str, names)) if names else None
+    try:
+        feature = json.loads(stored)["info"]["features"].get(label, {})
+        names = feature.get("names")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"the `huggingface` metadata of {file} is damaged ({type(error).__name__}: {line_of(error)}). Write the file"
+            " again, or list the class names in a README.json beside it, without that metadata"
+        ) from error
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise DataError(
+            f"the `huggingface` metadata of {file} holds class names that are no list of names ({shown(repr(names))})."
+            " Write the file again"
+        )
+    return tuple(names) if names else None
 
 
 def _readme(path: Path) -> Mapping[str, Any]:
@@ -327,9 +368,14 @@ def _readme(path: Path) -> Mapping[str, Any]:
         return {}
     try:
         told = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({_line(error)}). Correct it, or remove it") from error
-    return told if isinstance(told, dict) else {}
+    except (ValueError, OSError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON ({line_of(error)}). Correct it, or remove it") from error
+    if not isinstance(told, dict):
+        raise DataError(
+            f"{path} holds a {type(told).__name__}; allowed is an object with `class_names` and `domains`. Correct it, or"
+            " remove it"
+        )
+    return told
 
 
 def _listed(readme: Mapping[str, Any], key: str, folder: Path) -> tuple[str, ...] | None:
@@ -341,5 +387,7 @@ def _listed(readme: Mapping[str, Any], key: str, folder: Path) -> tuple[str, ...
     return tuple(names)
 
 
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+def line_of(error: BaseException) -> str:
+    """What an error says, on one line."""
+    lines = str(error).strip().splitlines()
+    return shown(lines[0], 200) if lines else type(error).__name__

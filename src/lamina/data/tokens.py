@@ -8,12 +8,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lamina.data.names import shown
 from lamina.data.records import Source
 from lamina.errors import ConfigError, DataError
 from lamina.types import Augment, Ints
 
 _CHUNK = 4096
 _MULTIPLE = 8
+_FIRST_READ = 4096
+_PER_TOKEN = 32
+"""Characters of a text that are read first, and for each token that is kept."""
+_LONGEST = 2**20
+"""Characters of a text that are ever read."""
 
 
 class TokenTable:
@@ -47,39 +53,108 @@ class TokenTable:
         return {"input_ids": torch.from_numpy(ids_bt), "attention_mask": torch.from_numpy(mask_bt.astype(np.int64))}
 
 
-def tokenise_once(source: Source, tokenizer: Path | str, max_length: int = 128) -> TokenTable:
+def tokenise_once(
+    source: Source,
+    tokenizer: Path | str,
+    max_length: int = 128,
+    *,
+    positions: int | None = None,
+    vocabulary: int | None = None,
+) -> TokenTable:
     """The token ids of every text of a source, cut at `max_length` tokens (special tokens included).
 
-    tokenizer: a folder, or a name on the Hugging Face hub. Raises DataError if there is no tokenizer, ConfigError if
-    max_length is not in what it allows.
+    tokenizer: a folder, or a name on the Hugging Face hub. positions: the most tokens the backbone has positions for.
+    vocabulary: the number of tokens its embedding has.
+
+    Raises DataError if there is no tokenizer, for a text without a token, and for a token beyond the vocabulary;
+    ConfigError if max_length is more than tokenizer or backbone allow.
     """
     tokenise = _tokenizer(tokenizer)
-    limit = int(tokenise.model_max_length)
-    if not 1 <= max_length <= limit:
-        raise ConfigError(
-            f"data.max_length is {max_length}; the tokenizer {tokenizer} allows 1 to {limit}. Set it to at most {limit}"
-        )
+    _check_length(max_length, int(tokenise.model_max_length), positions, tokenizer)
     pieces: list[NDArray[np.int32]] = []
     lengths: list[int] = []
     for start in range(0, len(source), _CHUNK):
-        texts = [str(source.read(i)) for i in range(start, min(start + _CHUNK, len(source)))]
-        told = tokenise(
-            texts, truncation=True, max_length=max_length, return_attention_mask=False, return_token_type_ids=False
-        )
-        lengths.extend(len(ids) for ids in told["input_ids"])
-        pieces.append(np.fromiter((token for ids in told["input_ids"] for token in ids), np.int32))
+        rows = range(start, min(start + _CHUNK, len(source)))
+        ids_by_row = _ids(tokenise, [_text(source, row) for row in rows], max_length)
+        empty = next((row for row, ids in zip(rows, ids_by_row, strict=True) if not len(ids)), None)
+        if empty is not None:
+            raise DataError(f"{source.where(empty)} comes to no token. Remove the row, or put a text in it")
+        lengths.extend(len(ids) for ids in ids_by_row)
+        pieces.append(np.fromiter((token for ids in ids_by_row for token in ids), np.int32))
+        if vocabulary is not None:
+            _check_vocabulary(tokenise, pieces[-1], vocabulary, tokenizer)
     starts = np.cumsum([0, *lengths], dtype=np.int64)
     # Padding is masked, so a tokenizer without a padding token may use any.
     pad_id = tokenise.pad_token_id if tokenise.pad_token_id is not None else 0
+    if vocabulary is not None:
+        _check_vocabulary(tokenise, np.array([pad_id]), vocabulary, tokenizer)
     return TokenTable(np.concatenate(pieces), starts, int(pad_id), max_length)
+
+
+def _check_length(max_length: int, limit: int, positions: int | None, tokenizer: Path | str) -> None:
+    most = limit if positions is None else min(limit, positions)
+    if 1 <= max_length <= most:
+        return
+    # A tokenizer without a limit says 10^30.
+    told = f"the tokenizer {tokenizer} allows " + (f"1 to {limit}" if limit < 2**31 else "any number")
+    if positions is not None:
+        told += f" and the backbone has positions for {positions}"
+    raise ConfigError(f"data.max_length is {max_length}; {told}. Set it to at most {most}")
+
+
+def _check_vocabulary(tokenise: Any, ids: NDArray[Any], vocabulary: int, tokenizer: Path | str) -> None:
+    beyond = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(beyond):
+        token = str(tokenise.convert_ids_to_tokens(int(beyond[0])))
+        raise DataError(
+            f"the tokenizer {tokenizer} gives the token {shown(token)!r} the id {beyond[0]}; the backbone's embedding has the"
+            f" ids 0 to {vocabulary - 1}. Use the tokenizer that belongs to the weights"
+        )
+
+
+def _text(source: Source, row: int) -> str:
+    text = str(source.read(row))[:_LONGEST]
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{source.where(row)} is not valid Unicode ({error.reason}). Correct the text") from error
+    return text
+
+
+def _ids(tokenise: Any, texts: list[str], max_length: int) -> list[list[int]]:
+    """The token ids of these texts. Of a long text only its beginning is read: as much as decides the tokens kept."""
+
+    def of(cut: list[str]) -> list[list[int]]:
+        told = tokenise(
+            cut, truncation=True, max_length=max_length, return_attention_mask=False, return_token_type_ids=False
+        )
+        ids: list[list[int]] = told["input_ids"]
+        return ids
+
+    read = max(_FIRST_READ, _PER_TOKEN * max_length)
+    found = of([text[:read] for text in texts])
+    open_rows = [k for k, text in enumerate(texts) if len(text) > read]
+    while open_rows:
+        # Tokens that fill the row, and stay the same if twice as much is read, are those of the whole text.
+        read *= 2
+        longer = of([texts[k][:read] for k in open_rows])
+        still = [
+            k
+            for k, ids in zip(open_rows, longer, strict=True)
+            if len(texts[k]) > read and (len(ids) < max_length or ids != found[k])
+        ]
+        for k, ids in zip(open_rows, longer, strict=True):
+            found[k] = ids
+        open_rows = still
+    return found
 
 
 def _tokenizer(where: Path | str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(where))
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(str(where), trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare exceptions for damaged files
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"no tokenizer can be loaded from {where} ({reason}). Point at a folder with tokenizer.json (or the files"

@@ -166,7 +166,8 @@ class PixelTable:
             boxes_b4 = random_resized_crop_boxes(sizes_b2, rows, augment, transform.scale)
             if transform.train == "crop-flip":
                 flip_b = rng.uniform(rows, augment.seed, augment.epoch, _FLIP) < 0.5
-        resize = self._resize_together if self.store.pixels[:1].nbytes <= _SMALL_BYTES else self._resize_one_by_one
+        height, width = self.store.box
+        resize = self._resize_together if 3 * height * width <= _SMALL_BYTES else self._resize_one_by_one
         pixels_bchw = resize(rows, boxes_b4, flip_b, sizes_b2)
         return {"pixel_values": pixels_bchw.sub_(self._mean_c11).div_(self._std_c11)}
 
@@ -174,11 +175,18 @@ class PixelTable:
     # not even the last bit of a row depends on them.
 
     def _resize_together(self, rows: Ints, boxes_b4: Boxes, flip_b: NDArray[np.bool_], sizes_b2: Ints) -> Tensor:
-        pixels = self.store.pixels
-        gathered_bhwc = np.empty((len(rows), *pixels.shape[1:]), np.uint8)
+        alike_nhwc = self.store.alike_nhwc
+        shape = (len(rows), *self.store.box, 3)
         # In the order of the file, so that a disk is read in one direction.
-        for k in np.argsort(rows, kind="stable"):
-            gathered_bhwc[k] = pixels[rows[k]]
+        order = np.argsort(rows, kind="stable")
+        if alike_nhwc is not None:
+            gathered_bhwc = np.empty(shape, np.uint8)
+            for k in order:
+                gathered_bhwc[k] = alike_nhwc[rows[k]]
+        else:
+            gathered_bhwc = np.zeros(shape, np.uint8)
+            for k in order:
+                gathered_bhwc[k, : sizes_b2[k, 0], : sizes_b2[k, 1]] = self.store.image(rows[k])
         return resample(torch.from_numpy(gathered_bhwc), boxes_b4, self.transform.size, flip_b, sizes_b2)
 
     def _resize_one_by_one(self, rows: Ints, boxes_b4: Boxes, flip_b: NDArray[np.bool_], sizes_b2: Ints) -> Tensor:
@@ -190,7 +198,7 @@ class PixelTable:
         resized_bchw = torch.empty(len(rows), 3, size, size)
         for k in np.argsort(rows, kind="stable"):
             (top, left), (bottom, right) = first_b2[k], last_b2[k]
-            window_1hwc = torch.from_numpy(self.store.pixels[rows[k], top:bottom, left:right].copy())[None]
+            window_1hwc = torch.from_numpy(self.store.image(rows[k])[top:bottom, left:right].copy())[None]
             box_14 = boxes_b4[k : k + 1] - np.array([top, left, 0, 0])
             resized_bchw[k] = resample(window_1hwc, box_14, size, flip_b[k : k + 1])[0]
         return resized_bchw

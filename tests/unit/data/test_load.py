@@ -52,7 +52,7 @@ def test_store_px(tmp_path: Path) -> None:
     source = from_arrays(np.zeros((4, 100, 100), np.uint8), [0, 1] * 2)
     for store_px, kept in ((None, 64), (16, 16), (200, 100)):
         data = load_images(source, TRANSFORM, cache=tmp_path, store_px=store_px)
-        assert data.table.store.pixels.shape == (4, kept, kept, 3)  # type: ignore[attr-defined]
+        assert data.table.store.alike_nhwc.shape == (4, kept, kept, 3)  # type: ignore[attr-defined]
 
 
 def test_wrong_uses_are_named(tmp_path: Path) -> None:

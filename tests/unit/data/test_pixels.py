@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from lamina.data import from_arrays, open_source, pixels
-from lamina.data.pixels import decode, decode_once, default_cache, stored_size
+from lamina.data.decoding import decode, stored_size
+from lamina.data.pixels import decode_once, default_cache
 from lamina.errors import DataError
 
 
@@ -97,18 +98,24 @@ def test_every_image_is_kept_with_its_size(tmp_path: Path) -> None:
     assert calls == [(3, 3)]
     assert keep.tolist() == [0, 1, 2]
     assert store.sizes_n2.tolist() == [[6, 9], [8, 4], [8, 8]]
-    assert store.pixels.shape == (3, 8, 9, 3)
+    assert store.box == (8, 9)
     for k, image in enumerate(images):
-        h, w = store.sizes_n2[k]
-        np.testing.assert_array_equal(store.pixels[k, :h, :w], decode(encoded(image), 8))
-        assert store.pixels[k, h:].sum() == store.pixels[k, :, w:].sum() == 0
-    assert not store.pixels.flags.writeable
+        np.testing.assert_array_equal(store.image(k), decode(encoded(image), 8))
+        assert not store.image(k).flags.writeable
+    assert store.pixels.nbytes == 3 * (6 * 9 + 8 * 4 + 8 * 8)
+
+
+def test_one_large_image_takes_its_own_bytes_only(tmp_path: Path) -> None:
+    images = [np.full((4, 4, 3), k, np.uint8) for k in range(60)] + [np.full((100, 200, 3), 60, np.uint8)]
+    store, _ = decode_once(from_arrays(images, [0] * 61), store_px=64, cache=tmp_path)
+    assert store.pixels.nbytes == 3 * (60 * 4 * 4 + 64 * 128)
+    assert [int(store.image(k).max()) for k in range(61)] == list(range(61))
 
 
 def test_many_images_keep_their_order(tmp_path: Path) -> None:
     images_n = np.arange(200, dtype=np.uint8)[:, None, None].repeat(3, 1).repeat(3, 2)
     store, _ = decode_once(from_arrays(images_n, [0, 1] * 100), store_px=8, cache=tmp_path)
-    assert store.pixels[:, 0, 0, 0].tolist() == list(range(200))
+    assert [int(store.image(k).max()) for k in range(200)] == list(range(200))
 
 
 def test_a_second_call_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +140,7 @@ def test_a_changed_file_is_decoded_again(tmp_path: Path) -> None:
     decode_once(open_source(tmp_path / "images"), store_px=8, cache=tmp_path / "cache")
     Image.new("RGB", (4, 4), "white").save(folder / "0.bmp")
     store, _ = decode_once(open_source(tmp_path / "images"), store_px=8, cache=tmp_path / "cache")
-    assert store.pixels[0].min() == 255
+    assert store.image(0).min() == 255
 
 
 def test_an_interrupted_decode_leaves_nothing(tmp_path: Path) -> None:
@@ -166,7 +173,7 @@ def test_damaged_images_are_left_out_and_recorded(tmp_path: Path) -> None:
         assert keep.tolist() == [1, 3]
         assert len(store) == 2
         assert [told.partition(":")[0] for told in store.skipped] == ["mine[0]", "mine[2]"]
-        np.testing.assert_array_equal(store.pixels[1, :6, :6], decode(GOOD))
+        np.testing.assert_array_equal(store.image(1), decode(GOOD))
     with pytest.raises(DataError, match=r"mine\[0\] cannot be decoded"):
         decode_once(source, store_px=64, cache=tmp_path, on_damaged="error")
 
@@ -207,8 +214,8 @@ def test_a_copy_that_was_tampered_with(tmp_path: Path) -> None:
     decode_once(source, store_px=8, cache=tmp_path)
     (copy,) = tmp_path.iterdir()
     assert json.loads((copy / "meta.json").read_text())["n"] == 2
-    whole = (copy / "pixels.npy").read_bytes()
-    (copy / "pixels.npy").write_bytes(whole[:-1])
+    whole = (copy / "pixels.bin").read_bytes()
+    (copy / "pixels.bin").write_bytes(whole[:-1])
     with pytest.raises(DataError, match=r"decoded images in .* are damaged .*Remove that folder"):
         decode_once(source, store_px=8, cache=tmp_path)
     (copy / "meta.json").unlink()

@@ -29,11 +29,7 @@ def noise(*shape: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 def table(sizes_n: list[tuple[int, int]], transform: ImageTransform) -> PixelTable:
     sizes_n2 = np.array(sizes_n, np.int64)
-    pixels = noise(len(sizes_n), *sizes_n2.max(0), 3)
-    for k, (h, w) in enumerate(sizes_n):
-        pixels[k, h:] = 0
-        pixels[k, :, w:] = 0
-    return PixelTable(PixelStore(pixels, sizes_n2), transform)
+    return PixelTable(PixelStore(noise(3 * int(sizes_n2.prod(1).sum())), sizes_n2), transform)
 
 
 @few

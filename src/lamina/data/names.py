@@ -1,0 +1,94 @@
+"""Names of classes, domains and splits: how they are spelt, which split a name means, and which names look alike."""
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from lamina.errors import DataError
+from lamina.types import SPLITS
+
+SPLIT_NAMES = {
+    "train": 0,
+    "training": 0,
+    "val": 1,
+    "valid": 1,
+    "validation": 1,
+    "dev": 1,
+    "test": 2,
+    "testing": 2,
+}
+"""How people name the three splits, in lower case, and the position in SPLITS each means."""
+_FILLERS = ("sets", "set", "dataset", "data", "images", "image", "imgs", "img", "samples", "folder", "dir", "split")
+"""Words that may stand beside the name of a split without changing its meaning: training_set, val-images, TestData."""
+_YEAR = re.compile(r"(?:19|20)\d\d")
+_SHOWN = 60
+
+
+def clean(name: str, what: str) -> str:
+    """The name in Unicode NFC, in which names are compared. what: its role and place, for messages.
+
+    Raises DataError for a name that is empty, is not valid Unicode, or holds control characters.
+    """
+    if not name.strip():
+        raise DataError(f"{what} is empty. Give it a name that can be seen")
+    # Most names are ASCII, and a table may hold millions of them.
+    if name.isascii() and name.isprintable():
+        return name
+    wrong = next((sign for sign in name if unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp")), None)
+    if wrong is not None:
+        why = "is not valid Unicode" if unicodedata.category(wrong) == "Cs" else "holds a control character"
+        raise DataError(f"{what} is {ascii(name[:_SHOWN])}, which {why} ({ascii(wrong)}). Rename it")
+    return unicodedata.normalize("NFC", name)
+
+
+def shown(text: str, most: int = _SHOWN) -> str:
+    """The text on one line, with what a terminal cannot show escaped, cut at that many characters."""
+    short = text if len(text) <= most else text[: most - 3] + "..."
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in short)
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """The first few names, separated by commas."""
+    few = list(names)
+    return ", ".join(map(shown, few[:most])) + (", ..." if len(few) > most else "")
+
+
+def alike(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Groups of names that differ only in case, white space or invisible characters, in the order of the names."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        seen = (sign for sign in unicodedata.normalize("NFKC", name) if unicodedata.category(sign) != "Cf")
+        groups[" ".join("".join(seen).casefold().split())].append(name)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
+
+
+@lru_cache(maxsize=1024)
+def split_of(name: str) -> int | None:
+    """The split a name means, as a position in SPLITS, or None.
+
+    A name means a split if it is a split's name (`train`), alone or beside words such as `set` and `images`.
+    Raises DataError for a name that means two splits.
+    """
+    splits, rest = split_words(name)
+    if rest or not splits:
+        return None
+    if len(splits) > 1:
+        told = " and ".join(SPLITS[split] for split in sorted(splits))
+        raise DataError(f"the name {shown(name)!r} means both {told}. Rename it, so that it means one split")
+    return min(splits)
+
+
+def split_words(name: str) -> tuple[frozenset[int], tuple[str, ...]]:
+    """The splits that words of a name mean, and its other words; fillers and years are neither."""
+    apart = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=\D)(?=\d)|(?<=\d)(?=\D)", " ", name)
+    splits: set[int] = set()
+    rest: list[str] = []
+    for word in re.split(r"[\s_\-.]+", apart.strip().lower()):
+        stem = next((word.removesuffix(f) for f in _FILLERS if word.removesuffix(f) in SPLIT_NAMES), word)
+        if stem in SPLIT_NAMES:
+            splits.add(SPLIT_NAMES[stem])
+        elif word and word not in _FILLERS and not _YEAR.fullmatch(word):
+            rest.append(word)
+    return frozenset(splits), tuple(rest)
