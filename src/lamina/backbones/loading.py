@@ -315,9 +315,9 @@ def _resize(table: Tensor, before: int, after: int, antialias: bool) -> Tensor:
 
     One that does not fit the settings is returned as it is: building the model then names it with both shapes.
     """
-    positions_pd = table.float().reshape(-1, table.shape[-1]) if table.ndim > 1 else table[None]
-    if after == before or len(positions_pd) < before**2:
+    if after == before or table.ndim < 2 or table[..., 0].numel() < before**2:
         return table
+    positions_pd = table.float().reshape(-1, table.shape[-1])
     special_pd, grid_pd = positions_pd[: len(positions_pd) - before**2], positions_pd[-(before**2) :]
     old_1dhw = grid_pd.T.reshape(1, -1, before, before)
     new_1dhw = nn.functional.interpolate(

@@ -248,6 +248,14 @@ def test_a_wrong_shape_is_named_with_both_shapes(vit_folder):
         load(str(vit_folder))
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (1, 3, 32), (1, 40, 32), (1, 5, 31)], ids=str)
+def test_a_table_of_positions_that_does_not_fit_is_named(vit_folder: Path, shape: tuple[int, ...]):
+    change(vit_folder, lambda t: t.update({"embeddings.position_embeddings": torch.ones(shape)}))
+    for size in (None, 32):
+        with pytest.raises(BackboneError, match=r"wrong shape for embeddings\.position_embeddings"):
+            load(str(vit_folder), image_size=size)
+
+
 def test_more_blocks_than_the_configuration_says_are_refused(vit_folder):
     settings = json.loads((vit_folder / "config.json").read_text())
     (vit_folder / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": 2}))
