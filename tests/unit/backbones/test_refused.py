@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tests.tiny import noise
 from tests.unit.backbones.folders import change, configure
@@ -151,6 +152,21 @@ def test_a_normalisation_is_checked(vit_folder: Path, beside: dict[str, Any], me
 def test_an_image_size_without_end_is_refused(vit_folder: Path):
     with pytest.raises(BackboneError, match="image_size 80000 makes 100000000 patches of 8 px; at most 16384"):
         load(str(vit_folder), image_size=80000)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [("DistilBert", "num_hidden_layers"), ("DistilBert", "n_layers"), ("Dinov2", "num_hidden_layers")]
+)
+@pytest.mark.parametrize("value", [10**40, "two", {"two": 2}], ids=str)
+@pytest.mark.usefixtures("nothing_read")
+def test_a_number_of_blocks_is_checked_before_transformers_sees_it(tmp_path: Path, kind: str, key: str, value: object):
+    config = getattr(transformers, f"{kind}Config")(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
+    configure(tmp_path, **{key: value})
+    with pytest.raises(
+        BackboneError, match=rf"{key} in config\.json must be|says 1(0){{40}} blocks, and the weights hold"
+    ):
+        load(str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------- files
