@@ -116,11 +116,11 @@ class _Checkpoint:
                 f"{name}: no config.json in {where.folder} and the weights are not in timm's ViT layout"
             )
         self.family = find_family(self.settings, name)
-        self.config = family_config(self.family, self.settings, name)
-        self.blocks: int = self.config.num_hidden_layers
         prefix = self.family.tower or ""
         self.prefix = prefix if any(key.startswith(prefix) for key in self.headers) else ""
         self.used = [key for key in self.headers if key.startswith(self.prefix)]
+        self.config = family_config(self.family, self.settings, len(self.used), name)
+        self.blocks: int = self.config.num_hidden_layers
         self.copies: Mapping[str, str] = {}
         if self.family.shared is not None and getattr(self.config, self.family.shared[0], False):
             setattr(self.config, self.family.shared[0], False)
@@ -133,11 +133,6 @@ class _Checkpoint:
         """The module without memory for its weights. Raises BackboneError if it is far larger than what is stored."""
         import transformers
 
-        if self.blocks > len(self.used):
-            raise BackboneError(
-                f"{self.name}: config.json says {self.blocks} blocks, and the weights hold {len(self.used)} tensors; "
-                "give the config.json that belongs to them"
-            )
         with quiet(), explained(f"{self.name}: config.json does not make a {self.family.model}"), torch.device("meta"):
             module: nn.Module = getattr(transformers, self.family.model)(self.config, **self.family.options)
         numbers = sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
@@ -315,9 +310,9 @@ def _resize(table: Tensor, before: int, after: int, antialias: bool) -> Tensor:
 
     One that does not fit the settings is returned as it is: building the model then names it with both shapes.
     """
-    positions_pd = table.float().reshape(-1, table.shape[-1]) if table.ndim > 1 else table[None]
-    if after == before or len(positions_pd) < before**2:
+    if after == before or table.ndim < 2 or table[..., 0].numel() < before**2:
         return table
+    positions_pd = table.float().reshape(-1, table.shape[-1])
     special_pd, grid_pd = positions_pd[: len(positions_pd) - before**2], positions_pd[-(before**2) :]
     old_1dhw = grid_pd.T.reshape(1, -1, before, before)
     new_1dhw = nn.functional.interpolate(

@@ -68,7 +68,7 @@ class Backbone:
     name: str
     kind: Kind
     hash: str
-    """sha256 over names, dtypes, shapes and bytes of the stored tensors. It does not depend on how they are sharded."""
+    """sha256 over names, dtypes, shapes and bytes of the stored tensors that were read, however they are sharded."""
     module: nn.Module
     """In eval mode; no parameter requires a gradient."""
     sites: tuple[Site, ...]

@@ -41,24 +41,32 @@ def find_family(settings: Mapping[str, Any], name: str) -> Family:
     return FAMILIES[model_type]
 
 
-def family_config(family: Family, settings: Mapping[str, Any], name: str) -> Any:
-    """Returns the configuration of the family's class in transformers, its sizes and activations checked."""
+def family_config(family: Family, settings: Mapping[str, Any], stored: int, name: str) -> Any:
+    """Returns the configuration of the family's class in transformers, its sizes and activations checked.
+
+    stored: tensors in the weights. transformers builds lists as long as num_hidden_layers, so that is compared first.
+    """
     import transformers
 
     make = getattr(transformers, family.model).config_class
+    layers = make.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     if family.tower is not None and "vision_config" in settings:
         settings = settings["vision_config"]
         if not isinstance(settings, dict):
             raise BackboneError(f"{name}: vision_config in config.json must be an object, not {settings!r}")
-    else:
-        layers = make.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-        if layers not in settings:
-            raise BackboneError(f"{name}: config.json does not say {layers}; give the file that belongs to the weights")
+    elif layers not in settings:
+        raise BackboneError(f"{name}: config.json does not say {layers}; give the file that belongs to the weights")
     kept = {key: value for key, value in settings.items() if key not in _DROPPED and not key.startswith("_")}
     for key in ("image_size", "patch_size"):
         if key in kept:
             kept[key] = _side(kept[key], key, name)
     _check_sizes(kept, make.attribute_map, name)
+    blocks = max(kept.get(key) or 0 for key in (layers, "num_hidden_layers"))
+    if blocks > stored:
+        raise BackboneError(
+            f"{name}: config.json says {blocks} blocks, and the weights hold {stored} tensors; give the config.json that "
+            "belongs to them"
+        )
     with quiet(), explained(f"{name}: config.json does not make a {family.model}"):
         config = make.from_dict(kept | dict(family.settings))
     if config.hidden_size % config.num_attention_heads:
@@ -73,7 +81,7 @@ def _check_sizes(settings: Mapping[str, Any], names: Mapping[str, str], name: st
     """names: those of the family for common settings, such as n_layers for num_hidden_layers."""
     from transformers.activations import ACT2FN
 
-    for key in (names.get(size, size) for size in _SIZES):
+    for key in (*_SIZES, *(names[size] for size in _SIZES if size in names)):
         value = settings.get(key, 1)
         if value is not None and (type(value) is not int or value < 1):
             raise BackboneError(f"{name}: {key} in config.json must be a whole number, 1 or more, not {value!r}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tests.tiny import noise
 from tests.unit.backbones.folders import change, configure
@@ -153,6 +154,21 @@ def test_an_image_size_without_end_is_refused(vit_folder: Path):
         load(str(vit_folder), image_size=80000)
 
 
+@pytest.mark.parametrize(
+    ("kind", "key"), [("DistilBert", "num_hidden_layers"), ("DistilBert", "n_layers"), ("Dinov2", "num_hidden_layers")]
+)
+@pytest.mark.parametrize("value", [10**40, "two", {"two": 2}], ids=str)
+@pytest.mark.usefixtures("nothing_read")
+def test_a_number_of_blocks_is_checked_before_transformers_sees_it(tmp_path: Path, kind: str, key: str, value: object):
+    config = getattr(transformers, f"{kind}Config")(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path)
+    configure(tmp_path, **{key: value})
+    with pytest.raises(
+        BackboneError, match=rf"{key} in config\.json must be|says 1(0){{40}} blocks, and the weights hold"
+    ):
+        load(str(tmp_path))
+
+
 # ---------------------------------------------------------------------------------------------- files
 
 
@@ -246,6 +262,14 @@ def test_a_wrong_shape_is_named_with_both_shapes(vit_folder):
     change(vit_folder, lambda t: t.update({"layernorm.weight": torch.ones(31)}))
     with pytest.raises(BackboneError, match=r"layernorm\.weight \(expected \[32\], found \[31\]\)"):
         load(str(vit_folder))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (1, 3, 32), (1, 40, 32), (1, 5, 31)], ids=str)
+def test_a_table_of_positions_that_does_not_fit_is_named(vit_folder: Path, shape: tuple[int, ...]):
+    change(vit_folder, lambda t: t.update({"embeddings.position_embeddings": torch.ones(shape)}))
+    for size in (None, 32):
+        with pytest.raises(BackboneError, match=r"wrong shape for embeddings\.position_embeddings"):
+            load(str(vit_folder), image_size=size)
 
 
 def test_more_blocks_than_the_configuration_says_are_refused(vit_folder):
