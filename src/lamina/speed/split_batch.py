@@ -37,7 +37,6 @@ class SplitBatch:
             raise ValueError(f"{threads} threads cannot be halved")
         self.learner, self.layers = learner, layers
         self.plain: Features = learner.backbone.forward
-        self.parts = [*learner.backbone.module.modules()]
         self._workers = [ThreadPoolExecutor(1, f"lamina-half-{half}", _take, (threads // 2,)) for half in (0, 1)]
         self.both(int, [0, 0])
         torch.set_num_threads(threads)  # for this thread, and for those that start later
@@ -60,7 +59,8 @@ class SplitBatch:
 
     def splittable(self) -> bool:
         """Returns whether every example passes through the backbone by itself, unwatched."""
-        return not (any(one.layer.mixtures for one in self.layers) or any(map(is_watched, self.parts)))
+        routed = any(one.layer.mixtures for one in self.layers)
+        return not (routed or any(map(is_watched, self.learner.backbone.module.modules())))
 
     def both(self, work: Callable[[Any], Any], given: Sequence[Any]) -> list[Any]:
         """Does this work on two things, one per worker."""
