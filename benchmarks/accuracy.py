@@ -1,10 +1,9 @@
-"""What bf16 costs in accuracy: whole runs of InfLoRA in bf16 and in fp32, seed by seed, on one stream.
+"""The effect of bf16 on accuracy: whole runs of InfLoRA in bf16 and in fp32 on one stream, with the same seeds.
 
     python benchmarks/accuracy.py        Split CIFAR-100 in ten tasks, 15 images per class, four epochs; three seeds
 
-Any processor will do; one without bf16 instructions takes seven minutes or more for a run in bf16. A line of JSON for each
-seed, also added to docs/results/records/accuracy.jsonl, from which `bench.py --page` makes a section. Needs
-../shared/data/cifar100.
+Any CPU will do; without bf16 instructions a run in bf16 takes seven minutes or more. Prints a line of JSON per seed and adds
+it to docs/results/records/accuracy.jsonl, from which `bench.py --page` makes a section. Needs ../shared/data/cifar100.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""Speed, end to end: the floor of this machine, a whole run against it, the same stream by rival loops. `make bench`.
+"""Speed, end to end: the floor of this machine, a whole run of lamina, and hand-written loops on the same stream. `make bench`.
 
     python benchmarks/bench.py             about half an hour; adds a line to docs/results/records/speed.jsonl, writes the page
-    python benchmarks/bench.py --quick     under five minutes; notes nothing
-    python benchmarks/bench.py --short     between the two, for a machine that is at hand for minutes; noted, with what it was
-    python benchmarks/bench.py --page      the page and its plot from the lines there are, nothing measured
+    python benchmarks/bench.py --quick     under five minutes; records nothing
+    python benchmarks/bench.py --short     between the two, for a machine that is available for minutes only; recorded as short
+    python benchmarks/bench.py --page      writes the page and its plot from the records, without measuring
 
-The last line is JSON: floor_ratio (whole run over the floor of as many images), peft_speedup (whole run of the fastest PEFT
-loop over that of lamina's `finetune`, which trains the same numbers), task20_over_task1 (training step), outside_steps (share
-of the run outside training steps), peak_mb, peft_peak_mb, precision, accuracy and reference_accuracy (final, of InfLoRA in
-this precision and in fp32, mean over the same seeds); and, for the page, all that lies behind them. A `note` that somebody adds
-to a line of the records is shown with its section.
+The last line is JSON: floor_ratio (whole run, relative to the floor of as many images), peft_speedup (whole run of the fastest
+PEFT loop, relative to lamina's `finetune`, which trains the same parameters), task20_over_task1 (training step), outside_steps
+(share of the run outside training steps), peak_mb, peft_peak_mb, precision, accuracy and reference_accuracy (final, of InfLoRA
+in this precision and in fp32, mean over the same seeds), and the measurements behind them. A `note` added to a line of the
+records by hand is shown in its section.
 """
 
 import argparse
@@ -34,13 +34,13 @@ from lamina.report.charts import tag
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, PLOT = ROOT / "docs" / "results" / "speed.md", ROOT / "docs" / "results" / "speed.svg"
 RECORDS = ROOT / "docs" / "results" / "records" / "speed.jsonl"
-CARDS = ROOT / "docs" / "results" / "records" / "shapes.jsonl"
+GPUS = ROOT / "docs" / "results" / "records" / "shapes.jsonl"
 ACCURACY = ROOT / "docs" / "results" / "records" / "accuracy.jsonl"
 INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}
 
 
 def measure(quick: bool, short: bool) -> dict[str, Any]:
-    """Each part in a process of its own, one after another: what one leaves in memory must not be counted for the next."""
+    """Returns all measurements. Each part is a process of its own, so that its peak memory is its own."""
     run = part("run.py", ["--quick"] if quick else ["--per-class", "20"] if short else [])
     full = not (quick or short)
     compiled = part("floor.py", ["--compile", "--precision", run["precision"]], optional=True) if full else None
@@ -73,7 +73,7 @@ def measure(quick: bool, short: bool) -> dict[str, Any]:
 
 
 def part(file: str, arguments: list[str], optional: bool = False) -> Any:
-    """What a part ends with. optional: None where it fails (it has said why), as torch.compile does without a compiler."""
+    """Returns the last line of a part. optional: None if it fails, as torch.compile does without a compiler."""
     command = [sys.executable, str(Path(__file__).with_name(file)), *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=not optional)
     return None if done.returncode else json.loads(done.stdout.splitlines()[-1])
@@ -85,7 +85,7 @@ def machine() -> dict[str, Any]:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
     return {
-        "processor": names[0] if names else platform.machine(),
+        "cpu": names[0] if names else platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "bf16_instructions": sorted(INSTRUCTIONS & set(flags)),
@@ -99,42 +99,44 @@ def machine() -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- the page
 
 
-def page(lines: list[dict[str, Any]], cards: list[dict[str, Any]], accuracy: list[dict[str, Any]]) -> str:
-    """Of the newest line in each precision and number of threads, so that nobody is misled about where a gain comes from."""
+def page(lines: list[dict[str, Any]], gpus: list[dict[str, Any]], accuracy: list[dict[str, Any]]) -> str:
+    """Returns the page of the newest line in each precision and number of threads."""
     newest = newest_of(lines)
     parts = [
         "# Speed and memory",
-        "Made by `make bench`, which measures and then writes this page from the lines of `records/speed.jsonl`; do not edit. "
-        "What grows with the number of tasks is on [a page of its own](growth.md).",
+        finding(newest),
         summary(newest),
+        "Written by `make bench` from `records/speed.jsonl`; do not edit. The cost by the number of tasks is on "
+        "[a page of its own](growth.md). The floor is the time of a frozen backbone that learns nothing: "
+        "a forward, and a backward of the gradients of inputs.",
         "![Seconds of a whole run, by contender](speed.svg)",
         *(section(name, line) for name, line in newest.items()),
     ]
     if not any(line["precision"] == "bf16" for line in newest.values()):
         parts.append(
-            "## bf16\n\nNot measured: no machine with native bf16 instructions (`avx512_bf16`, `amx_bf16`) was at hand. There, "
-            "`make bench` adds the section by itself."
+            "## bf16\n\nNot measured: no machine with native bf16 instructions (`avx512_bf16`, `amx_bf16`) was available. "
+            "On such a machine `make bench` adds this section."
         )
     if accuracy:
         parts.append(accuracy_section(accuracy))
-    parts += [on_a_card(line) for line in cards]
+    parts += [on_a_gpu(line) for line in gpus]
     return "\n\n".join(parts) + "\n"
 
 
 def accuracy_section(lines: list[dict[str, Any]]) -> str:
-    """What `accuracy.py` found, in one setting."""
+    """Returns the section of `accuracy.py`."""
     first, differences = lines[0], [line["bf16"] - line["fp32"] for line in lines]
     rows = [f"| {line['seed']} | {100 * line['fp32']:.1f} % | {100 * line['bf16']:.1f} % |" for line in lines]
     spread = statistics.stdev(line["fp32"] for line in lines)
     return "\n\n".join(
         [
             "## Accuracy in bf16",
-            f"`python benchmarks/accuracy.py`: `{first['method']}` on Split CIFAR-100 in ten tasks, {first['per_class']} "
-            f"images of each class, {first['epochs']} epochs, final accuracy. bf16 minus fp32, seed by seed: "
-            f"{100 * statistics.mean(differences):+.1f} points in the mean ({100 * min(differences):+.1f} to "
-            f"{100 * max(differences):+.1f}); the seeds themselves are {100 * spread:.1f} apart (standard deviation, fp32)."
+            f"bf16 minus fp32 is {100 * statistics.mean(differences):+.1f} points on average ({100 * min(differences):+.1f} to "
+            f"{100 * max(differences):+.1f}); the standard deviation over the seeds is {100 * spread:.1f} points (fp32)."
             f"{noted(first)}",
             "\n".join(["| Seed | fp32 | bf16 |", "|---|---:|---:|", *rows]),
+            f"Final accuracy of `{first['method']}` on Split CIFAR-100 in ten tasks, {first['per_class']} images per class, "
+            f"{first['epochs']} epochs (`python benchmarks/accuracy.py`).",
         ]
     )
 
@@ -147,18 +149,18 @@ def newest_of(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name(line): line for line in lines if not line["quick"]}
 
 
-def on_a_card(line: dict[str, Any]) -> str:
-    """What `shapes.py` measured on one card."""
+def on_a_gpu(line: dict[str, Any]) -> str:
+    """Returns the section of what `shapes.py` measured on one GPU."""
     about = line["machine"]
-    shown = any("recorded" in name for size in line["sizes"] for name in size["steps"])
-    recorded = "is in the rows *recorded*." if shown else "is not in here."
+    shown = any("CUDA graph" in name for size in line["sizes"] for name in size["steps"])
+    graphs = "has a row of its own here" if shown else "was not measured here"
     parts = [
-        f"## On a card: {line['card']}",
+        f"## On a GPU: {line['gpu']}",
+        "Training steps with random weights at 224 px, rank 10 on k and v, with a batch that is ready. A run uses a CUDA graph "
+        f"if that is faster; it {graphs}. The fraction of the peak counts the operations of the floor only, relative to a bf16 "
+        f"matrix product of 8192 rows and columns in the same process ({line['peak_tflops']:.0f} TFLOP/s).{noted(line)}",
         f"{line['date']}, `python benchmarks/shapes.py`; torch {about['torch']}, transformers {about['transformers']}, PEFT "
-        f"{about['peft']}, lamina {about['lamina']}. Training steps with random weights at 224 px, rank 10 on k and v, of a "
-        "batch that lies ready. The fraction of the peak counts the operations of the floor, over a bf16 matrix product of "
-        f"8192 rows and columns measured in the same process ({line['peak_tflops']:.0f} TFLOP/s). What recording the step as "
-        f"a CUDA graph gives, which lamina does by itself where it is faster, {recorded}{noted(line)}",
+        f"{about['peft']}, lamina {about['lamina']}.",
     ]
     for size in line["sizes"]:
         rows = [
@@ -177,16 +179,25 @@ def on_a_card(line: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def finding(newest: dict[str, dict[str, Any]]) -> str:
+    """Returns the page's first sentence."""
+    ratios, speedups = ([line[key] for line in newest.values()] for key in ("floor_ratio", "peft_speedup"))
+    return (
+        f"**A whole run takes {min(ratios):.2f} to {max(ratios):.2f} times the floor of its machine, and the fastest PEFT loop "
+        f"takes {min(speedups):.2f} to {max(speedups):.2f} times as long as lamina.**"
+    )
+
+
 def summary(newest: dict[str, dict[str, Any]]) -> str:
     rows = {
-        "whole run over the floor": "floor_ratio",
-        "fastest PEFT loop over lamina, whole run": "peft_speedup",
-        "step in task 20 over step in task 1": "task20_over_task1",
-        "share outside training steps": "outside_steps",
-        "peak memory, MB": "peak_mb",
-        "peak memory of that PEFT loop, MB": "peft_peak_mb",
-        "final accuracy, InfLoRA": "accuracy",
-        "the same in fp32": "reference_accuracy",
+        "Whole run, relative to the floor": "floor_ratio",
+        "Whole run of the fastest PEFT loop, relative to lamina": "peft_speedup",
+        "Training step in task 20, relative to task 1": "task20_over_task1",
+        "Time outside training steps": "outside_steps",
+        "Peak memory, MB": "peak_mb",
+        "Peak memory of that PEFT loop, MB": "peft_peak_mb",
+        "Final accuracy, InfLoRA": "accuracy",
+        "The same in fp32": "reference_accuracy",
     }
     lines = ["| | " + " | ".join(newest) + " |", "|---|" + "---:|" * len(newest)]
     for what, key in rows.items():
@@ -202,69 +213,74 @@ def show(key: str, value: float) -> str:
 
 def section(name: str, line: dict[str, Any]) -> str:
     about, run, found = line["machine"], line["run"], line["rivals"]
-    low, middle, high = run["floor_ms_per_image"]
-    spread_of_tasks = ""
-    if "tasks_over_floor" in run:
-        spread_of_tasks = " (by task, quartiles {0:.2f} to {2:.2f})".format(*run["tasks_over_floor"])
-    phases = ", ".join(f"{phase} {value:.1f} s" for phase, value in run["seconds"].items() if phase != "total")
+    fastest = min(way for way, ms in run["floor_ways_ms_per_image"].items() if ms == run["floor_ms_per_image"])
     early, median, late = run["task20_over_task1"]
-    half = ", ".join(about["bf16_instructions"]) or "none"
     ours = f"lamina finetune, {found['precision']}"
-    rows = [
-        "| | Whole run, s | Training step, ms | in the last task over the first | Evaluation, s "
-        "| Peak memory, MB | Final accuracy |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-        *(row(name, runs) for name, runs in found["runs"].items()),
-    ]
     a, b, c = rivals.speedup(found, ours, rivals.PEFT_LOOPS)
-    compiled = (
-        "was not measured here."
-        if line["short"]
-        else "could not be measured; `python benchmarks/floor.py --compile` says why."
-    )
-    if line["compiled"]:
-        eager_ms, compiled_ms = line["compiled"]["ms_per_image"][1], line["compiled"]["compiled_ms_per_image"][1]
-        compiled = (
-            f"takes {compiled_ms:.2f} ms per image instead of {eager_ms:.2f} (round by round in turn), after "
-            f"{line['compiled']['compile_seconds']:.0f} s of compiling. lamina does not use it."
-        )
-    as_one = ", its blocks computed as lamina does," if run["precision"] == "bf16" else ""
     alone = found["seeds"] == 1
-    seeds = "one seed" if alone else f"medians over {found['seeds']} seeds (quartiles in brackets)"
-    spread = "" if alone else f" ({a:.2f} to {c:.2f})"
+    seeds = "one seed" if alone else f"medians over {found['seeds']} seeds"
+    spread = "" if alone else f" (quartiles {a:.2f} to {c:.2f})"
+    threads = f"{about['threads']} thread{'s' if about['threads'] > 1 else ''}"
     return "\n\n".join(
         [
             f"## In {name}",
-            f"{line['date']}, {about['processor']}, {about['cores']} cores, {about['threads']} threads, "
-            f"{about['memory_gb']} GB, {about['system']}, no GPU; bf16 instructions: {half}. Python "
-            f"{about['python']}, torch {about['torch']}, transformers {about['transformers']}, PEFT {about['peft']}, lamina "
-            f"{about['lamina']}.{noted(line)}",
-            f"**Against the floor.** Split CIFAR-100 in ten tasks, {run['per_class']} training images of each class (of 500) "
-            f"and a fifth as many test images, as in the whole; `{run['method']}` on `nano`, rank {whole.RANK} on "
-            f"{' and '.join(whole.TARGETS)}, twenty epochs, batch {whole.BATCH}. Forward and input-gradient backward of the "
-            f"bare frozen backbone{as_one} take {middle:.2f} ms per image (quartiles {low:.2f} to {high:.2f}, measured "
-            f"within this run{other_ways(run)}). The run takes {run['seconds']['total']:.0f} s for {run['images']} training "
-            f"images: **{run['floor_ratio']:.2f} times the floor**, its training steps alone "
-            f"{run['training_over_floor']:.2f} times{spread_of_tasks}. "
-            f"Outside the steps: {100 * run['outside_steps']:.1f} %. {phases}. The two passes for moments and all else at the "
-            f"beginning and end of tasks: {100 * run['moments_share_at_most']:.1f} %. A step in task 20 takes {median:.2f} "
-            f"times that in task 1 (quartiles {early:.2f} to {late:.2f}).",
-            f"**`torch.compile`** on the bare backbone, of transformers' own blocks, {compiled}",
-            f"**Against loops by hand.** The same stream with {found['per_class']} images of each class and {found['epochs']} "
-            f"epochs; {seeds}. lamina's `finetune` trains the same numbers as PEFT and is the one "
-            f"to compare: the fastest PEFT loop ({line['fastest_peft']}) takes {b:.2f} times as long{spread}"
-            f"{like_for_like(found)}.",
-            "\n".join(rows),
+            f"**Loops by hand.** Split CIFAR-100 in ten tasks, {found['per_class']} images per class, {found['epochs']} "
+            f"epochs; {seeds}. lamina's `finetune` trains the same parameters as PEFT. The fastest PEFT loop "
+            f"({line['fastest_peft']}) takes {b:.2f} times as long{spread}{like_for_like(found)}.",
+            "\n".join(
+                [
+                    "| | Whole run, s | Training step, ms | Last task relative to the first | Evaluation, s "
+                    "| Peak memory, MB | Final accuracy |",
+                    "|---|---:|---:|---:|---:|---:|---:|",
+                    *(row(name, runs) for name, runs in found["runs"].items()),
+                ]
+            ),
+            f"**The floor.** `{run['method']}` on the same stream with {run['per_class']} of 500 training images per class and "
+            f"a fifth as many test images, twenty epochs, batch {whole.BATCH}, rank {whole.RANK} on "
+            f"{' and '.join(whole.TARGETS)} of `nano`. The floor is that of a {fastest} batch, measured within the run.",
+            floor_table(run),
+            f"A step in task 20 takes {median:.2f} times as long as in task 1 (quartiles {early:.2f} to {late:.2f}). "
+            f"`torch.compile` on the bare backbone, with transformers' own blocks, {compiled(line)}",
+            f"{line['date']}, {about['cpu']}, {about['cores']} cores, {threads}, {about['memory_gb']} GB, {about['system']}, "
+            f"no GPU; bf16 instructions: {', '.join(about['bf16_instructions']) or 'none'}. Python {about['python']}, torch "
+            f"{about['torch']}, transformers {about['transformers']}, PEFT {about['peft']}, lamina {about['lamina']}."
+            f"{noted(line)}",
         ]
     )
 
 
-def other_ways(run: dict[str, Any]) -> str:
-    """What the floor is in the ways that are not the fastest."""
-    ways = run.get("floor_ways_ms_per_image", {})
-    fastest = next((way for way, ms in ways.items() if ms == run["floor_ms_per_image"]), None)
-    others = [f"{way} {ms[1]:.2f}" for way, ms in ways.items() if way != fastest]
-    return f", with a batch {fastest}; {', '.join(others)}" if others else ""
+def floor_table(run: dict[str, Any]) -> str:
+    """Returns the table of a whole run: the floor, ratios to it, and seconds by phase."""
+    rows = {
+        f"Floor, {way} batch, ms per image (quartiles)": spread_of(ms)
+        for way, ms in run["floor_ways_ms_per_image"].items()
+    }
+    rows |= {
+        "Training images": f"{run['images']}",
+        "Whole run, relative to the floor": f"{run['floor_ratio']:.2f}",
+        "Training steps, relative to the floor (quartiles over the tasks)": f"{run['training_over_floor']:.2f} "
+        + "({0:.2f} to {2:.2f})".format(*run["tasks_over_floor"]),
+        "Time outside training steps": f"{100 * run['outside_steps']:.1f} %",
+        "Beginning and end of tasks, including the passes for moments": f"{100 * run['begin_and_end_share']:.1f} %",
+        "Seconds by phase": ", ".join(f"{phase} {value:.1f}" for phase, value in run["seconds"].items()),
+    }
+    return "\n".join(["| | |", "|---|---:|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def spread_of(quartiles: list[float]) -> str:
+    return "{1:.2f} ({0:.2f} to {2:.2f})".format(*quartiles)
+
+
+def compiled(line: dict[str, Any]) -> str:
+    """Returns the end of a sentence about torch.compile."""
+    if not line["compiled"]:
+        failed = "could not be measured; `python benchmarks/floor.py --compile` says why."
+        return "was not measured." if line["short"] else failed
+    before, after = line["compiled"]["ms_per_image"][1], line["compiled"]["compiled_ms_per_image"][1]
+    return (
+        f"takes {after:.2f} ms per image instead of {before:.2f} (alternating rounds), after "
+        f"{line['compiled']['compile_seconds']:.0f} s of compiling. lamina does not use it."
+    )
 
 
 def noted(line: dict[str, Any]) -> str:
@@ -272,7 +288,7 @@ def noted(line: dict[str, Any]) -> str:
 
 
 def like_for_like(found: dict[str, Any]) -> str:
-    """Where lamina takes bf16: what each precision gives by itself, so that nobody is misled about where a gain comes from."""
+    """Returns the comparison of equal precisions, where lamina chooses bf16: it shows where a gain comes from."""
     if found["precision"] == "fp32":
         return ""
     both, same = (rivals.speedup(found, f"lamina finetune, {kind}", ["PEFT, fp32"])[1] for kind in ("bf16", "fp32"))
@@ -290,11 +306,11 @@ def row(name: str, runs: dict[str, list[Any]]) -> str:
 
 
 def plot(lines: list[dict[str, Any]]) -> Markup:
-    """Bars: seconds of a whole run for every contender, a group and a scale for every section of the page."""
+    """Returns bars: seconds of a whole run of every contender, with a group and a scale for every section of the page."""
     left, wide, high, y = 260.0, 380.0, 24.0, 10.0
     parts = []
     for heading, line in newest_of(lines).items():
-        parts.append(tag("text", f"{heading}: {line['machine']['processor']}", x=10, y=y + 14, font_weight="bold"))
+        parts.append(tag("text", f"{heading}: {line['machine']['cpu']}", x=10, y=y + 14, font_weight="bold"))
         bars = {name: statistics.median(of["seconds"]) for name, of in line["rivals"]["runs"].items()}
         for name, seconds in bars.items():
             y += high
@@ -326,15 +342,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", default=os.environ.get("QUICK", "") not in ("", "0"))
     parser.add_argument("--short", action="store_true")
-    parser.add_argument("--page", action="store_true", help="only write the page and the plot again")
+    parser.add_argument(
+        "--page", action="store_true", help="write the page and the plot from the records, without measuring"
+    )
     options = parser.parse_args()
     found = None if options.page else measure(options.quick, options.short)
     if found and not found["quick"]:
         with RECORDS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
     if options.page or (found and not found["quick"]):
-        lines, cards, accuracy = (read(path) for path in (RECORDS, CARDS, ACCURACY))
-        PAGE.write_text(page(lines, cards, accuracy), encoding="utf-8")
+        lines, gpus, accuracy = (read(path) for path in (RECORDS, GPUS, ACCURACY))
+        PAGE.write_text(page(lines, gpus, accuracy), encoding="utf-8")
         PLOT.write_text(str(plot(lines)) + "\n", encoding="utf-8")
         whole.say(f"wrote {PAGE.relative_to(ROOT)} and {PLOT.relative_to(ROOT)}")
     if found:

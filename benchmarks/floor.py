@@ -1,14 +1,13 @@
-"""The floor of learning on this machine: what a frozen backbone costs when it learns nothing.
+"""The floor of this machine: the time of a training step of a frozen backbone that learns nothing.
 
     python benchmarks/floor.py --pixels 32 --batch 64 --rounds 9
-    python benchmarks/floor.py --compile              the same beside it through torch.compile, and what compiling took
+    python benchmarks/floor.py --compile              also with torch.compile, and the time of compiling
 
-A floor step is a forward and the backward of gradients with regard to inputs, from the features down to the outputs of the
-first layers that would be adapted: no adapter, no head, no optimiser, and batches that are ready. No learner of these layers
-can do with less, unless it stores activations. It is taken with the batch in one piece and in two halves side by side, as
-lamina does in float32 (`lamina/halves.py`), in turn. Memory is kept from step to step, and in bf16 each block is computed as
-one (`lamina/block.py`), both as in a run of lamina: as PyTorch does these things, the floor would be higher. The last line is
-JSON: milliseconds per image, median and quartiles.
+A floor step is a forward and a backward of the gradients of inputs, from the features down to the outputs of the first layers
+that would be adapted: no adapter, no head, no optimiser, and batches that are ready. A method that trains these layers cannot
+take less, unless it stores activations. Steps with the whole batch and with a split batch (`lamina/speed/split_batch.py`)
+alternate. As in a run of lamina, freed memory is kept and bf16 blocks are fused (`lamina/speed/fused_block.py`); with PyTorch
+alone the floor would be higher. The last line is JSON: milliseconds per image, median and quartiles.
 """
 
 import argparse
@@ -22,31 +21,36 @@ from torch import Tensor, nn
 
 from lamina import backbones
 from lamina.backbones import Backbone
-from lamina.engine import device
-from lamina.speed import precision
+from lamina.speed import keeping_memory, precision
+from lamina.speed.attention import use_plain_attention
 from lamina.speed.fused_block import fuse
-from lamina.speed.split_batch import Halves
+from lamina.speed.split_batch import Workers
 
 
 class Floor:
-    """Steps of a backbone that learns nothing. targets: roles that would be adapted, in every block."""
+    """Steps of a backbone that learns nothing. targets: roles that would be adapted, in every block. fused: whether bf16 blocks
+    on a CPU are."""
 
-    def __init__(self, backbone: Backbone, targets: Sequence[str], dtype: torch.dtype) -> None:
+    def __init__(self, backbone: Backbone, targets: Sequence[str], dtype: torch.dtype, *, fused: bool = True) -> None:
         self.backbone, self.dtype = backbone, dtype
         backbone.cast(dtype)
+        if dtype == torch.bfloat16 and next(backbone.module.parameters()).device.type == "cpu":
+            use_plain_attention(backbone.module)
+            for path in backbone.stages[1:] if backbone.fusible and fused else ():
+                fuse(backbone.module.get_submodule(path))
         for site in backbone.sites:
             if site.block == 0 and site.role in targets:
                 backbone.module.get_submodule(site.path).register_forward_hook(_differentiate)
-        self.ways: dict[str, Callable[[Tensor], object]] = {"in one piece": self.step}
+        self.ways: dict[str, Callable[[Tensor], object]] = {"whole": self.step}
         if torch.get_num_threads() % 2 == 0:
-            halves = Halves()
-            self.ways["in halves"] = lambda pixels_bchw: halves.both(self.step, pixels_bchw.chunk(2))
+            workers = Workers()
+            self.ways["split"] = lambda pixels_bchw: workers.both(self.step, pixels_bchw.chunk(2))
 
     def step(self, pixels_bchw: Tensor) -> None:
         features_bd = self.backbone.features({"pixel_values": pixels_bchw.to(self.dtype)})
         features_bd.sum().backward()
 
-    def seconds_per_image(self, pixels_bchw: Tensor, steps: int, way: str = "in one piece") -> float:
+    def seconds_per_image(self, pixels_bchw: Tensor, steps: int, way: str = "whole") -> float:
         started = time.perf_counter()
         for _ in range(steps):
             self.ways[way](pixels_bchw)
@@ -58,7 +62,7 @@ def _differentiate(_: nn.Module, __: object, output: Tensor) -> Tensor:
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
-    """Lower quartile, median, upper quartile; of one value, three times that."""
+    """Returns lower quartile, median and upper quartile; a single value three times."""
     if len(values) == 1:
         return [values[0]] * 3
     return statistics.quantiles(values, n=4, method="inclusive")
@@ -73,9 +77,9 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["k", "v"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=3, help="steps in one round")
-    parser.add_argument("--compile", action="store_true", help="also measure torch.compile, round by round in turn")
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile, in alternating rounds")
     options = parser.parse_args()
-    with device.keeping_memory():
+    with keeping_memory():
         measure(options)
 
 
@@ -85,26 +89,23 @@ def measure(options: argparse.Namespace) -> None:
     floors: dict[str, Floor] = {}
     for kind in ("eager", "compiled") if options.compile else ("eager",):
         backbone = backbones.load(options.backbone, image_size=options.pixels)
-        floors[kind] = Floor(backbone, options.targets, precision.DTYPES[name])
+        floors[kind] = Floor(backbone, options.targets, precision.DTYPES[name], fused=kind == "eager")
         if kind == "compiled":
-            # The compiler makes its own of transformers' blocks.
-            for block in backbone.stages[1:] if backbone.fusible else ():
-                fuse(backbone.module.get_submodule(block), False)
             backbone.module.compile()
         started = time.perf_counter()
         floors[kind].seconds_per_image(pixels_bchw, 2)
         warming_up = time.perf_counter() - started
-    contenders = [("eager", way) for way in floors["eager"].ways] + [(kind, "in one piece") for kind in [*floors][1:]]
+    contenders = [("eager", way) for way in floors["eager"].ways] + [(kind, "whole") for kind in [*floors][1:]]
     rounds: dict[tuple[str, str], list[float]] = {contender: [] for contender in contenders}
     for _ in range(options.rounds):
         for kind, way in contenders:
             rounds[kind, way].append(1000 * floors[kind].seconds_per_image(pixels_bchw, options.steps, way))
     found = {contender: [round(x, 3) for x in quartiles(values)] for contender, values in rounds.items()}
-    line = {"precision": name, "threads": torch.get_num_threads(), "ms_per_image": found["eager", "in one piece"]}
-    if ("eager", "in halves") in found:
-        line |= {"in_halves_ms_per_image": found["eager", "in halves"]}
+    line = {"precision": name, "threads": torch.get_num_threads(), "ms_per_image": found["eager", "whole"]}
+    if ("eager", "split") in found:
+        line |= {"split_ms_per_image": found["eager", "split"]}
     if options.compile:
-        line |= {"compiled_ms_per_image": found["compiled", "in one piece"], "compile_seconds": round(warming_up, 1)}
+        line |= {"compiled_ms_per_image": found["compiled", "whole"], "compile_seconds": round(warming_up, 1)}
     print(json.dumps(line))
 
 

@@ -1,15 +1,15 @@
-"""How the cost of every method grows with the number of tasks: time of a training step and of an answer, memory, disk.
+"""How the cost of every method grows with the number of tasks: time per training step and prediction, memory, disk.
 
-    python benchmarks/growth.py                                   measures; an hour. Stop it anywhere and give it again:
-                                                                  methods that are in the records are not measured again
+    python benchmarks/growth.py                                   measures; an hour. It can be stopped at any time: methods
+                                                                  that are in the records are not measured again
     python benchmarks/growth.py --tasks 10 --methods ewc,color --out runs/growth.jsonl        a minute
     python benchmarks/growth.py --page docs/results/growth.md     page and plot from the records; nothing is measured
 
-Every method learns one stream of 200 tasks, of two new classes each, in a process of its own; streams of 10 and 50 tasks are
-its prefixes (but for methods that use the number of tasks, which are told 200). It is looked at after 1, 2, 5, 10, ... tasks.
-The images are random: what is in them does not change the cost. Backbone: the embedded `nano` at 32 px, fp32, adapters of
-rank 10 on k and v of every block. Time is that of the processor in one thread, which other work on the machine hardly
-changes; on an idle machine a clock on the wall would show the same.
+Every method learns one stream of 200 tasks, of two new classes each, in a process of its own. Streams of 10 and 50 tasks are
+its prefixes (except for methods that use the number of tasks, which are given 200). Points are 1, 2, 5, 10, ... tasks.
+The images are random: their content does not change the cost. Backbone: the embedded `nano` at 32 px, fp32, adapters of rank
+10 on k and v of every block. All times are CPU times of one thread, which other work on the machine hardly changes; on an idle
+machine they equal wall-clock time.
 """
 
 import argparse
@@ -37,24 +37,26 @@ from lamina import __version__, backbones, data
 from lamina.config import EvaluationConfig, TrainingConfig
 from lamina.data import streams
 from lamina.data.streams import Stream
-from lamina.engine.loop import Loop, Position
+from lamina.engine.loop import Loop
+from lamina.engine.state import Position
 from lamina.learner import Learner
 from lamina.methods import METHODS
 from lamina.report import charts
 from lamina.report.text import scaled
+from lamina.speed import accelerate
 from lamina.types import Batch, Examples, Task
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "results" / "records" / "growth.jsonl"
-TASKS, LOOKED_AT, SHOWN = 200, (1, 2, 5, 10, 20, 50, 100, 200), (1, 10, 50, 200)
-CLASSES, PER_CLASS, TEST_SHARE, BATCH, RANK, ANSWERED = 2, 16, 0.2, 16, 10, 64
+TASKS, MEASURED_AFTER, SHOWN = 200, (1, 2, 5, 10, 20, 50, 100, 200), (1, 10, 50, 200)
+CLASSES, PER_CLASS, TEST_SHARE, BATCH, RANK, PREDICTED = 2, 16, 0.2, 16, 10, 64
 EPOCHS = 8
-"""Of a task that is looked at, so that there are steps enough for a median; others have one."""
+"""Of a task that is measured, so that a median has enough steps; the others have one."""
 WARM_UP = 2
 """Steps at the beginning of a task that are not counted."""
 REPEATS = 5
 SETTINGS: dict[str, dict[str, Any]] = {"taskarithmetic": {"memory_per_class": 2, "memory_epochs": 1}}
-"""Beside the rank; otherwise the defaults. With those, fine-tuning on the kept examples of 200 tasks would take hours."""
+"""Beside the rank; otherwise the defaults. With those, fine-tuning on the stored examples of 200 tasks would take hours."""
 
 Point = dict[str, float]
 Record = dict[str, Any]
@@ -64,31 +66,31 @@ Record = dict[str, Any]
 
 
 class Measured(Loop):
-    """A loop that measures, after some of the tasks, where another one evaluates on all tasks so far, and saves only then."""
+    """A loop that measures after some of the tasks, instead of evaluating, and saves only then."""
 
-    def __init__(self, wanted: Collection[int], answered: Batch, **settings: Any) -> None:
+    def __init__(self, wanted: Collection[int], predicted: Batch, **settings: Any) -> None:
         super().__init__(**settings)
-        self.wanted, self.answered = wanted, answered
+        self.wanted, self.predicted = wanted, predicted
         self.points: list[Point] = []
         self.steps: list[float] = []
-        self.around = 0.0
+        self.begin_and_end = 0.0
 
     def save(self) -> None:
-        """Not after every phase: what a checkpoint of 200 tasks costs would be paid 800 times."""
+        """Does nothing after a phase: 800 checkpoints of up to 200 tasks would take too long."""
 
     def _begin(self, task: Task) -> Position:
-        self.steps, self.around = [], 0.0
-        looked_at = self.position.task + 1 in self.wanted
-        self.training = self.training.model_copy(update={"epochs": EPOCHS if looked_at else 1})
+        self.steps, self.begin_and_end = [], 0.0
+        measured = self.position.task + 1 in self.wanted
+        self.training = self.training.model_copy(update={"epochs": EPOCHS if measured else 1})
         started = time.process_time()
         position = super()._begin(task)
-        self.around += time.process_time() - started
+        self.begin_and_end += time.process_time() - started
         return position
 
     def _end(self, task: Task) -> Position:
         started = time.process_time()
         position = super()._end(task)
-        self.around += time.process_time() - started
+        self.begin_and_end += time.process_time() - started
         return position
 
     def _step(self, *arguments: Any) -> float:
@@ -109,9 +111,9 @@ class Measured(Loop):
         return float(np.median(self.steps[WARM_UP:])) if self.steps else None
 
     def point(self) -> Point:
-        def answer() -> None:
+        def predict() -> None:
             with self.learner.folded():
-                self.method.predict(self.learner, self.answered)
+                self.method.predict(self.learner, self.predicted)
 
         def fold() -> None:
             with self.learner.folded():
@@ -127,9 +129,9 @@ class Measured(Loop):
             "memory_bytes": self.method.memory_bytes,
             "stored_parameters": self.learner.stored_parameters(),
             "step_seconds": self.step_seconds,
-            "answer_seconds_per_image": median_of(answer) / len(self.answered),
+            "prediction_seconds_per_image": median_of(predict) / len(self.predicted),
             "fold_seconds": median_of(fold),
-            "around_seconds": self.around,
+            "begin_and_end_seconds": self.begin_and_end,
         }
 
 
@@ -143,7 +145,7 @@ def median_of(work: Callable[[], None]) -> float:
 
 
 def make_stream(tasks: int, cache: Path) -> tuple[Stream, Batch]:
-    """Random images through lamina's own data path, and those of them that are answered."""
+    """Returns a stream of random images, and a batch of them to predict."""
     per_class = math.ceil(PER_CLASS / (1 - TEST_SHARE))
     count = tasks * CLASSES * per_class
     images = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
@@ -154,8 +156,8 @@ def make_stream(tasks: int, cache: Path) -> tuple[Stream, Batch]:
     transform = data.ImageTransform(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     labelled = data.load_images(source, transform, cache=cache)
     stream = streams.make_stream(labelled, streams.class_plan(labelled, tasks), "class", per_class=PER_CLASS)
-    rows_n = np.arange(ANSWERED) % count
-    return stream, Examples(labelled.table, rows_n, labelled.labels_n[rows_n]).batch(np.arange(ANSWERED))
+    rows_n = np.arange(PREDICTED) % count
+    return stream, Examples(labelled.table, rows_n, labelled.labels_n[rows_n]).batch(np.arange(PREDICTED))
 
 
 def settings_of(name: str) -> dict[str, Any]:
@@ -167,14 +169,15 @@ def measure(name: str, tasks: int) -> Record:
     """One method, in this process."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        stream, answered = make_stream(tasks, Path(folder) / "cache")
+        stream, predicted = make_stream(tasks, Path(folder) / "cache")
 
         def loop_over(part: Stream, wanted: Collection[int], checkpoints: str) -> Measured:
-            method = METHODS[name]
+            method, learner = METHODS[name], Learner(backbones.load("nano", image_size=32))
             return Measured(
                 wanted,
-                answered,
-                learner=Learner(backbones.load("nano", image_size=32)),
+                predicted,
+                learner=learner,
+                steps=accelerate(learner),
                 method=method(method.config_type(**settings_of(name)), tasks),
                 stream=part,
                 training=TrainingConfig(batch_size=BATCH),
@@ -184,7 +187,7 @@ def measure(name: str, tasks: int) -> Record:
                 checkpoint_seconds=math.inf,
             )
 
-        loop = loop_over(stream, LOOKED_AT, "checkpoints")
+        loop = loop_over(stream, MEASURED_AFTER, "checkpoints")
         loop.run()
         again = loop_over(stream.first(1), (1,), "again")
         again.run()
@@ -201,7 +204,7 @@ def measure(name: str, tasks: int) -> Record:
 
 
 def collect(names: Sequence[str], tasks: int, out: Path) -> list[str]:
-    """Measure those that are not in the records, one after another; the names of those that failed."""
+    """Measure the methods that are not in the records. Returns the names of those that failed."""
     done, failed = {record["method"] for record in read(out, tasks)}, []
     out.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -222,13 +225,13 @@ def collect(names: Sequence[str], tasks: int, out: Path) -> list[str]:
 
 
 def read(records: Path, tasks: int) -> list[Record]:
-    """Those of streams of this length, in the order of the methods. A line that was cut short counts as none."""
+    """Returns the records of streams of this length, in the order of the methods. Lines that are not JSON are skipped."""
     found: dict[str, Record] = {}
     for line in records.read_text(encoding="utf-8").splitlines() if records.exists() else []:
         try:
             record = json.loads(line)
         except ValueError:
-            say(f"{records}: passed over a line that is not JSON; its method will be measured again")
+            say(f"{records}: skipped a line that is not JSON; its method will be measured again")
             continue
         if record["tasks"] == tasks:
             found[record["method"]] = record
@@ -255,17 +258,17 @@ def in_bytes(count: float) -> str:
 
 QUANTITIES: dict[str, tuple[str, Callable[[float], str]]] = {
     "step_seconds": ("A training step of 16 images", in_seconds),
-    "answer_seconds_per_image": ("Answering, per image of 64, folding included", in_seconds),
+    "prediction_seconds_per_image": ("Prediction per image, in a batch of 64, folding included", in_seconds),
     "resident_bytes": ("Resident memory of the process", in_bytes),
     "checkpoint_bytes": ("A checkpoint on disk", in_bytes),
-    "fold_seconds": ("Of answering 64 images: folding before and undoing it after", in_seconds),
-    "around_seconds": ("Beginning and ending a task, without its steps", in_seconds),
-    "memory_bytes": ("Memory of the method, in a checkpoint too", in_bytes),
-    "stored_parameters": ("Numbers kept in the learner, the head's included", scaled),
+    "fold_seconds": ("Folding the live branches before a prediction, and undoing it", in_seconds),
+    "begin_and_end_seconds": ("Beginning and end of a task, without training steps", in_seconds),
+    "memory_bytes": ("Memory of the method, which is also part of a checkpoint", in_bytes),
+    "stored_parameters": ("Parameters stored in the learner, including the head", scaled),
 }
 PANELS = {
     "step_seconds": ("training step", "ms", 1e3),
-    "answer_seconds_per_image": ("answering one image", "ms", 1e3),
+    "prediction_seconds_per_image": ("prediction of one image", "ms", 1e3),
     "resident_bytes": ("resident memory", "MB", 1e-6),
     "checkpoint_bytes": ("checkpoint on disk", "MB", 1e-6),
 }
@@ -274,7 +277,9 @@ PANELS = {
 def write_page(page: Path, records: Sequence[Record], tasks: int) -> None:
     text = page.read_text(encoding="utf-8") if page.exists() else START
     if not BLOCK.search(text):
-        sys.exit(f"{page}: it needs a line <!-- growth --> and, after it, a line <!-- /growth -->.")
+        sys.exit(
+            f"{page} has no line <!-- growth --> followed by a line <!-- /growth -->. Add both: tables go between them."
+        )
     plot = page.with_suffix(".svg")
     block = content(records, tasks, plot.name)
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -285,20 +290,20 @@ def write_page(page: Path, records: Sequence[Record], tasks: int) -> None:
 
 def content(records: Sequence[Record], tasks: int, plot: str) -> str:
     laws = [[f"`{name}`", method.needs.growth, method.needs.operations] for name, method in METHODS.items()]
-    parts = [table(["method", "how what is kept grows", "how operations grow"], laws, numbers=False)]
+    parts = [table(["method", "stored", "cost per step and prediction"], laws, numbers=False)]
     if not records:
-        return "\n\n".join([*parts, "Nothing is measured yet.", ""])
-    parts.append(f"![Step time, answering time, resident memory and checkpoint size of every method]({plot})")
+        return "\n\n".join([*parts, "Nothing has been measured yet.", ""])
+    parts.append(f"![Time per step and per prediction, resident memory and checkpoint size of every method]({plot})")
     shown = [n for n in SHOWN if n <= tasks]
     for key, (title, write) in QUANTITIES.items():
         rows = [[f"`{r['method']}`", *row(r, key, shown, write)] for r in records]
         last = f"{shown[-1]} over {shown[0]}"
-        parts.append(f"**{title}**, after so many tasks\n\n{table(['method', *map(str, shown), last], rows)}")
+        parts.append(f"**{title}**, by the number of tasks learnt\n\n{table(['method', *map(str, shown), last], rows)}")
     drift = [r["again"]["step_seconds"] / at(r, 1)["step_seconds"] for r in records if r["again"]["step_seconds"]]
     if drift:
         parts.append(
-            f"Steps of task 1, done again on a new learner when the stream was over, took {min(drift):.2f} to "
-            f"{max(drift):.2f} times as long as the first time: so far the machine itself may have drifted."
+            f"Steps of task 1, repeated on a new learner at the end of the stream, took {min(drift):.2f} to "
+            f"{max(drift):.2f} times as long as at its beginning: the machine itself may have changed by as much."
         )
     parts.append(facts(records, tasks))
     return "\n\n".join([*parts, ""])
@@ -321,17 +326,17 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: boo
 
 def facts(records: Sequence[Record], tasks: int) -> str:
     def each(key: str) -> str:
-        return ", ".join(sorted({str(r[key]) if isinstance(r[key], str) else told(r[key]) for r in records}))
+        return ", ".join(sorted({str(r[key]) if isinstance(r[key], str) else listed(r[key]) for r in records}))
 
-    def told(values: Mapping[str, Any]) -> str:
+    def listed(values: Mapping[str, Any]) -> str:
         return " ".join(f"{key} {value}" for key, value in values.items())
 
-    special = "; ".join(f"`{name}` {told(values)}" for name, values in SETTINGS.items())
+    special = "; ".join(f"`{name}` {listed(values)}" for name, values in SETTINGS.items())
     return (
         f"Streams of {tasks} tasks; {each('date')}; {each('machine')}; {each('versions')}. Rank {RANK}, and {special}; "
-        f"otherwise the defaults. A task that is looked at has {EPOCHS} epochs, the others have one. The time of a step is the "
-        f"median over the task but for its first {WARM_UP}, of folding and answering over {REPEATS} repeats; it is time of "
-        "the processor, in one thread."
+        f"otherwise the defaults. A task that is measured has {EPOCHS} epochs, the others have one. The time of a step is the "
+        f"median over the task without its first {WARM_UP} steps, that of folding and prediction the median of {REPEATS} "
+        "repeats. All are CPU times of one thread."
     )
 
 
@@ -348,8 +353,7 @@ text { font: 12px system-ui, "Noto Sans", "Liberation Sans", sans-serif; fill: #
 
 
 def drawing(records: Sequence[Record]) -> str:
-    """Four panels, both axes logarithmic: what is proportional to the number of tasks climbs as steeply as the diagonal of
-    equal factors, what does not grow is level."""
+    """Returns four panels with logarithmic axes: slope 1 is a cost proportional to the number of tasks, slope 0 a constant."""
     parts = [charts.tag("style", STYLE), charts.tag("rect", width="100%", height="100%", fill="#fff")]
     for number, (key, (title, unit, factor)) in enumerate(PANELS.items()):
         found = {r["method"]: [(p["tasks"], factor * p[key]) for p in r["points"] if p[key]] for r in records}
@@ -404,7 +408,7 @@ def panel(title: str, lines: Mapping[str, Sequence[charts.Point]]) -> list[str]:
 
 
 def marks(low: float, high: float) -> list[float]:
-    """Where a logarithmic axis has its numbers."""
+    """Returns the numbers of a logarithmic axis."""
     if high < 10 * low:
         return [value for value in charts.ticks(low, high, 5) if value > 0]
     digits = (1, 2, 5) if high < 1000 * low else (1,)
@@ -415,17 +419,15 @@ def marks(low: float, high: float) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=TASKS, help=f"length of the stream ({TASKS})")
-    parser.add_argument("--methods", default=",".join(METHODS), help="separated by commas; all if not said")
+    parser.add_argument("--methods", default=",".join(METHODS), help="separated by commas (default: all)")
     parser.add_argument(
-        "--out", type=Path, default=RECORDS, help="records, JSON lines; a line taken out is measured again"
+        "--out", type=Path, default=RECORDS, help="records, JSON lines; remove a line to measure it again"
     )
-    parser.add_argument(
-        "--page", type=Path, help="write this page and the plot beside it from the records, and measure nothing"
-    )
+    parser.add_argument("--page", type=Path, help="write this page and its plot from the records, without measuring")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.tasks not in LOOKED_AT:
-        parser.error(f"--tasks {options.tasks}: choose one of {', '.join(map(str, LOOKED_AT))}")
+    if options.tasks not in MEASURED_AFTER:
+        parser.error(f"--tasks {options.tasks}: choose one of {', '.join(map(str, MEASURED_AFTER))}")
     if options.alone:
         print(json.dumps(measure(options.alone, options.tasks)))
     elif options.page:

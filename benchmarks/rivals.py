@@ -5,13 +5,13 @@
     python benchmarks/rivals.py --quick    one seed, five images per class, and no loop that is slow by design
     python benchmarks/rivals.py --short    one seed, fifteen images per class, four epochs, and no such loop either
 
-All have the same images, batches, weights, adapted layers, rank, epochs, optimiser and rates, and are measured after every
-task on the test images of all tasks so far. The loops are what a competent user writes: transformers' own model with its
-default attention, adapters merged before every evaluation and unmerged after it, no gradients and large batches there.
-Where lamina takes bf16, PEFT is tried in the three ways its users have. Every run is a process of its own. All of one seed
-take turns, second by second, each stopped while another computes: a shared machine is now faster, now slower, and so for
-all alike. Time is that of a run's own turns, from the beginning of loading to the last answer; imports and decoding are left
-out for all. Times of steps and of evaluation are by a clock that stands still while a run is stopped.
+All use the same images, batches, weights, adapted layers, rank, epochs, optimiser and learning rates, and are evaluated after
+every task on the test images of all tasks so far. The loops are written as a competent user would: transformers' own model with
+its default attention, adapters merged before every evaluation and unmerged after it, no gradients and large batches there.
+Where lamina chooses bf16, PEFT runs in each of the three ways its users have. Every run is a process of its own. The runs of
+one seed take turns of a second, and each is stopped while another computes, so that all see the same changes in the speed of
+a shared machine. The time of a run is the sum of its own turns, from loading to the last prediction, without imports and
+decoding. A clock that stands still while the run is stopped times its steps and evaluations.
 The last line is JSON. Needs ../shared/data/cifar100.
 """
 
@@ -85,7 +85,7 @@ def lamina_run(config: RunConfig, out: Path, *, method: str, wanted: Literal["fp
 
 
 class Loop:
-    """Sequential learning by hand: one model whose adapter goes on, or gets company, or none; a head row per class."""
+    """Sequential learning by hand: one adapter for all tasks, one per task, or none; a head with an output per class."""
 
     def __init__(self, config: RunConfig, adapters: Adapters, kind: Literal["fp32", "autocast", "bf16"]) -> None:
         self.config, self.adapters, self.kind = config, adapters, kind
@@ -127,14 +127,14 @@ class Loop:
     def train(self, number: int, task: Task) -> int:
         """Number of steps."""
         training, seed, optimizer = self.config.training, self.config.seed, self.begin(number, task)
-        rows = {label: row for row, label in enumerate(task.classes)}
+        outputs = {label: output for output, label in enumerate(task.classes)}
         per_epoch = steps_per_epoch(len(task.train), training.batch_size)
         for step in range(training.epochs * per_epoch):
             epoch = step // per_epoch
             optim.set_rate(optimizer, optim.rate_factor(training, epoch))
             positions = positions_of_step(len(task.train), training.batch_size, step, seed=seed, task=task.name)
             batch = task.train.batch(positions, Augment(seed, epoch))
-            wanted_b = torch.tensor([rows[label] for label in batch.labels_b.tolist()])
+            wanted_b = torch.tensor([outputs[label] for label in batch.labels_b.tolist()])
             loss = F.cross_entropy(self.heads[-1](self.features(batch.inputs["pixel_values"])), wanted_b)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -153,8 +153,8 @@ class Loop:
                 for positions in in_order(len(task.test), self.config.evaluation.batch_size):
                     batch = task.test.batch(positions)
                     features_bd = self.features(batch.inputs["pixel_values"])
-                    scores_br = torch.cat([head(features_bd) for head in self.heads], 1)
-                    right += int((labels[scores_br.argmax(1)] == batch.labels_b).sum())
+                    scores_bj = torch.cat([head(features_bd) for head in self.heads], 1)
+                    right += int((labels[scores_bj.argmax(1)] == batch.labels_b).sum())
                 found.append(right / len(task.test))
         if self.adapters != "none, all weights":
             self.model.unmerge_adapter()
@@ -212,7 +212,7 @@ SLOW_BY_DESIGN = ("PEFT, an active adapter per task, fp32", "all weights, fp32")
 
 
 class Awake:
-    """A clock that stands still while the process is stopped, which a thread of it notices by having been asleep too long."""
+    """A clock that stands still while the process is stopped. A thread notices this: it slept too long."""
 
     TICK, STOPPED = 0.01, 0.3
 
@@ -236,10 +236,10 @@ class Awake:
 
 
 def one(name: str, per_class: int, epochs: int, seed: int, cache: Path, waits: bool) -> None:
-    """The inner side of `bench`: one run in this process. waits: it stops when all is imported, for `in_turns`."""
+    """Do one run in this process, for `bench`. waits: stop after all imports, as `in_turns` expects."""
     more = {"training.epochs": epochs, "seed": seed}
     config = configuration("finetune", per_class, cache, **more)
-    # What is imported when it is first used.
+    # Some modules are imported at their first use.
     Loop(config, "one" if name.startswith("PEFT") else "none, all weights", "fp32")
     if waits:
         time.perf_counter = Awake()
@@ -249,11 +249,11 @@ def one(name: str, per_class: int, epochs: int, seed: int, cache: Path, waits: b
     result.peak_mb = peak_memory_mb()
     print(json.dumps(vars(result)), flush=True)
     if waits:
-        os._exit(0)  # to take the interpreter apart is no part of a run
+        os._exit(0)  # the end of the interpreter is no part of a run
 
 
 def peak_memory_mb() -> float:
-    """Of this process alone, in 10^6 bytes. On Linux ru_maxrss would begin at the peak of the process that started it."""
+    """Returns the peak memory of this process, in 10^6 bytes. On Linux ru_maxrss starts from the peak of the parent process."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return float(psutil.Process().memory_info().rss / 1e6)
@@ -262,7 +262,7 @@ def peak_memory_mb() -> float:
 
 
 def contenders(half: bool, quick: bool) -> list[str]:
-    """half: whether lamina takes bf16 here; where it does not, nobody would use that."""
+    """half: whether lamina chooses bf16 here. Otherwise bf16 would be slower for all."""
     return [name for name in CONTENDERS if (half or "bf16" not in name) and not (quick and name in SLOW_BY_DESIGN)]
 
 
@@ -294,7 +294,7 @@ def bench(per_class: int, epochs: int, seeds: int, quick: bool, without: Sequenc
 
 
 def in_turns(commands: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
-    """What every run ends with, and as `seconds` those of its own turns."""
+    """Returns the results of every run; their `seconds` are those of its own turns."""
     processes = {name: subprocess.Popen(c, stdout=subprocess.PIPE, text=True) for name, c in commands.items()}
     seconds, results = dict.fromkeys(commands, 0.0), dict[str, dict[str, Any]]()
     try:
@@ -330,7 +330,7 @@ def round_(value: Any) -> Any:
 
 
 def speedup(found: dict[str, Any], ours: str, theirs: Sequence[str]) -> list[float]:
-    """Quartiles over the seeds: how many times as fast a whole run of ours is as the fastest of theirs."""
+    """Returns the quartiles over the seeds of the time of the fastest of theirs relative to ours, whole runs."""
     runs = found["runs"]
     best = min((name for name in theirs if name in runs), key=lambda name: statistics.median(runs[name]["seconds"]))
     pairs = zip(runs[best]["seconds"], runs[ours]["seconds"], strict=True)
@@ -348,9 +348,7 @@ def main() -> None:
     parser.add_argument("--one", choices=CONTENDERS, help="one run in this process")
     parser.add_argument("--seed", type=int, default=0, help="of that run")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()), help="decoded images, of that run")
-    parser.add_argument(
-        "--waits", action="store_true", help="it stops itself before it begins, until it is sent SIGCONT"
-    )
+    parser.add_argument("--waits", action="store_true", help="stop before the run begins, until SIGCONT")
     options = parser.parse_args()
     per_class, epochs, seeds = options.per_class, options.epochs, options.seeds
     if options.quick:

@@ -1,10 +1,10 @@
-"""A whole run of lamina, taken apart by phase and held against this machine's floor, which is measured among its steps.
+"""A whole run of lamina by phase, relative to the floor of this machine, which is measured between its steps.
 
     python benchmarks/run.py            Split CIFAR-100 in ten tasks, InfLoRA, every fifth image, twenty epochs
     python benchmarks/run.py --quick    every fiftieth image
 
-Training and test images are thinned alike, so that the phases have the shares they have on the whole stream. Images are
-decoded before, which happens once for a dataset. Then the step of task 20 against that of task 1, in turn, round by round.
+Training and test images are reduced by the same factor, so that phases have the same shares as on the whole stream. Images are
+decoded before the run, which happens once per dataset. Then steps of task 20 and of task 1 are timed in alternating rounds.
 The last line is JSON. Needs ../shared/data/cifar100.
 """
 
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, closing, redirect_stdout
 from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from lamina.engine import optim
 from lamina.learner import Learner
 from lamina.methods import METHODS
 from lamina.methods.base import Step
-from lamina.speed import precision
+from lamina.speed import accelerate, precision
 from lamina.types import Batch, Task
 
 CIFAR = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "cifar100"
@@ -54,8 +54,7 @@ SETTINGS: dict[str, Any] = {
     "evaluation.batch_size": 250,
 }
 FLOOR_EVERY = 8
-"""Training steps to one of the floor, which is taken in one piece and in halves in turn. A shared machine is now faster, now
-slower, and so for all alike."""
+"""Training steps per floor step, whole and split in turn. So all see the same changes in the speed of a shared machine."""
 ROUNDS, STEPS = 15, 3
 QUICK_ROUNDS = 7
 
@@ -71,8 +70,8 @@ def decode(config: RunConfig) -> None:
 
 
 def measure(config: RunConfig, out: Path) -> dict[str, Any]:
-    """Seconds of every phase, and the whole as a multiple of the floor over the same number of training images. The floor is
-    the faster of its ways."""
+    """Returns the seconds of every phase, and the total as a multiple of the floor for the same number of training images. The
+    floor is the faster one of whole and split batches."""
     name = precision.resolve(config.precision, backbones.load(config.backbone.name).width)
     floor = Floor(backbones.load(config.backbone.name, image_size=PIXELS), TARGETS, precision.DTYPES[name])
     pixels_bchw = torch.randn(BATCH, 3, PIXELS, PIXELS)
@@ -113,7 +112,7 @@ def measure(config: RunConfig, out: Path) -> dict[str, Any]:
         "training_over_floor": round(sum(steps) / sum(floors), 3),
         "tasks_over_floor": [round(x, 3) for x in quartiles([a / b for a, b in zip(steps, floors, strict=True)])],
         "outside_steps": round(1 - seconds["train"] / total, 4),
-        "moments_share_at_most": round((seconds["begin"] + seconds["end"]) / total, 4),
+        "begin_and_end_share": round((seconds["begin"] + seconds["end"]) / total, 4),
         "accuracy": record["metrics"]["final_accuracy"],
         "threads": record["machine"]["threads"],
     }
@@ -127,7 +126,7 @@ def say(text: str) -> None:
 
 
 def stepper(method_name: str, dtype: torch.dtype, finished: int, batch: Batch, stack: ExitStack) -> Any:
-    """A training step as the engine makes it, after so many finished tasks; until the stack is closed."""
+    """Returns a training step as the engine does it, after so many finished tasks, for as long as the stack is open."""
     learner = Learner(backbones.load("nano", image_size=PIXELS), TARGETS, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     for number in range(finished):
@@ -141,7 +140,7 @@ def stepper(method_name: str, dtype: torch.dtype, finished: int, batch: Batch, s
     method = METHODS[method_name](METHODS[method_name].config_type(rank=RANK), 20)
     method.begin(learner, task, lambda *, augmented: iter([batch]))  # noqa: ARG005
     optimizer = optim.make_optimizer(learner.trainable(), TrainingConfig())
-    stack.enter_context(learner.in_halves())
+    stack.enter_context(closing(accelerate(learner)))
 
     def step(done: int) -> None:
         loss = method.loss(learner, batch, task)
@@ -158,7 +157,7 @@ def stepper(method_name: str, dtype: torch.dtype, finished: int, batch: Batch, s
 def late_over_early(
     method: str, precision_name: str, tasks: Sequence[int] = (1, 20), rounds: int = ROUNDS
 ) -> list[float]:
-    """Quartiles over the rounds of the time of a step in the later task, over that in the earlier one."""
+    """Returns the quartiles over the rounds of the time of a step in the later task relative to the earlier one."""
     generator = np.random.default_rng(0)
     pixels_bchw = torch.from_numpy(generator.standard_normal((BATCH, 3, PIXELS, PIXELS), dtype=np.float32))
     batch = Batch(inputs={"pixel_values": pixels_bchw}, labels_b=torch.from_numpy(generator.integers(0, 5, BATCH)))

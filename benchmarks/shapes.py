@@ -1,12 +1,12 @@
-"""Training steps at the sizes papers use: ViT-S/16 and ViT-B/16 at 224 px, lamina against PEFT, on a card or the processor.
+"""Training steps at the sizes papers use: ViT-S/16 and ViT-B/16 at 224 px, lamina against PEFT, on a GPU or a CPU.
 
-    python benchmarks/shapes.py                      on a card where there is one
+    python benchmarks/shapes.py                      on a GPU if there is one
     python benchmarks/shapes.py --device cpu --shapes ViT-S/16 --batches 16
 
-Weights are random: only time and memory are looked at. All contenders have the same model, adapted maps (k and v, rank 10), a
-head of ten rows, Adam, and a batch that lies ready; they take turns, round by round. lamina's steps are the engine's own. The
-fraction of the peak counts the operations of the floor (forward and input gradients of the bare backbone) and no more, against
-a large bf16 matrix product measured here. The last line is JSON.
+Weights are random: only time and memory are measured. All contenders have the same model, adapted layers (k and v, rank 10),
+head (ten outputs), Adam, and a batch that is ready. They alternate in rounds. lamina's steps are those of its engine. The
+fraction of the peak counts the operations of the floor only (forward and input gradients of the bare backbone), relative to a
+large bf16 matrix product measured here. The last line is JSON.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Literal
@@ -31,10 +31,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from lamina import backbones
 from lamina.config import TrainingConfig
 from lamina.engine import device, optim
+from lamina.engine.steps import backward
 from lamina.learner import Learner
 from lamina.methods import METHODS
 from lamina.methods.base import Step
-from lamina.speed.cuda_graph import Gradients
+from lamina.speed import accelerate
+from lamina.speed.cuda_graph import GraphedGradients
 from lamina.types import Batch, Task
 
 RANK, TARGETS, CLASSES, PIXELS = 10, ("k", "v"), 10, 224
@@ -44,7 +46,7 @@ SHAPES = {
 }
 Work = Callable[[], None]
 LEARNING = ExitStack()
-"""What is open while lamina's learners train."""
+"""Closes what accelerates lamina's learners."""
 
 
 def save(shape: str, folder: str) -> None:
@@ -63,7 +65,7 @@ def floor(folder: str, batch: Batch) -> Work:
 
 
 def lamina(
-    folder: str, batch: Batch, *, method: str, dtype: torch.dtype = torch.bfloat16, recorded: bool = False
+    folder: str, batch: Batch, *, method: str, dtype: torch.dtype = torch.bfloat16, graphed: bool = False
 ) -> Work:
     learner = Learner(backbones.load(folder), TARGETS, dtype=dtype, device=batch.labels_b.device.type)
     task = Task(name="now", classes=tuple(range(CLASSES)), train=None, val=None, test=None)  # type: ignore[arg-type]
@@ -71,13 +73,16 @@ def lamina(
     taught.begin(learner, task, lambda *, augmented: iter([batch]))  # noqa: ARG005
     parameters = learner.trainable()
     optimizer = optim.make_optimizer(parameters, TrainingConfig(optimizer="adam"))
-    LEARNING.enter_context(learner.in_halves())
-    gradients = Gradients(
-        lambda batch: taught.loss(learner, batch, task),
-        list(parameters.values()),
-        len(batch) if recorded else None,
-        note=lambda text: print(text, file=sys.stderr),
-    )
+    LEARNING.enter_context(closing(accelerate(learner)))
+    trained = list(parameters.values())
+
+    def loss(batch: Batch) -> Tensor:
+        return taught.loss(learner, batch, task)
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    gradients = GraphedGradients(loss, trained, len(batch), note) if graphed else partial(backward, loss, trained)
 
     def step() -> None:
         gradients(batch).item()
@@ -128,9 +133,9 @@ EVERYWHERE: dict[str, Contender] = {
     "PEFT, autocast to bf16": partial(peft, kind="autocast"),
     "PEFT, bf16 weights": partial(peft, kind="bf16"),
 }
-ON_A_CARD: dict[str, Contender] = {
-    "lamina finetune, bf16, recorded": partial(lamina, method="finetune", recorded=True),
-    "lamina inflora, bf16, recorded": partial(lamina, method="inflora", recorded=True),
+ON_A_GPU: dict[str, Contender] = {
+    "lamina finetune, bf16, CUDA graph": partial(lamina, method="finetune", graphed=True),
+    "lamina inflora, bf16, CUDA graph": partial(lamina, method="inflora", graphed=True),
     "PEFT, TF32": partial(peft, kind="tf32"),
     "PEFT, bf16 weights, torch.compile": partial(peft, kind="bf16", compiled=True),
 }
@@ -139,8 +144,8 @@ ON_A_CARD: dict[str, Contender] = {
 def measure(
     shape: str, size: int, names: Sequence[str], where: torch.device, rounds: int, steps: int
 ) -> dict[str, Any]:
-    on_card = where.type == "cuda"
-    wait: Work = torch.cuda.synchronize if on_card else lambda: None
+    on_gpu = where.type == "cuda"
+    wait: Work = torch.cuda.synchronize if on_gpu else lambda: None
     pixels_bchw = torch.randn(size, 3, PIXELS, PIXELS).to(where)
     batch = Batch(inputs={"pixel_values": pixels_bchw}, labels_b=torch.arange(size, device=where) % CLASSES)
     works: dict[str, Work] = {}
@@ -148,16 +153,16 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         save(shape, folder)
         for name in names:
-            before = torch.cuda.memory_allocated() if on_card else 0
-            if on_card:
+            before = torch.cuda.memory_allocated() if on_gpu else 0
+            if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
             started = time.perf_counter()
-            works[name] = (EVERYWHERE | ON_A_CARD)[name](folder, batch)
+            works[name] = (EVERYWHERE | ON_A_GPU)[name](folder, batch)
             for _ in range(3):
                 works[name]()
             wait()
             found[name] = {"warm_up_seconds": round(time.perf_counter() - started, 2)}
-            if on_card:
+            if on_gpu:
                 found[name]["peak_mb"] = round((torch.cuda.max_memory_allocated() - before) / 1e6)
             print(f"{shape}, batch {size}: {name} is ready", file=sys.stderr, flush=True)
     with FlopCounterMode(display=False) as counter:
@@ -180,7 +185,7 @@ def measure(
 
 
 def peak_rate(where: torch.device, width: int) -> float:
-    """Operations a second of a (width, width) bf16 matrix product: the median of ten."""
+    """Returns the operations per second of a (width, width) bf16 matrix product: the median of ten."""
     a, b = (torch.randn(width, width, device=where).to(torch.bfloat16) for _ in range(2))
     seconds = []
     for _ in range(13):
@@ -200,7 +205,7 @@ def bench(
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
         "device": where.type,
-        "card": torch.cuda.get_device_name() if where.type == "cuda" else None,
+        "gpu": torch.cuda.get_device_name() if where.type == "cuda" else None,
         "peak_tflops": round(peak_rate(where, 8192 if where.type == "cuda" else 2048) / 1e12, 2),
         "sizes": [measure(shape, size, names, where, rounds, steps) for shape in shapes for size in batches],
     }
@@ -216,7 +221,7 @@ def main() -> None:
     parser.add_argument("--without", nargs="+", default=[], help="contenders to leave out")
     options = parser.parse_args()
     where = torch.device(options.device)
-    names = [name for name in EVERYWHERE | (ON_A_CARD if where.type == "cuda" else {}) if name not in options.without]
+    names = [name for name in EVERYWHERE | (ON_A_GPU if where.type == "cuda" else {}) if name not in options.without]
     with LEARNING:
         found = bench(where, names, options.shapes, options.batches, options.rounds, options.steps)
     print(json.dumps(found))

@@ -1,11 +1,12 @@
-"""The law that lets an engine record a training step once and replay it (engine/graphs.py): between two steps of a task nothing
-that a loss depends on changes but numbers in tensors, which stay where they are.
+"""The law that allows a training step to be recorded once and replayed (speed/cuda_graph.py): between two steps of a task
+nothing that a loss depends on changes but numbers in tensors, which stay where they are.
 
-Without a card, a step is recorded as the list of PyTorch's operations, which knows as little as a CUDA graph of what Python
-does; with one, a run from recordings must be near one without.
+Without a GPU, a step is recorded as the list of PyTorch's operations, which sees as little of Python as a CUDA graph does. With
+one, a run from recordings must be near one without. All runs have the layers of `lamina.speed`.
 """
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lamina.engine import loop
 from lamina.engine.loop import Loop
 from lamina.learner import Learner
 from lamina.methods import METHODS
+from lamina.speed import accelerate, around, cuda_graph
 from lamina.types import Batch
 
 TRAINED = sorted(name for name, method in METHODS.items() if method.trains)
-LONG = TRAINING.model_copy(update={"epochs": 4, "batch_size": 8, "distil": 0.5})
+LONG = TRAINING.model_copy(update={"epochs": 4, "batch_size": 8})
 
 
 class Tape(TorchDispatchMode):
-    """The operations that computed something, those of autograd among them, to be done again with other inputs. What was
-    not computed in it, and no input, is read where it lies.
+    """The operations of a step, autograd's included, to be repeated with other inputs. Tensors that are neither inputs nor
+    computed in the step are read where they lie.
 
-    (`torch.fx`'s `make_fx` records the same, and takes seconds for it.)
+    (`torch.fx`'s `make_fx` records the same, but takes seconds.)
     """
 
     def __init__(self, step: Callable[..., list[Tensor]], *inputs: Tensor) -> None:
@@ -60,29 +61,29 @@ class Tape(TorchDispatchMode):
         return [now[id(output)] for output in self.outputs]
 
 
-def at_work(learner: Learner) -> list[Tensor]:
-    """What a forward reads."""
+def in_use(learner: Learner) -> list[Tensor]:
+    """Returns the frozen tensors that a forward reads."""
     weights = [layer.weight_oi for layer in learner.layers.values()]
     return [*learner.backbone.module.parameters(), *learner.backbone.module.buffers(), *weights]
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_step_that_was_recorded_goes_on_to_be_the_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_recorded_step_remains_the_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     replayed: list[int] = []
 
-    class Recorded(graphs.Gradients):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
+    class Recorded(cuda_graph.GraphedGradients):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
             self.graph: Tape | None = None
             self.places: list[int] = []
 
         def __call__(self, batch: Batch) -> Tensor:
             def step(pixels_bchw: Tensor, labels_b: Tensor) -> list[Tensor]:
-                loss = self.compute(Batch(inputs={"pixel_values": pixels_bchw}, labels_b=labels_b))
+                loss = self.loss(Batch(inputs={"pixel_values": pixels_bchw}, labels_b=labels_b))
                 return [loss, *torch.autograd.grad(loss, self.parameters, allow_unused=True)]
 
             loss, given = self._plain(batch), (batch.inputs["pixel_values"], batch.labels_b)
-            places = [value.data_ptr() for value in at_work(learnt.learner)]
+            places = [value.data_ptr() for value in in_use(learnt.learner)]
             if len(batch) == LONG.batch_size and self.graph is None:
                 self.graph, self.places = Tape(step, *given), places
             elif len(batch) == LONG.batch_size:
@@ -95,8 +96,10 @@ def test_a_step_that_was_recorded_goes_on_to_be_the_step(name: str, tmp_path: Pa
                 replayed.append(learnt.position.task)
             return loss
 
-    monkeypatch.setattr(loop, "Gradients", Recorded)
+    monkeypatch.setattr(around, "GraphedGradients", Recorded)
+    monkeypatch.setattr(around, "worth_recording", lambda *_: True)
     learnt = make_loop(name, HOME, tmp_path, training=LONG)
+    learnt.steps = accelerate(learnt.learner)
     learnt.run()
     assert set(replayed) == {0, 1, 2}
 
@@ -109,18 +112,21 @@ def test_a_run_from_recordings_is_near_one_without(name: str, tmp_path: Path, mo
         training = LONG.model_copy(update={"optimizer": "sgd", "momentum": 0.0})
         made = make_loop(name, HOME, tmp_path / folder, device="cuda", training=training)
         made.on_event = lambda event: notes.append(event.note) if event.note else None
-        made.run()
+        with closing(accelerate(made.learner)) as made.steps:
+            made.run()
         assert notes == []
         return made
 
     recordings: list[object] = []
-    record = graphs._Recording.__init__
-    monkeypatch.setattr(graphs._Recording, "__init__", lambda self, *a: (recordings.append(self), record(self, *a))[1])
+    record = cuda_graph._Recording.__init__
+    monkeypatch.setattr(
+        cuda_graph._Recording, "__init__", lambda self, *a: (recordings.append(self), record(self, *a))[1]
+    )
     without = run("without")
     assert recordings == []
-    monkeypatch.setattr(loop, "WORTH_IT", 1)
-    monkeypatch.setattr(graphs, "FASTER", float("inf"))
+    monkeypatch.setattr(cuda_graph, "ENOUGH", 1)
+    monkeypatch.setattr(cuda_graph, "FASTER", float("inf"))
     recorded = run("recorded")
     assert len(recordings) == len(recorded.stream)
-    losses = [torch.tensor([loss for _, _, loss in made.losses]) for made in (recorded, without)]
+    losses = [torch.tensor([loss.value for loss in made.state.losses]) for made in (recorded, without)]
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)

@@ -14,7 +14,7 @@ from lamina.speed.cuda_graph import GraphedGradients, worth_recording
 from lamina.speed.fused_block import fuse
 from lamina.speed.instance import replace
 from lamina.speed.prefetch import prefetched
-from lamina.speed.split_batch import SplitBatch
+from lamina.speed.split_batch import SplitBatch, Workers
 from lamina.types import Batch
 
 
@@ -64,7 +64,7 @@ def accelerate(learner: Learner) -> Accelerated:
             for path in backbone.stages[1:] if backbone.fusible else ():
                 undo.callback(fuse(backbone.module.get_submodule(path)))
         elif on_cpu and learner.dtype == torch.float32 and torch.get_num_threads() % 2 == 0:
-            split = SplitBatch(learner, layers)
-            undo.callback(split.close)
-            undo.callback(replace(backbone, "forward", split))
+            workers = Workers()
+            undo.callback(workers.close)
+            undo.callback(replace(backbone, "forward", SplitBatch(learner, layers, workers)))
         return Accelerated(learner, undo.pop_all())

@@ -26,21 +26,41 @@ SMALLEST = 32
 `nano`)."""
 
 Features = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+Both = Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]]
 
 
-class SplitBatch:
-    """Wraps a backbone's forward. It must be closed. Raises ValueError for an odd number of threads."""
+class Workers:
+    """Two threads, each with half of PyTorch's threads. They must be closed. Raises ValueError for an odd number of threads."""
 
-    def __init__(self, learner: Learner, layers: Sequence[ComposedLinear]) -> None:
+    def __init__(self) -> None:
         threads = torch.get_num_threads()
         if threads % 2:
             raise ValueError(f"{threads} threads cannot be halved")
-        self.learner, self.layers = learner, layers
-        self.plain: Features = learner.backbone.forward
-        self.parts = [*learner.backbone.module.modules()]
-        self._workers = [ThreadPoolExecutor(1, f"lamina-half-{half}", _take, (threads // 2,)) for half in (0, 1)]
+        self._pools = [ThreadPoolExecutor(1, f"lamina-half-{half}", _take, (threads // 2,)) for half in (0, 1)]
         self.both(int, [0, 0])
         torch.set_num_threads(threads)  # for this thread, and for those that start later
+
+    def both(self, work: Callable[[Any], Any], given: Sequence[Any]) -> list[Any]:
+        """Does this work on two things, one per thread."""
+        waiting = [pool.submit(work, one) for pool, one in zip(self._pools, given, strict=True)]
+        return [future.result() for future in waiting]
+
+    def close(self) -> None:
+        for pool in self._pools:
+            pool.shutdown()
+
+
+def _take(threads: int) -> None:
+    torch.get_num_threads()  # PyTorch initialises a thread when it first asks, and would undo the next line then
+    torch.set_num_threads(threads)
+
+
+class SplitBatch:
+    """A backbone's forward, by two workers. `layers`: all adapted layers of the learner."""
+
+    def __init__(self, learner: Learner, layers: Sequence[ComposedLinear], workers: Workers) -> None:
+        self.learner, self.layers, self.both = learner, layers, workers.both
+        self.plain: Features = learner.backbone.forward
 
     def __call__(self, module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """Returns the features (b, d) of a batch. They can be differentiated once."""
@@ -60,21 +80,8 @@ class SplitBatch:
 
     def splittable(self) -> bool:
         """Returns whether every example passes through the backbone by itself, unwatched."""
-        return not (any(one.layer.mixtures for one in self.layers) or any(map(is_watched, self.parts)))
-
-    def both(self, work: Callable[[Any], Any], given: Sequence[Any]) -> list[Any]:
-        """Does this work on two things, one per worker."""
-        waiting = [worker.submit(work, one) for worker, one in zip(self._workers, given, strict=True)]
-        return [future.result() for future in waiting]
-
-    def close(self) -> None:
-        for worker in self._workers:
-            worker.shutdown()
-
-
-def _take(threads: int) -> None:
-    torch.get_num_threads()  # PyTorch initialises a thread when it first asks, and would undo the next line then
-    torch.set_num_threads(threads)
+        routed = any(one.layer.mixtures for one in self.layers)
+        return not (routed or any(map(is_watched, self.learner.backbone.module.modules())))
 
 
 class _TwoGraphs(torch.autograd.Function):
@@ -84,7 +91,7 @@ class _TwoGraphs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        both: Callable[[Callable[[Any], Any], Sequence[Any]], list[Any]],
+        both: Both,
         compute: Callable[[Mapping[str, Tensor]], Tensor],
         halves: Sequence[Mapping[str, Tensor]],
         leaves: Sequence[Tensor],

@@ -1,4 +1,4 @@
-"""The growing head: one block per task, the largest row of a class counts."""
+"""The growing head: one block per task, the largest output of a class counts."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ def test_blocks_are_appended_and_found_again():
     assert head.block("a") is first
     assert head.block("b") is second
     features_bd = noise((6, 4), "features")
-    scores_br = head(features_bd)
-    assert torch.equal(scores_br, torch.cat([first(features_bd), second(features_bd)], 1))
+    scores_bj = head(features_bd)
+    assert torch.equal(scores_bj, torch.cat([first(features_bd), second(features_bd)], 1))
     with pytest.raises(ValueError, match="task 'a' has a block in the head already"):
         head.add("a", [5])
     assert len(head.outputs) == 5
@@ -38,7 +38,7 @@ def test_a_block_is_drawn_from_the_global_generator():
     assert heads[0].abs().max() <= 0.5, "PyTorch's default: uniform in +-1/sqrt(width)"
 
 
-def test_freezing_is_for_all_blocks_so_far():
+def test_freezing_applies_to_all_blocks_so_far():
     head = Head(4)
     head.add("a", [0])
     head.freeze()
@@ -46,9 +46,9 @@ def test_freezing_is_for_all_blocks_so_far():
     assert [p.requires_grad for p in head.parameters()] == [False, False, True, True]
 
 
-def test_a_classes_score_is_its_largest_row():
-    rows = [Output("a", 7), Output("a", 2), Output("b", 7), Output("b", 4), Output("c", 7)]
-    scores_br = torch.tensor([[1.0, 2.0, 3.0, -4.0, 2.5], [-1.0, -2.0, -3.0, -4.0, -5.0]])
-    found_bc = class_scores(scores_br, rows, [2, 4, 7, 9])
+def test_the_score_of_a_class_is_its_largest_output():
+    outputs = [Output("a", 7), Output("a", 2), Output("b", 7), Output("b", 4), Output("c", 7)]
+    scores_bj = torch.tensor([[1.0, 2.0, 3.0, -4.0, 2.5], [-1.0, -2.0, -3.0, -4.0, -5.0]])
+    found_bc = class_scores(scores_bj, outputs, [2, 4, 7, 9])
     assert found_bc.tolist() == [[2.0, -4.0, 3.0, -torch.inf], [-2.0, -4.0, -1.0, -torch.inf]]
-    assert class_scores(scores_br.double(), rows, [7, 2, 4]).dtype == torch.float64
+    assert class_scores(scores_bj.double(), outputs, [7, 2, 4]).dtype == torch.float64

@@ -1,4 +1,4 @@
-"""The learner: places for branches by role, what is trained, and a round trip through what is saved.
+"""The learner: adapter sites by role, what is trained, and a round trip through what is saved.
 
 Shape letters: b batch, t tokens, d width.
 """
@@ -12,8 +12,8 @@ from tests.tiny import noise, tiny_bert, tiny_fused_vit, tiny_images, tiny_texts
 
 from lamina.adapters import LowRank
 from lamina.errors import ConfigError
-from lamina.learner import Learner
-from lamina.types import Batch
+from lamina.learner import Learner, Output
+from lamina.types import Batch, Task
 
 MAKERS = {"vit": tiny_vit, "fused": tiny_fused_vit, "bert": tiny_bert}
 every_backbone = pytest.mark.parametrize("kind", MAKERS)
@@ -75,7 +75,7 @@ def test_what_is_saved_rebuilds_the_learner(kind: str, dtype: torch.dtype):
     assert ours.dtype == torch.float32
 
 
-def test_a_missing_tensor_is_not_passed_over():
+def test_a_missing_tensor_is_refused():
     saved = grown("vit")
     tensors = saved.tensors()
     for key in (next(iter(tensors)), *list(tensors)[-3:]):
@@ -86,7 +86,7 @@ def test_a_missing_tensor_is_not_passed_over():
 
 
 @every_backbone
-def test_trainable_parameters_have_names_that_say_where_they_are(kind: str):
+def test_trainable_parameters_are_named_by_their_location(kind: str):
     learner = grown(kind)
     names = set(learner.trainable())
     assert "block0.q/live/up" in names
@@ -97,7 +97,7 @@ def test_trainable_parameters_have_names_that_say_where_they_are(kind: str):
     assert len({id(value) for value in learner.trainable().values()}) == len(names)
 
 
-def test_a_branch_says_what_weight_decay_leaves_alone():
+def test_a_branch_can_exclude_tensors_from_weight_decay():
     class Steady(LowRank):
         undecayed = ("down",)
 
@@ -110,7 +110,7 @@ def test_a_branch_says_what_weight_decay_leaves_alone():
 
 
 @every_backbone
-def test_slots_of_one_group_read_the_same_input(kind: str):
+def test_sites_of_one_group_read_the_same_input(kind: str):
     learner = Learner(MAKERS[kind](), ("q", "k", "v", "fc1"))
     seen: dict[str, torch.Tensor] = {}
     for name, site in learner.sites.items():
@@ -121,8 +121,8 @@ def test_slots_of_one_group_read_the_same_input(kind: str):
         assert len(sites) == (3 if group.endswith("attention") else 1)
 
 
-def test_a_fused_layer_is_adapted_row_by_row():
-    """The same branches on q, k and v of a fused map, and each in turn, give the features of the sum of weights."""
+def test_a_layer_of_several_roles_is_adapted_role_by_role():
+    """Branches for q, k and v of one layer give the features of the summed weights."""
     learner, x = Learner(tiny_fused_vit(), ("q", "k", "v")), batch("fused")
     before_bd = learner.features(x)
     weights = {path: layer.base_oi.clone() for path, layer in learner.layers.items()}
@@ -140,11 +140,11 @@ def test_a_fused_layer_is_adapted_row_by_row():
         torch.testing.assert_close(learner.features(x), expected_bd, atol=1e-4, rtol=1e-4)
 
 
-def test_task_logits_are_of_the_tasks_own_rows():
+def test_task_logits_are_those_of_the_tasks_own_outputs():
     learner, x = grown("vit"), batch("vit")
-    scores_br = learner.head(learner.features(x))
-    torch.testing.assert_close(learner.task_logits(x, "second"), scores_br[:, :2])
-    torch.testing.assert_close(learner.task_logits(x, "live"), scores_br[:, 2:])
+    scores_bj = learner.head(learner.features(x))
+    torch.testing.assert_close(learner.task_logits(x, "second"), scores_bj[:, :2])
+    torch.testing.assert_close(learner.task_logits(x, "live"), scores_bj[:, 2:])
 
 
 def test_stored_parameters_are_counted_by_hand():
@@ -190,16 +190,16 @@ def test_copies_are_gone_after_a_failure():
 
 @every_backbone
 @pytest.mark.parametrize("folded", [False, True])
-def test_the_weight_at_work_is_what_the_layer_does(kind: str, folded: bool):
-    """Of an adapted map, with finished and live branches, and of one that is not adapted."""
+def test_the_weight_in_use_is_what_the_layer_computes_with(kind: str, folded: bool):
+    """Of an adapted layer, with finished and live branches, and of one that is not adapted."""
     learner, x_bti = grown(kind), noise((2, 3, 32), "x")
     for layer in learner.layers.values():
         if folded:
             layer.fold_live()
     for role in ("q", "k", "v", "out"):
         site = next(site for site in learner.backbone.sites if (site.block, site.role) == (1, role))
-        rows = slice(*site.outputs) if site.outputs else slice(None)
-        y_bto = learner.backbone.module.get_submodule(site.path)(x_bti)[..., rows]
+        outputs = slice(*site.outputs) if site.outputs else slice(None)
+        y_bto = learner.backbone.module.get_submodule(site.path)(x_bti)[..., outputs]
         weight_oi, bias_o = learner.linear(1, role)
         torch.testing.assert_close(x_bti @ weight_oi.T + bias_o, y_bto, atol=1e-5, rtol=1e-5)
         assert not weight_oi.requires_grad
@@ -237,10 +237,36 @@ def test_nothing_is_differentiated_inside_folded():
 
 
 @pytest.mark.parametrize(("targets", "blocks"), [(("k", "w"), None), (("k",), (0, 3)), (("k",), (-1,))])
-def test_places_that_are_not_there(targets: tuple, blocks: tuple | None):
+def test_sites_that_do_not_exist_are_refused(targets: tuple, blocks: tuple | None):
     with pytest.raises(ConfigError, match=r"'tiny_vit' has blocks 0 to 2 with roles .*'fc1'.*backbone.targets or"):
         Learner(tiny_vit(), targets, blocks)
 
 
 def test_only_the_chosen_blocks_are_adapted():
     assert set(Learner(tiny_vit(), ("k",), (0, 2)).sites) == {"block0.k", "block2.k"}
+
+
+def test_a_task_begins_with_a_block_of_outputs_and_an_initialised_branch_in_every_site():
+    """Branches are a function of purpose, seed and site; what was there before is frozen."""
+    task = Task(name="now", classes=(4, 2), train=None, val=None, test=None)
+    learners = [grown("vit") for _ in range(3)]
+    for learner, purpose in zip(learners, ("inflora", "inflora", "olora"), strict=True):
+        torch.manual_seed(1)
+        learner.add_lora(task, 3, purpose)
+    ours, same, other = learners
+    assert ours.outputs[-2:] == [Output("now", 4), Output("now", 2)]
+    assert [name for name in ours.trainable() if name.startswith("head/")] == ["head/now/weight", "head/now/bias"]
+    for name, site in ours.sites.items():
+        up_or, down_ri = site.live()["now"].factors()
+        assert (up_or.shape, down_ri.shape) == ((site.d_out, 3), (3, site.d_in))
+        assert up_or.count_nonzero() == 0
+        assert torch.equal(down_ri, same.sites[name].live()["now"].factors()[1])
+        assert not torch.equal(down_ri, other.sites[name].live()["now"].factors()[1])
+
+
+def test_after_a_reset_nothing_is_left():
+    learner = grown("vit")
+    learner.reset()
+    assert learner.tensors() == {}
+    assert learner.outputs == []
+    assert torch.equal(learner.features(batch("vit")), Learner(tiny_vit(), ("q", "v", "fc2")).features(batch("vit")))

@@ -15,7 +15,7 @@ from lamina.adapters import LowRank
 from lamina.data.streams import class_plan, make_stream
 from lamina.learner import Learner
 from lamina.speed import accelerate, composed_weight, split_batch
-from lamina.speed.split_batch import SplitBatch
+from lamina.speed.split_batch import SplitBatch, Workers
 from lamina.types import Batch
 
 Compute = Callable[[Mapping[str, Tensor]], Tensor]
@@ -38,18 +38,16 @@ def weights() -> list[nn.Parameter]:
 @pytest.fixture
 def split(weights: list[nn.Parameter], monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """Makes a SplitBatch around any function of the inputs, for batches of any size."""
-    made: list[SplitBatch] = []
+    workers = Workers()
 
     def make(compute: Compute) -> SplitBatch:
         backbone = SimpleNamespace(forward=lambda _, inputs: compute(inputs), module=nn.Identity())
         learner: Any = SimpleNamespace(backbone=backbone, trainable=lambda: dict(enumerate(weights)))
-        made.append(SplitBatch(learner, []))
-        return made[-1]
+        return SplitBatch(learner, [], workers)
 
     monkeypatch.setattr(split_batch, "SMALLEST", 2)
     yield make
-    for one in made:
-        one.close()
+    workers.close()
 
 
 def whole(inputs: Mapping[str, Tensor]) -> tuple[nn.Module, Mapping[str, Tensor]]:
@@ -120,7 +118,7 @@ def test_what_goes_wrong_in_a_half_is_raised(split: Make):
 def test_threads_that_cannot_be_halved_are_refused():
     torch.set_num_threads(3)
     with pytest.raises(ValueError, match="3 threads cannot be halved"):
-        SplitBatch(Learner(tiny_vit()), [])
+        Workers()
 
 
 # ------------------------------------------------------------------------------------------------- around a learner
