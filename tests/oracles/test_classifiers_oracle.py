@@ -220,7 +220,9 @@ def test_one_aligned_step_is_that_of_finite_differences():
     for j in range(ROWS):
         nudge_b = np.eye(ROWS)[j] * 1e-6
         slope_b[j] = (cost(base, biases + nudge_b) - cost(base, biases - nudge_b)) / 2e-6
-    found = classifiers.aligned(statistics(2), seeded(4), steps=1, rows=3, draws=5, rate=0.05, gap=0.7, class_share=0.3)
+    found = classifiers.aligned(
+        statistics(2), seeded(4), steps=1, outputs=3, draws=5, rate=0.05, gap=0.7, class_share=0.3
+    )
     change = -0.05 * slope @ white.whiten_dd.numpy()
     change_b = -0.05 * slope_b - change @ white.centre_d.numpy()
     assert np.abs(change).max() > 1e-4

@@ -212,21 +212,21 @@ def test_two_moves_are_one_by_the_product(data: tuple[Tensor, Tensor, int], seed
     st.sampled_from([None, 0.3, 1.0]),
     SEEDS,
 )
-def test_the_gain_of_any_moments_lies_between_nothing_and_its_cap(
+def test_the_gate_of_any_moments_lies_between_nothing_and_its_cap(
     d: int, old: int, new: int, gamma: float, cap: float | None, seed: int
 ):
     """Also of moments of rank 0; so no output on an old or a new input ends outside the two it is between, in that measure."""
     inputs_old, inputs_new = random(seed, old, d), random(seed + 1, new, d)
     old_ii, new_ii = inputs_old.T @ inputs_old, inputs_new.T @ inputs_new
     for epsilon in (0.0, 1e-3):
-        gain_ii = merging.gain(old_ii, new_ii, gamma, cap, epsilon)
-        values_i = torch.linalg.eigvals(gain_ii)
+        gate_ii = merging.gate(old_ii, new_ii, gamma, cap, epsilon)
+        values_i = torch.linalg.eigvals(gate_ii)
         assert values_i.real.min() > -1e-4
         assert values_i.real.max() < (cap or 1) + 1e-4
         merged_oi, trained_oi = random(seed + 2, 3, d), random(seed + 3, 3, d)
         found = merging.weighted(merged_oi, trained_oi, old_ii, new_ii, gamma, cap, epsilon)
         assert found.shape == (3, d)
-        close(found, merged_oi + (trained_oi - merged_oi) @ gain_ii)
+        close(found, merged_oi + (trained_oi - merged_oi) @ gate_ii)
 
 
 @often
