@@ -1,5 +1,9 @@
 """InfLoRA's subspaces against numbers recorded from the reference implementation (liangyanshuo/InfLoRA, e08b00e).
 
+The recordings, `inflora_dualgpm_a.npz` and `b`, are our own: its subspace update, run on synthetic second moments. For task t
+and layer l: `moment_before` and `moment_after` (d, d), the inputs before and after learning the task; `down_gram` (d, d), B_t^T
+B_t; `down_gap`, below which the span of B_t is not determined; `old_projector`, `old_dim` and `kind` of the old tasks' space.
+
 Shape letters: d width, r rank.
 """
 
@@ -12,21 +16,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamina.methods.inflora import InfLoRAConfig, Subspace, extend, growing_threshold, main_directions
+from lamina.methods.base import growing_threshold
+from lamina.methods.inflora import InfLoRAConfig, Subspace, extend, main_directions
 
-pytestmark = pytest.mark.shared
-
-GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
+GOLDEN = Path(__file__).parent
 KINDS = {"old": "remove", "free": "retain"}
 DETERMINED = 1e-9
 
 
 @pytest.fixture(params=["a", "b"])
 def recorded(request: pytest.FixtureRequest) -> Mapping[str, np.ndarray]:
-    file = GOLDEN / f"inflora_dualgpm_{request.param}.npz"
-    if not file.is_file():
-        pytest.skip(f"{file.name} is recorded in ../shared/golden, which is not here")
-    with np.load(file, allow_pickle=False) as archive:
+    with np.load(GOLDEN / f"inflora_dualgpm_{request.param}.npz", allow_pickle=False) as archive:
         return dict(archive)
 
 

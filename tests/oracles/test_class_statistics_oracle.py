@@ -29,8 +29,8 @@ def features(seed: int = 0, n: int = 60) -> tuple[np.ndarray, np.ndarray]:
     return places_jd[output_n] + random.normal(size=(n, WIDTH)) @ random.normal(size=(WIDTH, WIDTH)), output_n
 
 
-def ours(features_nd: np.ndarray, output_n: np.ndarray, own_rank: int = 0) -> Statistics:
-    return of_features(torch.from_numpy(features_nd), torch.from_numpy(output_n), ROWS, own_rank)
+def ours(features_nd: np.ndarray, output_n: np.ndarray, class_covariance_rank: int = 0) -> Statistics:
+    return of_features(torch.from_numpy(features_nd), torch.from_numpy(output_n), ROWS, class_covariance_rank)
 
 
 def loops(features_nd: np.ndarray, output_n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -56,7 +56,7 @@ def test_means_counts_and_scatter_are_those_of_a_loop():
     same(statistics.means_jd, means_jd)
     same(statistics.counts_j, counts_j)
     same(statistics.scatter_dd, scatter_dd)
-    assert statistics.own_jdr.shape == (ROWS, WIDTH, 0)
+    assert statistics.class_factors_jdr.shape == (ROWS, WIDTH, 0)
 
 
 def test_own_parts_are_the_leading_part_of_each_rows_covariance():
@@ -65,14 +65,16 @@ def test_own_parts_are_the_leading_part_of_each_rows_covariance():
     for j in range(ROWS):
         values_d, vectors_dd = np.linalg.eigh(np.cov(features_nd[output_n == j].T))
         leading_dd = vectors_dd[:, -3:] @ np.diag(values_d[-3:]) @ vectors_dd[:, -3:].T
-        same(statistics.own_jdr[j] @ statistics.own_jdr[j].T, leading_dd, 1e-5)
+        same(statistics.class_factors_jdr[j] @ statistics.class_factors_jdr[j].T, leading_dd, 1e-5)
 
 
 def test_a_row_of_two_examples_has_an_own_part_of_rank_one():
-    statistics = of_features(torch.tensor([[0.0, 0, 0], [2, 0, 0]]), torch.zeros(2, dtype=torch.int64), 1, own_rank=3)
+    statistics = of_features(
+        torch.tensor([[0.0, 0, 0], [2, 0, 0]]), torch.zeros(2, dtype=torch.int64), 1, class_covariance_rank=3
+    )
     expected = torch.zeros(3, 3)
     expected[0, 0] = 2**0.5
-    torch.testing.assert_close(statistics.own_jdr[0].abs(), expected)
+    torch.testing.assert_close(statistics.class_factors_jdr[0].abs(), expected)
 
 
 def test_a_linear_map_moves_them_to_those_of_the_moved_examples():
@@ -85,7 +87,7 @@ def test_a_linear_map_moves_them_to_those_of_the_moved_examples():
     same(found.means_jd, means_jd)
     same(found.scatter_dd, scatter_dd)
     for j in range(ROWS):
-        same(found.own_jdr[j] @ found.own_jdr[j].T, np.cov(after_nd[output_n == j].T), 1e-5)
+        same(found.class_factors_jdr[j] @ found.class_factors_jdr[j].T, np.cov(after_nd[output_n == j].T), 1e-5)
     indicators_nj = np.eye(ROWS)[output_n]
     counted_dj = (found.means_jd * found.counts_j[:, None]).T
     same(found.scatter_dd + counted_dj @ found.means_jd, after_nd.T @ after_nd)
@@ -132,12 +134,12 @@ def test_the_covariance_is_shrunk_by_the_number_given(rho: float):
 
 
 def test_draws_have_the_means_and_covariances_that_are_said():
-    statistics = ours(*features(), own_rank=2)
+    statistics = ours(*features(), class_covariance_rank=2)
     white = gaussians(statistics, 0.1)
     share, n = 0.4, 40_000
     drawn = white.features(white.draws(torch.tensor([2, 0]), n, torch.Generator().manual_seed(0), share)).numpy()
     for found_nd, j in zip(drawn, (2, 0), strict=True):
-        own_dr = statistics.own_jdr[j].double()
+        own_dr = statistics.class_factors_jdr[j].double()
         expected = ((1 - share) * covariance(statistics, 0.1) + share * own_dr @ own_dr.T).numpy()
         assert (
             np.abs(found_nd.mean(0) - statistics.means_jd[j].numpy()).max() < 5 * (expected.diagonal() / n).max() ** 0.5
@@ -152,20 +154,20 @@ def test_without_own_parts_the_share_counts_for_nothing():
 
 
 def test_bytes_are_those_of_the_tensors_saved():
-    statistics = ours(*features(), own_rank=2)
+    statistics = ours(*features(), class_covariance_rank=2)
     assert bytes_of(statistics) == 8 * (ROWS * WIDTH + ROWS + WIDTH**2) + 4 * ROWS * WIDTH * 2
     assert bytes_of(statistics) == sum(t.numel() * t.element_size() for t in statistics.tensors().values())
 
 
 def test_errors_say_what_is_wrong():
     rows = torch.tensor([0, 0, 2])
-    with pytest.raises(ValueError, match="row 1 has no example"):
+    with pytest.raises(ValueError, match="output 1 has no example"):
         of_features(torch.zeros(3, 2), rows, 3)
     with pytest.raises(ValueError, match="from 0 to 2 are named, but they go from 0 to 1"):
         of_features(torch.zeros(3, 2), rows, 2)
-    with pytest.raises(ValueError, match=r"\(4, 2\) with rows of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"\(4, 2\) with outputs of shape \(3,\)"):
         of_features(torch.zeros(4, 2), rows, 3)
     with pytest.raises(ValueError, match="cannot be concatenated"):
-        concatenated(ours(*features()), ours(*features(), own_rank=1))
+        concatenated(ours(*features()), ours(*features(), class_covariance_rank=1))
     with pytest.raises(ValueError, match=r"shrinkage is 1\.5"):
         covariance(ours(*features()), 1.5)

@@ -28,8 +28,8 @@ def data(seed: int = 0, n: int = N) -> tuple[Tensor, Tensor]:
     return torch.from_numpy((places_jd[output_n] + random.normal(size=(n, WIDTH))) @ mix_dd), torch.from_numpy(output_n)
 
 
-def statistics(own_rank: int = 0) -> Statistics:
-    return of_features(*data(), ROWS, own_rank)
+def statistics(class_covariance_rank: int = 0) -> Statistics:
+    return of_features(*data(), ROWS, class_covariance_rank)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -220,7 +220,9 @@ def test_one_aligned_step_is_that_of_finite_differences():
     for j in range(ROWS):
         nudge_b = np.eye(ROWS)[j] * 1e-6
         slope_b[j] = (cost(base, biases + nudge_b) - cost(base, biases - nudge_b)) / 2e-6
-    found = classifiers.aligned(statistics(2), seeded(4), steps=1, rows=3, draws=5, rate=0.05, gap=0.7, own_share=0.3)
+    found = classifiers.aligned(
+        statistics(2), seeded(4), steps=1, outputs=3, draws=5, rate=0.05, gap=0.7, class_share=0.3
+    )
     change = -0.05 * slope @ white.whiten_dd.numpy()
     change_b = -0.05 * slope_b - change @ white.centre_d.numpy()
     assert np.abs(change).max() > 1e-4
@@ -260,7 +262,7 @@ def test_steps_lower_the_cross_entropy_of_draws_with_own_parts():
     before, after = (
         float(
             torch.nn.functional.cross_entropy(
-                classifiers.aligned(known, seeded(), steps=n, gap=0.0, rate=0.1, own_share=0.9).scores(fresh), rows_b
+                classifiers.aligned(known, seeded(), steps=n, gap=0.0, rate=0.1, class_share=0.9).scores(fresh), rows_b
             )
         )
         for n in (0, 60)
@@ -345,11 +347,11 @@ def test_a_saved_head_comes_back_with_the_same_bits(kind: str, tmp_path: Path):
         assert torch.equal(again.tensors()[name], part)
 
 
-@pytest.mark.parametrize("own_rank", [0, 2])
-def test_saved_statistics_come_back_with_the_same_bits(own_rank: int, tmp_path: Path):
-    save_file(statistics(own_rank).tensors(), tmp_path / "statistics.safetensors")
+@pytest.mark.parametrize("class_covariance_rank", [0, 2])
+def test_saved_statistics_come_back_with_the_same_bits(class_covariance_rank: int, tmp_path: Path):
+    save_file(statistics(class_covariance_rank).tensors(), tmp_path / "statistics.safetensors")
     again = Statistics.of_tensors(load_file(tmp_path / "statistics.safetensors"))
-    for found, expected in zip(again, statistics(own_rank), strict=True):
+    for found, expected in zip(again, statistics(class_covariance_rank), strict=True):
         assert torch.equal(found, expected)
         assert found.dtype == expected.dtype
 
@@ -377,8 +379,8 @@ def test_what_each_head_makes_of_digits():
         "ncm": right(classifiers.ncm(known)),
         "lda": right(classifiers.lda(known)),
         "aligned": right(classifiers.aligned(known, seeded(), draws=16, steps=100)),
-        "drawn, pooled": right(classifiers.ridge(known, seeded(), width=512, own_share=0.0)),
-        "drawn, own": right(classifiers.ridge(known, seeded(), width=512, own_share=0.75)),
+        "drawn, pooled": right(classifiers.ridge(known, seeded(), width=512, class_share=0.0)),
+        "drawn, own": right(classifiers.ridge(known, seeded(), width=512, class_share=0.75)),
         "examples": right(classifiers.ridge(known, seeded(), examples, width=512)),
     }
     told = {"ncm": 89.6, "lda": 95.1, "aligned": 95.1, "drawn, pooled": 93, "drawn, own": 95, "examples": 97}

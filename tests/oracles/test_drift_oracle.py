@@ -21,7 +21,7 @@ def random(seed: int, *shape: int) -> Tensor:
 
 
 def old_rows(seed: int = 9) -> Statistics:
-    return of_features(random(seed, 30, D), torch.arange(30) % J, J, own_rank=2)
+    return of_features(random(seed, 30, D), torch.arange(30) % J, J, class_covariance_rank=2)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-9) -> None:
@@ -38,7 +38,7 @@ def test_it_moves_old_statistics_to_where_a_linear_drift_took_them():
     """Nothing of the old rows is seen after the drift, and all of their statistics are right."""
     true_dd, old_nd, before_nd = random(0, D, D), random(9, 30, D), random(1, 4000, D)
     found, _ = compensated(old_rows(), before_nd, before_nd @ true_dd.T, ridge=0)
-    expected = of_features(old_nd @ true_dd.T, torch.arange(30) % J, J, own_rank=2)
+    expected = of_features(old_nd @ true_dd.T, torch.arange(30) % J, J, class_covariance_rank=2)
     close(found.means_jd, expected.means_jd)
     close(found.scatter_dd, expected.scatter_dd)
     assert torch.equal(found.counts_j, expected.counts_j)

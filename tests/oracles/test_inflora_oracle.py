@@ -22,7 +22,8 @@ from lamina.config import EvaluationConfig, TrainingConfig
 from lamina.data.streams import class_plan, make_stream
 from lamina.engine.loop import Loop
 from lamina.learner import Learner
-from lamina.methods.inflora import InfLoRA, InfLoRAConfig, Subspace, extend, growing_threshold, main_directions
+from lamina.methods.base import growing_threshold
+from lamina.methods.inflora import InfLoRA, InfLoRAConfig, Subspace, extend, main_directions
 from lamina.types import Batch
 
 
@@ -140,7 +141,7 @@ def test_the_two_sources_differ():
     assert not np.allclose(*grams, atol=1e-4)
 
 
-def test_without_a_horizon_the_threshold_is_constant_and_beyond_it_the_last_value_holds():
+def test_without_a_task_count_the_threshold_is_constant_and_beyond_it_the_last_value_holds():
     assert [growing_threshold(0.9, t, None) for t in range(3)] == [0.9] * 3
     assert growing_threshold(0.9, 3, 4) == growing_threshold(0.9, 7, 4) == pytest.approx(0.975)
 
@@ -209,7 +210,7 @@ def test_where_no_direction_is_free_nothing_is_learnt_in_the_slot(tmp_path: Path
     """A whole task through the engine, one group full and the others not."""
     data = tiny_images(48)
     stream = make_stream(data, class_plan(data, 2), "class")
-    learner, method = Learner(tiny_vit(blocks=2)), InfLoRA(InfLoRAConfig(rank=2), horizon=2)
+    learner, method = Learner(tiny_vit(blocks=2)), InfLoRA(InfLoRAConfig(rank=2), task_count=2)
     method.memory = {"block0.attention/free": torch.zeros(32, 0), "tasks": torch.tensor(1)}
     loop = Loop(
         learner=learner,

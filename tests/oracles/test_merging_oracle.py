@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamina.maths.merging import exponential, gain, share, weighted
+from lamina.maths.merging import exponential, gate, share, weighted
 
 OUT, IN = 3, 5
 
@@ -85,20 +85,20 @@ def test_proportional_moments_make_it_exponential(gamma: float, ratio: float):
 
 def test_what_only_the_new_task_uses_is_taken_whole_and_what_none_uses_stays():
     old, new = torch.diag(torch.tensor([1.0, 1, 0, 0, 0])), torch.diag(torch.tensor([0.0, 1, 1, 0, 0]))
-    close(gain(old, new, epsilon=0), torch.diag(torch.tensor([0, 0.5, 1, 0, 0], dtype=torch.float64)))
+    close(gate(old, new, epsilon=0), torch.diag(torch.tensor([0, 0.5, 1, 0, 0], dtype=torch.float64)))
 
 
 def test_a_cap_bounds_the_eigenvalues_and_leaves_those_below_it():
     old, new = moment(2), moment(3)
-    free, capped = (torch.linalg.eigvals(gain(old, new, cap=cap)).real.sort().values for cap in (None, 0.5))
+    free, capped = (torch.linalg.eigvals(gate(old, new, cap=cap)).real.sort().values for cap in (None, 0.5))
     assert free[-1] > 0.55, "or the cap has nothing to do"
     assert free[0] < 0.45
     close(capped, free.clamp_max(0.5))
-    close(gain(old, new, cap=1.0), gain(old, new))
+    close(gate(old, new, cap=1.0), gate(old, new))
 
 
 def test_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match="gamma is 0"):
         share(3, gamma=0)
     with pytest.raises(ValueError, match="cap 2, but"):
-        gain(moment(0), moment(1), cap=2)
+        gate(moment(0), moment(1), cap=2)

@@ -59,11 +59,11 @@ def every_head(
 @often
 @given(labelled(), SHRINKAGES, st.integers(0, 4), st.booleans())
 def test_every_head_of_any_statistics_gives_finite_scores_for_every_row(
-    data: tuple[Tensor, Tensor, int], shrinkage: Shrinkage, own_rank: int, with_real: bool
+    data: tuple[Tensor, Tensor, int], shrinkage: Shrinkage, class_covariance_rank: int, with_real: bool
 ):
     features_nd, output_n, rows = data
-    statistics = of_features(*data, own_rank)
-    assert statistics.own_jdr.shape == (rows, features_nd.shape[1], own_rank)
+    statistics = of_features(*data, class_covariance_rank)
+    assert statistics.class_factors_jdr.shape == (rows, features_nd.shape[1], class_covariance_rank)
     for name, head in every_head(statistics, shrinkage, (features_nd, output_n) if with_real else None).items():
         scores_nj = head.scores(features_nd)
         assert scores_nj.shape == (len(features_nd), rows), name
@@ -112,17 +112,20 @@ def test_rows_in_another_order_give_their_scores_in_that_order(
 
 @often
 @given(labelled(), st.integers(0, 3))
-def test_tasks_one_after_another_are_all_examples_at_once(data: tuple[Tensor, Tensor, int], own_rank: int):
+def test_tasks_one_after_another_are_all_examples_at_once(data: tuple[Tensor, Tensor, int], class_covariance_rank: int):
     features_nd, output_n, rows = data
-    parts = [of_features(features_nd[output_n == j], output_n[output_n == j] - j, 1, own_rank) for j in range(rows)]
+    parts = [
+        of_features(features_nd[output_n == j], output_n[output_n == j] - j, 1, class_covariance_rank)
+        for j in range(rows)
+    ]
     found = parts[0]
     for part in parts[1:]:
         found = concatenated(found, part)
-    whole = of_features(*data, own_rank)
+    whole = of_features(*data, class_covariance_rank)
     assert torch.equal(found.counts_j, whole.counts_j)
     close(relative(found.means_jd, whole.means_jd), relative(whole.means_jd, whole.means_jd))
     close(relative(found.scatter_dd, whole.scatter_dd), relative(whole.scatter_dd, whole.scatter_dd))
-    ours_jdd, whole_jdd = (part.own_jdr @ part.own_jdr.transpose(1, 2) for part in (found, whole))
+    ours_jdd, whole_jdd = (part.class_factors_jdr @ part.class_factors_jdr.transpose(1, 2) for part in (found, whole))
     torch.testing.assert_close(relative(ours_jdd, whole_jdd), relative(whole_jdd, whole_jdd), atol=1e-5, rtol=1e-5)
 
 
@@ -155,7 +158,7 @@ def test_what_rounding_leaves_of_constant_features_is_no_covariance():
 def test_fewer_examples_than_dimensions_still_tell_rows_apart(n: int):
     output_n = torch.arange(4).repeat_interleave(n)
     places_jd = 10 * random(0, 4, 50)
-    statistics = of_features(places_jd[output_n] + random(1, 4 * n, 50), output_n, 4, own_rank=2)
+    statistics = of_features(places_jd[output_n] + random(1, 4 * n, 50), output_n, 4, class_covariance_rank=2)
     others_nd, others_n = places_jd.repeat(20, 1) + random(2, 80, 50), torch.arange(4).repeat(20)
     for name, head in every_head(statistics, "oas", None).items():
         assert torch.equal(head.scores(others_nd).argmax(1), others_n), name
@@ -166,7 +169,7 @@ def test_fewer_examples_than_dimensions_still_tell_rows_apart(n: int):
 def test_any_shift_of_any_statistics_is_finite_and_keeps_counts(
     data: tuple[Tensor, Tensor, int], n: int, kind: drift.Kind, seed: int
 ):
-    old = of_features(*data, own_rank=1)
+    old = of_features(*data, class_covariance_rank=1)
     d = data[0].shape[1]
     before_nd = random(seed, max(n, 1), d)
     for after_nd in (before_nd, 0 * before_nd, random(seed + 1, *before_nd.shape), before_nd[:1].expand_as(before_nd)):
@@ -182,7 +185,7 @@ def test_any_shift_of_any_statistics_is_finite_and_keeps_counts(
 @often
 @given(labelled(), SEEDS)
 def test_features_that_stay_leave_old_rows_where_they_are(data: tuple[Tensor, Tensor, int], seed: int):
-    old, same_nd = of_features(*data, own_rank=1), random(seed, 4, data[0].shape[1])
+    old, same_nd = of_features(*data, class_covariance_rank=1), random(seed, 4, data[0].shape[1])
     for kind in ("linear", "linear+local"):
         new, map_dd = drift.compensated(old, same_nd, same_nd, kind)
         close(map_dd, torch.eye(len(map_dd), dtype=torch.float64))
@@ -209,21 +212,21 @@ def test_two_moves_are_one_by_the_product(data: tuple[Tensor, Tensor, int], seed
     st.sampled_from([None, 0.3, 1.0]),
     SEEDS,
 )
-def test_the_gain_of_any_moments_lies_between_nothing_and_its_cap(
+def test_the_gate_of_any_moments_lies_between_nothing_and_its_cap(
     d: int, old: int, new: int, gamma: float, cap: float | None, seed: int
 ):
     """Also of moments of rank 0; so no output on an old or a new input ends outside the two it is between, in that measure."""
     inputs_old, inputs_new = random(seed, old, d), random(seed + 1, new, d)
     old_ii, new_ii = inputs_old.T @ inputs_old, inputs_new.T @ inputs_new
     for epsilon in (0.0, 1e-3):
-        gain_ii = merging.gain(old_ii, new_ii, gamma, cap, epsilon)
-        values_i = torch.linalg.eigvals(gain_ii)
+        gate_ii = merging.gate(old_ii, new_ii, gamma, cap, epsilon)
+        values_i = torch.linalg.eigvals(gate_ii)
         assert values_i.real.min() > -1e-4
         assert values_i.real.max() < (cap or 1) + 1e-4
         merged_oi, trained_oi = random(seed + 2, 3, d), random(seed + 3, 3, d)
         found = merging.weighted(merged_oi, trained_oi, old_ii, new_ii, gamma, cap, epsilon)
         assert found.shape == (3, d)
-        close(found, merged_oi + (trained_oi - merged_oi) @ gain_ii)
+        close(found, merged_oi + (trained_oi - merged_oi) @ gate_ii)
 
 
 @often

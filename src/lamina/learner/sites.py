@@ -57,8 +57,11 @@ class AdapterSite:
 
     def fresh_lora(self, rank: int, purpose: str) -> LowRank:
         """Returns an initialised LoRA branch. It depends on the purpose, the site and PyTorch's seed only."""
-        generator = torch.Generator().manual_seed(seed_of(purpose, torch.initial_seed(), self.name))
-        return LowRank.fresh(self.d_out, self.d_in, rank, generator)
+        return LowRank.fresh(self.d_out, self.d_in, rank, self.generator(purpose))
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Returns a CPU generator, seeded by the purpose, the site and PyTorch's seed."""
+        return torch.Generator().manual_seed(seed_of(purpose, torch.initial_seed(), self.name))
 
     def add(self, name: str, branch: Branch) -> None:
         self.layer.add(f"{self.role}:{name}", branch, self.outputs)

@@ -1,18 +1,19 @@
-"""Where old features have gone: learnt from the current task's examples, seen before (F) and after (F') it was learnt.
+"""Drift compensation: moves old statistics into the new feature space.
 
-Features are rows of F; a map acts on them as column vectors: f' ≈ W f, hence F' ≈ F W^T.
+The map is fitted on the current task's examples, with their features before (F) and after (F') training. Features are rows of
+F; a map acts on them as column vectors: f' ≈ W f, hence F' ≈ F W^T.
 
     linear           W = I + (F' - F)^T F (F^T F + ρ tr(F^T F)/d I)^{-1}           ridge, anchored at the identity
-                     W <- (1 - e^{-n/d}) W + e^{-n/d} I                            few examples keep the identity
-                     μ <- W μ,  S <- W S W^T,  U <- W U                            for every old row: `statistics.moved`
+                     W <- (1 - e^{-n/d}) W + e^{-n/d} I                            near the identity for few examples
+                     μ <- W μ,  S <- W S W^T,  U <- W U                            for every old output
     linear + local   then  μ_j += β_j Σ_i softmax_i(cos(μ_j, f_i) / τ) (f'_i - W f_i),    β_j = max(0, max_i cos(μ_j, f_i))
-                     with the μ_j of before the move, which is where the f_i are
+                     with the μ_j before the move, in the space of the f_i
 
     symbol  here                     symbol  here
     F, F'   before_nd, after_nd      ρ       ridge
     W       map_dd                   τ       temperature
 
-Shape letters: n examples of the current task, d width, j old rows.
+Shape letters: n examples of the current task, d width, j old outputs.
 """
 
 import math
@@ -28,17 +29,18 @@ Kind = Literal["none", "linear", "linear+local", "random"]
 
 
 class Drift(NamedTuple):
-    """How far features moved, and how well a map tells where to. An alarm where cosine is far below that of other tasks."""
+    """How far features moved, and how well a map predicts it. A cosine far below that of other tasks is a warning."""
 
     size: float
     """‖W - I‖_F / sqrt(d)"""
     cosine: float
-    """mean cosine between W f and f', over the examples given: held out from the fit, if it is to say anything"""
+    """mean cosine between W f and f' over examples, which should be held out from the fit"""
 
 
 def linear_map(before_nd: Tensor, after_nd: Tensor, ridge: float = 0.03, blend: bool = True) -> Tensor:
-    """W (d, d) float64 with f' ≈ W f. With ridge 0 and no blend it is exact where the move is linear and the examples
-    span the space; what they do not span stays. Raises ValueError for pairs that do not match or a negative ridge."""
+    """Returns W (d, d) float64 with f' ≈ W f. With ridge 0 and no blend it is exact if the drift is linear and the examples
+    span the space. Directions outside their span keep the identity. Raises ValueError for pairs that do not match or a
+    negative ridge."""
     if before_nd.shape != after_nd.shape or before_nd.ndim != 2 or ridge < 0:
         raise ValueError(
             f"features of shapes {tuple(before_nd.shape)} and {tuple(after_nd.shape)} with ridge {ridge}: "
@@ -54,7 +56,7 @@ def linear_map(before_nd: Tensor, after_nd: Tensor, ridge: float = 0.03, blend: 
 
 
 def random_map(map_dd: Tensor, generator: torch.Generator) -> Tensor:
-    """The control: the identity and a random step, as long as that of this map (in Frobenius norm)."""
+    """Returns a control: the identity plus a random step with the Frobenius norm of this map's step."""
     eye_dd = torch.eye(len(map_dd), dtype=torch.float64)
     noise_dd = torch.randn(map_dd.shape, generator=generator, dtype=torch.float64)
     return eye_dd + noise_dd * float((map_dd - eye_dd).norm() / noise_dd.norm())
@@ -63,7 +65,7 @@ def random_map(map_dd: Tensor, generator: torch.Generator) -> Tensor:
 def local_moves(
     means_jd: Tensor, before_nd: Tensor, after_nd: Tensor, map_dd: Tensor, temperature: float = 0.07
 ) -> Tensor:
-    """What the map leaves over near each mean, (j, d) float64: to be added to the moved means."""
+    """Returns the residual of the map near each mean, (j, d) float64, to be added to the moved means."""
     before_nd, after_nd = before_nd.double(), after_nd.double()
     cosine_jn = F.normalize(means_jd.double(), dim=1) @ F.normalize(before_nd, dim=1).T
     trust_j = cosine_jn.amax(1).clamp_min(0)
@@ -72,6 +74,7 @@ def local_moves(
 
 
 def drift(map_dd: Tensor, before_nd: Tensor, after_nd: Tensor) -> Drift:
+    """Returns the size of a map's step and the quality of its predictions on these examples."""
     eye_dd = torch.eye(len(map_dd), dtype=torch.float64)
     cosine_n = F.cosine_similarity(before_nd.double() @ map_dd.T, after_nd.double(), dim=1)
     return Drift(float((map_dd - eye_dd).norm()) / len(map_dd) ** 0.5, float(cosine_n.mean()))
@@ -86,7 +89,7 @@ def compensated(
     ridge: float = 0.03,
     temperature: float = 0.07,
 ) -> tuple[Statistics, Tensor]:
-    """The old rows' statistics where they are thought to be now, and the map W (d, d) they were moved by.
+    """Returns the old outputs' statistics in the new feature space, and the map W (d, d) that moved them.
 
     "random" draws its map from the generator, and raises ValueError without one.
     """
@@ -95,7 +98,7 @@ def compensated(
     map_dd = linear_map(before_nd, after_nd, ridge)
     if kind == "random":
         if generator is None:
-            raise ValueError("the random shift draws its map: give a generator")
+            raise ValueError("drift 'random' draws its map: give a generator")
         map_dd = random_map(map_dd, generator)
     new = moved(old, map_dd)
     if kind == "linear+local":

@@ -1,6 +1,6 @@
 """Pure functions on matrices, in the precision of their arguments.
 
-Shape letters: d size of the space, k columns of a basis or centres, r rank, n samples, o outputs, i inputs, m draws.
+Shape letters: d size of the space, k columns of a basis or centres, r rank, n points, o outputs, i inputs, m candidates.
 """
 
 import math
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def sorted_eigh(symmetric_dd: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (d,) from large to small, negatives of rounding set to 0, and eigenvectors (d, d) in columns.
+    """Returns eigenvalues (d,) in descending order, negative rounding errors set to 0, and eigenvectors (d, d) in columns.
 
-    Computed on the processor in any case: a card may give a vector the other sign, which changes what is learnt where
-    vectors of several blocks are put together to one.
+    It always runs on the CPU. A GPU may return a vector with the other sign, which changes results if vectors of several
+    blocks are combined into one.
     """
     values_d, vectors_dd = torch.linalg.eigh(((symmetric_dd + symmetric_dd.T) / 2).cpu())
     device = symmetric_dd.device
@@ -22,10 +22,10 @@ def sorted_eigh(symmetric_dd: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def top_eigenvectors(symmetric_dd: Tensor, rank: int, relative_floor: float = 1e-12) -> Tensor:
-    """The leading eigenvectors, in columns (d, rank).
+    """Returns the leading eigenvectors in columns, (d, rank).
 
-    Where fewer than `rank` eigenvalues exceed `relative_floor` times the largest, the missing columns are zero: a
-    direction that holds no energy is arbitrary, and an arbitrary direction must not be handed out as a meaningful one.
+    If fewer than `rank` eigenvalues exceed `relative_floor` times the largest, the missing columns are zero: a direction
+    without energy is arbitrary and must not count as a meaningful one.
     """
     values_d, vectors_dd = sorted_eigh(symmetric_dd)
     alive_r = (values_d[:rank] > relative_floor * values_d[0]).to(vectors_dd.dtype)
@@ -35,24 +35,24 @@ def top_eigenvectors(symmetric_dd: Tensor, rank: int, relative_floor: float = 1e
 
 
 def remove_span(matrix_do: Tensor, basis_dk: Tensor) -> Tensor:
-    """(I - Q Q^T) X for an orthonormal basis Q (d, k): what is left of the columns of X (d, o)."""
+    """Returns (I - Q Q^T) X (d, o) for an orthonormal basis Q (d, k): the part of the columns of X outside its span."""
     return matrix_do - basis_dk @ (basis_dk.T @ matrix_do)
 
 
 def keep_span(matrix_do: Tensor, basis_dk: Tensor) -> Tensor:
-    """Q Q^T X for an orthonormal basis Q (d, k): the part of the columns of X (d, o) inside the span."""
+    """Returns Q Q^T X (d, o) for an orthonormal basis Q (d, k): the part of the columns of X inside its span."""
     return basis_dk @ (basis_dk.T @ matrix_do)
 
 
 def complement(basis_dk: Tensor) -> Tensor:
-    """An orthonormal basis (d, d-k) of everything orthogonal to the orthonormal columns of Q (d, k)."""
+    """Returns an orthonormal basis (d, d-k) of the complement of the orthonormal columns of Q (d, k)."""
     full_dd: Tensor = torch.linalg.qr(basis_dk, mode="complete")[0]
     return full_dd[:, basis_dk.shape[1] :]
 
 
 def roots_of(positive_dd: Tensor, relative_floor: float = 1e-13) -> tuple[Tensor, Tensor]:
-    """S^{1/2} and S^{-1/2} of a symmetric positive S, both symmetric (d, d). Where an eigenvalue is at most
-    `relative_floor` times the largest, it counts as 0 and so does its inverse (Moore-Penrose)."""
+    """Returns S^{1/2} and S^{-1/2} of a symmetric positive S, both symmetric (d, d). An eigenvalue of at most
+    `relative_floor` times the largest counts as 0, and so does its inverse (Moore-Penrose)."""
     values_d, vectors_dd = sorted_eigh(positive_dd)
     alive_d = values_d > relative_floor * values_d[0]
     roots_d = values_d.sqrt() * alive_d
@@ -61,7 +61,7 @@ def roots_of(positive_dd: Tensor, relative_floor: float = 1e-13) -> tuple[Tensor
 
 
 def steps_to_reach(values_k: Tensor, start: float, goal: float) -> int:
-    """How many of the values, added to `start` one after another, are needed for a sum >= goal (at most all of them)."""
+    """Returns how many of the values, added to `start` in order, give a sum >= goal (at most all of them)."""
     if start >= goal:
         return 0
     sums_k = start + torch.cumsum(values_k, 0)
@@ -69,43 +69,21 @@ def steps_to_reach(values_k: Tensor, start: float, goal: float) -> int:
 
 
 def soft_threshold(values: Tensor, threshold: float) -> Tensor:
-    """sign(x) max(|x| - ξ, 0), entry by entry: the z that makes (z - x)² / 2 + ξ |z| smallest."""
+    """Returns sign(x) max(|x| - ξ, 0), entry by entry: the z that minimises (z - x)² / 2 + ξ |z|."""
     return values.sign() * (values.abs() - threshold).clamp_min(0)
 
 
 def factors_of(matrix_oi: Tensor) -> tuple[Tensor, Tensor]:
-    """up (o, r) and down (r, i) with up @ down = X to the rounding of float32: r is the rank, counted to that rounding, but
-    at least 1."""
+    """Returns up (o, r) and down (r, i) with up @ down = X to float32 precision. r is the rank to that precision, or 1."""
     left_ok, values_k, right_ki = torch.linalg.svd(matrix_oi, full_matrices=False)
     rank = max(1, int((values_k > torch.finfo(torch.float32).eps * values_k[0]).sum()))
     roots_r = values_k[:rank].sqrt()
     return left_ok[:, :rank] * roots_r, roots_r[:, None] * right_ki[:rank]
 
 
-def trim(matrix_oi: Tensor, density: float) -> Tensor:
-    """Only this share of the entries is left, those of largest magnitude (at least one); the others are zero."""
-    kept = matrix_oi.abs().flatten().topk(max(1, round(density * matrix_oi.numel()))).indices
-    mask = matrix_oi.new_zeros(matrix_oi.numel()).index_fill_(0, kept, 1)
-    return matrix_oi * mask.view_as(matrix_oi)
-
-
-def drop_and_rescale(matrix_oi: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Every entry is left with probability `density` and divided by it, so that its mean is what it was (DARE)."""
-    kept_oi = torch.rand(matrix_oi.shape, generator=generator) < density
-    return matrix_oi * kept_oi.to(matrix_oi.device) / density
-
-
-def agreeing_mean(matrices_noi: Tensor) -> Tensor:
-    """Per entry: the sign of the sum is elected (plus where that is 0), and the mean taken of the n entries with that sign;
-    zeros have none (TIES)."""
-    elected_oi = torch.where(matrices_noi.sum(0) >= 0, 1, -1)
-    agree_noi = matrices_noi.sign() == elected_oi
-    return (matrices_noi * agree_noi).sum(0) / agree_noi.sum(0).clamp_min(1)
-
-
 def spread_points(points_nd: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Up to `count` of the points, far from each other: k-means++ (Arthur & Vassilvitskii, 2007), each the best of a few
-    draws as in scikit-learn. Fewer where fewer points are distinct."""
+    """Returns up to `count` of the points, far from each other: k-means++ (Arthur & Vassilvitskii, 2007), each the best of a
+    few draws as in scikit-learn. Fewer if fewer points are distinct."""
     first = int(torch.randint(len(points_nd), (1,), generator=generator))
     chosen, away_n = [first], squares_between(points_nd, points_nd[first])
     while len(chosen) < count and away_n.max() > 0:
@@ -121,25 +99,25 @@ def spread_points(points_nd: Tensor, count: int, generator: torch.Generator) -> 
 
 
 def squares_between(points_nd: Tensor, point_d: Tensor) -> Tensor:
-    """|x - c|² of every point, (n,): exactly 0 for equal ones."""
+    """Returns |x - c|² of every point, (n,), exactly 0 for equal points."""
     return (points_nd - point_d).square().sum(1)
 
 
 def nearest(points_nd: Tensor, centres_kd: Tensor) -> Tensor:
-    """Position (n,) of the nearest centre to each point; the first of equals."""
+    """Returns the position (n,) of the nearest centre to each point, the first of equal ones."""
     return (centres_kd.square().sum(1) - 2 * points_nd @ centres_kd.T).argmin(1)
 
 
 def kmeans(points_nd: Tensor, count: int, generator: torch.Generator, most: int = 300) -> Tensor:
-    """Centres (k, d) float64 by Lloyd's algorithm from `spread_points`, until no point changes its centre or after `most`
-    rounds. k is `count`, or the number of distinct points where that is less."""
+    """Returns centres (k, d) float64 of Lloyd's algorithm from `spread_points`, run until no point changes its centre or for
+    `most` rounds. k is `count`, or the number of distinct points if that is less."""
     points_nd = points_nd.double()
     return lloyd(points_nd, spread_points(points_nd, count, generator), most)
 
 
 def lloyd(points_nd: Tensor, centres_kd: Tensor, most: int = 300) -> Tensor:
-    """Each centre becomes the mean of the points nearest to it, again and again. A centre that no point is nearest to
-    moves to a point that is farthest from its own."""
+    """Returns centres (k, d) after repeatedly moving each to the mean of its nearest points. A centre without points moves to
+    the point that is farthest from its own centre."""
     before_n: Tensor | None = None
     for _ in range(most):
         nearest_n = nearest(points_nd, centres_kd)

@@ -1,4 +1,4 @@
-"""The methods, one file each. To add one: its file, and a line here."""
+"""The methods, one file each. A new one needs its file and a line in METHODS."""
 
 from typing import Any
 
@@ -30,3 +30,20 @@ METHODS: dict[str, type[Method[Any]]] = {
     "olora": OLoRA,
     "duallora": DualLoRA,
 }
+
+
+def table() -> list[dict[str, str]]:
+    """Returns one row per method: the facts of every generated table of methods, by column."""
+    return [
+        {
+            "method": name,
+            "paper": f"{method.paper.authors}, {method.paper.venue}",
+            "stored examples": f"{method.needs.stored_examples} per class" if method.needs.stored_examples else "none",
+            "task count": "used if known" if method.needs.task_count else "not required",
+            "added per task": method.needs.per_task,
+            "training step": method.needs.step,
+            "prediction": method.needs.prediction,
+            "when to use": method.advice,
+        }
+        for name, method in METHODS.items()
+    ]

@@ -1,11 +1,11 @@
-"""What a paper adds, and nothing else: the interface every method implements.
+"""The interface that every method implements: what its paper adds, and nothing else.
 
-The engine calls, for each task of the stream and in this order: `begin` once; then for every batch `loss`, and around
-the optimiser's step `after_backward` and `after_step`; then `end` once; and `predict` whenever it evaluates. A method
-keeps what must survive a crash in `memory`, a flat dict of tensors, and in the learner. `begin` and `end` may be run
-again from their start after a crash, so they depend on nothing but the learner, the memory and the task.
+For each task the engine calls, in this order: `begin` once; for every batch `loss`, then `after_backward` and `after_step`
+around the optimiser's step; `end` once. It calls `predict` whenever it evaluates. Everything that must survive a crash is
+in the learner and in `memory`, a flat dict of tensors. A crash may repeat `begin` and `end` from their start, so they
+depend on the learner, the memory and the task only.
 
-Shape letters: b batch, r rows of the head.
+Shape letters: b batch, d width of the features, j outputs of the head.
 """
 
 from abc import ABC, abstractmethod
@@ -14,25 +14,26 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lamina import rng
 from lamina.adapters import Branch, LowRank
 from lamina.config import MethodConfig as MethodConfig
 from lamina.learner import Learner
-from lamina.rng import seed_of
-from lamina.types import Batch, Task
+from lamina.types import Batch, Examples, Ints, Task
 
 Scenario = Literal["class", "domain", "task", "mixed"]
 SCENARIOS: tuple[Scenario, ...] = ("class", "domain", "task", "mixed")
 SHARED = "shared"
-"""The branch of methods that have one adapter for all tasks."""
+"""Name of the branch of methods that train one adapter on all tasks."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Departure:
-    """Where this code differs from the paper's text, or the released code does, and the switch that decides it."""
+    """A difference between this code, or the released code, and the paper; and the setting that decides it."""
 
     what: str
     whose: Literal["ours", "released code"]
@@ -41,7 +42,7 @@ class Departure:
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
-    """Where a method comes from."""
+    """The source of a method."""
 
     title: str
     authors: str
@@ -50,23 +51,41 @@ class Paper:
     departures: tuple[Departure, ...] = ()
 
 
+Cost = Literal["none", "constant", "linear"]
+"""How a cost grows with the number of tasks."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a method asks of its user."""
+    """What a method asks of its user. The outputs of the head, one per class and task, are not mentioned: all methods have
+    them."""
 
-    horizon: bool = False
-    """It is better for knowing the number of tasks in advance."""
+    task_count: bool = False
+    """Whether it uses the number of tasks of the stream, where that is known."""
     stored_examples: int = 0
-    """Training examples kept per class."""
-    growth: str
-    """How what it keeps grows with the number of tasks, in words. Head rows, one per class and task, go without saying."""
-    operations: str
-    """How the operations of a training step, of an answer, and of what is done once around them grow with the number of
-    tasks, in words. Head rows, which every answer goes through, go without saying."""
+    """Training examples stored per class."""
+    per_task: str
+    """What every task adds to the storage, in a few words."""
+    storage: str
+    """The same in whole sentences, with what is stored once."""
+    step: Cost = "constant"
+    """Operations of a training step."""
+    prediction: Cost = "constant"
+    """Operations of one prediction."""
+    extra: str = ""
+    """Sentences about other operations, such as passes over the data around a task."""
+
+    @property
+    def cost(self) -> str:
+        """Returns the growth of all operations with the number of tasks, in sentences."""
+        step, prediction = (c.replace("linear", "linear in the number of tasks") for c in (self.step, self.prediction))
+        if step == prediction:
+            return f"Cost per training step and per prediction: {step}. {self.extra}".strip()
+        return f"Cost per training step: {step}. Cost per prediction: {prediction}. {self.extra}".strip()
 
 
 class Refusal(NamedTuple):
-    """A part of what happens around methods that one cannot be combined with: any value of it but the default."""
+    """A part of consolidation that a method cannot be combined with. Only the default of that part is accepted."""
 
     part: Literal["init", "merging", "drift", "classifier"]
     why: str
@@ -76,7 +95,7 @@ class Pass(Protocol):
     """One pass over the training examples of the current task, in a fixed order."""
 
     def __call__(self, *, augmented: bool) -> Iterator[Batch]:
-        """augmented: with the training transform; otherwise with that of evaluation."""
+        """augmented: apply the training transform; otherwise that of evaluation."""
         ...
 
 
@@ -95,65 +114,66 @@ C = TypeVar("C", bound=MethodConfig)
 
 
 class Method(ABC, Generic[C]):
-    """Subclasses state the class attributes, and override what their paper changes."""
+    """A subclass sets the class attributes, implements `begin`, and overrides what its paper changes."""
 
     name: ClassVar[str]
     advice: ClassVar[str]
-    """One line on when to choose it."""
+    """When to use it, in one line."""
     paper: ClassVar[Paper]
     needs: ClassVar[Needs]
     config_type: ClassVar[type[MethodConfig]]
     scenarios: ClassVar[tuple[Scenario, ...]] = SCENARIOS
     branch_type: ClassVar[type[Branch]] = LowRank
     trains: ClassVar[bool] = True
-    """False for a method without gradient steps: the engine goes from `begin` straight to `end`."""
+    """False for a method without training steps: the engine goes from `begin` straight to `end`."""
     refuses: ClassVar[tuple[Refusal, ...]] = ()
-    """What of `consolidation` it cannot be combined with."""
+    """The parts of `consolidation` that it cannot be combined with."""
     independent: ClassVar[bool] = False
-    """True where what a task trains depends on nothing that earlier tasks left, and training changes nothing but what
-    `Learner.trainable` names: tasks may then be trained side by side. `begin` and `end` are called in order all the same."""
+    """True if the training of a task depends on nothing that earlier tasks left, and updates nothing but
+    `Learner.trainable`. Tasks may then be trained side by side. `begin` and `end` are still called in order."""
 
-    def __init__(self, config: C, horizon: int | None = None) -> None:
-        """horizon: how many tasks the stream has, None where it is open-ended."""
+    def __init__(self, config: C, task_count: int | None = None) -> None:
+        """task_count: number of tasks of the stream; None if it is open-ended."""
         self.config = config
-        self.horizon = horizon
+        self.task_count = task_count
         self.memory: dict[str, Tensor] = {}
         self.total_rate = 1.0
-        """Sum of the adapters' learning rates over the steps of a task. The engine says it before each `begin`."""
+        """Sum of the adapters' learning rates over the steps of a task. The engine sets it before each `begin`."""
 
     @abstractmethod
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
-        """Prepare for a task: add rows to the head, and branches."""
+        """Prepare for a task: add outputs to the head, and branches."""
 
     def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
-        """What a training step descends. Unless a method says otherwise: cross-entropy over the task's own rows.
+        """Returns the loss () of a training step. By default: cross-entropy over the task's own outputs.
 
-        Within a task it is one function of the batch and of tensors whose numbers may change and whose place may not: it may
-        be recorded once and replayed."""
+        Within a task it must be one function of the batch and of tensors that may change in value but not in place, so
+        that its operations can be recorded once and replayed.
+        """
         return local_cross_entropy(learner, batch, task)
 
     def after_backward(self, learner: Learner) -> None:
-        """After the gradients are there, before the optimiser's step."""
+        """Called when the gradients are computed, before the optimiser's step."""
 
     def after_step(self, learner: Learner, step: Step) -> None:
-        """After the optimiser's step."""
+        """Called after the optimiser's step."""
 
-    @abstractmethod
     def end(self, learner: Learner, task: Task, batches: Pass) -> None:
-        """Consolidate a learnt task: finish branches, update the memory."""
+        """Finish a trained task: finish its branches, update the memory, freeze the head. By default: the last."""
+        learner.head.freeze()
 
     def features(self, learner: Learner, batch: Batch) -> Tensor:
-        """What the scores of each example are made from, (b, d) float32. One example never depends on the others."""
+        """Returns the input of the classifier, (b, d) float32. No example depends on the others."""
         return learner.features(batch)
 
     def predict(self, learner: Learner, batch: Batch) -> Tensor:
-        """Scores of all rows of the head, (b, r) float32. The score of one example never depends on the others."""
-        scores_br: Tensor = learner.head(self.features(learner, batch))
-        return scores_br
+        """Returns the scores of all outputs, (b, j) float32. No example depends on the others."""
+        scores_bj: Tensor = learner.head(self.features(learner, batch))
+        return scores_bj
 
     def predict_task_aware(self, learner: Learner, batch: Batch, task: str) -> Tensor:
-        """The scores (b, r) if it were known that all examples are of this task; only that task's rows count. Unless a
-        method does more with the task than choose rows: those of `predict`."""
+        """Returns scores (b, j), given that all examples are of this task. Only its outputs are used. A method overrides it
+        if the task's identity does more than select outputs."""
         return self.predict(learner, batch)
 
     @property
@@ -161,9 +181,9 @@ class Method(ABC, Generic[C]):
         """Whether `predict_task_aware` does more than `predict`."""
         return type(self).predict_task_aware is not Method.predict_task_aware
 
-    @abstractmethod
     def memory_bound(self, learner: Learner) -> int:
-        """Upper bound, in bytes, of what `memory` holds after the tasks learnt so far."""
+        """Returns an upper bound on the bytes of `memory` after the tasks learnt so far."""
+        return 0
 
     @property
     def memory_bytes(self) -> int:
@@ -171,37 +191,47 @@ class Method(ABC, Generic[C]):
 
 
 def add_shared_lora(learner: Learner, task: Task, rank: int) -> None:
-    """The beginning of a task where one adapter goes on: rows of the head and, in the first task, the adapter. It is the
-    same, bit for bit, for every method that has one: without what they add, all of them are sequential LoRA."""
-    learner.head.freeze()
-    learner.head.add(task.name, task.classes)
+    """Begin a task of a method that trains one adapter on all tasks: add outputs and, in the first task, the adapter. All
+    such methods start from the same bits, so without their additions they are sequential LoRA."""
+    learner.add_outputs(task)
     for site in learner.sites.values():
         if SHARED not in site.live():
-            generator = torch.Generator().manual_seed(seed_of("finetune", torch.initial_seed(), site.name))
-            site.add(SHARED, LowRank.fresh(site.d_out, site.d_in, rank, generator))
+            site.add(SHARED, site.fresh_lora(rank, "finetune"))
+
+
+def growing_threshold(epsilon: float, learnt: int, task_count: int | None) -> float:
+    """Returns ε_t = ε + (1 - ε) t / T, with t = 0 in the first task (released code of InfLoRA). Beyond T tasks the last
+    value holds; without a task count ε is constant."""
+    return epsilon if task_count is None else epsilon + (1 - epsilon) * min(learnt, task_count - 1) / task_count
+
+
+def hashed_order(examples: Examples, seed: int) -> Ints:
+    """Returns positions of all examples in an order that depends on the seed and on their rows in the data only."""
+    return np.argsort(rng.bits(examples.rows_n, seed), kind="stable")
 
 
 def local_labels(task: Task, labels_b: Tensor) -> Tensor:
-    """Positions (b,) of class ids among the task's own rows."""
+    """Returns the positions (b,) of class ids among the task's own outputs."""
     return _positions(task.classes, labels_b.device)[labels_b]
 
 
 @lru_cache(maxsize=8)
 def _positions(classes: tuple[int, ...], device: torch.device) -> Tensor:
-    """Of every class id up to the largest of these, -1 for the others. Kept: a card would have to wait for a new one in every
-    step."""
+    """Returns the position of every class id up to the largest of these, -1 for the others. Cached, because a GPU would
+    wait for a new tensor in every step."""
     order = torch.full((max(classes) + 1,), -1)
     order[list(classes)] = torch.arange(len(classes))
     return order.to(device)
 
 
 def local_cross_entropy(learner: Learner, batch: Batch, task: Task) -> Tensor:
-    """Cross-entropy over the rows of the current task only; the rows of older tasks are neither computed nor trained."""
+    """Returns the cross-entropy () over the outputs of the current task. Outputs of other tasks are neither computed nor
+    trained."""
     return F.cross_entropy(learner.task_logits(batch, task.name), local_labels(task, batch.labels_b))
 
 
 def describe(method: type[Method[Any]]) -> dict[str, Any]:
-    """A method as plain data: for `lamina methods` and for the record of a run."""
+    """Returns a method as plain data, for `lamina methods` and for the record of a run."""
     return {
         "name": method.name,
         "title": method.paper.title,
@@ -214,10 +244,10 @@ def describe(method: type[Method[Any]]) -> dict[str, Any]:
         "advice": method.advice,
         "scenarios": list(method.scenarios),
         "independent": method.independent,
-        "horizon": method.needs.horizon,
+        "task_count": method.needs.task_count,
         "stored_examples": method.needs.stored_examples,
-        "growth": method.needs.growth,
-        "operations": method.needs.operations,
+        "storage": method.needs.storage,
+        "cost": method.needs.cost,
         "around": dict(method.config_type.around),
         "settings": {
             name: {

@@ -1,24 +1,24 @@
 """CoLoR: continual learning with low rank adaptation (Wistuba et al., DistShift workshop at NeurIPS 2023, arXiv 2311.17601).
 
-    expert_t = up_t down_t in every adapted map, and rows of the head: task t alone trains them, on the frozen backbone
-    C_t = k-means centroids of f(x)/|f(x)| over the training data of task t        f: the backbone without any expert
+    adapter t: up_t down_t in every adapted layer, and outputs of the head, trained on task t alone on the frozen backbone
+    C_t = k-means centroids of f(x)/|f(x)| over the training data of task t        f: features of the backbone alone
     t̂(x) = the task of the centroid nearest to f(x)/|f(x)|
-    score(x) = rows of task t̂ of the features through expert t̂; minus infinity for all other rows
+    score(x) = outputs of task t̂ on the features through adapter t̂; minus infinity for all other outputs
 
-An expert is never changed and never folded, so what a task answers when told stays the same bits for ever. Two passes per
-input: one to identify its task, one through that task's expert. CoLoR++ takes f through the first task's expert; an
-input identified as the first task's then needs no second pass.
+A routed adapter is never changed and never folded, so task-aware predictions of a task keep the same bits for ever. An
+input takes two passes: one to infer its task, one through that task's adapter. CoLoR++ takes f through the first task's
+adapter; an input assigned to the first task then needs no second pass.
 
-    paper        here                                                          shape
-    A_t, B_t     down_ri, up_or of the branch of the task, kept as an expert   (r, i), (o, r)
-    centroids    in memory as `centroids/<task>`                               (k, d)
+    paper        here                                                              shape
+    A_t, B_t     down_ri, up_or of the branch of the task, a routed adapter        (r, i), (o, r)
+    centroids    in memory as `centroids/<task>`                                   (k, d)
     k            clusters
     CoLoR++      identify = "first expert"
 
-Only the abstract and the start of the paper could be read. The identification is that of S-Prompts (Wang et al., NeurIPS
-2022) as released; see the departures and docs/papers/color.md for what is inferred.
+Only the abstract and the start of the paper could be read. The inference of the task is that of S-Prompts (Wang et al.,
+NeurIPS 2022) as released; see the departures and docs/papers/color.md for what is inferred.
 
-Shape letters: b batch, n examples, d width, k centroids, r rank or rows of the head, o outputs, i inputs.
+Shape letters: b batch, n examples, d width, k centroids, r rank, j outputs of the head, o outputs, i inputs.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from lamina.adapters import LowRank
 from lamina.learner import Learner
 from lamina.maths.linalg import kmeans
 from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal
@@ -41,18 +40,18 @@ Distance = Literal["l1", "l2"]
 
 class CoLoRConfig(MethodConfig):
     rank: int = Field(10, ge=1)
-    """Rank of the expert of each task in every adapted map."""
+    """Rank of the adapter of each task in every adapted layer."""
     clusters: int = Field(5, ge=1)
-    """k: centroids kept per task. Domains need few; tasks that split the classes of one dataset need more."""
+    """k: centroids stored per task. Domains need few; tasks that split the classes of one dataset need more."""
     distance: Distance = "l2"
-    """Nearest by the Euclidean distance (as in Renate) or by the sum of absolute differences (as in S-Prompts)."""
+    """Euclidean distance (as in Renate) or sum of absolute differences (as in S-Prompts)."""
     identify: Literal["pretrained", "first expert"] = "pretrained"
-    """Features that tell tasks apart: of the backbone alone (CoLoR) or through the first task's expert (CoLoR++)."""
+    """Features that the task is inferred from: of the backbone alone (CoLoR), or through the first task's adapter (CoLoR++)."""
 
 
 class CoLoR(Method[CoLoRConfig]):
     name = "color"
-    advice = "Domains that look different: an expert for each, chosen per input, and nothing is ever forgotten."
+    advice = "For domains that look different: an adapter for each, selected per input."
     paper = Paper(
         title="Continual Learning with Low Rank Adaptation",
         authors="Wistuba et al.",
@@ -60,44 +59,38 @@ class CoLoR(Method[CoLoRConfig]):
         link="https://arxiv.org/abs/2311.17601",
         departures=(
             Departure(
-                what="rank, clusters per task and optimiser are not known to us; rank 10 and 5 clusters (S-Prompts)",
-                whose="ours",
-                switch="rank, clusters",
+                "rank, clusters per task and optimiser are unknown; here rank 10 and 5 clusters (S-Prompts)",
+                "ours",
+                "rank, clusters",
             ),
             Departure(
-                what="the distance to centroids is Renate's; S-Prompts' code sums absolute differences",
-                whose="ours",
-                switch="distance",
+                "the distance to centroids is Renate's; S-Prompts' code sums absolute differences", "ours", "distance"
             ),
-            Departure(what="CoLoR++ is reconstructed from recollection", whose="ours", switch="identify"),
+            Departure("CoLoR++ is reconstructed from recollection", "ours", "identify"),
             Departure(
-                what="every task has rows of the head of its own; Renate shares one head by default, which drifts",
-                whose="ours",
+                "every task has its own outputs of the head; Renate shares one head by default, which drifts", "ours"
             ),
             Departure(
-                what="centroids are taken after the task is learnt; Renate takes them before (the same, but for CoLoR++)",
-                whose="ours",
+                "centroids are taken after training; Renate takes them before (the same, except for CoLoR++)", "ours"
             ),
         ),
     )
     needs = Needs(
-        growth="one expert, one block of the head and `clusters` centroids per task",
-        operations="a step not at all; an answer, which is two passes, by the distances to `clusters` centroids with every "
-        "task, and with the number of different experts in a batch",
+        per_task="an adapter",
+        storage="One adapter of rank r per adapted layer and task, and `clusters` centroids per task.",
+        prediction="linear",
+        extra="A prediction takes two passes and computes the distances to `clusters` centroids per task. A batch gathers one "
+        "adapter per task that occurs in it.",
     )
     config_type = CoLoRConfig
     refuses = (
-        Refusal("init", "every expert starts from the pre-trained weights"),
-        Refusal("merging", "an expert is chosen per input, so the weights are not one matrix to average"),
+        Refusal("init", "every adapter starts from the pre-trained weights"),
+        Refusal("merging", "adapters are selected per input, so there is no single weight to merge"),
     )
-    independent = True  # CoLoR++ too: the first task's expert is used when a task ends, not while it trains
+    independent = True  # CoLoR++ too: it uses the first task's adapter when a task ends, not while it trains
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
-        learner.head.freeze()
-        learner.head.add(task.name, task.classes)
-        for site in learner.sites.values():
-            generator = torch.Generator().manual_seed(seed_of("color", torch.initial_seed(), site.name))
-            site.add(task.name, LowRank.fresh(site.d_out, site.d_in, self.config.rank, generator))
+        learner.add_lora(task, self.config.rank, "color")
 
     def end(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.finish(task.name, fold=False)
@@ -112,31 +105,31 @@ class CoLoR(Method[CoLoRConfig]):
 
     def predict(self, learner: Learner, batch: Batch) -> Tensor:
         features_bd, chosen_b = self.routed(learner, batch)
-        return own_rows(learner, features_bd, self.learnt(learner), chosen_b)
+        return own_outputs(learner, features_bd, self.learnt(learner), chosen_b)
 
     def routed(self, learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Features (b, d), each input through the expert of the task it is taken to be of; that task's position (b,)."""
+        """Returns features (b, d), each input through the adapter of its inferred task, and that task's position (b,)."""
         tasks = self.learnt(learner)
         features_bd, directions_bd = self.directions(learner, batch)
         chosen_b = nearest_task(directions_bd, [self.memory[f"centroids/{t}"] for t in tasks], self.config.distance)
         again_b = chosen_b >= (1 if self.config.identify == "first expert" else 0)
         if again_b.any():
-            features_bd[again_b] = through_experts(learner, batch.select(again_b), tasks, chosen_b[again_b])
+            features_bd[again_b] = through_adapters(learner, batch.select(again_b), tasks, chosen_b[again_b])
         return features_bd, chosen_b
 
     def predict_task_aware(self, learner: Learner, batch: Batch, task: str) -> Tensor:
         chosen_b = torch.zeros(len(batch), dtype=torch.int64, device=learner.device)
-        return own_rows(learner, through_experts(learner, batch, [task], chosen_b), [task], chosen_b)
+        return own_outputs(learner, through_adapters(learner, batch, [task], chosen_b), [task], chosen_b)
 
     def learnt(self, learner: Learner) -> list[str]:
-        """The tasks that have ended, in their order."""
+        """Returns the tasks that have ended, in their order."""
         return [task for task in learner.head.tasks if f"centroids/{task}" in self.memory]
 
     def directions(self, learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The features (b, d) that tell tasks apart, as they are and of length 1."""
+        """Returns the features (b, d) that the task is inferred from, as they are and of length 1."""
         if self.config.identify == "first expert":
             first_b = torch.zeros(len(batch), dtype=torch.int64, device=learner.device)
-            features_bd = through_experts(learner, batch, learner.head.tasks[:1], first_b)
+            features_bd = through_adapters(learner, batch, learner.head.tasks[:1], first_b)
         else:
             with learner.bare():
                 features_bd = learner.features(batch)
@@ -146,25 +139,25 @@ class CoLoR(Method[CoLoRConfig]):
         return 4 * self.config.clusters * learner.backbone.width * len(learner.head.tasks)
 
 
-def through_experts(learner: Learner, batch: Batch, tasks: Sequence[str], chosen_b: Tensor) -> Tensor:
-    """Features (b, d), each input through the expert of the task at its position in `tasks` and through nothing else."""
-    used_e, expert_b = torch.unique(chosen_b, return_inverse=True)
-    with learner.bare(), learner.routing([tasks[e] for e in used_e], expert_b):
+def through_adapters(learner: Learner, batch: Batch, tasks: Sequence[str], chosen_b: Tensor) -> Tensor:
+    """Returns features (b, d), each input through the adapter of the task at its position in `tasks` and no other."""
+    used_e, adapter_b = torch.unique(chosen_b, return_inverse=True)
+    with learner.bare(), learner.routing([tasks[e] for e in used_e], adapter_b):
         return learner.features(batch)
 
 
-def own_rows(learner: Learner, features_bd: Tensor, tasks: Sequence[str], chosen_b: Tensor) -> Tensor:
-    """Scores (b, r): those of the chosen task's rows, minus infinity for all others."""
+def own_outputs(learner: Learner, features_bd: Tensor, tasks: Sequence[str], chosen_b: Tensor) -> Tensor:
+    """Returns scores (b, j): those of the chosen task's outputs, minus infinity for all others."""
     position = {task: e for e, task in enumerate(tasks)}
-    task_r = torch.tensor([position.get(row.task, -1) for row in learner.outputs], device=learner.device)
-    scores_br: Tensor = learner.head(features_bd)
-    return scores_br.masked_fill(task_r != chosen_b[:, None], -torch.inf)
+    task_j = torch.tensor([position.get(output.task, -1) for output in learner.outputs], device=learner.device)
+    scores_bj: Tensor = learner.head(features_bd)
+    return scores_bj.masked_fill(task_j != chosen_b[:, None], -torch.inf)
 
 
 def nearest_task(directions_bd: Tensor, centroids: Sequence[Tensor], distance: Distance) -> Tensor:
-    """Position (b,) of the task that has the nearest centroid. centroids: (k, d) of every task."""
+    """Returns the position (b,) of the task with the nearest centroid. centroids: (k, d) of every task."""
     owner_k = torch.repeat_interleave(torch.tensor([len(c) for c in centroids])).to(directions_bd.device)
     power = 1.0 if distance == "l1" else 2.0
-    # Without matrix products, whose rounding depends on the size of the batch.
+    # Not by matrix products: their rounding depends on the batch size.
     away_bk = torch.cdist(directions_bd, torch.cat(list(centroids)), power, "donot_use_mm_for_euclid_dist")
     return owner_k[away_bk.argmin(1)]

@@ -1,6 +1,6 @@
 """Elastic weight consolidation on adapters (Kirkpatrick et al., PNAS 2017, arXiv 1612.00796), one LoRA chain.
 
-    L(θ) = CE of the task's own rows + λ/2 Σ_j F_j (θ_j - θ*_j)²            from the second task on
+    L(θ) = CE of the task's own outputs + λ/2 Σ_j F_j (θ_j - θ*_j)²            from the second task on
     F = Σ_t F^t,   F^t_j = 1/n Σ_i (∂ log p(y_i | x_i) / ∂θ_j)²             after every task, one gradient per example
     θ* = the factors as the last task left them
 
@@ -10,9 +10,8 @@
     θ*      in memory as `anchor/<site>/up`, `anchor/<site>/down`  of θ
     λ       strength
 
-F is the square of each example's gradient, averaged: never the square of an averaged gradient, which shrinks with the
-size of the batch. It is taken on the factors, so it depends on how a change is split into them: it is not a Fisher of
-the change up @ down itself.
+F is the mean of the squared gradients of single examples, not the square of a mean gradient, which shrinks with the size of
+the batch. It is taken on the factors, so it depends on how an update is factored: it is not the Fisher of up @ down itself.
 
 Shape letters: o outputs, i inputs, r rank, b batch, c classes of the task, n examples.
 """
@@ -44,46 +43,45 @@ from lamina.rng import seed_of, uniform
 from lamina.types import Batch, Task
 
 TOGETHER = 32
-"""How many examples' gradients are computed in one pass."""
+"""Examples whose gradients are computed in one pass."""
 
 
 class EWCConfig(MethodConfig):
     rank: int = Field(10, ge=1)
-    """Rank of the one adapter in every adapted linear map."""
+    """Rank of the one adapter in every adapted layer."""
     strength: float = Field(1e4, ge=0)
     """λ: weight of the penalty. 0 is sequential LoRA."""
     fisher: Literal["true", "empirical"] = "true"
-    """Whose label the likelihood is of: one drawn from the model's own answer (true Fisher), or the given one (empirical)."""
+    """Label of the likelihood: drawn from the model's own prediction (true Fisher), or the given one (empirical)."""
     fisher_samples: int = Field(200, ge=1)
     """Training examples of each task the Fisher is estimated on, spread evenly over them; all, where there are fewer."""
 
 
 class EWC(Method[EWCConfig]):
     name = "ewc"
-    advice = "Constant memory and no stored samples: one adapter, held where old tasks are sensitive to it."
+    advice = "For constant storage without stored examples: one adapter, penalised where old tasks are sensitive."
     paper = Paper(
         title="Overcoming catastrophic forgetting in neural networks",
         authors="Kirkpatrick et al.",
         venue="PNAS 2017",
         link="https://arxiv.org/abs/1612.00796",
         departures=(
+            Departure("only low-rank factors are trained and penalised, not the weights", "ours", "rank"),
             Departure(
-                what="only low-rank factors are trained and penalised, not the weights", whose="ours", switch="rank"
+                "one penalty around the last task's factors, with the sum of all Fishers, instead of one per task",
+                "ours",
             ),
-            Departure(
-                what="one penalty around the last task's factors with the sum of all Fishers, not one penalty per task",
-                whose="ours",
-            ),
-            Departure(what="each task has rows of the head of its own, which later tasks do not train", whose="ours"),
-            Departure(what="the Fisher is estimated on some of the examples", whose="ours", switch="fisher_samples"),
+            Departure("each task has its own outputs of the head, which later tasks do not train", "ours"),
+            Departure("the Fisher is estimated on some examples only", "ours", "fisher_samples"),
         ),
     )
     needs = Needs(
-        growth="two copies of the adapter's size however many the tasks, the head by a row per class",
-        operations="a step and an answer not at all",
+        per_task="nothing",
+        storage="One adapter and two tensors of its size, whatever the number of tasks.",
+        extra="The gradients of `fisher_samples` examples at the end of every task.",
     )
     config_type = EWCConfig
-    refuses = (Refusal("init", "its penalty holds the adapter where old tasks left it"),)
+    refuses = (Refusal("init", "its penalty keeps the adapter near its last state"),)
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
         add_shared_lora(learner, task, self.config.rank)
@@ -102,7 +100,7 @@ class EWC(Method[EWCConfig]):
         self.memory |= {f"anchor/{name}": factor.detach().clone() for name, factor in shared(learner).items()}
 
     def fisher(self, learner: Learner, task: Task) -> dict[str, Tensor]:
-        """Diagonal Fisher of the shared factors on this task's data, by the names of `shared`."""
+        """Returns the diagonal Fisher of the shared factors on this task's data, by the names of `shared`."""
         count = min(len(task.train), self.config.fisher_samples)
         positions_n = np.arange(count) * len(task.train) // count
         seed, sums = seed_of("fisher", torch.initial_seed()), dict[str, Tensor]()
@@ -127,7 +125,7 @@ class EWC(Method[EWCConfig]):
 
 
 def shared(learner: Learner) -> dict[str, Tensor]:
-    """The factors of the one adapter, by `<site>/up` and `<site>/down`."""
+    """Returns the factors of the one adapter, by `<site>/up` and `<site>/down`."""
     return {
         f"{site.name}/{part}": value
         for site in learner.sites.values()
@@ -136,11 +134,11 @@ def shared(learner: Learner) -> dict[str, Tensor]:
 
 
 def distance(factors: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> Tensor:
-    """Σ_j F_j (θ_j - θ*_j)²."""
+    """Returns Σ_j F_j (θ_j - θ*_j)²."""
     parts = [(memory[f"fisher/{k}"] * (v - memory[f"anchor/{k}"]).square()).sum() for k, v in factors.items()]
     return torch.stack(parts).sum()
 
 
 def drawn(log_bc: Tensor, uniform_b: Tensor) -> Tensor:
-    """One label (b,) per row of log-probabilities, drawn by inverting its distribution at uniform numbers."""
+    """Returns one label (b,) for each line of log-probabilities, drawn by inverting its distribution at uniform numbers."""
     return (log_bc.detach().double().exp().cumsum(1) < uniform_b[:, None]).sum(1).clamp_max(log_bc.shape[1] - 1)

@@ -1,22 +1,22 @@
 """InfLoRA: interference-free low-rank adaptation (Liang & Li, CVPR 2024, arXiv 2404.00228).
 
     e = W_{t-1} h + A_t B_t h                               only A_t learns                                   (eq. 1)
-    B_t = the r main directions of the new task's inputs, freed of the old tasks' inputs                (eqs. 6 to 8)
-    DualGPM keeps those old inputs, as a basis of their span or of its complement, whichever is smaller
+    B_t = the r main directions of the new task's inputs, projected out of the old tasks' inputs        (eqs. 6 to 8)
+    DualGPM stores those old inputs, as a basis of their span or of its complement, whichever is smaller
 
 A step on A_t alone is the full-weight step projected onto the rows of B_t (proposition 1). These rows are orthogonal to
-the inputs of old tasks, so A_t B_t h = 0 for every old input h, exactly where h lies in the kept span.
+the inputs of old tasks, so A_t B_t h = 0 for every old input h in the stored span.
 
     paper   here                          shape
     B_t     down_ri (frozen)              (r, i)      the released code calls it lora_A
     A_t     up_or   (trained, starts 0)   (o, r)      the released code calls it lora_B
-    H_t     never kept; moment_dd = H_t H_t^T / n     (d, d)
+    H_t     not stored; moment_dd = H_t H_t^T / n     (d, d)
     M_t     Subspace.basis_dk, kind "old"             (d, k)      in memory as `<group>/old`
     M_t^⊥   Subspace.basis_dk, kind "free"            (d, k)      in memory as `<group>/free`
     ε       epsilon
 
-Equation numbers are the paper's. What the released code (liangyanshuo/InfLoRA, e08b00e) does differently decides the
-published numbers, so it is the default here, each behind a switch: see `InfLoRA.paper.departures`.
+Equation numbers are the paper's. The released code (liangyanshuo/InfLoRA, e08b00e) decides the published numbers, so its
+differences are the default, each with a switch: see `InfLoRA.paper.departures`.
 
 Shape letters: d = i inputs of a layer, o outputs, r rank, k columns of a basis.
 """
@@ -30,7 +30,7 @@ from torch import Tensor
 from lamina.adapters import LowRank
 from lamina.learner import Learner
 from lamina.maths.linalg import complement, keep_span, remove_span, sorted_eigh, steps_to_reach, top_eigenvectors
-from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, growing_threshold
 from lamina.types import Task
 
 Source = Literal["released", "paper"]
@@ -39,15 +39,15 @@ Design = Literal["freed", "not freed", "random"]
 
 class InfLoRAConfig(MethodConfig):
     rank: int = Field(10, ge=1)
-    """r: rank of the change each task adds to every adapted map."""
+    """r: rank of the update that each task adds to every adapted layer."""
     design: Design = "freed"
-    """What B_t spans: main directions of the new task's inputs, freed of the old tasks' (the method); those not freed, or
-    random ones that are (the two controls of the paper's ablation)."""
+    """What B_t spans: main directions of the new task's inputs, freed of the old tasks' (the method); those not freed; or
+    random ones, freed (the two controls of the paper's ablation)."""
     epsilon: float = Field(0.95, gt=0, le=1)
     """ε: share of the inputs' energy that counts as the old tasks' space after the first task."""
     growing_threshold: bool = True
-    """Raise ε linearly towards 1 over the stream. Without a known number of tasks it stays at epsilon."""
-    horizon: int | None = Field(None, ge=1)
+    """Raise ε linearly towards 1 over the stream. Without a known task count it stays at epsilon."""
+    task_count: int | None = Field(None, ge=1)
     """The number of tasks ε grows over. Not set: the length of the stream; an open-ended stream keeps ε constant."""
     row_norm: float = Field(3**-0.5, gt=0)
     """Length of the rows of B_t. 1/sqrt(3) is the released code's, 1 the paper's; it scales the step by its square."""
@@ -55,13 +55,13 @@ class InfLoRAConfig(MethodConfig):
     """Main directions of the freed inputs from P C C P (released) or P C P (paper, eq. 8). C = moment, P = projector."""
     criterion: Source = "released"
     """Energy that ε is a share of: squared eigenvalues of the moment, and one direction fewer after the first task
-    (released), or the eigenvalues (paper, after GPM)."""
+    (released); or the eigenvalues (paper, after GPM)."""
     augmented_moments: bool = True
-    """Take the moments over randomly augmented training images, as the released code does; otherwise over plain ones."""
+    """Take the moments over randomly augmented training images, like the released code; otherwise over plain ones."""
 
 
 class Subspace(NamedTuple):
-    """The input space of the old tasks. kind says what the orthonormal columns of basis_dk (d, k) span."""
+    """The input space of the old tasks. kind: whether the orthonormal columns of basis_dk (d, k) span it or its complement."""
 
     kind: Literal["old", "free"]
     basis_dk: Tensor
@@ -72,13 +72,13 @@ class Subspace(NamedTuple):
         return k if self.kind == "old" else d - k
 
     def project_out_old(self, matrix_do: Tensor) -> Tensor:
-        """What is left of the columns of X (d, o) outside the old tasks' space (eq. 6 for "old", eq. 7 for "free")."""
+        """Returns the part of the columns of X (d, o) outside the old tasks' space (eq. 6 for "old", eq. 7 for "free")."""
         return (remove_span if self.kind == "old" else keep_span)(matrix_do, self.basis_dk)
 
 
 class InfLoRA(Method[InfLoRAConfig]):
     name = "inflora"
-    advice = "Many tasks, no stored samples, bounded memory: new tasks are kept out of the old ones' input space."
+    advice = "For bounded memory without stored examples: new tasks leave the old tasks' input space alone."
     paper = Paper(
         title="InfLoRA: Interference-Free Low-Rank Adaptation for Continual Learning",
         authors="Liang & Li",
@@ -86,59 +86,59 @@ class InfLoRA(Method[InfLoRAConfig]):
         link="https://arxiv.org/abs/2404.00228",
         departures=(
             Departure(
-                what="ε is a share of the squared eigenvalues of the moment, not of the inputs' energy",
-                whose="released code",
-                switch="criterion",
+                "ε is a share of the squared eigenvalues of the moment, not of the inputs' energy",
+                "released code",
+                "criterion",
             ),
             Departure(
-                what="after the first task one direction fewer than ε asks for is kept, but at least one",
-                whose="released code",
-                switch="criterion",
+                "after the first task one direction fewer than ε requires is stored, but at least one",
+                "released code",
+                "criterion",
             ),
             Departure(
-                what="ε grows linearly with the task, which needs the number of tasks",
-                whose="released code",
-                switch="growing_threshold, horizon",
+                "ε grows linearly with the task, which needs the task count",
+                "released code",
+                "growing_threshold, task_count",
             ),
-            Departure(what="rows of B_t have length 1/sqrt(3)", whose="released code", switch="row_norm"),
+            Departure("rows of B_t have length 1/sqrt(3)", "released code", "row_norm"),
             Departure(
-                what="B_t from the singular vectors of the projected moment, not of the projected inputs",
-                whose="released code",
-                switch="spectrum",
-            ),
-            Departure(
-                what="moments over randomly augmented images, so that B_t and M_t are random",
-                whose="released code",
-                switch="augmented_moments",
+                "B_t from the singular vectors of the projected moment, not of the projected inputs",
+                "released code",
+                "spectrum",
             ),
             Departure(
-                what="finished branches are folded into the weight, as the paper says; the released code keeps them all",
-                whose="ours",
+                "moments over randomly augmented images, so B_t and M_t are random",
+                "released code",
+                "augmented_moments",
             ),
             Departure(
-                what="where no input direction is free any more, rows of B_t are zero; the released code takes arbitrary "
-                "directions, which may lie in the old space",
-                whose="ours",
+                "finished branches are folded into the weight, as in the paper; the released code keeps them all",
+                "ours",
             ),
             Departure(
-                what="a first task that needs over half of all directions is stored by its complement; the released code "
+                "if no input direction is free, rows of B_t are zero; the released code takes arbitrary directions, "
+                "which may lie in the old space",
+                "ours",
+            ),
+            Departure(
+                "a first task that needs over half of all directions is stored by its complement; the released code "
                 "labels it so but stores the span",
-                whose="ours",
+                "ours",
             ),
         ),
     )
     needs = Needs(
-        horizon=True,
-        growth="an adapter of rank r in every adapted map with every task; of the inputs at most d/2 directions of d numbers "
-        "per adapted input, however many the tasks",
-        operations="a step and an answer not at all",
+        task_count=True,
+        per_task="an adapter",
+        storage="One adapter of rank r per adapted layer and task. A basis of at most d/2 directions per layer input, whatever "
+        "the number of tasks.",
+        extra="Two passes over the data around every task.",
     )
     config_type = InfLoRAConfig
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
         config = self.config
-        learner.head.freeze()
-        learner.head.add(task.name, task.classes)
+        learner.add_outputs(task)
         moments = learner.input_moments(batches(augmented=config.augmented_moments))
         for group, sites in learner.groups().items():
             old = None if config.design == "not freed" else self.old(group)
@@ -161,7 +161,7 @@ class InfLoRA(Method[InfLoRAConfig]):
         self.memory["tasks"] = torch.tensor(learnt + 1)
 
     def old(self, group: str) -> Subspace | None:
-        """The old tasks' input space of this group; None before the first task has ended."""
+        """Returns the old tasks' input space of this group; None before the first task has ended."""
         if f"{group}/old" in self.memory:
             return Subspace("old", self.memory[f"{group}/old"].double())
         if f"{group}/free" in self.memory:
@@ -169,8 +169,8 @@ class InfLoRA(Method[InfLoRAConfig]):
         return None
 
     def threshold(self, learnt: int) -> float:
-        horizon = self.config.horizon or self.horizon
-        return growing_threshold(self.config.epsilon, learnt, horizon if self.config.growing_threshold else None)
+        task_count = self.config.task_count or self.task_count
+        return growing_threshold(self.config.epsilon, learnt, task_count if self.config.growing_threshold else None)
 
     def memory_bound(self, learner: Learner) -> int:
         widths = [sites[0].d_in for sites in learner.groups().values()]
@@ -178,20 +178,14 @@ class InfLoRA(Method[InfLoRAConfig]):
 
 
 def random_moment(moment_dd: Tensor) -> Tensor:
-    """The moment of as many Gaussian inputs as there are dimensions, in place of this one (d, d)."""
+    """Returns the moment (d, d) of d Gaussian inputs, in place of this one."""
     noise_dn = torch.randn(moment_dd.shape, dtype=moment_dd.dtype).to(moment_dd.device)
     return noise_dn @ noise_dn.T / len(noise_dn)
 
 
-def growing_threshold(epsilon: float, learnt: int, horizon: int | None) -> float:
-    """ε_t = ε + (1 - ε) t / T with t = 0 for the first task (released code). Beyond the horizon the last value holds;
-    without one, ε is constant."""
-    return epsilon if horizon is None else epsilon + (1 - epsilon) * min(learnt, horizon - 1) / horizon
-
-
 def main_directions(moment_dd: Tensor, old: Subspace | None, rank: int, spectrum: Source) -> Tensor:
-    """The r main directions of the new task's inputs outside the old space, orthonormal columns (d, r) (eqs. 6 to 8).
-    Fewer free directions than r leave columns of zeros."""
+    """Returns the r main directions of the new task's inputs outside the old space, orthonormal columns (d, r) (eqs. 6 to
+    8). Columns for which no direction is free are zero."""
     energy_dd = moment_dd @ moment_dd if spectrum == "released" else moment_dd
     if old is None:
         return top_eigenvectors(energy_dd, rank)
@@ -202,11 +196,10 @@ def main_directions(moment_dd: Tensor, old: Subspace | None, rank: int, spectrum
 
 
 def extend(old: Subspace | None, moment_dd: Tensor, epsilon: float, criterion: Source) -> Subspace:
-    """DualGPM: the old space after one more task with this input moment (section 3.3 and the released update_DualGPM).
+    """Returns the old space after one more task with this input moment: DualGPM (section 3.3, released update_DualGPM).
 
-    The least number of further directions is added for which the span holds a share ε of the energy (after the first
-    task one fewer, but at least one, where the criterion is the released code's). Whichever is smaller of the span and
-    its complement is kept, except that a complement is never turned back.
+    It adds the fewest directions with which the span holds a share ε of the energy (released criterion: one fewer after
+    the first task, but at least one). The smaller of the span and its complement is stored; a complement stays one.
     """
     d = len(moment_dd)
     energy_dd = moment_dd @ moment_dd if criterion == "released" else moment_dd
@@ -222,7 +215,7 @@ def extend(old: Subspace | None, moment_dd: Tensor, epsilon: float, criterion: S
         added = steps_to_reach(values_d[:room] / total, 1 - rest_dd.trace().item() / total, epsilon)
         basis_dk = torch.cat([old.basis_dk, vectors_dd[:, :added]], 1)
     else:
-        # In the coordinates of the free space: its directions that the new task fills are given up, the others stay free.
+        # In the coordinates of the free space: directions that the new task fills leave it.
         free_kk = old.basis_dk.T @ energy_dd @ old.basis_dk
         values_k, vectors_kk = sorted_eigh(free_kk)
         taken = steps_past(values_k / total, free_kk.trace().item() / total, 1 - epsilon)
@@ -231,7 +224,7 @@ def extend(old: Subspace | None, moment_dd: Tensor, epsilon: float, criterion: S
 
 
 def steps_past(shares_k: Tensor, free_share: float, allowed: float) -> int:
-    """How many of the values must leave the free space until the energy left in it is below `allowed`."""
+    """Returns how many values must leave the free space until the energy left in it is below `allowed`."""
     if free_share < allowed:
         return 0
     left_k = free_share - torch.cumsum(shares_k, 0)

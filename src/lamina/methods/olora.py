@@ -1,48 +1,47 @@
 """O-LoRA: orthogonal low-rank adaptation (Wang et al., Findings of EMNLP 2023, arXiv 2310.14152).
 
-    W_t = W_0 + s Σ_{k<t} B_k A_k + s B_t A_t                   all adapters work together, those of old tasks are frozen
-    L = CE + λ_1 Σ Σ_ij |A_old A_t^T|_ij + λ_2 Σ (‖A_t‖ + ‖B_t‖)       over the adapted maps
-    A_old = the rows of A_1 ... A_{t-1}, one below another
+    W_t = W_0 + s Σ_{k<t} B_k A_k + s B_t A_t                   all adapters are added; those of old tasks are frozen
+    L = CE + λ_1 Σ Σ_ij |A_old A_t^T|_ij + λ_2 Σ (‖A_t‖ + ‖B_t‖)       over the adapted layers
+    A_old = A_1 ... A_{t-1}, stacked
 
-The rows of A span what an adapter reads of its input. New tasks are kept to other rows, so that they change less of what
-old ones rely on. The penalty is soft: rows become nearly orthogonal, not exactly; and it looks at parameters, not at data.
+The rows of A span the input directions that an adapter reads. The penalty pushes new adapters to other directions, so that
+they disturb old tasks less. It is soft: the rows become nearly orthogonal. It concerns parameters, not data.
 
     released code    here                                                    shape
     A_t              down (trained), LoRA's start                            (r, i)
     B_t              up (trained, starts 0)                                  (o, r)
-    A_old            downs of the map's finished branches                    (p, i)
+    A_old            downs of the site's finished branches                    (p, i)
     s = α / r        scale (frozen)                                          ()
     λ_1, λ_2         orthogonality, shrinkage
 
 Names are those of the released code (cmnfriend/O-LoRA, 07117e1), whose equations these are; the paper's A is its B.
 
-Shape letters: o outputs, i inputs, r rank, p = (t - 1) r rows of all old downs.
+Shape letters: o outputs, i inputs, r rank, p = (t - 1) r ranks of all old downs.
 """
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from lamina.adapters import Branch, LowRank
+from lamina.adapters import Branch
 from lamina.learner import Learner
 from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal, local_cross_entropy
-from lamina.rng import seed_of
 from lamina.types import Batch, Task
 
 
 class OLoRAConfig(MethodConfig):
     rank: int = Field(8, ge=1)
-    """r: rank of the adapter each task adds to every adapted map."""
+    """r: rank of the adapter that each task adds to every adapted layer."""
     orthogonality: float = Field(0.5, ge=0)
-    """λ_1: weight of the overlap of the new downs with the old ones. 0: a plain adapter per task."""
+    """λ_1: weight of the overlap of the new downs with the old ones. 0 is a plain adapter per task."""
     shrinkage: float = Field(0.0, ge=0)
     """λ_2: weight of the norms (not squared) of the new factors."""
     alpha: float | None = Field(None, gt=0)
-    """Adapters are multiplied by alpha / rank (released code: 32 / 8). Not set: by 1."""
+    """Adapters are multiplied by alpha / rank (released code: 32 / 8). Not set: 1."""
 
 
 class Scaled(Branch):
-    """LoRA with a scale."""
+    """LoRA with a frozen scale."""
 
     up: Tensor
     down: Tensor
@@ -54,9 +53,7 @@ class Scaled(Branch):
 
 class OLoRA(Method[OLoRAConfig]):
     name = "olora"
-    advice = (
-        "No stored samples and no passes over the data: an adapter per task, pushed to be orthogonal to the old ones."
-    )
+    advice = "To study a soft orthogonality penalty between the adapters of different tasks."
     paper = Paper(
         title="Orthogonal Subspace Learning for Language Model Continual Learning",
         authors="Wang et al.",
@@ -64,40 +61,38 @@ class OLoRA(Method[OLoRAConfig]):
         link="https://arxiv.org/abs/2310.14152",
         departures=(
             Departure(
-                what="a classifier with rows for each task; the paper's model writes its answer in words", whose="ours"
+                "a classifier with outputs for each task; the paper's model writes its prediction in words", "ours"
             ),
             Departure(
-                what="the equations are those of the released code; the paper's text could not be read here",
-                whose="released code",
+                "the equations are those of the released code; the paper's text could not be read", "released code"
             ),
-            Departure(what="the scale is 1, not 32 / 8", whose="ours", switch="alpha"),
-            Departure(what="no dropout before the adapter", whose="ours"),
+            Departure("the scale is 1, not 32 / 8", "ours", "alpha"),
+            Departure("no dropout before the adapter", "ours"),
             Departure(
-                what="λ_1 is the same for all tasks; the long runs of the released code raise it by hand",
-                whose="ours",
-                switch="orthogonality",
+                "λ_1 is the same for all tasks; the long runs of the released code raise it by hand",
+                "ours",
+                "orthogonality",
             ),
-            Departure(
-                what="finished adapters are folded into the weight instead of being computed beside it", whose="ours"
-            ),
+            Departure("finished adapters are folded into the weight", "ours"),
         ),
     )
     needs = Needs(
-        growth="an adapter of rank r in every adapted map with every task",
-        operations="a step by the overlap with r more old rows per adapted map with every task; an answer not at all",
+        per_task="an adapter",
+        storage="One adapter of rank r per adapted layer and task.",
+        step="linear",
+        extra="A step computes the overlap with r old input directions per adapted layer and task.",
     )
     config_type = OLoRAConfig
-    refuses = (Refusal("init", "its penalty is about its own old adapters, which must be there"),)
+    refuses = (Refusal("init", "its penalty needs its own old adapters"),)
     branch_type = Scaled
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
         rank, alpha = self.config.rank, self.config.alpha
-        learner.head.freeze()
-        learner.head.add(task.name, task.classes)
+        scale = torch.tensor(alpha / rank if alpha else 1.0)
+        learner.add_outputs(task)
         for site in learner.sites.values():
-            generator = torch.Generator().manual_seed(seed_of("olora", torch.initial_seed(), site.name))
-            start = LowRank.fresh(site.d_out, site.d_in, rank, generator).trained()
-            site.add(task.name, Scaled(trained=start, frozen={"scale": torch.tensor(alpha / rank if alpha else 1.0)}))
+            start = site.fresh_lora(rank, "olora").trained()
+            site.add(task.name, Scaled(trained=start, frozen={"scale": scale}))
 
     def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
         config, total = self.config, local_cross_entropy(learner, batch, task)
@@ -115,10 +110,7 @@ class OLoRA(Method[OLoRAConfig]):
         learner.finish(task.name)
         learner.head.freeze()
 
-    def memory_bound(self, learner: Learner) -> int:
-        return 0
-
 
 def overlap(old_pi: Tensor, new_ri: Tensor) -> Tensor:
-    """Σ_ij |A_old A_t^T|_ij: 0 where every new row is orthogonal to every old one."""
+    """Returns Σ_ij |A_old A_t^T|_ij, 0 if every new row is orthogonal to every old one."""
     return (old_pi @ new_ri.T).abs().sum()

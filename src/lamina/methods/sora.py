@@ -2,20 +2,20 @@
 
     h = W x + s W_u (g ⊙ (W_d x))                                   W_u, W_d and the gate g are trained
     g <- T_ξ(g - step of the optimiser),  T_ξ(z) = sign(z) max(|z| - ξ, 0),  ξ = η λ       after every step
-    end of a task: the ranks with g = 0 are cut out, the gate goes into W_u, and the plain LoRA that is left is folded
+    end of a task: ranks with g = 0 are removed, the gate is multiplied into W_u, and the remaining plain LoRA is folded
 
-T_ξ is the proximal step of λ ‖g‖₁ at learning rate η: a gate that the loss does not hold up reaches exactly 0.
+T_ξ is the proximal step of λ ‖g‖₁ at learning rate η: a gate that the loss does not support reaches exactly 0.
 
     paper   here                                       shape
     W_d     down (trained)                             (r, i)
     W_u     up (trained, starts 0)                     (o, r)
-    g       gate (trained, starts alike)               (r,)
-    s       scale (frozen)                             ()       alpha / r, over what g starts at
+    g       gate (trained, all start equal)            (r,)
+    s       scale (frozen)                             ()       alpha / r, divided by the start of g
     r_max   rank
     η_t λ   the threshold of `soft_threshold`: the step's rate times `lam`
 
-The paper fine-tunes on one task; one fresh gated adapter per task, folded at its end, is how it is used on a stream here.
-At a task's start up is 0, so no gradient reaches the gate and only the threshold acts: hence `warmup`.
+The paper fine-tunes on one task. On a stream, each task gets a new gated adapter, which is folded when the task ends. At the
+start of a task up is 0, so no gradient reaches the gate and only the threshold acts: hence `warmup`.
 
 Shape letters: o outputs, i inputs, r rank.
 """
@@ -30,35 +30,34 @@ from lamina.adapters import Branch, LowRank
 from lamina.learner import Learner
 from lamina.maths.linalg import soft_threshold
 from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Step, local_cross_entropy
-from lamina.rng import seed_of
 from lamina.types import Batch, Task
 
 
 class SoRAConfig(MethodConfig):
     rank: int = Field(8, ge=1)
-    """r_max: rank of each task's adapter in every adapted map, before ranks are cut out."""
+    """r_max: rank of each task's adapter in every adapted layer, before ranks are removed."""
     scale: float = Field(2.0, gt=0)
     """s = alpha / r: factor of the adapter; 2 in the released scripts."""
     lam: float = Field(1.25, ge=0)
-    """λ: strength of the sparsity. A gate that the loss leaves alone falls by λ times the sum of the task's learning rates
+    """λ: strength of the sparsity. Without support from the loss, a gate falls by λ times the sum of the task's learning rates
     after the warm-up: with gate_start = task and no warm-up, 1 takes it to 0 by the end of the task."""
     warmup: float = Field(0.1, ge=0, lt=1)
-    """Share of a task's steps before the threshold acts, so that up has left 0 and the loss can hold gates up."""
+    """Share of a task's steps before the threshold acts, so that up has left 0 and the loss can support gates."""
     levels: int = Field(1, ge=1)
     """The sparsifying schedule: after the warm-up λ rises to its full value in this many equal stages; 1 is none."""
     operator: Literal["prox", "released"] = "prox"
-    """The soft threshold (prox), or the released code's, which also zeroes what is left below the threshold."""
+    """The soft threshold (prox), or the released code's operator, which also zeroes results below the threshold."""
     threshold: Literal["rate", "constant"] = "rate"
     """ξ is the step's learning rate times lam (rate), or lam itself as in the released code (constant; 3e-4 there)."""
     gate_start: Literal["task", "ones", "normal"] = "task"
-    """Gates start at the sum of the task's learning rates, over which the scale is divided, so that loss and threshold can
-    move them as far in a short task as in a long one; at 1; or at standard normal draws, as in the released code."""
+    """Gates start at the sum of the task's learning rates, which the scale is divided by, so that loss and threshold move
+    them equally far in short and long tasks; at 1; or at standard normal draws, as in the released code."""
     penalty: float = Field(0.0, ge=0)
     """Weight of the mean of |g| in the loss, which the released code adds to the threshold (10 there); 0 is none."""
 
 
 class Gated(Branch):
-    """A low-rank change with a factor per rank; weight decay leaves the gate to the threshold."""
+    """A low-rank update with a gate per rank. Weight decay skips the gate, which has the threshold."""
 
     up: Tensor
     gate: Tensor
@@ -72,9 +71,7 @@ class Gated(Branch):
 
 class SoRA(Method[SoRAConfig]):
     name = "sora"
-    advice = (
-        "Ranks that follow need: each task's adapter starts wide, and the ranks its loss does not hold up are cut out."
-    )
+    advice = "For adapters whose rank follows the task: unneeded ranks are removed when the task ends."
     paper = Paper(
         title="Sparse Low-rank Adaptation of Pre-trained Language Models",
         authors="Ding et al.",
@@ -82,41 +79,30 @@ class SoRA(Method[SoRAConfig]):
         link="https://arxiv.org/abs/2311.11696",
         departures=(
             Departure(
-                what="a value shrunk into (-ξ, ξ) is then zeroed, so that the dead zone is 2ξ",
-                whose="released code",
-                switch="operator",
+                "a value shrunk into (-ξ, ξ) is then zeroed, so the dead zone is 2ξ", "released code", "operator"
             ),
-            Departure(
-                what="the threshold is constant, not multiplied by the learning rate",
-                whose="released code",
-                switch="threshold",
-            ),
-            Departure(
-                what="the mean of |g| over all gates is in the loss too", whose="released code", switch="penalty"
-            ),
-            Departure(what="gates start at standard normal draws", whose="released code", switch="gate_start"),
-            Departure(what="gates are measured in steps of the task", whose="ours", switch="gate_start"),
-            Departure(
-                what="the schedule's stages have a learning rate that has reached 0 already", whose="released code"
-            ),
-            Departure(what="zero gates are counted, but never cut out", whose="released code"),
-            Departure(what="an adapter per task, folded when the task ends", whose="ours"),
-            Departure(what="the threshold does not act in the first steps of a task", whose="ours", switch="warmup"),
-            Departure(what="the schedule keeps the last model only, not one per stage", whose="ours", switch="levels"),
+            Departure("the threshold is constant, not multiplied by the learning rate", "released code", "threshold"),
+            Departure("the loss contains the mean of |g| as well", "released code", "penalty"),
+            Departure("gates start at standard normal draws", "released code", "gate_start"),
+            Departure("gates start at the sum of the task's learning rates", "ours", "gate_start"),
+            Departure("the learning rate is already 0 in the stages of the schedule", "released code"),
+            Departure("zero gates are counted but not removed", "released code"),
+            Departure("an adapter per task, folded when the task ends", "ours"),
+            Departure("the threshold does not act in the first steps of a task", "ours", "warmup"),
+            Departure("the schedule keeps the last model only, not one per stage", "ours", "levels"),
         ),
     )
     needs = Needs(
-        growth="every task, in every adapted map, the ranks that its loss held up: at most `rank`",
-        operations="a step and an answer not at all",
+        per_task="an adapter, pruned",
+        storage="One adapter per adapted layer and task, of the ranks that were not removed: at most `rank`.",
     )
     config_type = SoRAConfig
     branch_type = Gated
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
-        learner.head.freeze()
-        learner.head.add(task.name, task.classes)
+        learner.add_outputs(task)
         for site in learner.sites.values():
-            generator = torch.Generator().manual_seed(seed_of("sora", torch.initial_seed(), site.name))
+            generator = site.generator("sora")
             fresh = LowRank.fresh(site.d_out, site.d_in, self.config.rank, generator)
             drawn_r = torch.randn(self.config.rank, generator=generator)
             unit = self.total_rate if self.config.gate_start == "task" else 1.0
@@ -148,17 +134,14 @@ class SoRA(Method[SoRAConfig]):
         learner.finish(task.name)
         learner.head.freeze()
 
-    def memory_bound(self, learner: Learner) -> int:
-        return 0
-
 
 def gated(learner: Learner) -> list[Gated]:
-    """The gated branches in training, one per site."""
+    """Returns the gated branches in training, one per site."""
     return [b for site in learner.sites.values() for b in site.live().values() if isinstance(b, Gated)]
 
 
 def strength(lam: float, done: int, total: int, warmup: float, levels: int) -> float:
-    """λ after `done` of `total` steps: 0 during the warm-up, then λ/k, 2λ/k, ..., λ in k stages of equal length."""
+    """Returns λ after `done` of `total` steps: 0 during the warm-up, then λ/k, 2λ/k, ..., λ in k stages of equal length."""
     start = int(warmup * total)
     if done < start:
         return 0.0
@@ -167,13 +150,13 @@ def strength(lam: float, done: int, total: int, warmup: float, levels: int) -> f
 
 
 def released_threshold(gate_r: Tensor, threshold: float) -> Tensor:
-    """The released code's masks, applied one after the other: 0 wherever |g| < 2ξ, else the soft threshold."""
+    """Returns the result of the released code's masks, applied in order: 0 where |g| < 2ξ, else the soft threshold."""
     shrunk_r = soft_threshold(gate_r, threshold)
     return torch.where(shrunk_r.abs() < threshold, 0, shrunk_r)
 
 
 def pruned(branch: Gated) -> LowRank:
-    """The same change without the ranks whose gate is 0; there may be none left."""
+    """Returns the same update without the ranks whose gate is 0. None may be left."""
     up_or, down_ri = branch.factors()
     kept_r = branch.gate != 0
     return LowRank(trained={}, frozen={"up": up_or[:, kept_r], "down": down_ri[kept_r]})

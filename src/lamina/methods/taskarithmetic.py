@@ -1,27 +1,24 @@
 """Task arithmetic with LoRA (Chitale et al., WANT workshop at NeurIPS 2023, arXiv 2311.02428).
 
-    τ_i = up_i down_i, learnt from the pre-trained model alone, whatever came before
-    θ   = θ_pre + λ Σ_i τ_i                                  one model for all tasks, in whatever order they came
-    MemFT: θ is fine-tuned on a few examples of every class; the next task starts from θ_pre again, not from here
+    τ_i = up_i down_i, trained from the pre-trained model alone, whatever came before
+    θ   = θ_pre + λ Σ_i τ_i                                  one model for all tasks, in any order
+    MemFT: θ is fine-tuned on a few examples of every class; the next task starts from θ_pre again
 
     paper        here                                                      shape
     A, B         down_ri, up_or: the live branch of a task                 (r, i), (o, r)
-    τ_i          change_oi = up_or @ down_ri                               (o, i)
     Σ τ_i        in memory as `sum/<site>`, float64                        (o, i)
     θ - θ_pre    finished branch "merged" of every site                    (o, i) in factors
     λ            scale
-    MemFT        finished branch "memory", and the rows of the head while it is deployed
+    MemFT        finished branch "memory", and the outputs of the head as deployed
 
-The paper's λ Σ τ_i is the default; `merge` also offers the mean, TIES, DARE and trimming, all in the space of the whole
-change and never on the factors, whose product is no linear function of them. Of the head the paper says nothing: here
-every task has rows of its own (see `head`), and each row as its task left it stays in memory as `weight/<task>` and
-`bias/<task>`. Examples are kept as `pixel_values/<task>` in half precision, or `input_ids` and `attention_mask` as int32.
+The paper does not specify the head. Here every task has its own outputs; as trained, they stay in memory as
+`weight/<task>` and `bias/<task>`. Stored examples are `pixel_values/<task>` in half precision, or `input_ids` and
+`attention_mask` as int32.
 
-Shape letters: o outputs, i inputs, r rank, n tasks or examples, b batch, d width.
+Shape letters: o outputs, i inputs, r rank, n examples, b batch, c classes, d width.
 """
 
 import math
-from typing import Literal
 
 import numpy as np
 import torch
@@ -32,9 +29,9 @@ from torch import Tensor
 from lamina import rng
 from lamina.adapters import LowRank
 from lamina.errors import TrainingError
-from lamina.learner import AdapterSite, Learner
+from lamina.learner import Learner
 from lamina.learner.head import class_scores
-from lamina.maths import linalg
+from lamina.maths.linalg import factors_of
 from lamina.methods.base import (
     Departure,
     Method,
@@ -43,6 +40,7 @@ from lamina.methods.base import (
     Paper,
     Pass,
     Refusal,
+    hashed_order,
     local_cross_entropy,
     local_labels,
 )
@@ -51,29 +49,21 @@ from lamina.types import Batch, Task
 
 MERGED, MEMORY = "merged", "memory"
 INPUTS = {"image": ("pixel_values",), "text": ("input_ids", "attention_mask")}
-Merge = Literal["sum", "mean", "ties", "dare", "magnitude"]
 
 
 class TaskArithmeticConfig(MethodConfig):
     rank: int = Field(16, ge=1)
-    """Rank of the change each task learns in every adapted map."""
-    merge: Merge = "sum"
-    """How changes become one: their sum; their mean; ties (trim, elect a sign per entry, mean of those that agree); dare
-    (drop entries at random, rescale the rest) or magnitude (trim), then the sum. All but the mean are times `scale`."""
+    """Rank of the update that each task learns in every adapted layer."""
     scale: float = Field(0.25, gt=0)
-    """λ: what the merged change is multiplied by."""
-    density: float = Field(0.2, gt=0, le=1)
-    """Share of the entries of each change that ties, dare and magnitude keep."""
-    head: Literal["own", "scaled"] = "own"
-    """OutputRange of the head as their own task left them, or part of θ: what the task changed in them times λ."""
+    """λ: factor of the sum of all updates."""
     kl: float = Field(0.0, ge=0, lt=1)
     """Weight of the divergence from the pre-trained features; cross-entropy has 1 - kl. The paper tries 0 and 0.4."""
     memory_per_class: int = Field(10, ge=0)
-    """Training examples kept per class of each task for the fine-tuning after merging; 0: none, and no fine-tuning."""
+    """Training examples stored per class of each task, for fine-tuning after merging. 0: none, and no fine-tuning."""
     memory_rank: int = Field(16, ge=1)
-    """Rank of the change that the fine-tuning adds to every adapted map."""
+    """Rank of the update that the fine-tuning adds to every adapted layer."""
     memory_epochs: int = Field(10, ge=1)
-    """Passes over the kept examples in each fine-tuning."""
+    """Passes over the stored examples in each fine-tuning."""
     memory_lr: float = Field(1e-3, gt=0)
     """Learning rate of Adam in the fine-tuning, for adapters and head."""
     memory_batch: int = Field(32, ge=1)
@@ -82,7 +72,7 @@ class TaskArithmeticConfig(MethodConfig):
 
 class TaskArithmetic(Method[TaskArithmeticConfig]):
     name = "taskarithmetic"
-    advice = "Tasks that come in any order, or are merged later; it keeps a few examples per class to repair the merge."
+    advice = "When a few examples per class may be stored, or tasks come in any order."
     paper = Paper(
         title="Task Arithmetic with LoRA for Continual Learning",
         authors="Chitale et al.",
@@ -90,54 +80,42 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         link="https://arxiv.org/abs/2311.02428",
         departures=(
             Departure(
-                what="fine-tuning on kept examples trains a low-rank change and the head; the paper's reads as all weights",
-                whose="ours",
-                switch="memory_rank",
+                "fine-tuning trains a low-rank update and the head; in the paper it reads as all weights",
+                "ours",
+                "memory_rank",
             ),
             Departure(
-                what="it is done after every task and undone before the next, not once at the end of the stream",
-                whose="ours",
+                "fine-tuning follows every task and is undone before the next; in the paper it ends the stream", "ours"
             ),
             Departure(
-                what="its epochs, rate and batch, of which the paper says nothing",
-                whose="ours",
-                switch="memory_epochs, memory_lr, memory_batch",
+                "epochs, rate and batch of the fine-tuning, which the paper does not give",
+                "ours",
+                "memory_epochs, memory_lr, memory_batch",
             ),
-            Departure(
-                what="each task has rows of the head of its own, not scaled; the paper does not say what the head is",
-                whose="ours",
-                switch="head",
-            ),
-            Departure(what="a class that comes back has rows per task, and the largest counts", whose="ours"),
-            Departure(what="other ways to merge than the scaled sum", whose="ours", switch="merge, density"),
-            Departure(what="kept images are rounded to half precision", whose="ours"),
+            Departure("each task has its own outputs of the head, not multiplied by λ", "ours"),
+            Departure("a class that returns has outputs per task, and the largest score counts", "ours"),
+            Departure("stored images are rounded to half precision", "ours"),
         ),
     )
     needs = Needs(
         stored_examples=10,
-        growth="kept examples, and head rows with a copy of each, by class; the merged change until its rank is full, but "
-        "with merge = ties by one change per task. With memory_per_class = 0 no example is kept",
-        operations="a step and an answer not at all; the end of a task by the fine-tuning on the kept examples of one more",
+        per_task="stored examples",
+        storage="The stored examples, and a copy of each class's outputs. The merged update until it has full rank. With "
+        "memory_per_class = 0 no example is stored.",
+        extra="Fine-tuning on all stored examples at the end of every task.",
     )
     config_type = TaskArithmeticConfig
     refuses = (
-        Refusal("init", "every task is learnt from the pre-trained weights"),
-        Refusal("merging", "it merges the changes of all tasks itself"),
+        Refusal("init", "every task is trained from the pre-trained weights"),
+        Refusal("merging", "it merges the updates of all tasks itself"),
     )
     independent = True
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.drop(MERGED)
         learner.drop(MEMORY)
-        for name in learner.head.tasks:
-            self.set_rows(learner, name, gain=1.0)
-        learner.head.freeze()
-        block = learner.head.add(task.name, task.classes)
-        if self.config.head == "scaled":
-            self.memory |= {f"start/{part}/{task.name}": p.detach().clone() for part, p in block.named_parameters()}
-        for site in learner.sites.values():
-            generator = torch.Generator().manual_seed(seed_of(self.name, torch.initial_seed(), site.name))
-            site.add(task.name, LowRank.fresh(site.d_out, site.d_in, self.config.rank, generator))
+        self.reset_outputs(learner, learner.head.tasks)
+        learner.add_lora(task, self.config.rank, self.name)
 
     def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
         weight = self.config.kl
@@ -151,81 +129,44 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         return (1 - weight) * fitting + weight * feature_divergence(before_bd, features_bd)
 
     def end(self, learner: Learner, task: Task, batches: Pass) -> None:
+        for part, parameter in learner.head.block(task.name).named_parameters():
+            self.memory[f"{part}/{task.name}"] = parameter.detach().clone()
         for site in learner.sites.values():
-            self.remember_change(site, task.name)
-        learner.drop(task.name)
-        block = learner.head.block(task.name)
-        self.memory |= {f"{part}/{task.name}": p.detach().clone() for part, p in block.named_parameters()}
-        if self.config.memory_per_class:
-            self.remember_examples(learner, task)
-        for site in learner.sites.values():
-            up_or, down_ri = linalg.factors_of(self.merged(site, sorted(learner.head.tasks)))
+            up_or, down_ri = (factor.detach().double() for factor in site.live()[task.name].factors())
+            # Float64: the order of the sum then changes it far less than the rounding of the weight.
+            sum_oi, key = up_or @ down_ri, f"sum/{site.name}"
+            self.memory[key] = self.memory[key] + sum_oi if key in self.memory else sum_oi
+            up_or, down_ri = factors_of(self.config.scale * self.memory[key])
             site.add(MERGED, LowRank(trained={}, frozen={"up": up_or, "down": down_ri}))
+        learner.drop(task.name)
         learner.finish(MERGED)
-        for name in learner.head.tasks:
-            self.set_rows(learner, name, self.gain(learner) if self.config.head == "scaled" else 1.0)
+        self.reset_outputs(learner, learner.head.tasks)
         if self.config.memory_per_class:
+            self.store_examples(learner, task)
             self.fine_tune(learner)
         learner.head.freeze()
 
-    # -- merging ----------------------------------------------------------------------------------------------------
+    def reset_outputs(self, learner: Learner, tasks: list[str]) -> None:
+        """Set the outputs of these tasks to their values after training."""
+        for task in tasks:
+            learner.head.block(task).load_state_dict({p: self.memory[f"{p}/{task}"] for p in ("weight", "bias")})
 
-    def gain(self, learner: Learner) -> float:
-        """What every change is multiplied by: λ, or 1/n for a mean."""
-        return 1 / len(learner.head.tasks) if self.config.merge == "mean" else self.config.scale
-
-    def remember_change(self, site: AdapterSite, task: str) -> None:
-        up_or, down_ri = (factor.detach() for factor in site.live()[task].factors())
-        if self.config.merge == "ties":  # signs are elected among all changes, so each must be kept
-            self.memory |= {f"up/{site.name}/{task}": up_or.clone(), f"down/{site.name}/{task}": down_ri.clone()}
-            return
-        change_oi = up_or.double() @ down_ri.double()
-        if self.config.merge == "magnitude":
-            change_oi = linalg.trim(change_oi, self.config.density)
-        elif self.config.merge == "dare":
-            generator = torch.Generator().manual_seed(seed_of("dare", torch.initial_seed(), site.name))
-            change_oi = linalg.drop_and_rescale(change_oi, self.config.density, generator)
-        # Float64: what the order of the sum leaves in it is far below the rounding of the weight.
-        sum_oi = self.memory.get(f"sum/{site.name}")
-        self.memory[f"sum/{site.name}"] = change_oi if sum_oi is None else sum_oi + change_oi
-
-    def merged(self, site: AdapterSite, tasks: list[str]) -> Tensor:
-        """θ - θ_pre of one map, (o, i) float64."""
-        if self.config.merge == "ties":
-            pairs = [[self.memory[f"{f}/{site.name}/{task}"].double() for f in ("up", "down")] for task in tasks]
-            trimmed_noi = torch.stack([linalg.trim(up_or @ down_ri, self.config.density) for up_or, down_ri in pairs])
-            return self.config.scale * linalg.agreeing_mean(trimmed_noi)
-        sum_oi = self.memory[f"sum/{site.name}"]
-        return sum_oi / len(tasks) if self.config.merge == "mean" else self.config.scale * sum_oi
-
-    def set_rows(self, learner: Learner, task: str, gain: float) -> None:
-        """The rows of a task as it left them (gain 1), or with the change it made in them times the gain."""
-        rows = {part: self.memory[f"{part}/{task}"] for part in ("weight", "bias")}
-        if gain != 1:
-            starts = {part: self.memory[f"start/{part}/{task}"] for part in rows}
-            rows = {part: starts[part] + gain * (row - starts[part]) for part, row in rows.items()}
-        learner.head.block(task).load_state_dict(rows)
-
-    # -- fine-tuning on kept examples -------------------------------------------------------------------------------
-
-    def remember_examples(self, learner: Learner, task: Task) -> None:
-        """Some of each class, chosen by a hash of their place in the data; and what the fine-tuning is seeded with."""
+    def store_examples(self, learner: Learner, task: Task) -> None:
+        """Store some examples of each class, the first in `hashed_order`, and the seed of that order."""
         seed = seed_of(MEMORY, torch.initial_seed())
-        order_n = np.argsort(rng.bits(task.train.rows_n, seed), kind="stable")
+        order_n = hashed_order(task.train, seed)
         labels_n = task.train.labels_n[order_n]
         chosen = [order_n[labels_n == label][: self.config.memory_per_class] for label in task.classes]
         batch = task.train.batch(np.concatenate(chosen)).to(learner.device)
         for part in INPUTS[learner.backbone.kind]:
             values = batch.inputs[part]
-            self.memory[f"{part}/{task.name}"] = (
-                values.half() if values.is_floating_point() else values.int()
-            ).contiguous()
-        self.memory[f"labels/{task.name}"] = batch.labels_b
-        self.memory[f"seed/{task.name}"] = torch.tensor(seed)
+            compact = values.half() if values.is_floating_point() else values.int()
+            self.memory[f"{part}/{task.name}"] = compact.contiguous()
+        self.memory |= {f"labels/{task.name}": batch.labels_b, f"seed/{task.name}": torch.tensor(seed)}
 
     def fine_tune(self, learner: Learner) -> None:
-        """MemFT: a low-rank change on top of the merged weights and all rows of the head learn all classes together. A
-        class's score is the largest of its rows, as when predicting. Nothing here depends on the order of the tasks."""
+        """MemFT: train a low-rank update on top of the merged weights, and all outputs of the head, on all classes together.
+        A class's score is the largest of its outputs, as in prediction. The order of the tasks does not matter."""
         config, tasks = self.config, sorted(learner.head.tasks)
         seed = seed_of(*(int(self.memory[f"seed/{task}"]) for task in tasks))
         for site in learner.sites.values():
@@ -234,49 +175,44 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         learner.head.requires_grad_(True)
         inputs = {k: padded([self.memory[f"{k}/{task}"] for task in tasks]) for k in INPUTS[learner.backbone.kind]}
         labels_n = torch.cat([self.memory[f"labels/{task}"] for task in tasks])
-        classes_c = torch.tensor(sorted({row.label for row in learner.outputs}), device=learner.device)
+        classes_c = torch.tensor(sorted({output.label for output in learner.outputs}), device=learner.device)
         optimizer = torch.optim.Adam(learner.trainable().values(), lr=config.memory_lr)
-        per_epoch = -(-len(labels_n) // config.memory_batch)
-        for step in range(config.memory_epochs * per_epoch):
-            epoch, number = divmod(step, per_epoch)
+        for epoch in range(config.memory_epochs):
             order_n = torch.from_numpy(rng.permutation(len(labels_n), seed, epoch)).to(learner.device)
-            chosen_b = order_n[number * config.memory_batch : (number + 1) * config.memory_batch]
-            values = {
-                k: v[chosen_b].float() if v.is_floating_point() else v[chosen_b].long() for k, v in inputs.items()
-            }
-            batch = Batch(inputs=values, labels_b=labels_n[chosen_b])
-            scores_bc = class_scores(learner.head(learner.features(batch)), learner.outputs, classes_c.tolist())
-            loss = F.cross_entropy(scores_bc, torch.searchsorted(classes_c, batch.labels_b))
-            if not math.isfinite(loss.item()):
-                raise TrainingError(
-                    f"the loss is {loss.item()} in epoch {epoch + 1} of the fine-tuning on kept examples. A smaller "
-                    f"method.memory_lr (now {config.memory_lr}) usually helps."
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+            for chosen_b in order_n.split(config.memory_batch):
+                parts = {k: value[chosen_b] for k, value in inputs.items()}
+                parts = {k: v.float() if v.is_floating_point() else v.long() for k, v in parts.items()}
+                batch = Batch(inputs=parts, labels_b=labels_n[chosen_b])
+                scores_bc = class_scores(learner.head(learner.features(batch)), learner.outputs, classes_c.tolist())
+                loss = F.cross_entropy(scores_bc, torch.searchsorted(classes_c, batch.labels_b))
+                if not math.isfinite(loss.item()):
+                    raise TrainingError(
+                        f"the loss is {loss.item()} in epoch {epoch + 1} of the fine-tuning on stored examples. Use a "
+                        f"smaller method.memory_lr (now {config.memory_lr})."
+                    )
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
         learner.finish(MEMORY)
 
     def memory_bound(self, learner: Learner) -> int:
-        config, tasks, rows = self.config, len(learner.head.tasks), len(learner.outputs)
-        sizes = [(site.d_out, site.d_in) for site in learner.sites.values()]
-        changes = sum(4 * tasks * config.rank * (o + i) if config.merge == "ties" else 8 * o * i for o, i in sizes)
-        head = 4 * rows * (learner.backbone.width + 1) * (2 if config.head == "scaled" else 1)
-        kinds = dict.fromkeys(("labels", *INPUTS[learner.backbone.kind]), 0)
-        for key, value in self.memory.items():  # how long a text is, only the texts know
+        tasks, outputs, kept = len(learner.head.tasks), len(learner.outputs), self.config.memory_per_class
+        updates = sum(8 * site.d_out * site.d_in for site in learner.sites.values())
+        example = dict.fromkeys(("labels", *INPUTS[learner.backbone.kind]), 0)
+        for key, value in self.memory.items():  # only the texts themselves know their length
             kind = key.split("/")[0]
-            if kind in kinds:
-                kinds[kind] = max(kinds[kind], value[:1].numel() * value.element_size())
-        kept = 8 * tasks + rows * config.memory_per_class * sum(kinds.values()) if config.memory_per_class else 0
-        return changes + head + kept
+            if kind in example:
+                example[kind] = max(example[kind], value[:1].numel() * value.element_size())
+        examples = 8 * tasks + outputs * kept * sum(example.values()) if kept else 0
+        return updates + 4 * outputs * (learner.backbone.width + 1) + examples
 
 
 def feature_divergence(before_bd: Tensor, after_bd: Tensor) -> Tensor:
-    """KL(softmax(before) || softmax(after)), the mean over examples."""
+    """Returns the mean over examples of KL(softmax(before) || softmax(after))."""
     return F.kl_div(F.log_softmax(after_bd, 1), F.softmax(before_bd, 1), reduction="batchmean")
 
 
 def padded(parts: list[Tensor]) -> Tensor:
-    """Examples of several tasks as one tensor; texts are filled up with zeros, which their masks leave out."""
+    """Returns the examples of several tasks as one tensor. Texts are padded with zeros, which their masks exclude."""
     longest = max(part.shape[-1] for part in parts)
     return torch.cat([F.pad(part, (0, longest - part.shape[-1])) for part in parts])
