@@ -1,7 +1,7 @@
 """The configuration of a run: its settings, how they are read, and their fingerprint."""
 
 from lamina.config.fingerprint import fingerprint
-from lamina.config.reading import check, explain, listed, load, parse_override, put, unknown, with_line
+from lamina.config.reading import OF_A_CLASSIFIER, check, explain, listed, load, parse_override, put, unknown, with_line
 from lamina.config.renamed import RENAMED_FLAGS
 from lamina.config.schema import (
     BackboneConfig,
@@ -20,6 +20,7 @@ from lamina.config.schema import (
 from lamina.config.yaml_text import Loader, read_yaml, to_yaml
 
 __all__ = [
+    "OF_A_CLASSIFIER",
     "RENAMED_FLAGS",
     "BackboneConfig",
     "Columns",

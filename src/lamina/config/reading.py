@@ -13,7 +13,7 @@ from lamina.config.schema import MethodConfig, RunConfig
 from lamina.config.yaml_text import parse, read_yaml
 from lamina.errors import ConfigError
 
-_OF_A_CLASSIFIER = ("consolidation.drift", "consolidation.layers")
+OF_A_CLASSIFIER = ("consolidation.drift", "consolidation.layers")
 """Defaults of a method that do not apply if its unified classifier is declined (`consolidation.classifier` = own)."""
 _LONGEST = 80
 """Characters of a value in a message."""
@@ -58,7 +58,7 @@ def check(
         problems.append(unknown("method.name", name, method_settings, "methods"))
     else:
         asked = raw.get("consolidation")
-        idle = _OF_A_CLASSIFIER if isinstance(asked, Mapping) and asked.get("classifier") == "own" else ()
+        idle = OF_A_CLASSIFIER if isinstance(asked, Mapping) and asked.get("classifier") == "own" else ()
         for key, value in method_settings[name].around.items():
             if not _says(raw, key) and key not in idle:
                 put(whole, key, value)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lamina.data.audit import Audit, audit, render
 from lamina.data.pixels import decode_once, default_cache
 from lamina.data.sources import Columns, Source, from_arrays, open_source
+from lamina.data.summary import as_dict, describe_source, difference
 from lamina.data.tokens import TokenTable, tokenise_once
 from lamina.data.transforms import ImageTransform, PixelTable
 from lamina.errors import ConfigError, DataError
@@ -23,8 +24,11 @@ __all__ = [
     "PixelTable",
     "Source",
     "TokenTable",
+    "as_dict",
     "audit",
     "default_cache",
+    "describe_source",
+    "difference",
     "from_arrays",
     "load_images",
     "load_texts",

@@ -68,14 +68,15 @@ def record_of(setup: Setup, loop: Loop) -> dict[str, Any]:
                 for task in stream
             ],
         },
+        "source": setup.source,
         "backbone": {
             "name": Path(setup.backbone.name).name,
             "hash": setup.backbone.hash,
             "parameters": setup.backbone_parameters,
             "kind": setup.backbone.kind,
         },
-        "machine": setup.environment,
-        "code": {"version": __version__, "commit": setup.environment["commit"]},
+        "machine": setup.environment.to_json(),
+        "code": {"version": __version__, "commit": setup.environment.commit},
         "matrix": state.matrix.as_dict(),
         "task_aware": state.task_aware.as_dict(),
         "task_inference_accuracy": shares,
