@@ -4,7 +4,6 @@ Written and read in this file only. Fields that are None or empty were not recor
 keeps holds only what a table needs.
 """
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from lamina.errors import RunError
+from lamina.files import read_checked, read_json, write_checked
 from lamina.maths import metrics
 from lamina.maths.metrics import AccuracyMatrix
 
@@ -294,19 +294,18 @@ def read(run_directory: Path) -> Record:
             f"{run_directory} holds no {FILE}. If its run was interrupted, go on with `lamina resume {run_directory}`; otherwise "
             "it is not a run directory."
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: {error}. {_remedy(run_directory)}") from error
-    try:
-        return Record.from_json(content, str(path))
-    except RunError as error:
-        remedy = _remedy(run_directory) if " is damaged" in str(error) else ""
-        raise RunError(f"{error} {remedy}".strip()) from error
+    content = read_json(path)
+    if content.get("format") == FORMAT:  # older formats have no checksum
+        try:
+            content = read_checked(path)
+        except RunError as error:
+            raise RunError(f"{error} `lamina resume {run_directory}` writes it anew.") from error
+    return Record.from_json(content, str(path))
 
 
-def _remedy(run_directory: Path) -> str:
-    return f"Remove it and write it anew with `lamina resume {run_directory}`."
+def write(record: Record, run_directory: Path) -> None:
+    """Write the record of a finished run."""
+    write_checked(run_directory / FILE, record.to_json())
 
 
 def _short(value: object) -> str:

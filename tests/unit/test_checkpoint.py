@@ -118,8 +118,8 @@ def test_everything_is_on_disk_before_the_name_and_the_name_before_anything_is_d
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     events: list[str] = []
-    real_fsync, real_rename, real_rmtree = checkpoint._fsync, os.rename, shutil.rmtree
-    monkeypatch.setattr(checkpoint, "_fsync", lambda p: (events.append(f"sync {p.name}"), real_fsync(p)))
+    real_fsync, real_rename, real_rmtree = checkpoint.fsync, os.rename, shutil.rmtree
+    monkeypatch.setattr(checkpoint, "fsync", lambda p: (events.append(f"sync {p.name}"), real_fsync(p)))
     monkeypatch.setattr(os, "rename", lambda a, b: (events.append("rename"), real_rename(a, b)))
     for version in (1, 2):
         checkpoint.save(tmp_path, *content(version))

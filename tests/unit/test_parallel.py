@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from tests.tiny import tiny_images
 
 from lamina.cli.progress import Watcher
+from lamina.data.streams import class_plan, make_stream
 from lamina.engine.loop import Event, Interrupted
 from lamina.errors import RunError, TrainingError
 from lamina.runs import side_by_side
@@ -72,9 +74,16 @@ def test_asked_to_stop_it_stops_its_processes_first(tmp_path: Path):
     assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
 
 
-def test_the_watcher_says_what_is_at_work():
+def test_the_watcher_says_which_tasks_there_are_and_what_is_in_progress():
     event = Event(task=0, phase="parallel", done=3, total=10, workers="task-04 60/80, task-05 10/80")
-    written, stream = io.StringIO(), [0] * 10
+    labelled = tiny_images(classes=20)
+    written, stream = io.StringIO(), make_stream(labelled, class_plan(labelled, 10), "class")
     watch: Any = Watcher("mine", Console(file=written, soft_wrap=True), interval=0)
     watch(stream, event)
-    assert written.getvalue() == "mine: tasks trained 3/10, at work: task-04 60/80, task-05 10/80\n"
+    watch(stream, event)
+    tasks = [
+        f"mine: task {n + 1}/10 task-{n + 1:02d}: class{2 * n}, class{2 * n + 1} ({len(task.train)} training examples)"
+        for n, task in enumerate(stream)
+    ]
+    progress = "mine: tasks trained 3/10, in progress: task-04 60/80, task-05 10/80"
+    assert written.getvalue().splitlines() == [*tasks, progress, progress]

@@ -1,4 +1,4 @@
-"""What a person sees while runs work: live lines on a terminal, otherwise a plain line now and then."""
+"""Progress of runs: a bar on a terminal, otherwise a plain line now and then. Names are never read as rich's markup."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -26,19 +26,33 @@ DOING = {
 }
 
 
-class Watcher:
-    """Called with every event of a run; a context manager that tidies the terminal. interval: seconds between plain
-    lines while something is under way. A line at the end of every task is printed in any case."""
+MOST_TASKS, MOST_CLASSES = 12, 8
+"""Tasks, and classes of each, that are named at the start of a run."""
 
-    def __init__(self, label: str, console: Console | None = None, interval: float = 10.0) -> None:
-        self.label, self.interval = label, interval
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    plain = (TextColumn("{task.description}", markup=False), TextColumn("{task.fields[facts]}", markup=False))
+    return plain[0], BarColumn(bar_width=24), plain[1], TimeElapsedColumn()
+
+
+class Watcher:
+    """Shows the events of a run. A context manager that tidies the terminal.
+
+    interval: seconds between plain lines where there is no terminal. A line at the end of every task comes in any case.
+    brief: nothing but the bar, and warnings.
+    """
+
+    def __init__(
+        self, label: str, console: Console | None = None, interval: float = 10.0, *, brief: bool = False
+    ) -> None:
+        self.label, self.interval, self.brief = label, interval, brief
         self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self._last = time.monotonic()
         self._loss: float | None = None
         self._bar: Progress | None = None
+        self._shown_tasks = False
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[facts]}"))
-            self._bar = Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
+            self._bar = Progress(*_columns(), console=self.console, transient=True)
             self._line = self._bar.add_task(label, total=None, facts="starting")
 
     def __enter__(self) -> Self:
@@ -53,34 +67,52 @@ class Watcher:
             self._bar.stop()
 
     def __call__(self, stream: "Stream | None", event: "Event") -> None:
-        if event.note:
-            self.console.print(f"{self.label}: {event.note}", style="yellow")
+        if event.note and event.phase == "load":  # what was found in the data
+            self._say(event.note)
             return
+        if event.note:
+            self.console.print(Text(f"{self.label}: {event.note}"), style="yellow")
+            return
+        if stream and not self._shown_tasks:
+            self._show_tasks(stream)
         self._loss = event.loss if event.loss is not None else self._loss
         where = f"task {event.task + 1}/{len(stream)} " if stream and event.workers is None else ""
         if event.accuracy is not None:
             loss = f", last loss {self._loss:.3f}" if self._loss is not None else ""
-            self.console.print(f"{self.label}: {where}learnt; accuracy on tasks so far {event.accuracy:.1%}{loss}")
+            self._say(f"{where}learnt; mean accuracy on the tasks so far {event.accuracy:.1%}{loss}")
             self._loss = None
             return
         facts = f"{event.done}/{event.total}" + (f" loss {event.loss:.3f}" if event.loss is not None else "")
-        facts += f", at work: {event.workers}" if event.workers else ""
+        facts += f", in progress: {event.workers}" if event.workers else ""
         if self._bar:
             total, done = (event.total or None), event.done
             described = f"{self.label}: {where}{DOING[event.phase]}"
             self._bar.update(self._line, description=described, total=total, completed=done, facts=facts)
         elif time.monotonic() - self._last >= self.interval:
             self._last = time.monotonic()
-            self.console.print(f"{self.label}: {where}{DOING[event.phase]} {facts}")
+            self._say(f"{where}{DOING[event.phase]} {facts}")
+
+    def _show_tasks(self, stream: "Stream") -> None:
+        self._shown_tasks = True
+        for number, task in enumerate(stream.tasks[:MOST_TASKS], 1):
+            names = [stream.class_names[c] for c in task.classes]
+            more = f" and {len(names) - MOST_CLASSES} more" if len(names) > MOST_CLASSES else ""
+            classes = f"{', '.join(names[:MOST_CLASSES])}{more}"
+            self._say(f"task {number}/{len(stream)} {task.name}: {classes} ({len(task.train)} training examples)")
+        if len(stream) > MOST_TASKS:
+            self._say(f"and {len(stream) - MOST_TASKS} more tasks")
+
+    def _say(self, text: str) -> None:
+        if not self.brief:
+            self.console.print(Text(f"{self.label}: {text}"))
 
 
 class GridWatcher:
-    """Shows a comparison: a line for every cell that ends and, on a terminal, a bar and what each run at work said last."""
+    """Shows a comparison: a line for every finished cell and, on a terminal, a bar and the last line of every active run."""
 
     def __init__(self, label: str, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[facts]}"))
-        self._bar = Progress(*columns, TimeElapsedColumn())
+        self._bar = Progress(*_columns())
         self._line = self._bar.add_task(label, total=None, facts="")
         self._live = Live(console=self.console, transient=True) if self.console.is_terminal else None
 
@@ -99,7 +131,7 @@ class GridWatcher:
         self.console.print(text, markup=False, highlight=False)
 
     def show(self, done: int, total: int, left: float | None, at_work: Sequence[tuple[str, str]]) -> None:
-        """left: seconds, if known. at_work: the name of each cell and the last line of its log."""
+        """left: seconds, if known. at_work: the name of each active cell and the last line of its log."""
         if self._live:
             guess = f", about {left / 60:.0f} min left" if left is not None else ""
             self._bar.update(self._line, completed=done, total=total, facts=f"{done}/{total}{guess}")

@@ -28,7 +28,7 @@ class Loader(yaml.SafeLoader):
         self.depth += 1
         if self.depth > MOST_DEPTH:
             raise _problem(f"more than {MOST_DEPTH} levels of nesting", event)
-        node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 

@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lamina.errors import CheckpointError
+from lamina.files import fsync
+from lamina.files import replace_text as replace_text
 
 KEEP = 2
 MANIFEST = "manifest.json"
@@ -84,18 +86,18 @@ def _save(
         on_step(f"wrote {name}")
     files = sorted(path.name for path in temporary.iterdir())
     for name in files:
-        _fsync(temporary / name)
+        fsync(temporary / name)
     manifest = {
         name: {"sha256": sha256(temporary / name), "bytes": (temporary / name).stat().st_size} for name in files
     }
     write_json(temporary / MANIFEST, manifest)
-    _fsync(temporary / MANIFEST)
-    _fsync(temporary)
+    fsync(temporary / MANIFEST)
+    fsync(temporary)
     on_step("wrote the manifest")
     if final.exists():  # of a number that was asked for: what it held can be made again
         shutil.rmtree(final)
     os.rename(temporary, final)
-    _fsync(folder)
+    fsync(folder)
     on_step("renamed")
     return final
 
@@ -173,24 +175,7 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Replace a small file so that a reader, or a crash, finds the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
-    os.replace(temporary, path)
-    _fsync(path.parent)
-
-
 def _numbers(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return [int(path.name) for path in folder.iterdir() if path.is_dir() and _NUMBERED.fullmatch(path.name)]
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

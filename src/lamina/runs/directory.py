@@ -1,14 +1,17 @@
-"""The directory of a run: who holds it, and what its settings are.
+"""The directory of a run: who holds it, and what it was begun with.
 
 DIR/
   config.json        every setting
-  environment.json   decided or found at the start: device, precision, threads, machine, versions
+  environment.json   found or decided at the start: device, precision, threads, machine, versions
+  source.json        the classes and counts of the data, and the fingerprint of the stream
   checkpoints/       see engine/checkpoint.py
   events.jsonl       a line per finished phase
   results.json       the record of the finished run
   report.html        the same for people
   parallel/          while tasks are trained side by side, see side_by_side.py
   lock               held by the process at work
+
+The three files of the start and the record carry checksums (lamina/files.py).
 """
 
 import fcntl
@@ -17,16 +20,28 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from lamina import record
 from lamina.config import RunConfig
-from lamina.engine import checkpoint
-from lamina.errors import CheckpointError, ConfigError, RunError
-from lamina.runs.environment import now
-from lamina.runs.setup import load_config
+from lamina.errors import ConfigError, RunError
+from lamina.files import CHECKSUM, check, read_checked, read_json, write_checked
+from lamina.record import Record
+from lamina.runs.environment import Environment, now
+from lamina.runs.setup import Setup, load_config
 
-LEFTOVERS = frozenset({"lock", "environment.json", ".environment.json.tmp", ".config.json.tmp"})
+CONFIG, ENVIRONMENT, SOURCE = "config.json", "environment.json", "source.json"
+LEFTOVERS = {"lock", ENVIRONMENT, SOURCE, *(f".{name}.tmp" for name in (CONFIG, ENVIRONMENT, SOURCE))}
 """What a run that was killed before it began may leave. A new run may start beside it."""
+
+
+class Begun(NamedTuple):
+    """What a run was begun with."""
+
+    config: RunConfig
+    environment: Environment
+    source: dict[str, Any]
+    """`stream`, the fingerprint, and `data`, the summary of the source."""
 
 
 def refuse_used(out: Path) -> None:
@@ -34,44 +49,100 @@ def refuse_used(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file. Choose a directory with --out.")
     if out.is_dir() and any(path.name not in LEFTOVERS for path in out.iterdir()):
-        remedy = "`lamina resume` goes on with it" if (out / "config.json").exists() else "it is not a run"
-        raise RunError(f"{out} is not empty ({remedy}). Choose another directory with --out, or remove it.")
+        remedy = "is not empty and not a run"
+        if (out / record.FILE).exists():
+            remedy = f"holds a finished run, which `lamina report {out}` shows"
+        elif (out / CONFIG).exists():
+            remedy = f"holds an unfinished run, which `lamina resume {out}` continues"
+        raise RunError(f"{out} {remedy}. Choose another directory with --out, or remove this one.")
+
+
+def refuse_inside_data(out: Path, source: str) -> None:
+    """Raises RunError for an output within the folder of the data, where it would be read as data."""
+    data = Path(source).expanduser().resolve()
+    if data.is_dir() and out.resolve().is_relative_to(data):
+        raise RunError(
+            f"{out} lies inside the data folder {data}, so later runs would read it as data. Choose a directory outside it "
+            f"with --out."
+        )
 
 
 def refuse_other(out: Path) -> None:
-    """Raises RunError for what is not the directory of a run."""
-    if not (out / "config.json").is_file():
-        lacks = "it has no config.json" if out.is_dir() else "there is no such directory"
-        raise RunError(f"{out} is not a run: {lacks}. `lamina run --out {out}` starts one.")
+    """Raises RunError for what is not the directory of a run. Names the runs within it, if there are any."""
+    if (out / CONFIG).is_file():
+        return
+    within = runs_within(out)
+    if within:
+        names = ", ".join(str(path) for path in within[:20])
+        raise RunError(f"{out} is not a run, but a folder of {len(within)}: {names}. Name one of them.")
+    lacks = f"it has no {CONFIG}" if out.is_dir() else "there is no such directory"
+    raise RunError(f"{out} is not a run: {lacks}. `lamina run --out {out}` starts one.")
 
 
-def saved(out: Path) -> tuple[RunConfig, dict[str, Any]]:
+def runs_within(folder: Path) -> list[Path]:
+    """Returns the directories of runs in a folder, in the order of their names."""
+    return sorted(path.parent for path in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
+
+
+def begin(out: Path, setup: Setup) -> None:
+    """Write down what a run is begun with. The settings come last: with them the directory is a run."""
+    write_checked(out / SOURCE, {"stream": setup.stream.fingerprint, "data": setup.source})
+    write_checked(out / ENVIRONMENT, setup.environment.to_json())
+    write_checked(out / CONFIG, setup.config.model_dump(mode="json"))
+
+
+def begun(out: Path) -> Begun:
+    """Returns what a run was begun with. Raises RunError for what is no run, is damaged, or is of an older lamina."""
     refuse_other(out)
+    content = read_json(out / CONFIG)
     try:
-        content = checkpoint.read_json(out / "config.json")
-        return load_config(None, list(content.items())), checkpoint.read_json(out / "environment.json")
-    except (CheckpointError, ConfigError) as error:
-        raise RunError(f"{out}: its settings cannot be read: {error}") from error
+        config = load_config(None, [(key, value) for key, value in content.items() if key != CHECKSUM])
+    except ConfigError as error:
+        raise RunError(
+            f"{out / CONFIG} is damaged, or an older lamina wrote it, whose runs this one cannot continue: {error}"
+        ) from error
+    check(out / CONFIG, content)
+    environment = Environment.from_json(read_checked(out / ENVIRONMENT), out / ENVIRONMENT)
+    return Begun(config, environment, read_checked(out / SOURCE))
+
+
+def read_record(out: Path) -> Record:
+    """Returns the record of a finished run. Raises RunError where it is absent or damaged, or of another format."""
+    if not (out / record.FILE).exists():
+        refuse_other(out)
+        raise RunError(f"{out} is not finished. `lamina resume {out}` continues it.")
+    return record.read(out)
+
+
+def finished(out: Path) -> Record | None:
+    """Returns the record of a finished run; None where there is none or a damaged one, which can be made anew."""
+    try:
+        read_checked(out / record.FILE)
+    except RunError:
+        return None
+    return record.read(out)
 
 
 def with_whole_paths(config: RunConfig) -> RunConfig:
-    """Paths as seen from anywhere, so that a run can be resumed from another working directory."""
+    """Returns the configuration with absolute paths, so that a run resumes from any working directory."""
 
-    def whole(name: str) -> str:
+    def absolute(name: str) -> str:
         return str(Path(name).expanduser().resolve()) if name != "nano" and Path(name).expanduser().exists() else name
 
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update={"source": whole(config.data.source)}),
-            "backbone": config.backbone.model_copy(update={"name": whole(config.backbone.name)}),
+            "data": config.data.model_copy(update={"source": absolute(config.data.source)}),
+            "backbone": config.backbone.model_copy(update={"name": absolute(config.backbone.name)}),
         }
     )
 
 
 @contextmanager
 def locked(out: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold the run directory. The system frees the lock when the process ends, however it ends. Where another process
-    holds it: wait for that, or raise RunError naming it."""
+    """Hold the run directory. The system frees the lock when the process ends, however it ends.
+
+    Where another process holds it: waits if `wait`, else raises RunError naming the process.
+    """
     with (out / "lock").open("a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

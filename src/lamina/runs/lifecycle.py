@@ -7,104 +7,134 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lamina import record, report
+from lamina import data, record, report
 from lamina.config import RunConfig
 from lamina.engine import checkpoint
 from lamina.engine.evaluate import predict_all
 from lamina.engine.loop import Event, Loop
 from lamina.engine.order import in_order
 from lamina.engine.state import Position
-from lamina.errors import RunError
+from lamina.errors import CheckpointError, RunError
 from lamina.record import Record
-from lamina.runs import side_by_side
-from lamina.runs.directory import locked, refuse_other, refuse_used, saved, with_whole_paths
+from lamina.runs import directory, side_by_side
+from lamina.runs.directory import Begun, begun, locked
 from lamina.runs.environment import now
 from lamina.runs.record import record_of
 from lamina.runs.setup import Setup, Watch
 from lamina.runs.signals import stop_on_signals
 from lamina.speed import keeping_memory
-from lamina.types import Batch, Examples, Split
+from lamina.types import Batch, Examples, Split, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Predictions of a run's newest model for one task."""
+
+    task: str
+    correct: int
+    task_aware_correct: int
+    """Correct predictions if the task's identity is given."""
+    total: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.total
+
+    @property
+    def task_aware_accuracy(self) -> float:
+        return self.task_aware_correct / self.total
 
 
 def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None) -> Record:
-    """Run in a new directory, from the start to the end, and return the record.
+    """Run in a new directory, from the start to the end. Returns the record.
 
-    Raises RunError where the directory holds something already, DataError, BackboneError, ConfigError or MethodError
-    where the run cannot begin (nothing is left behind then), Interrupted when asked to stop by SIGINT or SIGTERM.
+    Raises RunError where the directory holds something already or lies inside the data; DataError, BackboneError, ConfigError
+    or MethodError where the run cannot begin (nothing is left behind then); Interrupted when asked to stop by SIGINT or
+    SIGTERM.
     """
-    refuse_used(out)
-    config = with_whole_paths(config)
-    setup = Setup(config, None, watch)
+    directory.refuse_used(out)
+    directory.refuse_inside_data(out, config.data.source)
+    setup = Setup(directory.with_whole_paths(config), None, watch)
     loop = setup.loop(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{out} cannot be made ({error.strerror}). Choose another directory with --out.") from error
     with locked(out):
-        refuse_used(out)  # by a run that began meanwhile
-        checkpoint.replace_text(out / "environment.json", json.dumps(setup.environment, indent=1) + "\n")
-        checkpoint.replace_text(out / "config.json", config.model_dump_json(indent=1) + "\n")
+        directory.refuse_used(out)  # by a run that began meanwhile
+        directory.begin(out, setup)
         return _work(setup, loop, out, watch)
 
 
-def resume(out: Path, watch: Watch = lambda *_: None, jobs: int | None = None) -> Record:
-    """Go on with a run from its newest whole checkpoint; a finished one returns its record at once. jobs: tasks trained at
-    a time from now on, where that is not what the run began with.
+def resume(
+    out: Path, watch: Watch = lambda *_: None, jobs: int | None = None, source: str | None = None
+) -> Record:
+    """Continue a run from its newest whole checkpoint. Returns the record, at once if the run is finished.
 
+    jobs: tasks trained in parallel from now on; None: as before. source: where the same data lies now; None: where it lay.
     Raises RunError where the directory is not a run or in use, CheckpointError where its state is damaged or belongs to
     other data, weights or settings.
     """
-    refuse_other(out)
+    directory.refuse_other(out)
+    if done := directory.finished(out):
+        return done
     with locked(out):
-        config, environment = saved(out)
-        if (out / record.FILE).exists():
-            return record.read(out)
-        setup = Setup(config.model_copy(update={"jobs": jobs or config.jobs}), environment, watch)
-        return _work(setup, setup.loop(out), out, watch)
+        if done := directory.finished(out):  # by a run that ended meanwhile
+            return done
+        start = begun(out)
+        config = _moved(start.config, source)
+        setup = Setup(config.model_copy(update={"jobs": jobs or config.jobs}), start.environment, watch)
+        loop = _loop(setup, start, out)
+        if source is not None:
+            directory.begin(out, setup)  # for later commands, and the processes of the run
+        return _work(setup, loop, out, watch)
 
 
-def evaluate(out: Path, split: Split = "test") -> list[dict[str, Any]]:
-    """Measure the newest model of a run on each task it has learnt: names, counts of right answers, and of examples."""
-    config, environment = saved(out)
-    setup = Setup(config, environment)
-    loop = setup.loop(out)
+def evaluate(
+    out: Path,
+    split: Split = "test",
+    watch: Watch = lambda *_: None,
+    *,
+    source: str | None = None,
+    fall_back: bool = False,
+) -> list[Measured]:
+    """Measure the newest model of a run on each task it has finished. The watch is told which task is not finished.
+
+    source: where the same data lies now; None: where it lay. fall_back: measure the newest whole checkpoint where a newer one
+    is damaged.
+    Raises CheckpointError for a damaged checkpoint unless fall_back is set; RunError where there is nothing to measure.
+    """
+    start = begun(out)
+    _refuse_damaged(out, fall_back)
+    setup = Setup(_moved(start.config, source), start.environment, watch)
+    loop = _loop(setup, start, out)
+    loop.on_event = lambda event: watch(setup.stream, event)
     loop.restore()
-    learnt = {row.task for row in loop.learner.outputs}
-    found = []
-
-    def batches(examples: Examples) -> Iterator[Batch]:
-        positions = in_order(len(examples), config.evaluation.batch_size)
-        return (examples.batch(p).to(loop.learner.device) for p in positions)
-
+    position = loop.position
+    finished = position.task + (position.phase in ("evaluate", "done"))
+    if finished < len(setup.stream):
+        name = setup.stream[finished].name
+        watch(setup.stream, Event(task=finished, phase="evaluate", note=f"task {name!r} is not finished: not measured"))
     with keeping_memory(), closing(setup.accelerated):
-        for task in setup.stream:
-            examples = task.split(split)
-            if task.name in learnt and len(examples):
-                answer = predict_all(
-                    loop.learner, loop.consolidation, examples, batches, task.name, task_aware=setup.stream.task_aware
-                )
-                found.append(
-                    {
-                        "task": task.name,
-                        "correct": answer.correct,
-                        "task_aware_correct": answer.task_aware_correct,
-                        "total": len(examples),
-                    }
-                )
+        tasks = [task for task in setup.stream.tasks[:finished] if len(task.split(split))]
+        found = [_measure(loop, task, task.split(split)) for task in tasks]
     if not found:
-        raise RunError(f"{out}: no task is learnt yet, or none has {split} examples. `lamina resume {out}` goes on.")
+        raise RunError(
+            f"{out}: no task is finished yet, or none has {split} examples. `lamina resume {out}` continues the run."
+        )
     return found
 
 
 def train_task(out: Path, number: int, parent: int, watch: Watch) -> None:
-    """Train one task of a run in a folder of its own, for the process `parent`; stop when that one is gone."""
-    config, environment = saved(out)
+    """Train one task of a run in a folder of its own, for the process `parent`. Stops when that process is gone."""
+    start = begun(out)
     folder = side_by_side.place(out, number)
     with locked(folder, wait=True), stop_on_signals() as asked:
-        setup = Setup(config, environment)
+        setup = Setup(start.config, start.environment)
         loop = setup.loop(folder)
         loop.move_to(Position(number))
         loop.on_event = lambda event: watch(setup.stream, event)
@@ -112,6 +142,54 @@ def train_task(out: Path, number: int, parent: int, watch: Watch) -> None:
         with keeping_memory(), closing(setup.accelerated):
             loop.restore()
             loop.run(until="end")
+
+
+def _moved(config: RunConfig, source: str | None) -> RunConfig:
+    """Returns the configuration with the data at another place, if one is given."""
+    if source is None:
+        return config
+    return directory.with_whole_paths(
+        config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
+    )
+
+
+def _loop(setup: Setup, start: Begun, out: Path) -> Loop:
+    """Returns the loop of a run that has begun. Raises CheckpointError naming what has changed in its data."""
+    if start.source["stream"] != setup.stream.fingerprint:
+        changed = data.difference(start.source["data"]["classes"], setup.source["classes"])
+        raise CheckpointError(
+            f"{out}: the data at {setup.config.data.source} is not the data this run began with: {changed}. Restore it, or "
+            f"start a new run."
+        )
+    return setup.loop(out)
+
+
+def _refuse_damaged(out: Path, fall_back: bool) -> None:
+    """Raises CheckpointError for a damaged newest checkpoint, unless an older one may be measured."""
+    loaded = checkpoint.load_newest(out / "checkpoints")
+    if loaded and loaded.damaged and not fall_back:
+        raise CheckpointError(
+            f"{'; '.join(loaded.damaged.values())}. The newest whole checkpoint is {loaded.number}: measure it with "
+            f"--fall-back, or train the rest again with `lamina resume {out}`."
+        )
+
+
+def _measure(loop: Loop, task: Task, examples: Examples) -> Measured:
+    """Returns the predictions of a loop's learner for these examples of a task."""
+
+    def batches(examples: Examples) -> Iterator[Batch]:
+        positions = in_order(len(examples), loop.evaluation.batch_size)
+        return (examples.batch(p).to(loop.learner.device) for p in positions)
+
+    found = predict_all(
+        loop.learner, loop.consolidation, examples, batches, task.name, task_aware=loop.stream.task_aware
+    )
+    return Measured(
+        task=task.name,
+        correct=found.correct,
+        task_aware_correct=found.task_aware_correct,
+        total=len(examples),
+    )
 
 
 def _work(setup: Setup, loop: Loop, out: Path, watch: Watch) -> Record:
@@ -132,15 +210,15 @@ def _work(setup: Setup, loop: Loop, out: Path, watch: Watch) -> Record:
     found = record_of(setup, loop)
     shutil.rmtree(out / "parallel", ignore_errors=True)
     report.write([found], out / "report.html")
-    checkpoint.replace_text(out / record.FILE, json.dumps(found.to_json(), indent=1) + "\n")  # last: all is done
+    record.write(found, out)  # last: it says that all is done
     return found
 
 
 def _train_side_by_side(setup: Setup, loop: Loop, out: Path) -> None:
-    """All tasks whose training has not begun in the loop, which then takes what other processes have trained."""
+    """Train in other processes all tasks whose training has not begun in the loop, which then takes the result."""
     now = loop.position
-    begun = now.phase in ("end", "evaluate", "done") or now.step > 0
-    names = {n: task.name for n, task in enumerate(setup.stream) if n >= now.task + begun}
+    has_begun = now.phase in ("end", "evaluate", "done") or now.step > 0
+    names = {n: task.name for n, task in enumerate(setup.stream) if n >= now.task + has_begun}
     loop.trained = {n: side_by_side.place(out, n) / "checkpoints" for n in names}
     left = {n: name for n, name in names.items() if loop.trained_aside(n) is None}
     if not left:

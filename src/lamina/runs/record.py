@@ -18,6 +18,7 @@ from lamina.record import (
     MachineRecord,
     MethodRecord,
     Record,
+    SourceRecord,
     StreamRecord,
     TaskRecord,
 )
@@ -45,14 +46,15 @@ def record_of(setup: Setup, loop: Loop) -> Record:
             for i, inferred in enumerate(state.task_inference)
         ),
         config=config.model_dump(mode="json"),
+        source=SourceRecord(**setup.source),
         backbone=BackboneRecord(
             name=Path(setup.backbone.name).name,
             hash=setup.backbone.hash,
             parameters=setup.backbone_parameters,
             kind=setup.backbone.kind,
         ),
-        machine=MachineRecord(**environment),
-        code=CodeRecord(version=__version__, commit=environment["commit"]),
+        machine=MachineRecord(**environment.to_json()),
+        code=CodeRecord(version=__version__, commit=environment.commit),
         classes=_classes(setup, loop),
         cost=_cost(setup, loop),
         lineage=_lineage(setup, loop),

@@ -19,36 +19,38 @@ from lamina.errors import ConfigError
 from lamina.learner import Learner
 from lamina.methods import METHODS
 from lamina.methods.base import Method
-from lamina.runs.environment import environment_of
+from lamina.runs import limits
+from lamina.runs.environment import Environment
 from lamina.speed import accelerate, precision
 from lamina.types import LabelledData
 
 Watch = Callable[[Stream | None, Event], None]
-"""Is told the progress; there is no stream yet while data is loaded."""
+"""Is told the progress. There is no stream yet while data is loaded."""
 
 
 def load_config(file: Path | None, overrides: list[tuple[str, Any]]) -> RunConfig:
-    """The configuration of a run from a YAML file and settings on top. Raises ConfigError naming every error."""
+    """Returns the configuration of a YAML file with settings on top. Raises ConfigError naming every error."""
     types = {name: method.config_type for name, method in METHODS.items()}
     return configuration.load(file, overrides, method_settings=types)
 
 
 class Setup:
-    """Everything a run needs, made from its configuration. environment: what an earlier process decided, if any."""
+    """Everything a run needs, made from its configuration.
 
-    def __init__(self, config: RunConfig, environment: dict[str, Any] | None, watch: Watch = lambda *_: None) -> None:
+    environment: that of the run if it has begun before. watch: is told what was found in the data, and the progress of loading.
+    Raises ConfigError, DataError, BackboneError or MethodError for what cannot be run.
+    """
+
+    def __init__(self, config: RunConfig, environment: Environment | None, watch: Watch = lambda *_: None) -> None:
         self.started = time.perf_counter()
         self.config = config
         self.method = METHODS[config.method["name"]]
-        if config.jobs > 1 and not self.method.independent:
-            raise ConfigError(
-                f"jobs = {config.jobs}: method {self.method.name!r} learns each task from what earlier ones left, so its "
-                f"tasks cannot be trained side by side. Leave jobs at 1, or choose a method that learns each task from the "
-                f"pre-trained model alone: {', '.join(name for name, known in METHODS.items() if known.independent)}."
-            )
+        self._check_jobs()
         settings = {key: value for key, value in config.method.items() if key != "name"}
         self.settings = self.method.config_type(**settings)
-        self.device = device.resolve(environment.get("device", "cpu") if environment else config.device)
+        if environment is None:
+            limits.check_machine(config)
+        self.device = device.resolve(environment.device if environment else config.device)
         self.backbone = backbones.load(
             config.backbone.name,
             image_size=config.backbone.image_size,
@@ -56,21 +58,42 @@ class Setup:
             mean=config.backbone.mean,
             std=config.backbone.std,
         )
+        limits.check_backbone(config, self.settings, self.backbone)
         self.backbone_parameters = sum(p.numel() for p in self.backbone.module.parameters())
-        self.data = load_data(config, self.backbone, watch)
+        source = open_source(config)
+        self.source = data.as_dict(source)
+        """What was found in the data: layout, classes and their counts, and what was left out."""
+        if environment is None:
+            for line in data.describe_source(source):
+                watch(None, Event(task=0, phase="load", note=line))
+        check_kind(config, source, self.backbone)
+        self._check_validation(make_stream(config, data.undecoded(source)))  # before anything is decoded
+        self.data = decode(config, source, self.backbone, watch)
         self.stream = make_stream(config, self.data)
-        if config.evaluation.split == "val" and not all(len(task.val) for task in self.stream):
+        device.prepare(self.device)
+        self.environment = environment or Environment.decide(config, self.device, self.backbone.width)
+        torch.set_num_threads(self.environment.threads)
+
+    def _check_jobs(self) -> None:
+        if self.config.jobs > 1 and not self.method.independent:
+            independent = ", ".join(name for name, known in METHODS.items() if known.independent)
+            raise ConfigError(
+                f"jobs = {self.config.jobs}: method {self.method.name!r} learns each task from the tasks before it, so its "
+                f"tasks cannot be trained in parallel. Leave jobs at 1, or choose a method that learns every task from the "
+                f"pre-trained model: {independent}."
+            )
+
+    def _check_validation(self, stream: Stream) -> None:
+        if self.config.evaluation.split == "val" and not all(len(task.val) for task in stream):
             raise ConfigError(
                 "evaluation.split = 'val': the data has no validation split. Hold one out, for example with "
                 "--set stream.validation=0.2"
             )
-        device.prepare(self.device)
-        self.environment = environment or environment_of(config, self.device, self.backbone.width)
-        torch.set_num_threads(self.environment["threads"])
 
     def loop(self, out: Path) -> Loop:
+        """Returns a new loop whose checkpoints lie in the directory `out`."""
         config = self.config
-        dtype = precision.DTYPES[self.environment["precision"]]
+        dtype = precision.DTYPES[self.environment.precision]
         learner = Learner(self.backbone, config.backbone.targets, config.backbone.blocks, dtype, self.device)
         self.accelerated = accelerate(learner)
         method: Method[Any] = self.method(self.settings, len(self.stream))
@@ -94,7 +117,7 @@ class Setup:
 
 
 def open_source(config: RunConfig) -> Source:
-    """The examples a configuration names, not decoded yet."""
+    """Returns the examples of a configuration, not decoded yet."""
     section = config.data
     return data.open_source(
         section.source,
@@ -105,14 +128,24 @@ def open_source(config: RunConfig) -> Source:
 
 
 def load_data(config: RunConfig, backbone: Backbone, watch: Watch = lambda *_: None) -> LabelledData:
-    """The labelled data a configuration names, as this backbone takes it."""
-    section = config.data
+    """Returns the labelled data of a configuration, as this backbone takes it."""
     source = open_source(config)
+    check_kind(config, source, backbone)
+    return decode(config, source, backbone, watch)
+
+
+def check_kind(config: RunConfig, source: Source, backbone: Backbone) -> None:
+    """Raises ConfigError for images with a text backbone, and for texts with an image backbone."""
     if source.kind != backbone.kind:
         raise ConfigError(
-            f"data.source = {section.source!r} holds {source.kind}s, and backbone {backbone.name!r} takes {backbone.kind}s. "
-            f"Choose a backbone or data to match."
+            f"data.source = {config.data.source!r} holds {source.kind}s, and backbone {backbone.name!r} takes "
+            f"{backbone.kind}s. Choose a backbone or data to match."
         )
+
+
+def decode(config: RunConfig, source: Source, backbone: Backbone, watch: Watch) -> LabelledData:
+    """Returns the labelled data of a source, decoded or tokenised for this backbone."""
+    section = config.data
     if backbone.image is None:
         if backbone.tokenizer is None:
             raise ConfigError(
@@ -137,7 +170,7 @@ def load_data(config: RunConfig, backbone: Backbone, watch: Watch = lambda *_: N
 
 
 def make_stream(config: RunConfig, labelled: LabelledData) -> Stream:
-    """The stream a configuration describes. Raises DataError where the data cannot be cut so."""
+    """Returns the stream that a configuration describes. Raises DataError where the data cannot be split that way."""
     section = config.stream
     if section.scenario == "mixed":
         if section.plan is None:
@@ -163,5 +196,5 @@ def make_stream(config: RunConfig, labelled: LabelledData) -> Stream:
 
 
 def check_stream(config: RunConfig) -> None:
-    """Raises what `make_stream` would raise, without decoding any data."""
+    """Raises what `make_stream` raises for this configuration, without decoding any data."""
     make_stream(config, data.undecoded(open_source(config)))

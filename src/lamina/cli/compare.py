@@ -1,0 +1,100 @@
+"""`lamina compare`: a grid of runs, and one table of it."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lamina.cli.progress import GridWatcher
+from lamina.cli.tables import print_table
+from lamina.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lamina.compare import Outcome, Study
+
+SHOWN = ("Final", "By", "Forgetting", "Minus", "Runs")
+"""Beginnings of the titles of columns that fit a terminal."""
+
+
+def compare(
+    grid: Annotated[list[Path], typer.Argument(help="YAML file: methods, seeds, class orders, streams, settings.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Directory of the tables. Default: runs/NAME of the grid.")
+    ] = None,
+    cells: Annotated[Path | None, typer.Option(help="Directory of the runs. Default: runs/cells.")] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Number of runs in parallel.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Only cells whose name contains this, or matches this pattern (*, ?).")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells and their state, and exit.")] = False,
+    no_run: Annotated[bool, typer.Option("--no-run", help="Write the tables from finished runs only.")] = False,
+    keep_code: Annotated[
+        bool, typer.Option("--keep-code", help="Accept finished runs of older code. The table says so.")
+    ] = False,
+    records: Annotated[
+        Path | None,
+        typer.Option(help="File with the records of finished runs. They are read from it, and new ones added to it."),
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(help="Also write the Markdown table into this page, between its two markers.")
+    ] = None,
+) -> None:
+    """Run a grid of methods, seeds and streams, and write one table of the results.
+
+    Finished cells are not run again, and interrupted ones continue. A cell is run anew if its settings, data, weights or code
+    changed. Stop it at any time and give the same command again. `lamina report` compares finished runs.
+
+    Exit code 1 if a cell failed; the other cells run all the same.
+    """
+    from lamina.compare import Outcome, Study, table
+
+    if len(grid) > 1 or grid[0].is_dir():
+        raise ConfigError(
+            f"`lamina compare` takes one YAML file of a grid, not {' '.join(map(str, grid))}. To compare finished runs: "
+            f"lamina report {' '.join(map(str, grid))}"
+        )
+    if page is not None:
+        table.check_page(page)
+    study = Study(grid[0], out=out, cells=cells, only=only, keep_code=keep_code, records=records)
+    if dry_run:
+        for state, name, place in study.listing():
+            print(f"{state or 'waits for the search':21}{name}" + (f"  {place.folder}" if place else ""))
+        return
+    command = f"lamina compare {grid[0]}" + (" --keep-code" if keep_code else "")
+    command += f" --records {records}" if records else ""
+    outcome = Outcome() if no_run else _work(study, jobs, command)
+    content = study.content(command)
+    written = table.write(content, study.out, page)
+    columns = [k for k, title in enumerate(content.accuracies) if title.startswith(SHOWN)]
+    for section in content.sections:
+        titles = ("method", *(content.accuracies[k].lower() for k in columns))
+        rows = [(line.name, *(line.accuracies[k] for k in columns)) for line in section.lines]
+        print_table(titles, rows, title=section.name)
+    print(f"\n{study.out / 'table.md'}, {study.out / 'table.json'}\nOpen the table: {written.resolve()}")
+    _report_failures(outcome)
+
+
+def _work(study: "Study", jobs: int | None, command: str) -> "Outcome":
+    """Returns the outcome of running all cells. If it is asked to stop, says how to continue and exits with code 130."""
+    from lamina.engine.loop import Interrupted
+
+    try:
+        with GridWatcher(study.grid.name) as watch:
+            return study.work(jobs, watch)
+    except (Interrupted, KeyboardInterrupt):
+        print(f"stopped; all progress is saved. Continue with: {command}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _report_failures(outcome: "Outcome") -> None:
+    """Name the cells that failed or did not start. Exits with code 1 if there are any."""
+    for failure in outcome.failures:
+        print(f"FAILED {failure.name}, log {failure.log}:\n{failure.why}", file=sys.stderr)
+    if outcome.not_started:
+        print(
+            f"{len(outcome.not_started)} cells not started: lamina's code changed meanwhile. Give the command again.",
+            file=sys.stderr,
+        )
+    if outcome.failures or outcome.not_started:
+        raise typer.Exit(1)

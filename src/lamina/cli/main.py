@@ -1,0 +1,107 @@
+"""The `lamina` command: its subcommands, and how failures are reported. Importing it imports no torch, so help is quick."""
+
+import errno
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from lamina import __version__
+from lamina.cli import compare, data, demo, methods, report, run
+from lamina.errors import ConfigError, LaminaError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Continual learning of pre-trained transformers with low-rank adapters: learn task after task, forget little.\n\n"
+    "Start with `lamina demo`, then `lamina run --data FOLDER --tasks 5`.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Check data before a run.")
+app.command("demo")(demo.demo)
+app.command("run")(run.run)
+app.command("resume")(run.resume)
+app.command("evaluate")(run.evaluate)
+app.command("report")(report.report)
+app.command("compare")(compare.compare)
+app.command("methods")(methods.methods)
+app.add_typer(data_app, name="data")
+data_app.command("check")(data.check)
+app.command("train-task", hidden=True)(run.train_task)
+
+REMEDIES = {
+    errno.ENOSPC: "Make room and give the command again; what was saved before is intact.",
+    errno.EDQUOT: "Make room and give the command again; what was saved before is intact.",
+    errno.EROFS: "Choose a directory that can be written to.",
+    errno.EACCES: "Check the rights of the path, or choose another.",
+    errno.EPERM: "Check the rights of the path, or choose another.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ENOENT: "Check the path.",
+    errno.ENOTDIR: "Check the path.",
+    errno.EISDIR: "Check the path.",
+    errno.ELOOP: "Check the path: it is a symbolic link to itself.",
+    errno.EMFILE: "Raise the limit of open files, for example with `ulimit -n 4096`.",
+}
+
+
+def main() -> NoReturn:
+    """Run the command. A failure that the user can act on is one message and exit code 2."""
+    try:
+        _refuse_renamed_flags(sys.argv[1:])
+        app(standalone_mode=True)
+    except LaminaError as error:
+        _fail(str(error))
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        _fail(_sentence(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        _fail(
+            f"out of memory: {' '.join(str(error).split())[:200]}. Use smaller settings of training.batch_size, "
+            f"evaluation.batch_size or backbone.image_size, or a smaller backbone."
+        )
+    sys.exit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _sentence(error: OSError) -> str:
+    """Returns what an operation on a file failed at, and what to do."""
+    where = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    what = error.strerror or str(error) or type(error).__name__
+    return f"{where + ': ' if where else ''}{what}. {REMEDIES.get(error.errno or 0, '')}".strip()
+
+
+def _refuse_renamed_flags(arguments: list[str]) -> None:
+    """Raises ConfigError naming the new flag for one of an older version."""
+    renamed = {"--joined": "--joint", "--merge": "--merging", "--head": "--classifier"}
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag in renamed:
+            raise ConfigError(f"{flag} is now called {renamed[flag]}. `lamina run --help` lists all flags.")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"lamina {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version
+    # Read by the OpenMP runtime when torch is imported, which no command has done yet. Threads that wait would otherwise spin,
+    # and stall other processes on the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,0 +1,52 @@
+"""Tables on the terminal. Names of tasks and classes are printed as they are, never as rich's markup."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+WIDTH = 100
+"""Columns where there is no terminal."""
+
+
+def print_table(
+    titles: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None, left: int = 1, gap: int = 0
+) -> None:
+    """Print a table. left: number of columns that are aligned left, from the first; the others are numbers. gap: empty lines
+    between rows."""
+    table = Table(box=None, pad_edge=False, header_style="", title=Text(title) if title else None, title_justify="left")
+    for number, name in enumerate(titles):
+        table.add_column(name, justify="left" if number < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+        for _ in range(gap):
+            table.add_row()
+    Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH).print(table)
+
+
+def print_records(records: Iterable[dict[str, Any]]) -> None:
+    """Print the figures of finished runs, a row each."""
+    rows = [
+        (
+            record["name"],
+            f"{record['metrics']['final_accuracy']:.1%}",
+            f"{record['metrics']['average_accuracy']:.1%}",
+            f"{record['metrics']['forgetting']:.1%}",
+            f"{record['metrics']['task_aware_accuracy']:.1%}",
+            f"{record['cost']['seconds']['total']:.0f}",
+            f"{record['cost']['trainable_parameters']:,}",
+        )
+        for record in records
+    ]
+    print()
+    print_table(("method", "final accuracy", "average", "forgetting", "task-aware", "seconds", "trained"), rows)
+
+
+def print_summary(record: dict[str, Any], where: Path) -> None:
+    """Print the figures of a finished run, and where its record and report lie."""
+    print_records([record])
+    print(f"\nRecord: {where / 'results.json'}\nOpen the report: {(where / 'report.html').resolve()}")
