@@ -12,7 +12,7 @@ from lamina.data.names import clean, listed, shown, split_of, split_words
 from lamina.data.records import Kind, Source, build
 from lamina.data.tree import IMAGE_SUFFIXES, Folder, Leftovers, scan
 from lamina.errors import DataError
-from lamina.types import SPLITS, Ints
+from lamina.types import SPLITS
 
 _FEW = 10
 """Images beside folders of images are strays if there are ten times as many in the folders."""
