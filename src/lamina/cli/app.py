@@ -2,9 +2,9 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -17,7 +17,9 @@ from lamina.errors import LaminaError, RunError
 if TYPE_CHECKING:
     from lamina.config import RunConfig
     from lamina.engine.loop import Event
+    from lamina.record import Record
 
+T = TypeVar("T")
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -260,10 +262,10 @@ def report_command(
     ] = None,
 ) -> None:
     """Write one self-contained HTML page about one run, or comparing several."""
-    from lamina import report
+    from lamina import record, report
 
     page = out or (directories[0] / "report.html" if len(directories) == 1 else Path("report.html"))
-    written = report.write([report.read_record(directory) for directory in directories], page)
+    written = report.write([record.read(directory) for directory in directories], page)
     print(f"Open the report: {written.resolve()}")
 
 
@@ -323,7 +325,9 @@ def compare(
     told = study.content(command)
     written = table.write(told, study.out, page)
     few = [
-        k for k, title in enumerate(told.accuracies) if title.startswith(("Final", "By", "Forgetting", "Minus", "Runs"))
+        k
+        for k, title in enumerate(told.accuracies)
+        if title.startswith(("Final", "Micro", "Forgetting", "Minus", "Runs"))
     ]
     for section in told.sections:
         shown = Table(box=None, pad_edge=False, header_style="", title=section.name, title_justify="left")
@@ -430,7 +434,7 @@ def data_check(
         raise typer.Exit(1)
 
 
-def _run_or_resume(config: "RunConfig", where: Path, label: str) -> dict[str, Any]:
+def _run_or_resume(config: "RunConfig", where: Path, label: str) -> "Record":
     from lamina import runs
 
     with Watcher(label) as watch:
@@ -439,37 +443,36 @@ def _run_or_resume(config: "RunConfig", where: Path, label: str) -> dict[str, An
         return _working(where, lambda: runs.create(config, where, watch))
 
 
-def _working(where: Path, work: Any) -> dict[str, Any]:
+def _working(where: Path, work: Callable[[], T]) -> T:
     """Do it; if asked to stop, say how to go on and exit with 130."""
     from lamina.engine.loop import Interrupted
 
     try:
-        record: dict[str, Any] = work()
+        return work()
     except Interrupted:
         print(f"stopped; everything learnt so far is saved. Go on with: lamina resume {where}", file=sys.stderr)
         sys.exit(130)
-    return record
 
 
-def _summary(record: dict[str, Any], where: Path) -> None:
+def _summary(record: "Record", where: Path) -> None:
     _table([record])
     print(f"\nRecord: {where / 'results.json'}\nOpen the report: {(where / 'report.html').resolve()}")
 
 
-def _table(records: list[dict[str, Any]]) -> None:
+def _table(records: "Sequence[Record]") -> None:
     table = Table(box=None, pad_edge=False, header_style="")
     for title in ("method", "final accuracy", "average", "forgetting", "task-aware", "seconds", "trained"):
         table.add_column(title, justify="left" if title == "method" else "right")
     for record in records:
-        figures, cost = record["metrics"], record["cost"]
+        found, cost = record.metrics, record.cost
         table.add_row(
-            record["name"],
-            f"{figures['final_accuracy']:.1%}",
-            f"{figures['average_accuracy']:.1%}",
-            f"{figures['forgetting']:.1%}",
-            f"{figures['task_aware_accuracy']:.1%}",
-            f"{cost['seconds']['total']:.0f}",
-            f"{cost['trainable_parameters']:,}",
+            record.name,
+            f"{found.final_accuracy:.1%}",
+            f"{found.average_accuracy:.1%}",
+            f"{found.forgetting:.1%}",
+            f"{found.task_aware_accuracy:.1%}",
+            f"{cost.total_seconds or 0.0:.0f}",
+            f"{cost.trainable_parameters or 0:,}",
         )
     print()
     out_console.print(table)
