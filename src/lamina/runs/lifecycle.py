@@ -23,14 +23,14 @@ from lamina.runs import side_by_side
 from lamina.runs.directory import locked, refuse_other, refuse_used, saved, with_whole_paths
 from lamina.runs.environment import now
 from lamina.runs.record import record_of
-from lamina.runs.setup import Setup, Watch
+from lamina.runs.setup import MakeLoop, Setup, Watch
 from lamina.runs.signals import stop_on_signals
 from lamina.speed import keeping_memory
 from lamina.types import Batch, Examples, Split
 
 
-def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None) -> Record:
-    """Run in a new directory, from the start to the end, and return the record.
+def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None, *, make_loop: MakeLoop = Loop) -> Record:
+    """Run in a new directory, from the start to the end, and return the record. make_loop: another loop, for experiments.
 
     Raises RunError where the directory holds something already, DataError, BackboneError, ConfigError or MethodError
     where the run cannot begin (nothing is left behind then), Interrupted when asked to stop by SIGINT or SIGTERM.
@@ -38,7 +38,7 @@ def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None) -> Reco
     refuse_used(out)
     config = with_whole_paths(config)
     setup = Setup(config, None, watch)
-    loop = setup.loop(out)
+    loop = setup.loop(out, make_loop)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -50,9 +50,9 @@ def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None) -> Reco
         return _work(setup, loop, out, watch)
 
 
-def resume(out: Path, watch: Watch = lambda *_: None, jobs: int | None = None) -> Record:
+def resume(out: Path, watch: Watch = lambda *_: None, jobs: int | None = None, *, make_loop: MakeLoop = Loop) -> Record:
     """Go on with a run from its newest whole checkpoint; a finished one returns its record at once. jobs: tasks trained at
-    a time from now on, where that is not what the run began with.
+    a time from now on, where that is not what the run began with. make_loop: the one the run began with.
 
     Raises RunError where the directory is not a run or in use, CheckpointError where its state is damaged or belongs to
     other data, weights or settings.
@@ -63,7 +63,7 @@ def resume(out: Path, watch: Watch = lambda *_: None, jobs: int | None = None) -
         if (out / record.FILE).exists():
             return record.read(out)
         setup = Setup(config.model_copy(update={"jobs": jobs or config.jobs}), environment, watch)
-        return _work(setup, setup.loop(out), out, watch)
+        return _work(setup, setup.loop(out, make_loop), out, watch)
 
 
 def evaluate(out: Path, split: Split = "test") -> list[dict[str, Any]]:
