@@ -5,47 +5,60 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from lamina import runs
 from lamina.compare.cells import Place, Process
 from lamina.config import RunConfig
-from lamina.maths.metrics import AccuracyMatrix, summary
+from lamina.maths.metrics import AccuracyMatrix
+from lamina.record import (
+    BackboneRecord,
+    CodeRecord,
+    CostRecord,
+    MachineRecord,
+    MethodRecord,
+    Record,
+    StreamRecord,
+    TaskRecord,
+)
 
 
-def record_of(config: RunConfig, accuracy: float, tasks: int = 3) -> dict[str, Any]:
+def record_of(config: RunConfig, accuracy: float, tasks: int = 3) -> Record:
     """A record in which every accuracy is the same, in hundredths."""
     tasks = 1 if config.stream.joint else config.stream.first or tasks
     total = np.tril(np.full((tasks, tasks), 100))
     matrix = AccuracyMatrix(np.tril(np.full((tasks, tasks), round(100 * accuracy))), total)
-    named = [{"name": f"task-{t}", "classes": [f"{t}"], "domain": None} for t in range(tasks)]
-    stream = {
-        "scenario": "class-incremental",
-        "fingerprint": "f" * 8,
-        "data": "made up",
-        "kind": "image",
-        "tasks": named,
-    }
-    machine = {"torch": "2", "python": "3", "processor": "abacus", "threads": 1, "precision": "fp32"}
-    cost = {"seconds": {"total": 10.0}, "peak_memory_mb": 500.0, "trainable_parameters": 1200}
-    return {
-        "format": 1,
-        "name": config.method["name"],
-        "created": datetime.now(UTC).isoformat(),
-        "method": {"name": config.method["name"]},
-        "config": config.model_dump(mode="json"),
-        "stream": stream,
-        "backbone": {"name": "nano", "hash": "b" * 8},
-        "machine": machine,
-        "code": {"version": "0", "commit": None},
-        "matrix": matrix.as_dict(),
-        "oracle": matrix.as_dict(),
-        "task_inference_accuracy": [0.5] * tasks,
-        "metrics": summary(matrix) | {"task_aware_accuracy": accuracy, "task_inference_accuracy": 0.5},
-        "cost": cost | {"stored_parameters": 3400, "memory_bytes": 0},
-    }
+    return Record(
+        name=config.method["name"],
+        created=datetime.now(UTC).isoformat(),
+        seed=config.seed,
+        split=config.evaluation.split,
+        method=MethodRecord(name=config.method["name"]),
+        config=config.model_dump(mode="json"),
+        stream=StreamRecord(
+            scenario="class-incremental",
+            fingerprint="f" * 8,
+            data="made up",
+            kind="image",
+            joint=config.stream.joint,
+            tasks=tuple(TaskRecord(name=f"task-{t}", classes=(f"{t}",)) for t in range(tasks)),
+        ),
+        backbone=BackboneRecord(name="nano", hash="b" * 8),
+        machine=MachineRecord(torch="2", python="3", cpu="abacus", threads=1, precision="fp32"),
+        code=CodeRecord(version="0"),
+        matrix=matrix,
+        task_aware=matrix,
+        task_inference_accuracy=(0.5,) * tasks,
+        cost=CostRecord(
+            seconds={"total": 10.0},
+            peak_memory_mb=500.0,
+            trainable_parameters=1200,
+            stored_parameters=3400,
+            memory_bytes=0,
+        ),
+    )
 
 
 @dataclass
@@ -81,7 +94,7 @@ class MadeUp:
             place.log.write_text("==== \nit begins\nerror: the loss is nan\n")
             return Ended(2)
         place.run.mkdir(exist_ok=True)
-        (place.run / "results.json").write_text(json.dumps(record_of(config, accuracy)))
+        (place.run / "results.json").write_text(json.dumps(record_of(config, accuracy).to_json()))
         return Ended(0)
 
 

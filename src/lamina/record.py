@@ -4,7 +4,9 @@ Written and read in this file only. Fields that are None or empty were not recor
 keeps holds only what a table needs.
 """
 
+import math
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -176,19 +178,24 @@ class LineageRecord(Part):
     memory_bytes: int | None = None
 
 
-class Metrics(Part):
-    """The figures of a run by the names in `maths.metrics.DEFINITIONS`; None where the record has no grounds for one."""
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """The metrics of a run, as `maths.metrics.DEFINITIONS` defines them; nan where the record has no grounds for one."""
 
-    final_accuracy: float | None = None
-    average_accuracy: float | None = None
-    forgetting: float | None = None
-    task_aware_accuracy: float | None = None
-    final_accuracy_micro: float | None = None
-    average_accuracy_micro: float | None = None
-    learning_accuracy: float | None = None
-    backward_transfer: float | None = None
-    forward_transfer: float | None = None
-    task_inference_accuracy: float | None = None
+    final_accuracy: float = math.nan
+    average_accuracy: float = math.nan
+    forgetting: float = math.nan
+    task_aware_accuracy: float = math.nan
+    final_accuracy_micro: float = math.nan
+    average_accuracy_micro: float = math.nan
+    learning_accuracy: float = math.nan
+    backward_transfer: float = math.nan
+    forward_transfer: float = math.nan
+    task_inference_accuracy: float = math.nan
+
+    def known(self) -> dict[str, float]:
+        """Returns those that are not nan, by name."""
+        return {name: value for name, value in asdict(self).items() if not math.isnan(value)}
 
 
 class Record(Part):
@@ -234,12 +241,12 @@ class Record(Part):
         if classes and self.matrix.tasks:
             chance_t = np.full(self.matrix.tasks, 1 / len(classes))
             found["forward_transfer"] = metrics.forward_transfer(self.matrix, chance_t)
-        return Metrics(**{name: value for name, value in found.items() if not np.isnan(value)})
+        return Metrics(**found)
 
     def to_json(self) -> dict[str, Any]:
         """Returns what `results.json` holds: the fields that were recorded, and the figures for people to read."""
         content = self.model_dump(mode="json", exclude_none=True, exclude_unset=True)
-        return {"format": FORMAT, **content, "metrics": self.metrics.model_dump(exclude_none=True)}
+        return {"format": FORMAT, **content, "metrics": self.metrics.known()}
 
     @classmethod
     def from_json(cls, content: object, where: str) -> "Record":
@@ -260,7 +267,9 @@ class Record(Part):
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             value = "" if first["type"] == "missing" else f" = {_short(first['input'])}"
-            raise RunError(f"{where} is damaged: {key}{value}: {first['msg'].removeprefix('Value error, ')}.") from error
+            raise RunError(
+                f"{where} is damaged: {key}{value}: {first['msg'].removeprefix('Value error, ')}."
+            ) from error
 
     def for_table(self) -> "Record":
         """Returns the part that tables and searches read."""
@@ -291,8 +300,8 @@ def read(run_directory: Path) -> Record:
         raise RunError(f"there is no run directory {run_directory}. Check the path.")
     if not path.is_file():
         raise RunError(
-            f"{run_directory} holds no {FILE}. If its run was interrupted, go on with `lamina resume {run_directory}`; otherwise "
-            "it is not a run directory."
+            f"{run_directory} holds no {FILE}. If its run was interrupted, go on with `lamina resume {run_directory}`; "
+            "otherwise it is not a run directory."
         )
     content = read_json(path)
     if content.get("format") == FORMAT:  # older formats have no checksum

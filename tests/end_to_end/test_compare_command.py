@@ -118,7 +118,7 @@ def test_killed_and_given_again(lamina: Command, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "runs" / "grid" / "table.json").read_text())
     cell = Path(next(r["runs"][1]["cell"] for r in record["streams"][0]["rows"] if r["name"] == "finetune"))
     whole = runs.create(runs.load_config(cell / "config.yaml", []), tmp_path / "whole")
-    assert json.loads((cell / "run" / "results.json").read_text())["matrix"] == whole["matrix"]
+    assert json.loads((cell / "run" / "results.json").read_text())["matrix"] == whole.matrix.as_dict()
 
 
 def in_this_process(place: Place, lock: IO[str]) -> Process:
@@ -149,18 +149,20 @@ search: {{over: {{training.lr: [1.0e-4, 1.0e-2]}}, tasks: 2}}
         assert study.work(1, Told(), in_this_process).failures == []
         (row,) = study.grid.rows
         trials = [study.place(cell).record() for cell in study.grid.trials(row)]
-        scores.append([(trial["matrix"], trial["oracle"], trial["losses"]) for trial in trials] + [study.chosen(row)])
-        final += [study.place(cell).record()["matrix"] for cell in study.table_cells(row)]
+        scores.append([(trial.matrix, trial.task_aware, trial.losses) for trial in trials] + [study.chosen(row)])
+        final += [study.place(cell).record().matrix for cell in study.table_cells(row)]
         records += trials
     assert scores[0] == scores[1]
-    assert final[0]["correct"][:2] != final[1]["correct"][:2], "where the test examples are used they make a difference"
+    assert (final[0].correct_ij[:2] != final[1].correct_ij[:2]).any(), (
+        "where the test examples are used they make a difference"
+    )
     assert len(list((tmp_path / "cells").glob("finetune-*"))) == 6, "other data is another cell, searched or not"
     for record in records:
-        assert record["config"]["evaluation"]["split"] == "val"
-        tasks = record["stream"]["tasks"]
-        assert [task["val"] for task in tasks] == record["matrix"]["total"][-1] == [4, 4]
-        assert [task["train"] for task in tasks] == [16, 16], "validation examples are not trained on"
-        assert sum(row["total"] for row in record["classes"]) == 8
+        assert record.split == "val"
+        tasks = record.stream.tasks
+        assert [task.val for task in tasks] == record.matrix.total_ij[-1].tolist() == [4, 4]
+        assert [task.train for task in tasks] == [16, 16], "validation examples are not trained on"
+        assert sum(found.total for found in record.classes) == 8
 
 
 def test_what_is_wrong_with_a_grid_is_one_message(lamina: Command, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tests.grids import MadeUp, Told, write_grid
 
 from lamina import report
 from lamina.compare import Study, table
+from lamina.record import Record
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -39,10 +40,11 @@ def write_sample(path: Path) -> Path:
     correct = [[48 - 2 * (i - j) if j <= i else 0 for j in range(6)] for i in range(6)]
     long = "a-name-without-any-space-" * 6
     stream = {"data": "digits", "tasks": [{"name": f"{long}{i}", "classes": [long, f"{i}"]} for i in range(tasks)]}
-    run = {"format": 1, "name": "inflora", "method": {"name": "inflora"}, "stream": stream}
+    run = {"format": 2, "name": "inflora", "method": {"name": "inflora"}, "stream": stream}
     run |= {"matrix": {"correct": correct, "total": total}, "losses": [[s, 1 / (1 + s)] for s in range(50)]}
     run |= {"classes": [{"name": long, "task": long, "correct": 3, "total": 5}], "skipped": [long]}
-    return report.write([run, run | {"name": long}], path)
+    runs = [Record.from_json(made, "made up") for made in (run, run | {"name": long, "notes": [long]})]
+    return report.write(runs, path)
 
 
 def write_table(path: Path) -> Path:

@@ -94,16 +94,18 @@ def test_a_matrix_grows_by_rows_and_survives_its_record(matrix: AccuracyMatrix):
         }
         grown = grown.with_row(row)
         assert grown.tasks == i + 1
+    assert grown == matrix
     assert grown.as_dict() == matrix.as_dict()
     again = AccuracyMatrix.from_dict(matrix.as_dict())
-    assert np.array_equal(again.correct_ij, matrix.correct_ij)
-    assert np.array_equal(again.total_ij, matrix.total_ij)
+    assert again == matrix
+    assert hash(again) == hash(matrix)
+    assert again != again.with_row({again.tasks: (1, 2)})
     assert np.array_equal(np.isnan(again.accuracy_ij), matrix.total_ij == 0)
 
 
 @often
 @given(matrices(smallest=2), st.integers(0, 2**30))
-def test_renumbering_the_examples_of_a_task_changes_nothing_and_growing_a_test_set_only_the_micro_figures(
+def test_renumbering_the_examples_of_a_task_changes_nothing_and_growing_a_test_set_only_the_micro_metrics(
     matrix: AccuracyMatrix, seed: int
 ):
     factors = np.random.default_rng(seed).integers(1, 5, matrix.total_ij.shape[1])
@@ -141,7 +143,7 @@ def test_a_single_task():
 def test_nothing_learnt_yet_has_no_tasks():
     empty = AccuracyMatrix.empty()
     assert empty.tasks == 0
-    assert AccuracyMatrix.from_dict(empty.as_dict()).tasks == 0
+    assert AccuracyMatrix.from_dict(empty.as_dict()) == empty
 
 
 @pytest.mark.parametrize(
@@ -150,11 +152,31 @@ def test_nothing_learnt_yet_has_no_tasks():
     ids=["more right than asked", "negative", "fewer columns than rows", "two shapes", "not a matrix"],
 )
 def test_impossible_counts_are_refused(correct: list, total: list):
-    with pytest.raises(ValueError, match=r"counts must|count of right answers"):
+    with pytest.raises(ValueError, match=r"correct and total must|number of correct predictions"):
         AccuracyMatrix(np.array(correct), np.array(total))
 
 
-# ------------------------------------------------------------------------------------------------------ single figures
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {},
+        {"correct": [[1]]},
+        {"correct": [[1]], "total": [[1]], "more": 1},
+        {"correct": 1, "total": 1},
+        {"correct": [[1], [1, 2]], "total": [[1], [1, 2]]},
+        {"correct": [[0.5]], "total": [[1]]},
+        {"correct": [["1"]], "total": [[1]]},
+        {"correct": [[True]], "total": [[1]]},
+        {"correct": [[1]], "total": [[2**64]]},
+    ],
+    ids=str,
+)
+def test_what_is_no_matrix_is_refused(counts: dict):
+    with pytest.raises(ValueError, match=r"."):
+        AccuracyMatrix.from_dict(counts)
+
+
+# ------------------------------------------------------------------------------------------------------ single metrics
 
 
 @often

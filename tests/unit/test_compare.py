@@ -34,7 +34,7 @@ methods:
   finetune: {}
   inflora: {method.epsilon: 0.99}
   noproj: {method: inflora, method.rank: 3}
-  joined: {method.name: finetune, stream.joint: true}
+  joint: {method.name: finetune, stream.joint: true}
 seeds: [0, 1, 2]
 baseline: finetune
 """
@@ -52,8 +52,8 @@ def test_a_grid_becomes_cells(tmp_path: Path):
     ]
     assert len(found) == 12
     names = {cell.row.method: cell.config.method["name"] for cell in found}
-    assert names == {"finetune": "finetune", "inflora": "inflora", "noproj": "inflora", "joined": "finetune"}
-    assert {cell.config.stream.joint for cell in found if cell.row.method == "joined"} == {True}
+    assert names == {"finetune": "finetune", "inflora": "inflora", "noproj": "inflora", "joint": "finetune"}
+    assert {cell.config.stream.joint for cell in found if cell.row.method == "joint"} == {True}
     assert [cell.config.method.get("rank") for cell in found if cell.row.method == "noproj"] == [3] * 3
     assert {(cell.config.threads, cell.config.precision, cell.config.stream.tasks) for cell in found} == {
         (1, "fp32", 5)
@@ -88,7 +88,7 @@ def test_trials_see_the_first_tasks_and_validation_data_only(tmp_path: Path):
         "inflora": 4,
         "prototype": 0,
         "noproj": 2,
-        "joined": 2,
+        "joint": 2,
     }
     for cell in [cell for found in trials.values() for cell in found]:
         assert cell.config.evaluation.split == "val"
@@ -105,22 +105,22 @@ def test_trials_see_the_first_tasks_and_validation_data_only(tmp_path: Path):
 def test_a_row_can_stand_for_every_combination(tmp_path: Path):
     text = """\
 methods:
-  finetune: {training.lr: 0.5, each: {consolidation.merging: [none, ema], consolidation.classifier: [local, lda]}}
+  finetune: {training.lr: 0.5, each: {consolidation.merging: [none, ema], consolidation.classifier: [own, lda]}}
   color: {each: {consolidation.merging: [none, ema], training.epochs: [1, 2]}}
-  prototype: {consolidation.classifier: local, each: {consolidation.drift: [none, linear]}}
+  prototype: {consolidation.classifier: own, each: {consolidation.drift: [none, linear]}}
   other: {method: {name: inflora, rank: 3}, each: {method.epsilon: [0.5, 0.75]}}
   lamina: {each: {consolidation.drift: [none, random]}}
-  plain: {method.name: lamina, each: {consolidation.classifier: [local, ncm]}}
-baseline: finetune, merge none, head local
+  plain: {method.name: lamina, each: {consolidation.classifier: [own, ncm]}}
+baseline: finetune, merging none, classifier own
 """
     grid = Grid(write_grid(tmp_path, text))
     assert [row.method for row in grid.rows] == [
-        *(f"finetune, merge {merge}, head {head}" for merge in ("none", "ema") for head in ("local", "lda")),
-        *(f"color, merge none, epochs {epochs}" for epochs in (1, 2)),  # an average does not go with it
+        *(f"finetune, merging {merging}, classifier {kind}" for merging in ("none", "ema") for kind in ("own", "lda")),
+        *(f"color, merging none, epochs {epochs}" for epochs in (1, 2)),  # merging does not go with it
         "prototype, drift none",  # without statistics there is nothing to move
         *(f"other, epsilon {epsilon}" for epsilon in (0.5, 0.75)),
         *(f"lamina, drift {drift}" for drift in ("none", "random")),  # it has a classifier of its own, said or not
-        *(f"plain, head {head}" for head in ("local", "ncm")),
+        *(f"plain, classifier {kind}" for kind in ("own", "ncm")),
     ]
     assert [grid.cells(row, {})[0].config.consolidation.drift for row in grid.rows[-2:]] == ["none", "linear+local"]
     configs = [grid.cells(row, {})[0].config for row in grid.rows[:-4]]
@@ -246,10 +246,13 @@ def test_a_cell_depends_on_the_code_that_can_change_its_result(tmp_path: Path, m
 
     try:
         assert (
-            changed("engine/loop.py") == changed("methods/base.py") == changed("config.py") == ["finetune", "inflora"]
+            changed("engine/loop.py")
+            == changed("methods/base.py")
+            == changed("config/schema.py")
+            == ["finetune", "inflora"]
         )
         assert changed("methods/inflora.py") == ["inflora"]
-        for name in ("cli.py", "progress.py", "report/page.py", "compare/study.py", "methods/__init__.py"):
+        for name in ("cli/app.py", "record.py", "report/page.py", "compare/study.py", "methods/__init__.py"):
             assert changed(name) == [], name
     finally:
         cells._bare.cache_clear()
@@ -390,7 +393,7 @@ def test_settings_are_chosen_first_and_only_what_is_not_done_is_run(tmp_path: Pa
     assert told.lines[1].startswith(
         "[1/8] grid/finetune/search/training.lr=0.001: average accuracy on validation 60.0%, 10 s"
     )
-    assert told.lines[-1].startswith("[12/12] grid/joined/seed2: final accuracy 62.0%, 10 s")
+    assert told.lines[-1].startswith("[12/12] grid/joint/seed2: final accuracy 62.0%, 10 s")
     again = study(tmp_path)
     assert {listed.state for listed in again.listing()} == {"done"}
     again.work(2, told, start)
@@ -443,8 +446,8 @@ def test_other_code_is_another_cell_unless_it_is_kept(tmp_path: Path, monkeypatc
     assert "Trials of the search made with other code than this one: all." in text
     study(tmp_path, only="*/inflora/*").work(1, Told(), start)
     text = table.block(study(tmp_path, keep_code=True).content("x"))
-    assert re.search(r"this one \(lamina 0[^)]*\): 3 of `finetune`, 3 of `noproj`, 3 of `joined`\.", text)
-    assert "search made with other code than this one: 2 of `finetune`, 2 of `noproj`, 2 of `joined`." in text
+    assert re.search(r"this one \(lamina 0[^)]*\): 3 of `finetune`, 3 of `noproj`, 3 of `joint`\.", text)
+    assert "search made with other code than this one: 2 of `finetune`, 2 of `noproj`, 2 of `joint`." in text
     study(tmp_path).work(1, Told(), start)
     assert len(start.started) == 40
     assert "other code" not in table.block(study(tmp_path, keep_code=True).content("x"))
@@ -476,12 +479,22 @@ def test_a_file_of_records_stands_for_runs_that_are_gone(tmp_path: Path, monkeyp
     assert {listed.state for listed in kept.listing()} == {"done"}
 
 
-@pytest.mark.parametrize("text", ["no json", "[1, 2]", "{}"])
-def test_what_is_no_file_of_records_is_refused(tmp_path: Path, text: str):
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("no json", "not a file of records"),
+        ("[1, 2]", "not a file of records"),
+        ("{}", "not a file of records"),
+        ('{"cell": "a-b-c"}', "line 1, is damaged: it must hold a record"),
+        ('{"cell": "a-b-c", "format": 1}', "line 1, has format 1, and this version of lamina reads format 2"),
+        ('{"cell": "a-b-c", "format": 2, "name": 3}', "line 1, is damaged: name = 3"),
+    ],
+)
+def test_what_is_no_file_of_records_is_refused(tmp_path: Path, text: str, why: str):
     records = tmp_path / "grid.jsonl"
     records.write_text(text)
     with pytest.raises(
-        RunError, match=r"grid.jsonl: no file of records .* Give the file that an earlier --records wrote"
+        RunError, match=rf"grid.jsonl[:,] {re.escape(why)}.* Give the file that an earlier --records wrote"
     ):
         study(tmp_path, records=records)
 
@@ -512,16 +525,16 @@ def test_the_table_says_what_the_runs_say(tmp_path: Path):
         + " | ".join(["71.0 ± 1.0"] * 3 + ["0.0 ± 0.0", "71.0 ± 1.0", "50.0 ± 0.0", "+10.0 [+10.0, +10.0]", "3"])
         + " |"
     )
-    assert "| `joined` | – | 61.0 ± 1.0 | – | – | – | – | 0.0 [0.0, 0.0] | 3 |" in text
+    assert "| `joint` | – | 61.0 ± 1.0 | – | – | – | – | 0.0 [0.0, 0.0] | 3 |" in text
     assert "| `inflora` | 10 | 1.20 k | 3.40 k | 0 B | 524 MB |" in text
     assert "With 3 pairs it is the range from the smallest difference to the largest." in text
-    assert "75 % of the time" in text
+    assert "with probability 75 %, not 95 %" in text
     for part in (
         "No test example was used",
         "    lamina compare grid.yaml",
         "title: Made up",
         "abacus",
-        "mean over tasks j",
+        "accuracy after the last task, averaged over tasks",
     ):
         assert part in text
     html = page.read_text()
@@ -587,8 +600,8 @@ def test_a_row_that_is_not_like_the_others_says_so(tmp_path: Path):
         "- `inflora`: its search had 4 trials, where most had 2.",
         "- `prototype` took no part in the search.",
         "- `noproj` did not learn the same examples as `finetune`",
-        "- `joined` learns all tasks at once",
-        "One pair of runs says nothing about spread",
+        "- `joint` learns all tasks at once",
+        "One pair of runs has no spread, so there is no interval.",
     ):
         assert note in told, note
     assert "| `inflora` | 73.0 | 73.0 | 73.0 | 0.0 | 73.0 | 50.0 | +10.0 | 1 |" in told

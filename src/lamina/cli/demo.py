@@ -11,6 +11,7 @@ from lamina.cli.tables import print_records
 
 if TYPE_CHECKING:
     from lamina.config import RunConfig
+    from lamina.record import Record
 
 SETTINGS: dict[str, Any] = {
     "data.source": "digits",
@@ -48,10 +49,10 @@ def demo(
     records = []
     for number, (name, tuned) in enumerate(METHODS.items(), 1):
         config = runs.load_config(None, [*SETTINGS.items(), *tuned.items()])
-        record = _run_or_resume(config, out / name.replace(" + ", "-").lower(), name) | {"name": name}
-        figures, seconds = record["metrics"], record["cost"]["seconds"]["total"]
+        record = _run_or_resume(config, out / name.replace(" + ", "-").lower(), name).model_copy(update={"name": name})
         print(
-            f"{number}/{len(METHODS)} {name}: final accuracy {figures['final_accuracy']:.1%}, {seconds:.0f} s",
+            f"{number}/{len(METHODS)} {name}: final accuracy {record.metrics.final_accuracy:.1%}, "
+            f"{record.cost.total_seconds or 0.0:.0f} s",
             flush=True,
         )
         records.append(record)
@@ -60,7 +61,7 @@ def demo(
     print(f"\nOpen the report: {page.resolve()}")
 
 
-def _run_or_resume(config: "RunConfig", where: Path, name: str) -> dict[str, Any]:
+def _run_or_resume(config: "RunConfig", where: Path, name: str) -> "Record":
     from lamina import runs
 
     with Watcher(name, brief=True) as watch:

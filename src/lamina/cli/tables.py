@@ -3,11 +3,14 @@
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from lamina.record import Record
 
 WIDTH = 100
 """Columns where there is no terminal."""
@@ -28,17 +31,17 @@ def print_table(
     Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else WIDTH).print(table)
 
 
-def print_records(records: Iterable[dict[str, Any]]) -> None:
+def print_records(records: "Iterable[Record]") -> None:
     """Print the figures of finished runs, a row each."""
     rows = [
         (
-            record["name"],
-            f"{record['metrics']['final_accuracy']:.1%}",
-            f"{record['metrics']['average_accuracy']:.1%}",
-            f"{record['metrics']['forgetting']:.1%}",
-            f"{record['metrics']['task_aware_accuracy']:.1%}",
-            f"{record['cost']['seconds']['total']:.0f}",
-            f"{record['cost']['trainable_parameters']:,}",
+            record.name,
+            f"{record.metrics.final_accuracy:.1%}",
+            f"{record.metrics.average_accuracy:.1%}",
+            f"{record.metrics.forgetting:.1%}",
+            f"{record.metrics.task_aware_accuracy:.1%}",
+            f"{record.cost.total_seconds or 0.0:.0f}",
+            f"{record.cost.trainable_parameters or 0:,}",
         )
         for record in records
     ]
@@ -46,7 +49,7 @@ def print_records(records: Iterable[dict[str, Any]]) -> None:
     print_table(("method", "final accuracy", "average", "forgetting", "task-aware", "seconds", "trained"), rows)
 
 
-def print_summary(record: dict[str, Any], where: Path) -> None:
+def print_summary(record: "Record", where: Path) -> None:
     """Print the figures of a finished run, and where its record and report lie."""
     print_records([record])
     print(f"\nRecord: {where / 'results.json'}\nOpen the report: {(where / 'report.html').resolve()}")

@@ -10,8 +10,8 @@ CELLS/METHOD-WHAT-CODE/
 
 WHAT is a hash of the settings that decide the result, the content of the data and that of the backbone's files; CODE one of
 the code that can change the result. So a run whose settings, data, weights or code changed has another directory, and the
-old one is kept. Nothing else is written down of which runs are done: a finished one has its record, in its directory or
-in a file of records, which holds what a table needs of many runs and is small enough to be kept beside it.
+old one is kept. A run is finished when its record is there: in its directory, or in a file of records, which holds what a
+table needs of many runs and is small enough to be kept beside it.
 """
 
 import ast
@@ -30,17 +30,18 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import lamina
-from lamina import __version__, backbones, report, runs
+from lamina import __version__, backbones, record, runs
 from lamina import config as configuration
 from lamina.config import RunConfig
 from lamina.data import Source
 from lamina.engine import checkpoint
 from lamina.errors import RunError
 from lamina.methods import METHODS
+from lamina.record import Record
 from lamina.runs.side_by_side import Process
 
 PACKAGE = Path(lamina.__file__).parent
-WITHOUT_EFFECT = frozenset({"__init__.py", "cli", "report", "compare", "methods"})
+WITHOUT_EFFECT = frozenset({"__init__.py", "record.py", "cli", "report", "compare", "methods"})
 """Code that no result depends on. Of the methods, a run depends on its own file and on base.py: methods never import each
 other."""
 LAST_LINES = 12
@@ -52,7 +53,7 @@ State = Literal["new", "begun", "failed", "done"]
 class Place:
     """The directory of a cell."""
 
-    def __init__(self, folder: Path, noted: dict[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, noted: Record | None = None) -> None:
         """noted: its record in a file of records, if it is there."""
         self.folder, self.noted = folder, noted
         self.run, self.log, self.config = folder / "run", folder / "log.txt", folder / "config.yaml"
@@ -60,7 +61,7 @@ class Place:
 
     @property
     def state(self) -> State:
-        if self.noted or (self.run / "results.json").exists():
+        if self.noted or (self.run / record.FILE).exists():
             return "done"
         if self._failed.exists():
             return "failed"
@@ -70,10 +71,10 @@ class Place:
     def failure(self) -> str:
         return self._failed.read_text(encoding="utf-8") if self._failed.exists() else ""
 
-    def record(self) -> dict[str, Any]:
-        """Of the finished run; where it is only noted, as much of it as a table needs."""
-        if (self.run / "results.json").exists() or self.noted is None:
-            return report.read_record(self.run)
+    def record(self) -> Record:
+        """Returns the record of the finished run; where it is only noted, the part of it that a table needs."""
+        if (self.run / record.FILE).exists() or self.noted is None:
+            return record.read(self.run)
         return self.noted
 
     def begin(self, config: RunConfig, identity: dict[str, Any]) -> None:
@@ -164,13 +165,13 @@ class Store:
         same = f"{identity['method']}-{_what(identity)}-*"
         names = {path.name for path in self.folder.glob(same)} | set(fnmatch.filter(self.noted, same))
         done = [place for name in sorted(names) if (place := self._place(name)).state == "done"]
-        return max(done, key=lambda place: str(place.record()["created"]), default=None)
+        return max(done, key=lambda place: place.record().created or "", default=None)
 
     def note(self, places: Iterable[Place]) -> None:
         """Write the records of these finished runs into the file of records, beside those it has."""
         assert self.records is not None
-        self.noted |= {place.folder.name: told_by_table(place.record()) for place in places}
-        lines = [json.dumps({"cell": name} | record) + "\n" for name, record in sorted(self.noted.items())]
+        self.noted |= {place.folder.name: place.record().for_table() for place in places}
+        lines = [json.dumps({"cell": name} | noted.to_json()) + "\n" for name, noted in sorted(self.noted.items())]
         self.records.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.replace_text(self.records, "".join(lines))
 
@@ -189,37 +190,20 @@ class Store:
         return note.read_text(encoding="utf-8")
 
 
-def told_by_table(record: dict[str, Any]) -> dict[str, Any]:
-    """The part of a run's record that tables and searches read."""
-    kept = (
-        "format",
-        "name",
-        "created",
-        "code",
-        "machine",
-        "backbone",
-        "matrix",
-        "task_aware",
-        "task_inference_accuracy",
-        "metrics",
-    )
-    found = {key: record[key] for key in (*kept, "cost")}
-    found["method"] = {"name": record["method"]["name"]}
-    found["stream"] = {key: record["stream"][key] for key in ("data", "scenario", "fingerprint")}
-    config = record["config"]
-    return found | {"config": {"stream": {"joint": config["stream"]["joint"]}, "evaluation": config["evaluation"]}}
-
-
-def read_records(file: Path) -> dict[str, dict[str, Any]]:
-    """By the name of the cell. Raises RunError where it is no file of records."""
+def read_records(file: Path) -> dict[str, Record]:
+    """Returns the records of a file by the name of their cell. Raises RunError where it is no file of records."""
+    remedy = "Give the file that an earlier --records wrote, or a name that is free."
+    found = {}
     try:
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        return {record.pop("cell"): record for record in records}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"{file}: no file of records ({type(error).__name__}: {error}). Give the file that an earlier --records wrote, "
-            "or a name that is free."
-        ) from error
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            content = json.loads(line)
+            cell = content.pop("cell")
+            found[cell] = Record.from_json(content, f"{file}, line {number},")
+    except RunError as error:
+        raise RunError(f"{error} {remedy}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(f"{file}: not a file of records ({type(error).__name__}: {error}). {remedy}") from error
+    return found
 
 
 def code_hash(method: str) -> str:

@@ -12,9 +12,10 @@ from lamina import config as configuration
 from lamina.compare import table
 from lamina.compare.cells import Place, Start, State, Store, start_here
 from lamina.compare.grid import Cell, Grid, Row
+from lamina.compare.rows import RowRuns, Run, Trial
 from lamina.compare.work import Job, Watch, work
 from lamina.errors import ConfigError, LaminaError
-from lamina.maths import metrics
+from lamina.record import Record
 from lamina.runs import with_whole_paths
 from lamina.runs.side_by_side import why
 
@@ -169,7 +170,7 @@ class Study:
         for row in self.grid.rows:
             cells = [(cell, self.place(cell)) for cell in self.table_cells(row)]
             trials = [(cell, self.place(cell)) for cell in self.grid.trials(row)]
-            rows[row] = table.RowRuns(
+            rows[row] = RowRuns(
                 runs=[self._run(c, p) for c, p in cells if p.state == "done"],
                 planned=len(self.grid.settings.seeds) * len(self.grid.settings.orders),
                 trials=[self._trial(c, p) for c, p in trials],
@@ -180,12 +181,12 @@ class Study:
             self.store.note(done)
         return table.content(self.grid, rows, command)
 
-    def _run(self, cell: Cell, place: Place) -> table.Run:
-        return table.Run(cell.seed, cell.order, place.record(), str(place.folder), self._is_older(cell, place))
+    def _run(self, cell: Cell, place: Place) -> Run:
+        return Run(cell.seed, cell.order, place.record(), str(place.folder), self._is_older(cell, place))
 
-    def _trial(self, cell: Cell, place: Place) -> table.Trial:
+    def _trial(self, cell: Cell, place: Place) -> Trial:
         found = score(place.record()) if place.state == "done" else None
-        return table.Trial(dict(cell.tried or {}), found, place.state == "failed", self._is_older(cell, place))
+        return Trial(dict(cell.tried or {}), found, place.state == "failed", self._is_older(cell, place))
 
     def _is_older(self, cell: Cell, place: Place) -> bool:
         return self.store.place(with_whole_paths(cell.config)).folder != place.folder
@@ -234,8 +235,8 @@ class _Progress:
             self._note(cell, job.place)
             what, value = "average accuracy on validation", score(record)
             if cell.tried is None:
-                what, value = "final accuracy", record["metrics"]["final_accuracy"]
-            self.viewer.say(f"{done}{what} {value:.1%}, {record['cost']['seconds']['total']:.0f} s{self._still()}")
+                what, value = "final accuracy", record.metrics.final_accuracy
+            self.viewer.say(f"{done}{what} {value:.1%}, {duration(record.cost.total_seconds or 0.0)}{self._still()}")
         elif code is None:
             self.outcome.not_started.append(job.name)
         else:
@@ -251,7 +252,7 @@ class _Progress:
         self.viewer.show(len(self.cells) - len(self.left), len(self.cells), self.remaining(), lines)
 
     def _note(self, cell: Cell, place: Place) -> None:
-        if (spent := place.record()["cost"]["seconds"]["total"]) is not None:
+        if (spent := place.record().cost.total_seconds) is not None:
             self.seconds.setdefault((cell.row, cell.tried is not None), []).append(spent)
 
     def remaining(self) -> float | None:
@@ -281,6 +282,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def score(record: Mapping[str, Any]) -> float:
-    """What the search compares. Of a row that learns all tasks at once it is the final accuracy."""
-    return metrics.average_accuracy(metrics.AccuracyMatrix.from_dict(record["matrix"]))
+def score(record: Record) -> float:
+    """Returns what the search compares: the average accuracy, which is the final accuracy in joint training."""
+    return record.metrics.average_accuracy

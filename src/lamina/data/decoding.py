@@ -72,7 +72,11 @@ def nearly_black(payload: Payload, pixels: NDArray[np.uint8]) -> bool:
     if not isinstance(payload, bytes) or pixels.max() > _NEARLY_BLACK:
         return False
     with _opened(payload) as image:
-        codes = [tile.args if isinstance(tile.args, str) else str(tile.args[0]) for tile in image.tile if tile.args]
+        codes = [
+            tile.args if isinstance(tile.args, str) else str(tile.args[0])
+            for tile in getattr(image, "tile", ())
+            if tile.args
+        ]
         return image.mode.startswith("I") or any(";16" in code for code in codes)
 
 

@@ -185,7 +185,13 @@ def _splits(parent: Folder, folders: Sequence[Folder]) -> list[tuple[int, Folder
 def _is_class_named_train(folder: Folder, beside: Sequence[Folder]) -> bool:
     """A train is a thing too: a folder of images with other folders beside it that are no splits."""
     others = [split_of(other.name) is None for other in beside if other is not folder]
-    return folder.name.lower() == "train" and bool(folder.images) and not folder.folders and len(others) > 1 and all(others)
+    return (
+        folder.name.lower() == "train"
+        and bool(folder.images)
+        and not folder.folders
+        and len(others) > 1
+        and all(others)
+    )
 
 
 def _splits_by_one_word(parent: Folder, folders: Sequence[Folder]) -> list[tuple[int, Folder]]:

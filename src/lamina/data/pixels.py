@@ -63,7 +63,9 @@ class PixelStore:
         if self.alike_nhwc is not None:
             return self.alike_nhwc[k]
         height, width = self.sizes_n2[k]
-        return self._flat[self._starts_n[k] : self._starts_n[k] + 3 * height * width].reshape(height, width, 3)
+        start: int = self._starts_n[k]
+        found: NDArray[np.uint8] = self._flat[start : start + 3 * height * width].reshape(height, width, 3)
+        return found
 
     @cached_property
     def _flat(self) -> NDArray[np.uint8]:

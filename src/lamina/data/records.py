@@ -21,6 +21,7 @@ from lamina.types import SPLITS, Ints
 Kind = Literal["image", "text"]
 Payload: TypeAlias = bytes | NDArray[np.uint8] | str
 
+
 @dataclass(frozen=True, kw_only=True)
 class Columns:
     """Which column of a table holds what."""
@@ -180,8 +181,8 @@ def split_ids(values: Sequence[Any], where: Callable[[int], str]) -> Ints:
     """Positions in SPLITS (n,), from names or positions. Raises DataError naming the first row with neither."""
     found = [split_of(value) if isinstance(value, str) else value for value in values]
     for row, split in enumerate(found):
-        whole = type(split) is int or (isinstance(split, Integral) and not isinstance(split, bool | np.bool_))
-        if not whole or not 0 <= int(split) < len(SPLITS):
+        whole = isinstance(split, Integral) and not isinstance(split, bool | np.bool_)
+        if not whole or split not in range(len(SPLITS)):
             raise DataError(
                 f"{where(row)} has the split {shown(repr(values[row]))}; allowed are {', '.join(SPLIT_NAMES)}."
                 " Rename it, or leave the row out"

@@ -54,7 +54,9 @@ class TableItems:
     def _inside(part: Part, path: str) -> Path:
         """A path that a table names. Only regular files below the table's own folder are ever read."""
         if "\0" in path:
-            raise DataError(f"{part.name} names the file {shown(path)!r}, which no file can be called. Correct the table")
+            raise DataError(
+                f"{part.name} names the file {shown(path)!r}, which no file can be called. Correct the table"
+            )
         found = (part.folder / path).resolve()
         if not found.is_relative_to(part.folder.resolve()):
             raise DataError(
@@ -139,7 +141,9 @@ def _read_parquet(file: Path, kind: Kind | None, columns: Columns) -> tuple[pa.T
         complete = columns.label in present and any(payload in present for payload in payloads)
         table = pq.read_table(file, columns=present, memory_map=True) if complete else schema.empty_table()
     except (pa.ArrowException, OSError, RecursionError) as error:
-        raise DataError(f"{file} cannot be read as Parquet ({line_of(error)}). Fetch or write the file again") from error
+        raise DataError(
+            f"{file} cannot be read as Parquet ({line_of(error)}). Fetch or write the file again"
+        ) from error
     return table, _names_in_schema(file, schema, columns.label)
 
 
@@ -164,7 +168,9 @@ def from_parts(
     for part in parts:
         _require(part, payload, kind)
         _require(part, columns.label, "label")
-    parts = [replace(part, table=_plain(part, (payload, columns.label, columns.domain, columns.split))) for part in parts]
+    parts = [
+        replace(part, table=_plain(part, (payload, columns.label, columns.domain, columns.split))) for part in parts
+    ]
     for part in parts:
         _check_payload(part, payload, kind)
     starts = np.cumsum([0, *(len(part.table) for part in parts)])
@@ -330,7 +336,7 @@ def _is_pair(found: pa.DataType) -> bool:
         return False
     content, path = found.field("bytes").type, found.field("path").type
     binary = pa.types.is_binary(content) or pa.types.is_large_binary(content) or pa.types.is_null(content)
-    return binary and (pa.types.is_string(path) or pa.types.is_large_string(path) or pa.types.is_null(path))
+    return bool(binary and (pa.types.is_string(path) or pa.types.is_large_string(path) or pa.types.is_null(path)))
 
 
 def _values(parts: list[Part], column: str) -> list[Any]:

@@ -14,7 +14,7 @@ Shape letters: n examples, d width of the features (of several blocks side by si
 o outputs, i inputs of a linear layer.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,17 @@ MERGED = "merging"
 class Consolidation:
     """Consolidation around one method. Raises MethodError where the method cannot be combined with the settings."""
 
+    remeasures: ClassVar[bool] = False
+    """Whether old examples are at hand; only in experiments."""
+
     def __init__(self, config: ConsolidationConfig, method: Method[Any]) -> None:
         self.config, self.method = config, method
         self.memory: dict[str, Tensor] = {}
+        if config.drift == "remeasured" and not self.remeasures:
+            raise MethodError(
+                "consolidation.drift = 'remeasured' measures old classes on old examples, which are gone: it is a diagnosis of "
+                "benchmarks/lattice.py only. Choose none, linear or linear+local."
+            )
         for part, why in method.refuses:
             value, default = getattr(config, part), type(config).model_fields[part].default
             if value != default:
@@ -66,7 +74,7 @@ class Consolidation:
         """Before the method's own `begin`."""
         if not learner.head.tasks:
             return
-        if self.config.drift != "none":
+        if self.config.drift not in ("none", "remeasured"):
             self.memory["before"] = self.features_of(learner, batches)[0]
         if self.config.merging != "none":
             self.memory |= {f"deployed/{name}": update_of(site).float().cpu() for name, site in learner.sites.items()}
@@ -135,14 +143,10 @@ class Consolidation:
     def compensated(self, learner: Learner, old: Statistics, before_nd: Tensor | None, after_nd: Tensor) -> Statistics:
         """Returns the older outputs' statistics under M_t. before_nd, after_nd: features of the new examples under M_{t-1}
         and M_t."""
-        if self.config.drift == "remeasured":
-            raise MethodError(
-                "consolidation.drift = 'remeasured' measures old classes on old examples, which are gone: it is a diagnosis "
-                "of benchmarks/lattice.py only. Choose none, linear or linear+local."
-            )
-        if before_nd is None or self.config.drift == "none":
+        kind = self.config.drift
+        if before_nd is None or kind == "none" or kind == "remeasured":
             return old
-        return drift.compensated(old, before_nd, after_nd, self.config.drift, self.generator("shift"))[0]
+        return drift.compensated(old, before_nd, after_nd, kind, self.generator("shift"))[0]
 
     def fitted(self, statistics: Statistics, real: tuple[Tensor, Tensor]) -> classifiers.Classifier:
         """Returns the classifier of all outputs. real: features and outputs of the examples at hand."""

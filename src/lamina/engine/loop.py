@@ -176,11 +176,11 @@ class Loop:
         if self.position.task in self.trained:
             self._take(task)
         else:
-            self._descend(task, steps)
+            self.descend(task, steps)
         check_finite(self.learner.trainable(), f"trained parameters of task {task.name!r}", self.training.lr)
         return Position(self.position.task, "end", steps)
 
-    def _descend(self, task: Task, steps: int) -> None:
+    def descend(self, task: Task, steps: int) -> None:
         """The remaining training steps of a task."""
         parameters = self.learner.trainable()
         later = self.position.task > 0

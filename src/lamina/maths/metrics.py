@@ -201,7 +201,8 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
 
 
 def negative_flips(before_n: Ints, after_n: Ints, labels_n: Ints) -> float:
-    """Returns the share of examples that are correct before an update and wrong after it (Yan et al., CVPR 2021). Shapes (n,)."""
+    """Returns the share of examples that are correct before an update and wrong after it. Shapes (n,). Yan et al., CVPR
+    2021."""
     return float(np.mean((before_n == labels_n) & (after_n != labels_n))) if len(labels_n) else 0.0
 
 

@@ -1,5 +1,5 @@
-"""The report: run records in, one self-contained HTML page out."""
+"""The report: records of runs in, one self-contained HTML page out."""
 
-from lamina.report.page import RECORD_FORMAT, read_record, render, template, write, write_text
+from lamina.report.page import render, template, write, write_text
 
-__all__ = ["RECORD_FORMAT", "read_record", "render", "template", "write", "write_text"]
+__all__ = ["render", "template", "write", "write_text"]

@@ -23,7 +23,7 @@ from lamina.runs import directory, side_by_side
 from lamina.runs.directory import Begun, begun, locked
 from lamina.runs.environment import now
 from lamina.runs.record import record_of
-from lamina.runs.setup import Setup, Watch
+from lamina.runs.setup import MakeLoop, Setup, Watch
 from lamina.runs.signals import stop_on_signals
 from lamina.speed import keeping_memory
 from lamina.types import Batch, Examples, Split, Task
@@ -48,8 +48,8 @@ class Measured:
         return self.task_aware_correct / self.total
 
 
-def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None) -> Record:
-    """Run in a new directory, from the start to the end. Returns the record.
+def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None, *, make_loop: MakeLoop = Loop) -> Record:
+    """Run in a new directory, from the start to the end. Returns the record. make_loop: another loop, for experiments.
 
     Raises RunError where the directory holds something already or lies inside the data; DataError, BackboneError, ConfigError
     or MethodError where the run cannot begin (nothing is left behind then); Interrupted when asked to stop by SIGINT or
@@ -58,7 +58,7 @@ def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None) -> Reco
     directory.refuse_used(out)
     directory.refuse_inside_data(out, config.data.source)
     setup = Setup(directory.with_whole_paths(config), None, watch)
-    loop = setup.loop(out)
+    loop = setup.loop(out, make_loop)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -70,11 +70,17 @@ def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None) -> Reco
 
 
 def resume(
-    out: Path, watch: Watch = lambda *_: None, jobs: int | None = None, source: str | None = None
+    out: Path,
+    watch: Watch = lambda *_: None,
+    jobs: int | None = None,
+    source: str | None = None,
+    *,
+    make_loop: MakeLoop = Loop,
 ) -> Record:
     """Continue a run from its newest whole checkpoint. Returns the record, at once if the run is finished.
 
     jobs: tasks trained in parallel from now on; None: as before. source: where the same data lies now; None: where it lay.
+    make_loop: the one the run began with.
     Raises RunError where the directory is not a run or in use, CheckpointError where its state is damaged or belongs to
     other data, weights or settings.
     """
@@ -87,7 +93,7 @@ def resume(
         start = begun(out)
         config = _moved(start.config, source)
         setup = Setup(config.model_copy(update={"jobs": jobs or config.jobs}), start.environment, watch)
-        loop = _loop(setup, start, out)
+        loop = _loop(setup, start, out, make_loop)
         if source is not None:
             directory.begin(out, setup)  # for later commands, and the processes of the run
         return _work(setup, loop, out, watch)
@@ -152,7 +158,7 @@ def _moved(config: RunConfig, source: str | None) -> RunConfig:
     )
 
 
-def _loop(setup: Setup, start: Begun, out: Path) -> Loop:
+def _loop(setup: Setup, start: Begun, out: Path, make_loop: MakeLoop = Loop) -> Loop:
     """Returns the loop of a run that has begun. Raises CheckpointError naming what has changed in its data."""
     if start.source["stream"] != setup.stream.fingerprint:
         changed = data.difference(start.source["data"]["classes"], setup.source["classes"])
@@ -160,7 +166,7 @@ def _loop(setup: Setup, start: Begun, out: Path) -> Loop:
             f"{out}: the data at {setup.config.data.source} is not the data this run began with: {changed}. Restore it, or "
             f"start a new run."
         )
-    return setup.loop(out)
+    return setup.loop(out, make_loop)
 
 
 def _refuse_damaged(out: Path, fall_back: bool) -> None:

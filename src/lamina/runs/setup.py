@@ -26,6 +26,8 @@ from lamina.types import LabelledData
 
 Watch = Callable[[Stream | None, Event], None]
 """Is told the progress. There is no stream yet while data is loaded."""
+MakeLoop = Callable[..., Loop]
+"""Called with the arguments of `Loop`."""
 
 
 def load_config(file: Path | None, overrides: list[tuple[str, Any]]) -> RunConfig:
@@ -90,14 +92,14 @@ class Setup:
                 "--set stream.validation=0.2"
             )
 
-    def loop(self, out: Path) -> Loop:
+    def loop(self, out: Path, make_loop: MakeLoop = Loop) -> Loop:
         """Returns a new loop whose checkpoints lie in the directory `out`."""
         config = self.config
         dtype = precision.DTYPES[self.environment.precision]
         learner = Learner(self.backbone, config.backbone.targets, config.backbone.blocks, dtype, self.device)
         self.accelerated = accelerate(learner)
         method: Method[Any] = self.method(self.settings, len(self.stream))
-        return Loop(
+        return make_loop(
             learner=learner,
             method=method,
             stream=self.stream,

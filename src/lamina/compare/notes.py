@@ -1,0 +1,83 @@
+"""What stands beneath a table: nothing is left out silently. A row with missing runs, runs of older code, another stream or a
+search of its own says so."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from lamina.compare import stats
+from lamina.compare.rows import RowRuns
+from lamina.compare.stats import Difference
+from lamina.record import Record
+from lamina.report.text import count, percent
+
+
+def notes_of(rows: Mapping[str, RowRuns], gains: Sequence[Difference], baseline: str | None) -> list[str]:
+    """Returns the notes of one stream. gains: the differences from the baseline that are known."""
+    return [*_row_notes(rows, baseline), *_code_notes(rows), *_difference_notes(gains)]
+
+
+def code_of(record: Record) -> str:
+    """Returns the code that made a run, in words."""
+    if record.code is None:
+        return "unknown"
+    return f"lamina {record.code.version}" + (f", commit {record.code.commit}" if record.code.commit else "")
+
+
+def _row_notes(rows: Mapping[str, RowRuns], baseline: str | None) -> Iterable[str]:
+    usual_row = baseline or next(iter(rows))
+    streams = {(run.seed, run.order): run.record.stream.fingerprint for run in rows[usual_row].runs}
+    searched = [len(row.trials) for row in rows.values() if row.trials]
+    usual = statistics.mode(searched) if searched else 0
+    for name, row in rows.items():
+        if missing := row.planned - len(row.runs):
+            yield f"`{name}`: {count(missing, 'run')} of {row.planned} missing."
+        if any(run.joint for run in row.runs):
+            yield (
+                f"`{name}` learns all tasks at once. It has one task, so only its micro accuracy can be compared; its "
+                "difference is one of micro accuracies."
+            )
+        elif any(
+            streams.get((r.seed, r.order), r.record.stream.fingerprint) != r.record.stream.fingerprint for r in row.runs
+        ):
+            yield f"`{name}` did not learn the same examples as `{usual_row}`: their difference is not due to the method alone."
+        if usual and not row.trials:
+            yield f"`{name}` took no part in the search."
+        elif len(row.trials) != usual:
+            yield f"`{name}`: its search had {count(len(row.trials), 'trial')}, where most had {usual}."
+
+
+def _code_notes(rows: Mapping[str, RowRuns]) -> Iterable[str]:
+    older = {name: [run for run in row.runs if run.older] for name, row in rows.items()}
+    trials = {name: sum(trial.older for trial in row.trials) for name, row in rows.items()}
+
+    def named(counts: Mapping[str, int], totals: Iterable[int]) -> str:
+        whole = sum(counts.values()) == sum(totals)
+        return "all" if whole else ", ".join(f"{number} of `{name}`" for name, number in counts.items() if number)
+
+    if any(older.values()):
+        code = sorted({code_of(run.record) for runs in older.values() for run in runs})
+        found = named({name: len(runs) for name, runs in older.items()}, (len(row.runs) for row in rows.values()))
+        yield f"Runs made with other code than this one ({'; '.join(code)}): {found}."
+    if any(trials.values()):
+        found = named(trials, (len(row.trials) for row in rows.values()))
+        yield f"Trials of the search made with other code than this one: {found}."
+
+
+def _difference_notes(gains: Sequence[Difference]) -> Iterable[str]:
+    if not gains:
+        return
+    pairs = min(gain.pairs for gain in gains)
+    if pairs == 1:
+        yield "One pair of runs has no spread, so there is no interval. Use more seeds."
+        return
+    yield (
+        "In brackets: 95 % percentile bootstrap interval of the mean difference over pairs of runs with the same seed and "
+        f"class order ({'all resamples' if pairs <= stats.EXACT else f'{stats.DRAWS:,} resamples'})."
+    )
+    if pairs <= stats.EXACT:
+        what = "is the range from the smallest difference to the largest" if pairs <= 3 else "is coarse"
+        covered = percent(stats.coverage_bound(pairs), 0)
+        yield (
+            f"With {pairs} pairs it {what}. That range covers the mean of symmetric differences with probability {covered}, "
+            "not 95 %. Use more seeds for a surer interval."
+        )

@@ -1,0 +1,147 @@
+"""Rows of a table: the runs of one method on one stream, their means and spreads.
+
+Every figure is a function of a run's counts, or of its record's costs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lamina.compare import stats
+from lamina.compare.stats import Difference
+from lamina.record import Record
+from lamina.report.text import DASH, known, scaled, signed
+
+ACCURACIES = {
+    "final_accuracy": "Final accuracy",
+    "final_accuracy_micro": "Micro accuracy",
+    "average_accuracy": "Average accuracy",
+    "forgetting": "Forgetting",
+    "task_aware_accuracy": "Task-aware",
+    "task_inference_accuracy": "Task inference",
+}
+COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "seconds": ("Seconds", lambda v: f"{v:,.0f}"),
+    "trainable_parameters": ("Trainable", scaled),
+    "stored_parameters": ("Stored", scaled),
+    "memory_bytes": ("Memory kept", lambda v: scaled(v, "B")),
+    "peak_memory_mb": ("Peak memory", lambda v: scaled(v * 2**20, "B")),
+}
+COST_DEFINITIONS = {
+    "seconds": "the whole run on the machine named below, loading and evaluation included",
+    "trainable_parameters": "parameters trained in the last task, its head outputs included",
+    "stored_parameters": "parameters kept after the last task to go on learning and to predict, without the frozen backbone",
+    "memory_bytes": "what else the method keeps from task to task",
+    "peak_memory_mb": "peak memory of the process of the run",
+}
+ONLY_JOINT = "final_accuracy_micro"
+"""The one metric of joint training: the others are about tasks, of which it has one."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of a row."""
+
+    seed: int
+    order: int | None
+    record: Record
+    folder: str
+    older: bool
+    """Made with other code than this."""
+
+    @property
+    def joint(self) -> bool:
+        return self.record.stream.joint
+
+    @property
+    def figures(self) -> dict[str, float | None]:
+        found, cost = asdict(self.record.metrics), self.record.cost
+        accuracies = {key: found[key] if not self.joint or key == ONLY_JOINT else None for key in ACCURACIES}
+        costs = {"seconds": cost.total_seconds} | {key: getattr(cost, key) for key in COSTS if key != "seconds"}
+        return {key: value if known(value) else None for key, value in (accuracies | costs).items()}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the search tried, and its score on validation data; None where it is not done or has failed."""
+
+    settings: Mapping[str, Any]
+    score: float | None
+    failed: bool
+    older: bool = False
+    """Made with other code than this."""
+
+
+@dataclass(frozen=True)
+class RowRuns:
+    runs: Sequence[Run]
+    planned: int
+    trials: Sequence[Trial] = ()
+    chosen: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row as it is shown."""
+
+    name: str
+    accuracies: list[str]
+    costs: list[str]
+    record: dict[str, Any]
+    """The same for programs."""
+
+
+def line_of(name: str, row: RowRuns, gain: Difference | None, baseline: str | None) -> Line:
+    """Returns a row as it is shown. gain: over the baseline, if there is one."""
+    values: dict[str, list[float]] = {key: [] for key in (*ACCURACIES, *COSTS)}
+    for run in row.runs:
+        for key, value in run.figures.items():
+            if value is not None:
+                values[key].append(value)
+    spread = {key: stats.mean_and_spread(found) if found else (None, None) for key, found in values.items()}
+    texts = [_spread_text(*spread[key]) for key in ACCURACIES]
+    if baseline:
+        texts.append("baseline" if name == baseline else _gain_text(gain))
+    costs = [DASH if (mean := spread[key][0]) is None else write(mean) for key, (_, write) in COSTS.items()]
+    texts.append(str(len(row.runs)) if len(row.runs) == row.planned else f"{len(row.runs)} of {row.planned}")
+    record = {
+        "name": name,
+        "method": row.runs[0].record.method.name if row.runs else None,
+        "chosen": row.chosen,
+        "figures": {key: {"mean": m, "std": s, "values": values[key]} for key, (m, s) in spread.items()},
+        "difference": vars(gain) if gain else None,
+        "trials": [vars(trial) for trial in row.trials],
+        "runs": [
+            {"seed": run.seed, "order": run.order, "cell": run.folder, "older_code": run.older, "figures": run.figures}
+            for run in row.runs
+        ],
+        "planned": row.planned,
+    }
+    return Line(name, texts, costs, record)
+
+
+def difference(ours: Sequence[Run], theirs: Sequence[Run]) -> Difference | None:
+    """Returns the paired difference in final accuracy; in micro accuracy where either is joint training."""
+    key = ONLY_JOINT if any(run.joint for run in [*ours, *theirs]) else "final_accuracy"
+
+    def by_run(runs: Sequence[Run]) -> dict[tuple[int, int | None], float]:
+        return {(run.seed, run.order): value for run in runs if (value := run.figures[key]) is not None}
+
+    return stats.paired(by_run(ours), by_run(theirs))
+
+
+def _spread_text(mean: float | None, deviation: float | None) -> str:
+    if mean is None:
+        return DASH
+    return signed(f"{100 * mean:.1f}") + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+
+
+def _gain_text(gain: Difference | None) -> str:
+    if gain is None:
+        return DASH
+
+    def text(value: float) -> str:
+        return signed(f"{100 * value:+.1f}") if round(100 * value, 1) else "0.0"
+
+    bracket = "" if gain.low is None or gain.high is None else f" [{text(gain.low)}, {text(gain.high)}]"
+    return text(gain.mean) + bracket
