@@ -9,7 +9,6 @@ they are those of the direct run too; its peak of memory is not known.
 
 import dataclasses
 import hashlib
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -23,11 +22,12 @@ from lamina.config import ConsolidationConfig, RunConfig
 from lamina.engine import checkpoint
 from lamina.engine.consolidate import Consolidation
 from lamina.engine.loop import Loop
-from lamina.errors import CheckpointError, ConfigError, RunError
+from lamina.errors import RunError
 from lamina.learner import Learner
 from lamina.maths.class_statistics import Statistics, concatenated, of_features
 from lamina.methods.base import Method, local_labels
 from lamina.record import Record
+from lamina.runs.directory import begun
 from lamina.types import Batch, Task
 
 CHAIN = "chain"
@@ -150,7 +150,7 @@ def replay(chain: Path, config: RunConfig, out: Path, memo: Memo | None = None) 
     differs in more than consolidation and evaluation.
     """
     config = runs.with_whole_paths(config)
-    kept = _config_of(chain)
+    kept = begun(chain).config
     same = {"consolidation": kept.consolidation, "evaluation": kept.evaluation}
     if config.model_copy(update=same) != kept or config.consolidation.init != kept.consolidation.init:
         raise RunError(
@@ -161,13 +161,5 @@ def replay(chain: Path, config: RunConfig, out: Path, memo: Memo | None = None) 
         raise RunError(f"{chain} cannot be replayed: it is not finished, or kept no chain. Make it with chains.create.")
     found = runs.create(config, out, make_loop=partial(ReplayingLoop, chain=chain, memo=memo))
     found = found.model_copy(update={"cost": found.cost.model_copy(update={"peak_memory_mb": None})})
-    checkpoint.replace_text(out / record.FILE, json.dumps(found.to_json(), indent=1) + "\n")
+    record.write(found, out)
     return found
-
-
-def _config_of(chain: Path) -> RunConfig:
-    try:
-        content = checkpoint.read_json(chain / "config.json")
-        return runs.load_config(None, list(content.items()))
-    except (CheckpointError, ConfigError) as error:
-        raise RunError(f"{chain} cannot be replayed: its settings cannot be read: {error}") from error

@@ -1,6 +1,5 @@
 """Comparisons without training: runs that are made up, with records as real ones have them."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -9,7 +8,7 @@ from typing import IO
 
 import numpy as np
 
-from lamina import runs
+from lamina import record, runs
 from lamina.compare.cells import Place, Process
 from lamina.config import RunConfig
 from lamina.maths.metrics import AccuracyMatrix
@@ -94,7 +93,7 @@ class MadeUp:
             place.log.write_text("==== \nit begins\nerror: the loss is nan\n")
             return Ended(2)
         place.run.mkdir(exist_ok=True)
-        (place.run / "results.json").write_text(json.dumps(record_of(config, accuracy).to_json()))
+        record.write(record_of(config, accuracy), place.run)
         return Ended(0)
 
 

@@ -303,12 +303,12 @@ def read(run_directory: Path) -> Record:
             f"{run_directory} holds no {FILE}. If its run was interrupted, go on with `lamina resume {run_directory}`; "
             "otherwise it is not a run directory."
         )
-    content = read_json(path)
-    if content.get("format") == FORMAT:  # older formats have no checksum
-        try:
+    try:
+        content = read_json(path)
+        if content.get("format") == FORMAT:  # older formats have no checksum
             content = read_checked(path)
-        except RunError as error:
-            raise RunError(f"{error} `lamina resume {run_directory}` writes it anew.") from error
+    except RunError as error:
+        raise RunError(f"{error} `lamina resume {run_directory}` writes it anew.") from error
     return Record.from_json(content, str(path))
 
 

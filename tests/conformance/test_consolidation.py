@@ -48,7 +48,7 @@ on_every_method = pytest.mark.parametrize("name", sorted(METHODS))
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_fsync", lambda _: None)
+    monkeypatch.setattr(checkpoint, "fsync", lambda _: None)
 
 
 def loop_with(name: str, folder: Path, way: str | dict[str, Any], world: World = HOME, **more: Any) -> Loop:

@@ -221,7 +221,7 @@ def cost(loop: Loop, step: int) -> Cost:
 @pytest.fixture(scope="module")
 def costs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[int, Cost]]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_fsync", lambda _: None)
+        patch.setattr(checkpoint, "fsync", lambda _: None)
         return cache(lambda name: costs_of(name, tmp_path_factory.mktemp(name)))
 
 

@@ -50,7 +50,7 @@ Walks = Callable[[str, World], Trail]
 def _no_waiting_for_the_disk():
     """Power cuts have their own tests (tests/unit/test_checkpoint.py); here the processes die, not the machine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_fsync", lambda _: None)
+        patch.setattr(checkpoint, "fsync", lambda _: None)
         yield
 
 

@@ -57,7 +57,7 @@ on_every_method = pytest.mark.parametrize(("name", "world"), EVERY, ids=lambda v
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_fsync", lambda _: None)
+    monkeypatch.setattr(checkpoint, "fsync", lambda _: None)
 
 
 def finished(name: str, world: World, folder: Path, device: Literal["cpu", "cuda"], **how: Any) -> Loop:

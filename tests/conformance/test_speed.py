@@ -42,7 +42,7 @@ both_precisions = pytest.mark.parametrize("precision", PRECISIONS)
 
 @pytest.fixture(autouse=True)
 def _two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(checkpoint, "_fsync", lambda _: None)
+    monkeypatch.setattr(checkpoint, "fsync", lambda _: None)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield

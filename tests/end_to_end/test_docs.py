@@ -49,7 +49,7 @@ def trail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> laws.Walks:
 def test_the_example_of_a_method_obeys_the_laws(
     trail: laws.Walks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(laws.checkpoint, "_fsync", lambda _: None)
+    monkeypatch.setattr(laws.checkpoint, "fsync", lambda _: None)
     laws.test_it_is_one_file_that_bears_its_name("anchored")
     laws.test_every_setting_is_explained_has_a_default_and_cannot_be_changed("anchored")
     laws.test_its_record_is_complete_and_plain_json("anchored")

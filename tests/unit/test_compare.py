@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 from tests.grids import MadeUp, Told, write_grid
 
+from lamina import record
 from lamina.cli.progress import GridWatcher
 from lamina.compare import Study, cells, table
 from lamina.compare.cells import Place, Store, bare, code_hash
@@ -134,7 +135,7 @@ baseline: finetune, merging none, classifier own
     bad = problems(write_grid(tmp_path, "methods: {finetune: {each: {seed: 3}}}"))
     assert "methods.finetune.each = {'seed': 3}: must be settings, each with a list of values" in bad[0]
     bad = problems(write_grid(tmp_path, "methods: {color: {consolidation.merging: ema}}"))
-    assert "consolidation.merging = 'ema' does not go with color: an expert is chosen per input" in bad[0]
+    assert "consolidation.merging = 'ema' does not go with color: adapters are selected per input" in bad[0]
 
 
 def problems(file: Path) -> list[str]:
@@ -560,9 +561,9 @@ def test_a_cost_that_is_not_known_is_left_out(tmp_path: Path):
     found.content("")
     shutil.rmtree(tmp_path / "cells")
     noted = [json.loads(line) for line in records.read_text().splitlines()]
-    for record in noted:
-        record["cost"] |= {"seconds": {"total": None}, "peak_memory_mb": None}
-    records.write_text("".join(json.dumps(record) + "\n" for record in noted[1:]))
+    for line in noted:
+        line["cost"] |= {"seconds": {"total": None}, "peak_memory_mb": None}
+    records.write_text("".join(json.dumps(line) + "\n" for line in noted[1:]))
     found, told, start = study(tmp_path, GRID, records=records), Told(), MadeUp(accuracies)
     found.work(1, told, start)
     assert len(start.started) == 1, "the one that is not in the records"
@@ -590,8 +591,9 @@ def test_a_row_that_is_not_like_the_others_says_so(tmp_path: Path):
     def started(place: Place, lock: IO[str]) -> object:
         process = MadeUp(accuracies)(place, lock)
         if "noproj" not in place.folder.name and "rank: 3" in place.config.read_text():
-            path = place.run / "results.json"
-            path.write_text(path.read_text().replace("ffffffff", "eeeeeeee"))
+            made = record.read(place.run)
+            other = made.stream.model_copy(update={"fingerprint": "eeeeeeee"})
+            record.write(made.model_copy(update={"stream": other}), place.run)
         return process
 
     found.work(1, Told(), started)

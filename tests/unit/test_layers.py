@@ -14,7 +14,7 @@ ROOT = Path(lamina.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 LEVELS = (
     ("errors", "types"),
-    ("rng",),
+    ("rng", "files"),
     ("maths", "config", "data", "backbones", "adapters"),
     ("learner", "record"),
     ("methods", "report"),

@@ -97,17 +97,22 @@ def test_a_run_directory_gives_its_record_or_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=re.escape(f"`lamina resume {tmp_path}`")):
         record.read(tmp_path)
     path = tmp_path / "results.json"
-    for damaged in ('{"format": 2,', "[]", '{"format": 2}', "\xff", "[" * 100_000):
+    for damaged in ('{"format": 2,', "[]", "\xff", "[" * 100_000):
         path.write_bytes(damaged.encode("latin-1"))
-        with pytest.raises(
-            RunError, match=r"results\.json is damaged.* Remove it and write it anew with `lamina resume"
-        ):
+        with pytest.raises(RunError, match=r"results\.json is damaged.* `lamina resume .*` writes it anew"):
             record.read(tmp_path)
+    path.write_text('{"format": 2}', encoding="utf-8")
+    with pytest.raises(RunError, match=r"results\.json has no sha256.* `lamina resume .*` writes it anew"):
+        record.read(tmp_path)
+    record.write(Record.from_json(content(), "made up"), tmp_path)
+    path.write_text(path.read_text(encoding="utf-8").replace('"created": "2', '"created": "1'), encoding="utf-8")
+    with pytest.raises(RunError, match=r"does not fit its sha256.* `lamina resume .*` writes it anew"):
+        record.read(tmp_path)
     for other in (1, 9):
         path.write_text(json.dumps(content() | {"format": other}), encoding="utf-8")
         with pytest.raises(
             RunError, match=f"has format {other}, and this version of lamina reads format 2. Use the version"
         ):
             record.read(tmp_path)
-    path.write_text(json.dumps(content()), encoding="utf-8")
+    record.write(Record.from_json(content(), "made up"), tmp_path)
     assert record.read(tmp_path) == Record.from_json(content(), "made up")

@@ -61,7 +61,8 @@ class PixelStore:
     def image(self, k: int) -> NDArray[np.uint8]:
         """Image k, (h, w, 3), not copied."""
         if self.alike_nhwc is not None:
-            return self.alike_nhwc[k]
+            one: NDArray[np.uint8] = self.alike_nhwc[k]
+            return one
         height, width = self.sizes_n2[k]
         start: int = self._starts_n[k]
         found: NDArray[np.uint8] = self._flat[start : start + 3 * height * width].reshape(height, width, 3)

@@ -80,6 +80,6 @@ def test_another_run_cannot_be_replayed(chains: ModuleType, tmp_path: Path) -> N
     (tmp_path / "direct" / "results.json").unlink()
     with pytest.raises(RunError, match="not finished"):
         chains.replay(tmp_path / "direct", config_of(**WAY), tmp_path / "other")
-    with pytest.raises(RunError, match="settings cannot be read"):
+    with pytest.raises(RunError, match="is not a run"):
         chains.replay(tmp_path / "nowhere", config_of(**WAY), tmp_path / "other")
     assert not (tmp_path / "other").exists()
