@@ -127,7 +127,7 @@ def _named(payload: bytes) -> str:
         # Some answer with a sentence, where support for the format is missing.
         if accept is not None and accept(payload[:_HEAD]) is True and name not in FORMATS:
             return f"it is of the format {name}; allowed are {', '.join(FORMATS)}. Convert it to PNG"
-    return f"it is of none of the formats {', '.join(FORMATS)}, or of a variant that is not supported"
+    return f"it is none of {', '.join(FORMATS)}, or a variant that is not supported"
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -247,19 +247,21 @@ def _are_domains(top: Folder) -> bool:
 
 
 def _refuse_domains_in_splits(top: Folder, found: list[ClassFolder]) -> None:
-    outer = {each.folder.name: each.folder for each in found if each.folder.nested > len(each.folder.images)}
-    if _shared(list(outer.values())):
+    outer = [each.folder for each in found if each.folder.nested > len(each.folder.images)]
+    if _shared(outer):
         raise DataError(
-            f"{top.at}: in the folders of splits, the folders {_named(list(outer.values()))} hold folders of the same names:"
-            " domains of classes, or classes in parts; it cannot be told. Lay domains out as DOMAIN/SPLIT/CLASS, or put"
-            " the images of a class into its folder"
+            f"{top.at}: in the folders of splits, the folders {_named(outer)} hold folders of the same names: domains of"
+            " classes, or classes in parts; it cannot be told. Lay domains out as DOMAIN/SPLIT/CLASS, or put the images of a"
+            " class into its folder"
         )
 
 
 def _shared(outer: Sequence[Folder]) -> bool:
-    """Whether these folders hold several names of folders, one of them more than once."""
-    names = [clean(inner.name, f"folder {inner.path!a}") for folder in outer for inner in folder.folders]
-    return 1 < len(set(names)) < len(names)
+    """Whether these folders hold several names of folders, one of them below more than one name."""
+    pairs = {
+        (folder.name, clean(inner.name, f"folder {inner.path!a}")) for folder in outer for inner in folder.folders
+    }
+    return 1 < len({inner for _, inner in pairs}) < len(pairs)
 
 
 def _named(folders: Sequence[Folder]) -> str:

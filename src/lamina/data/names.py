@@ -50,17 +50,19 @@ def shown(text: str, most: int = _SHOWN) -> str:
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
-    """The first few names, separated by commas."""
+    """The first few names, separated by commas; those with a space at an end in quotation marks."""
     few = list(names)
-    return ", ".join(map(shown, few[:most])) + (", ..." if len(few) > most else "")
+    told = (shown(name) if name == name.strip() else repr(shown(name)) for name in few[:most])
+    return ", ".join(told) + (", ..." if len(few) > most else "")
 
 
 def alike(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """Groups of names that differ only in case, white space or invisible characters, in the order of the names."""
+    """Groups of names that differ only in case, white space, invisible characters or leading zeros, in their order."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
         seen = (sign for sign in unicodedata.normalize("NFKC", name) if unicodedata.category(sign) != "Cf")
-        groups[" ".join("".join(seen).casefold().split())].append(name)
+        key = " ".join("".join(seen).casefold().split())
+        groups[key.lstrip("0") or "0" if key.isdecimal() else key].append(name)
     return [tuple(group) for group in groups.values() if len(group) > 1]
 
 

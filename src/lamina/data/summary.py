@@ -33,7 +33,7 @@ def count(n: int, noun: str) -> str:
 def notes(source: Source) -> list[str]:
     """One sentence for each group of names that look alike."""
     return [
-        f"{role} {' and '.join(repr(shown(name)) for name in group)} differ only in case or space"
+        f"{role} {' and '.join(repr(shown(name)) for name in group)} differ only in case, space or leading zeros"
         for role, names in (("classes", source.class_names), ("domains", source.domain_names))
         for group in alike(names)
     ]

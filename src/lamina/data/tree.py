@@ -72,8 +72,7 @@ class Leftovers:
 
     def found(self) -> tuple[LeftOut, ...]:
         return tuple(
-            LeftOut(reason, len(paths), tuple(sorted(paths)[:_EXAMPLES]))
-            for reason, paths in sorted(self.paths.items())
+            LeftOut(reason, len(paths), tuple(sorted(paths)[:_EXAMPLES])) for reason, paths in sorted(self.paths.items())
         )
 
 
@@ -95,16 +94,15 @@ def scan(root: Path) -> tuple[Folder, Leftovers]:
 class _Scan:
     root: Path
     left: Leftovers
-    followed: set[Path] = field(default_factory=set)
+    followed: set[tuple[int, int]] = field(default_factory=set)
+    """Device and number of every folder that was reached through a link."""
 
-    def folder(self, at: Path, path: str, depth: int) -> Folder:
+    def folder(self, at: Path, path: str, depth: int, *, linked: bool = False) -> Folder:
         try:
             with os.scandir(at) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
-            raise DataError(
-                f"folder {at} cannot be listed ({error.strerror}). Make it readable, or remove it"
-            ) from error
+            raise DataError(f"folder {at} cannot be listed ({error.strerror}). Make it readable, or remove it") from error
         images, folders = [], []
         for entry in entries:
             below = f"{path}/{entry.name}" if path else entry.name
@@ -112,7 +110,7 @@ class _Scan:
             if state is None:
                 continue
             if stat.S_ISDIR(state.st_mode):
-                inner = self._inner(entry, below, depth)
+                inner = self._inner(entry, below, depth, state, linked=linked)
                 if inner is not None:
                     folders.append(inner)
             elif not stat.S_ISREG(state.st_mode):
@@ -134,17 +132,21 @@ class _Scan:
             self.left.add("broken links and files that cannot be reached", below)
             return None
 
-    def _inner(self, entry: os.DirEntry[str], below: str, depth: int) -> Folder | None:
+    def _inner(
+        self, entry: os.DirEntry[str], below: str, depth: int, state: os.stat_result, *, linked: bool
+    ) -> Folder | None:
         at = Path(entry.path)
+        identity = (state.st_dev, state.st_ino)
         if entry.is_symlink():
-            real = at.resolve()
-            known = any(
-                real.is_relative_to(other) or other.is_relative_to(real) for other in (self.root, *self.followed)
-            )
-            if known:
-                self.left.add("links to folders that are read already", below)
-                return None
-            self.followed.add(real)
+            linked, real = True, at.resolve()
+            around = real.is_relative_to(self.root) or self.root.is_relative_to(real)
+        else:
+            around = False
+        if around or (linked and identity in self.followed):
+            self.left.add("links to folders that are read already", below)
+            return None
+        if linked:
+            self.followed.add(identity)
         if depth >= _DEEPEST:
             self.left.add(f"folders more than {_DEEPEST} deep", below)
             return None
@@ -152,7 +154,7 @@ class _Scan:
             self.left.add("runs of lamina", below)
             return None
         before = self._count("runs of lamina")
-        folder = self.folder(at, below, depth + 1)
+        folder = self.folder(at, below, depth + 1, linked=linked)
         # `runs/` is where the runs go unless another folder is named.
         if not folder.holds and self._count("runs of lamina") > before:
             return None
