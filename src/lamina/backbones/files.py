@@ -128,6 +128,8 @@ def read_headers(files: Sequence[Path]) -> dict[str, Header]:
         try:
             with safe_open(file, framework="pt") as stored:
                 for name in stored.keys():  # noqa: SIM118 - not a dict
+                    if not re.fullmatch(r"[\w.:/-]+", name):  # transformers takes names for patterns
+                        raise BackboneError(f"{file}: {name!r} is not the name of a tensor; download it again")
                     part = stored.get_slice(name)
                     if part.get_dtype() not in _STORED_TYPES:
                         raise BackboneError(

@@ -233,6 +233,13 @@ def test_weights_that_are_not_finite_are_named(vit_folder: Path, value: float):
         load(str(vit_folder))
 
 
+@pytest.mark.parametrize("name", ["layer(norm", "(a+)+$", "a b", ""])
+def test_names_that_are_none_are_refused(vit_folder: Path, name: str):
+    change(vit_folder, lambda t: t.update({name: torch.ones(2)}))
+    with pytest.raises(BackboneError, match="is not the name of a tensor"):
+        load(str(vit_folder))
+
+
 def test_quantised_weights_are_refused(vit_folder: Path):
     change(vit_folder, lambda t: t.update({"layernorm.weight": torch.ones(32, dtype=torch.int8)}))
     with pytest.raises(BackboneError, match=r"layernorm\.weight is stored as I8; quantised weights are not supported"):
