@@ -72,14 +72,14 @@ class Measured(Loop):
         super().__init__(**settings)
         self.wanted, self.predicted = wanted, predicted
         self.points: list[Point] = []
-        self.steps: list[float] = []
+        self.step_times: list[float] = []
         self.begin_and_end = 0.0
 
     def save(self) -> None:
         """Does nothing after a phase: 800 checkpoints of up to 200 tasks would take too long."""
 
     def _begin(self, task: Task) -> Position:
-        self.steps, self.begin_and_end = [], 0.0
+        self.step_times, self.begin_and_end = [], 0.0
         measured = self.position.task + 1 in self.wanted
         self.training = self.training.model_copy(update={"epochs": EPOCHS if measured else 1})
         started = time.process_time()
@@ -96,7 +96,7 @@ class Measured(Loop):
     def _step(self, *arguments: Any) -> float:
         started = time.process_time()
         loss = super()._step(*arguments)
-        self.steps.append(time.process_time() - started)
+        self.step_times.append(time.process_time() - started)
         return loss
 
     def _evaluate(self, task: Task) -> Position:  # noqa: ARG002
@@ -108,7 +108,7 @@ class Measured(Loop):
 
     @property
     def step_seconds(self) -> float | None:
-        return float(np.median(self.steps[WARM_UP:])) if self.steps else None
+        return float(np.median(self.step_times[WARM_UP:])) if self.step_times else None
 
     def point(self) -> Point:
         def predict() -> None:
