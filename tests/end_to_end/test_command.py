@@ -17,8 +17,9 @@ from lamina.methods import METHODS
 
 COMMANDS = ("demo", "run", "resume", "evaluate", "report", "compare", "methods", "data")
 RECORD = (
-    *("format", "name", "created", "method", "config", "stream", "backbone", "machine", "code", "matrix", "task_aware"),
-    *("task_inference_accuracy", "metrics", "classes", "cost", "lineage", "losses", "skipped", "notes"),
+    *("sha256", "format", "name", "created", "method", "config", "stream", "source", "backbone", "machine", "code"),
+    *("matrix", "task_aware", "task_inference_accuracy", "metrics", "classes", "cost", "lineage", "losses", "skipped"),
+    "notes",
 )
 """The keys of results.json."""
 
@@ -68,17 +69,28 @@ def test_every_command_explains_itself(lamina: Command, command: str) -> None:
         assert shown.count("lamina run") >= 3, "examples"
 
 
-def test_methods(lamina: Command) -> None:
+def test_the_methods_fit_one_screen(lamina: Command) -> None:
     listed = lamina("methods").out
-    assert re.findall(r"^\w+$", listed, re.MULTILINE)[:2] == ["lamina", "inflora"]
-    assert "fits: class" in listed
-    assert "growth: two copies of the adapter's size however many the tasks" in listed
-    assert "operations grow: a step not at all; an answer, which is two passes, by the distances" in listed
-    one = lamina("methods", "inflora").out
-    for part in ("InfLoRA", "CVPR", "rank = 10", "Departures from the paper", "operations grow:"):
-        assert part in one
-    assert "consolidation.classifier = lda" in lamina("methods", "lamina").out
+    lines = listed.splitlines()
+    assert len(lines) <= 60
+    assert max(map(len, lines)) <= 100
+    titles = ("method", "paper", "stored examples", "task count", "new per task", "cost grows in", "use it for")
+    assert all(word in plain(lines[0] + lines[1]) for title in titles for word in title.split())
+    named = [line.split()[0] for line in lines[1:] if line[:1].isalpha()]
+    assert set(METHODS) <= set(named)
     assert "Did you mean 'inflora'?" in lamina.refused("methods", "inflra")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_method_in_detail(lamina: Command, name: str) -> None:
+    shown = lamina("methods", name).out
+    method = METHODS[name]
+    for part in (method.paper.title, method.paper.link, method.advice, method.needs.storage, method.needs.cost):
+        assert part in shown
+    for key, field in method.config_type.model_fields.items():
+        assert f"  {key} = {field.get_default()}" in shown
+    for key in method.config_type.around:
+        assert f"  {key} = " in shown
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
@@ -161,7 +173,7 @@ def test_a_folder_of_images_from_data_to_report(lamina: Command, tmp_path: Path)
     for task, correct, count in zip(("task-01", "task-02"), right, total, strict=True):
         assert re.search(rf"{task}\s+{correct / count:.1%}\s.*\s{count}\s", measured.out)
     assert lamina("evaluate", "run", "--split", "train").code == 0
-    assert "no task is learnt yet, or none has val examples" in lamina.refused("evaluate", "run", "--split", "val")
+    assert "no finished task has val examples" in lamina.refused("evaluate", "run", "--split", "val")
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != "lock"}
     again = lamina("resume", "run")

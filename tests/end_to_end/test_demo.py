@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tests.end_to_end.conftest import Command
 
-from lamina import cli
+from lamina.cli import demo, tables
 
 
 def run_demo(lamina: Command, out: Path) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def run_demo(lamina: Command, out: Path) -> dict[str, Any]:
 
 def test_demo_in_short(lamina: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {"training.epochs": 1, "data.per_class": 20, "evaluation.per_class": 10}.items():
-        monkeypatch.setitem(cli.DEMO_SETTINGS, key, value)
+        monkeypatch.setitem(demo.SETTINGS, key, value)
     run_demo(lamina, tmp_path / "demo")
 
 
@@ -48,7 +48,7 @@ def test_demo_shows_forgetting_and_its_cure(lamina: Command, tmp_path: Path) -> 
 def test_the_table_fits_a_narrow_terminal_however_long_a_run_was(capsys: pytest.CaptureFixture[str]) -> None:
     names = ("final_accuracy", "average_accuracy", "forgetting", "task_aware_accuracy")
     cost = {"seconds": {"total": 123456.7}, "trainable_parameters": 123456}
-    cli._table([{"name": "prototype", "metrics": dict.fromkeys(names, 1.0), "cost": cost}])
+    tables.print_records([{"name": "prototype", "metrics": dict.fromkeys(names, 1.0), "cost": cost}])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert len(lines) == 2
     assert all(len(line) <= 80 for line in lines)
