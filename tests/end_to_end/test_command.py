@@ -280,3 +280,34 @@ def test_long_decoding_is_told(lamina: Command, tmp_path: Path, monkeypatch: pyt
     loading = [event.done for stream, event in told if stream is None and event.phase == "load"]
     assert loading
     assert loading[-1] == 12
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_printed_as_they_are(lamina: Command, tmp_path: Path) -> None:
+    """Square brackets are rich's markup, which would fail or vanish."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    domains = ("[/photo]", "[red]ink", "[old]")
+    files = sorted(paint(tmp_path / "photos", 2, 8).rglob("*.png"))
+    rows = [(file.read_bytes(), f"[b]{file.parent.name}", domain) for domain in domains for file in files]
+    columns = dict(zip(("image", "label", "domain"), map(list, zip(*rows, strict=True)), strict=True))
+    pq.write_table(pa.table(columns), tmp_path / "all.parquet")
+    arguments = ("run", "--data", "all.parquet", "--scenario", "domain", "--method", "prototype", "--out", "run")
+    said = lamina(*arguments, *QUICK)
+    assert said.code == 0, said.err
+    assert "task 1/3 [/photo]: [b]class0, [b]class1" in said.err
+    measured = lamina("evaluate", "run").out
+    assert all(re.search(rf"^{re.escape(domain)} +\d", measured, re.MULTILINE) for domain in domains)
+
+
+def test_what_was_found_is_told_at_the_start_and_recorded(lamina: Command, tmp_path: Path) -> None:
+    paint(tmp_path / "photos", 3, 5)
+    said = lamina("run", "--data", "photos", "--tasks", 3, "--method", "prototype", "--out", "run", *QUICK)
+    assert "prototype: photos: 15 images, 3 classes" in said.err
+    assert said.err.index("15 images") < said.err.index("task 1/3 task-01: class0 (4 training examples)")
+    source = json.loads((tmp_path / "run" / "results.json").read_text())["source"]
+    assert source["splits"] == {"train": 12, "val": 0, "test": 3}
+    assert source["classes"] == {f"class{n}": {"train": 4, "val": 0, "test": 1} for n in range(3)}
