@@ -10,21 +10,28 @@ from tests.end_to_end.conftest import Command
 from lamina.cli import demo, tables
 
 
+DIRECTORIES = {"finetune": "finetune", "inflora": "inflora", "frozen + LDA": "frozen-LDA", "lamina": "lamina"}
+
+
 def run_demo(lamina: Command, out: Path) -> dict[str, Any]:
     """The figures of each method, after a look at what is said and written."""
     said = lamina("demo", "--out", out)
     assert said.code == 0, said.err
     page = out / "report.html"
     assert page.is_file()
-    assert f"Open the report: {page}" in said.out
+    lines = said.out.splitlines()
+    assert "minutes" in lines[0]
+    assert lines[-1] == f"Open the report: {page}"
     for title in ("method", "final accuracy", "forgetting"):
         assert title in said.out
     measured = {}
-    for method in ("finetune", "prototype", "inflora", "lamina"):
-        record = json.loads((out / method / "results.json").read_text())
-        measured[method] = record["metrics"]
-        assert f"{measured[method]['final_accuracy']:.1%}" in said.out
-        assert method in page.read_text(encoding="utf-8")
+    for number, (name, directory) in enumerate(DIRECTORIES.items(), 1):
+        record = json.loads((out / directory / "results.json").read_text())
+        measured[name] = record["metrics"]
+        accuracy = f"{measured[name]['final_accuracy']:.1%}"
+        assert lines[number] == f"{number}/4 {name}: final accuracy {accuracy}, {record['cost']['seconds']['total']:.0f} s"
+        assert name in page.read_text(encoding="utf-8")
+    assert "learnt" not in said.err, "one line for each method, no more"
     again = lamina("demo", "--out", out)
     assert again.out == said.out, "a finished demo is shown again"
     return measured
@@ -42,6 +49,7 @@ def test_demo_shows_forgetting_and_its_cure(lamina: Command, tmp_path: Path) -> 
     assert measured["inflora"]["final_accuracy"] >= measured["finetune"]["final_accuracy"] + 0.05
     assert measured["inflora"]["forgetting"] < measured["finetune"]["forgetting"]
     assert measured["lamina"]["final_accuracy"] >= 0.9
+    assert measured["frozen + LDA"]["final_accuracy"] >= 0.9
     assert measured["lamina"]["forgetting"] < 0.05
 
 
