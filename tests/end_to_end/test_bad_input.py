@@ -2,6 +2,7 @@
 what to do."""
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,8 +70,18 @@ def test_a_file_of_another_form(lamina: Command, tmp_path: Path, text: str, told
         ("method=finetun", ["'finetun'", "inflora, finetune", "Did you mean 'finetune'?"]),
         ("training.lr=.inf", ["training.lr = inf", "finite"]),
         ("training.schedule=cosin", ["'cosin'", "'quarter-cosine'", "Did you mean 'cosine'?"]),
-        ("jobs=2", ["jobs = 2", "'lamina'", "cannot be trained side by side", "taskarithmetic, color"]),
+        ("jobs=2", ["jobs = 2", "'lamina'", "cannot be trained in parallel", "taskarithmetic, color"]),
         ("threads=100000", ["threads = 100000", "less than or equal to"]),
+        ("threads=1024", ["threads = 1024: this machine has", f"Allowed are 1 to {4 * (os.cpu_count() or 1)}"]),
+        ("method.rank=1000000000", ["method.rank = 1000000000", "are 192 wide. Allowed are 1 to 192"]),
+        ("backbone.image_size=80000", ["backbone.image_size = 80000: a batch of 8", "this machine has", "At most"]),
+        (
+            "consolidation.random_features=10000000000000",
+            ["random_features = 10000000000000", "GB", "Allowed are 1 to"],
+        ),
+        ("consolidation.class_covariance_rank=10000", ["class_covariance_rank = 10000", "Allowed are 0 to 768"]),
+        ("training.lr=1e300", ["training.lr = 1e+300", "less than or equal to 1000"]),
+        ("consolidation.head=lda", ["consolidation.head = 'lda'", "now called consolidation.classifier"]),
         ("stream.tasks=11", ["stream.tasks = 11", "'digits' has 10 classes", "1 to 10"]),
         ("stream.scenario=domain", ["domain", "two or more", "'digits'"]),
         ("stream.scenario=mixed", ["stream.plan"]),
@@ -83,10 +94,18 @@ def test_a_file_of_another_form(lamina: Command, tmp_path: Path, text: str, told
     ],
 )
 def test_a_setting_that_cannot_be(lamina: Command, tmp_path: Path, setting: str, told: list[str]) -> None:
-    message = lamina.refused(*DIGITS, "--set", setting)
+    extra = ["--classifier=ridge"] if "random_features" in setting else []
+    message = lamina.refused(*DIGITS, *extra, "--set", setting)
     for part in told:
         assert part in message
     assert not (tmp_path / "run").exists(), "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("flag", "new"), [("--joined", "--joint"), ("--merge=ema", "--merging"), ("--head", "--classifier")]
+)
+def test_a_flag_of_an_older_version(lamina: Command, flag: str, new: str) -> None:
+    assert f"{flag.partition('=')[0]} is now called {new}" in lamina.refused(*DIGITS, flag)
 
 
 @pytest.mark.parametrize(
@@ -149,8 +168,14 @@ def test_a_resume_after_the_data_changed(lamina: Command, tmp_path: Path) -> Non
     (tmp_path / "run" / "results.json").unlink()
     pq.write_table(pa.table({"image": images[1:2] + images[1:], "label": labels}), tmp_path / "photos.parquet")
     message = lamina.refused("resume", "run")
-    assert "another stream" in message
-    assert "Restore what changed, or start a new run" in message
+    assert "is not the data this run began with" in message
+    assert "Restore it, or start a new run" in message
+    pq.write_table(pa.table({"image": images[1:], "label": labels[1:]}), tmp_path / "photos.parquet")
+    for command in ("resume", "evaluate"):
+        assert "changed: class0 (test 2, now 1)" in lamina.refused(command, "run")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "photos.parquet").rename(tmp_path / "new" / "photos.parquet")
+    assert "is no longer at" in lamina.refused("resume", "run")
 
 
 # -- backbones --------------------------------------------------------------------------------------------------------
@@ -191,9 +216,10 @@ def test_a_place_for_a_run_that_is_taken(lamina: Command, tmp_path: Path, finish
     (tmp_path / "full" / "thesis.txt").touch()
     (tmp_path / "file").touch()
     for out, told in [
-        ("full", "it is not a run"),
+        ("full", "is not empty and not a run"),
         ("file", "is a file"),
-        (finished, "`lamina resume` goes on with it"),
+        (finished, f"holds a finished run, which `lamina report {finished}` shows"),
+        (copy_unfinished(finished, tmp_path / "half"), "half` continues"),
     ]:
         message = lamina.refused(*DIGITS, "--out", out)
         assert told in message
@@ -274,7 +300,7 @@ def test_a_run_at_work_is_left_alone_and_a_dead_one_is_taken_over(lamina: Comman
     message = lamina.refused("resume", out)
     assert f"process {process.pid} " in message
     assert "in use" in message
-    assert "`lamina resume` goes on with it" in lamina.refused(*DIGITS, "--out", out)
+    assert f"`lamina resume {out}` continues" in lamina.refused(*DIGITS, "--out", out)
     assert newest(out).name == before
     process.kill()
     assert finish(process)[0] == -signal.SIGKILL

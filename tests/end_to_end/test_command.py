@@ -17,8 +17,9 @@ from lamina.methods import METHODS
 
 COMMANDS = ("demo", "run", "resume", "evaluate", "report", "compare", "methods", "data")
 RECORD = (
-    *("format", "name", "created", "method", "config", "stream", "backbone", "machine", "code", "matrix", "task_aware"),
-    *("task_inference_accuracy", "metrics", "classes", "cost", "lineage", "losses", "skipped", "notes"),
+    *("sha256", "format", "name", "created", "method", "config", "stream", "source", "backbone", "machine", "code"),
+    *("matrix", "task_aware", "task_inference_accuracy", "metrics", "classes", "cost", "lineage", "losses", "skipped"),
+    "notes",
 )
 """The keys of results.json."""
 
@@ -68,17 +69,27 @@ def test_every_command_explains_itself(lamina: Command, command: str) -> None:
         assert shown.count("lamina run") >= 3, "examples"
 
 
-def test_methods(lamina: Command) -> None:
+def test_the_methods_fit_one_screen(lamina: Command) -> None:
     listed = lamina("methods").out
-    assert re.findall(r"^\w+$", listed, re.MULTILINE)[:2] == ["lamina", "inflora"]
-    assert "fits: class" in listed
-    assert "growth: two copies of the adapter's size however many the tasks" in listed
-    assert "operations grow: a step not at all; an answer, which is two passes, by the distances" in listed
-    one = lamina("methods", "inflora").out
-    for part in ("InfLoRA", "CVPR", "rank = 10", "Departures from the paper", "operations grow:"):
-        assert part in one
-    assert "consolidation.classifier = lda" in lamina("methods", "lamina").out
+    lines = listed.splitlines()
+    assert len(lines) <= 30
+    assert max(map(len, lines)) <= 110
+    assert all(title in lines[0] for title in ("method", "paper", "examples", "task count", "cost per task"))
+    assert [line.split()[0] for line in lines[2:-2:2]] == [*METHODS]
+    assert [line.strip() for line in lines[3:-2:2]] == [method.advice for method in METHODS.values()]
     assert "Did you mean 'inflora'?" in lamina.refused("methods", "inflra")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_method_in_detail(lamina: Command, name: str) -> None:
+    shown = lamina("methods", name).out
+    method = METHODS[name]
+    for part in (method.paper.title, method.paper.link, method.advice, method.needs.storage, method.needs.cost):
+        assert part in shown
+    for key, field in method.config_type.model_fields.items():
+        assert f"  {key} = {field.get_default()}" in shown
+    for key in method.config_type.around:
+        assert f"  {key} = " in shown
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
@@ -161,7 +172,7 @@ def test_a_folder_of_images_from_data_to_report(lamina: Command, tmp_path: Path)
     for task, correct, count in zip(("task-01", "task-02"), right, total, strict=True):
         assert re.search(rf"{task}\s+{correct / count:.1%}\s.*\s{count}\s", measured.out)
     assert lamina("evaluate", "run", "--split", "train").code == 0
-    assert "no task is learnt yet, or none has val examples" in lamina.refused("evaluate", "run", "--split", "val")
+    assert "no finished task has val examples" in lamina.refused("evaluate", "run", "--split", "val")
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != "lock"}
     again = lamina("resume", "run")
@@ -268,3 +279,34 @@ def test_long_decoding_is_told(lamina: Command, tmp_path: Path, monkeypatch: pyt
     loading = [event.done for stream, event in told if stream is None and event.phase == "load"]
     assert loading
     assert loading[-1] == 12
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_printed_as_they_are(lamina: Command, tmp_path: Path) -> None:
+    """Square brackets are rich's markup, which would fail or vanish."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    domains = ("[/photo]", "[red]ink", "[old]")
+    files = sorted(paint(tmp_path / "photos", 2, 8).rglob("*.png"))
+    rows = [(file.read_bytes(), f"[b]{file.parent.name}", domain) for domain in domains for file in files]
+    columns = dict(zip(("image", "label", "domain"), map(list, zip(*rows, strict=True)), strict=True))
+    pq.write_table(pa.table(columns), tmp_path / "all.parquet")
+    arguments = ("run", "--data", "all.parquet", "--scenario", "domain", "--method", "prototype", "--out", "run")
+    said = lamina(*arguments, *QUICK)
+    assert said.code == 0, said.err
+    assert "task 1/3 [/photo]: [b]class0, [b]class1" in said.err
+    measured = lamina("evaluate", "run").out
+    assert all(re.search(rf"^{re.escape(domain)} +\d", measured, re.MULTILINE) for domain in domains)
+
+
+def test_what_was_found_is_told_at_the_start_and_recorded(lamina: Command, tmp_path: Path) -> None:
+    paint(tmp_path / "photos", 3, 5)
+    said = lamina("run", "--data", "photos", "--tasks", 3, "--method", "prototype", "--out", "run", *QUICK)
+    assert "prototype: photos: 15 images, 3 classes" in said.err
+    assert said.err.index("15 images") < said.err.index("task 1/3 task-01: class0 (4 training examples)")
+    source = json.loads((tmp_path / "run" / "results.json").read_text())["source"]
+    assert source["splits"] == {"train": 12, "val": 0, "test": 3}
+    assert source["classes"] == {f"class{n}": {"train": 4, "val": 0, "test": 1} for n in range(3)}

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 from tests.end_to_end.conftest import Command
 
-from lamina import cli
+from lamina.cli import demo, tables
+
+
+DIRECTORIES = {"finetune": "finetune", "inflora": "inflora", "frozen + LDA": "frozen-LDA", "lamina": "lamina"}
 
 
 def run_demo(lamina: Command, out: Path) -> dict[str, Any]:
@@ -16,15 +19,19 @@ def run_demo(lamina: Command, out: Path) -> dict[str, Any]:
     assert said.code == 0, said.err
     page = out / "report.html"
     assert page.is_file()
-    assert f"Open the report: {page}" in said.out
+    lines = said.out.splitlines()
+    assert "minutes" in lines[0]
+    assert lines[-1] == f"Open the report: {page}"
     for title in ("method", "final accuracy", "forgetting"):
         assert title in said.out
     measured = {}
-    for method in ("finetune", "prototype", "inflora", "lamina"):
-        record = json.loads((out / method / "results.json").read_text())
-        measured[method] = record["metrics"]
-        assert f"{measured[method]['final_accuracy']:.1%}" in said.out
-        assert method in page.read_text(encoding="utf-8")
+    for number, (name, directory) in enumerate(DIRECTORIES.items(), 1):
+        record = json.loads((out / directory / "results.json").read_text())
+        measured[name] = record["metrics"]
+        accuracy = f"{measured[name]['final_accuracy']:.1%}"
+        assert lines[number] == f"{number}/4 {name}: final accuracy {accuracy}, {record['cost']['seconds']['total']:.0f} s"
+        assert name in page.read_text(encoding="utf-8")
+    assert "learnt" not in said.err, "one line for each method, no more"
     again = lamina("demo", "--out", out)
     assert again.out == said.out, "a finished demo is shown again"
     return measured
@@ -32,7 +39,7 @@ def run_demo(lamina: Command, out: Path) -> dict[str, Any]:
 
 def test_demo_in_short(lamina: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {"training.epochs": 1, "data.per_class": 20, "evaluation.per_class": 10}.items():
-        monkeypatch.setitem(cli.DEMO_SETTINGS, key, value)
+        monkeypatch.setitem(demo.SETTINGS, key, value)
     run_demo(lamina, tmp_path / "demo")
 
 
@@ -42,13 +49,14 @@ def test_demo_shows_forgetting_and_its_cure(lamina: Command, tmp_path: Path) -> 
     assert measured["inflora"]["final_accuracy"] >= measured["finetune"]["final_accuracy"] + 0.05
     assert measured["inflora"]["forgetting"] < measured["finetune"]["forgetting"]
     assert measured["lamina"]["final_accuracy"] >= 0.9
+    assert measured["frozen + LDA"]["final_accuracy"] >= 0.9
     assert measured["lamina"]["forgetting"] < 0.05
 
 
 def test_the_table_fits_a_narrow_terminal_however_long_a_run_was(capsys: pytest.CaptureFixture[str]) -> None:
     names = ("final_accuracy", "average_accuracy", "forgetting", "task_aware_accuracy")
     cost = {"seconds": {"total": 123456.7}, "trainable_parameters": 123456}
-    cli._table([{"name": "prototype", "metrics": dict.fromkeys(names, 1.0), "cost": cost}])
+    tables.print_records([{"name": "prototype", "metrics": dict.fromkeys(names, 1.0), "cost": cost}])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert len(lines) == 2
     assert all(len(line) <= 80 for line in lines)

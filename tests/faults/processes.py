@@ -2,25 +2,28 @@
 
 A moment is chosen by looking at what the process has on disk. To be sure of it, the process is halted (SIGSTOP), looked
 at again, and only then killed: what is asserted about a kill is what was true when it happened.
+
+The processes are forked from a server that has imported PyTorch and transformers, and has computed nothing.
 """
 
 import functools
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lamina.engine import checkpoint
 
-Lamina = subprocess.Popen[str]
-_started: list[Lamina] = []
+PRELOADED = ["lamina.runs", "lamina.cli", "transformers.models.vit.modeling_vit", "sklearn.datasets"]
 SMALL = {
     "data.source": "digits",
     "data.per_class": 12,
@@ -42,16 +45,62 @@ SAVED_FILES = 7
 """Files of a checkpoint, the manifest included."""
 
 
+class Lamina:
+    """A `lamina` process at work."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self.folder = Path(tempfile.mkdtemp(prefix="lamina-process-"))
+        self._process = context.Process(target=_main, args=(arguments, self.folder, dict(os.environ)))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    def poll(self) -> int | None:
+        """Its exit code, negative for a signal; None while it is at work."""
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def is_halted(self) -> bool:
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        except FileNotFoundError:
+            return False
+
+    def finish(self, seconds: float) -> tuple[int, str, str]:
+        """Wait for its end: exit code, standard output, standard error."""
+        self._process.join(seconds)
+        assert self._process.exitcode is not None, f"still at work after {seconds} s"
+        said = [(self.folder / name).read_text() for name in ("out", "err")]
+        shutil.rmtree(self.folder)
+        return self._process.exitcode, said[0], said[1]
+
+
+def _main(arguments: list[str], folder: Path, environment: Mapping[str, str]) -> None:
+    """What the process does."""
+    from lamina import cli
+
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+    sys.argv = ["lamina", *arguments]
+    cli.main()
+
+
+_started: list[Lamina] = []
+
+
 def start(*arguments: object) -> Lamina:
     """A `lamina` process at work. `kill_all` ends it where a test fails before it does."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lamina.cli", *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+    process = Lamina([*map(str, arguments)])
     _started.append(process)
     return process
 
@@ -62,13 +111,12 @@ def kill_all() -> None:
         process = _started.pop()
         if process.poll() is None:
             process.kill()
-            process.communicate()
+            process.finish(60)
 
 
 def finish(process: Lamina, seconds: float = 600) -> tuple[int, str, str]:
     """Wait for its end: exit code, standard output, standard error."""
-    out, err = process.communicate(timeout=seconds)
-    return process.returncode, out, err
+    return process.finish(seconds)
 
 
 def lamina(*arguments: object) -> tuple[int, str, str]:
@@ -152,9 +200,9 @@ def halt_at(process: Lamina, out: Path, moment: Moment, seconds: float = 300) ->
             time.sleep(0.001 if moment.files is None else 0.0002)
             continue
         process.send_signal(signal.SIGSTOP)
-        changed = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        if changed is None or changed.si_code != os.CLD_STOPPED:
-            return None
+        while not process.is_halted():
+            if process.poll() is not None:
+                return None
         sight = look(out)
         if sight is not None and moment.has_come(sight):
             return sight

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lamina.cli.tables import print_table
 from lamina.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,20 +19,22 @@ def methods(
     from lamina.methods.base import describe
 
     if name is None:
-        rows = [
+        rows = [("method", "paper", "examples", "task count", "cost per task")]
+        rows += [
             (
                 known,
                 method.paper.venue,
-                f"{method.needs.stored_examples} per class" if method.needs.stored_examples else "none",
+                f"{method.needs.stored_examples}/class" if method.needs.stored_examples else "none",
                 "used" if method.needs.task_count else "-",
-                method.needs.per_task,
                 _cost(method.needs),
-                method.advice,
             )
             for known, method in METHODS.items()
         ]
-        titles = ("method", "paper", "stored examples", "task count", "new per task", "cost grows in", "use it for")
-        print_table(titles, rows, left=len(titles))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        advice = ["when to use it", *(method.advice for method in METHODS.values())]
+        for row, line in zip(rows, advice, strict=True):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            print(f"    {line}")
         print("\n`lamina methods NAME` shows the paper, the requirements and the settings of one method.")
         return
     if name not in METHODS:
@@ -44,9 +45,11 @@ def methods(
 
 
 def _cost(needs: "Needs") -> str:
-    """Returns which operations grow with the number of tasks, in a few words."""
-    growing = [name for name, cost in (("steps", needs.step), ("predictions", needs.prediction)) if cost == "linear"]
-    return ", ".join(growing) or "nothing"
+    """Returns what every task adds: to the storage, and to which operations."""
+    growing = [
+        f"{name} grow" for name, cost in (("steps", needs.step), ("predictions", needs.prediction)) if cost == "linear"
+    ]
+    return "; ".join([needs.per_task, *growing])
 
 
 def _details(facts: dict[str, Any]) -> list[str]:

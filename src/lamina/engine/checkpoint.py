@@ -37,7 +37,7 @@ class Loaded(NamedTuple):
     documents: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
     damaged: dict[Path, str]
-    """The newer ones that were passed over, and what is wrong with each."""
+    """Newer checkpoints that were skipped, and what is wrong with each."""
 
 
 def save(
@@ -45,24 +45,22 @@ def save(
     documents: Mapping[str, Any],
     tensors: Mapping[str, Mapping[str, Tensor]],
     on_step: Callable[[str], None] = lambda _: None,
-    *,
-    number: int | None = None,
 ) -> Path:
-    """Write the next checkpoint and return its directory. documents: JSON by name; tensors: groups of them by name.
-    number: this one instead, in place of one of that number if there is one, and without a limit to how many are kept.
-    on_step is called between the steps, for tests of faults. Raises CheckpointError where it cannot be written, for
-    example because the disk is full; what was there before is untouched then."""
-    keep = KEEP if number is None else None
-    number = number or max(_numbers(folder), default=0) + 1
+    """Write the next checkpoint. Returns its directory.
+
+    documents: JSON by name; tensors: groups of tensors by name. on_step is called between the steps, for tests of faults.
+    Raises CheckpointError where it cannot be written, for example because the disk is full. Older checkpoints stay then.
+    """
+    number = max(_numbers(folder), default=0) + 1
     try:
         final = _save(folder, number, documents, tensors, on_step)
-        for old in sorted(_numbers(folder))[:-keep] if keep else []:
+        for old in sorted(_numbers(folder))[:-KEEP]:
             shutil.rmtree(folder / f"{old:06d}")
         return final
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
-            f"checkpoint {number} cannot be written to {folder}: {error}. The one before it is whole: make room or mend the "
-            f"rights, then go on with `lamina resume`."
+            f"checkpoint {number} cannot be written to {folder}: {error}. The checkpoint before it is intact. Make room or "
+            f"correct the rights, then continue with `lamina resume`."
         ) from error
 
 
@@ -94,8 +92,6 @@ def _save(
     fsync(temporary / MANIFEST)
     fsync(temporary)
     on_step("wrote the manifest")
-    if final.exists():  # of a number that was asked for: what it held can be made again
-        shutil.rmtree(final)
     os.rename(temporary, final)
     fsync(folder)
     on_step("renamed")
@@ -103,9 +99,9 @@ def _save(
 
 
 def load_newest(folder: Path) -> Loaded | None:
-    """The newest whole checkpoint, or None where none was ever written. Leftovers of interrupted saves are ignored.
+    """Returns the newest whole checkpoint, or None where none was ever written. Leftovers of interrupted saves are ignored.
 
-    Raises CheckpointError where there are checkpoints but every one is damaged, naming what is wrong with each.
+    Raises CheckpointError where every checkpoint is damaged, naming what is wrong with each.
     """
     damaged: dict[Path, str] = {}
     for number in sorted(_numbers(folder), reverse=True):
@@ -120,15 +116,16 @@ def load_newest(folder: Path) -> Loaded | None:
 
 
 def set_aside(directory: Path) -> None:
-    """Take a damaged checkpoint out of the count, so that it is never kept in place of a whole one."""
+    """Rename a damaged checkpoint, so that it is never kept in place of a whole one."""
     shutil.rmtree(directory.with_name(f"damaged-{directory.name}"), ignore_errors=True)
     directory.rename(directory.with_name(f"damaged-{directory.name}"))
 
 
 def load(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Documents and tensors of one checkpoint, verified against its manifest.
+    """Returns the documents and tensors of one checkpoint, verified against its manifest.
 
-    Raises CheckpointError naming the file that is missing or does not fit."""
+    Raises CheckpointError naming the file that is missing or does not fit.
+    """
     manifest = read_json(directory / MANIFEST)
     if not isinstance(manifest, dict) or not all(
         isinstance(entry, dict) and entry.keys() == {"sha256", "bytes"} for entry in manifest.values()
@@ -155,23 +152,26 @@ def load(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]
 
 
 def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> Any:
-    """Raises CheckpointError naming the file where it is missing or not JSON."""
+    """Returns the content of a file of JSON. Raises CheckpointError naming the file where it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Keys stay in their order: in an outline it is the order in which branches were finished, and are folded again. On one
-    line, which takes a tenth of the time."""
+    """Write JSON on one line, which takes a tenth of the time.
+
+    Keys keep their order: in an outline it is the order in which branches were finished, and are folded again.
+    """
     path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 

@@ -127,10 +127,10 @@ def evaluate(
     with keeping_memory(), closing(setup.accelerated):
         tasks = [task for task in setup.stream.tasks[:finished] if len(task.split(split))]
         found = [_measure(loop, task, task.split(split)) for task in tasks]
+    if not finished:
+        raise RunError(f"{out}: no task is finished yet. `lamina resume {out}` continues the run.")
     if not found:
-        raise RunError(
-            f"{out}: no task is finished yet, or none has {split} examples. `lamina resume {out}` continues the run."
-        )
+        raise RunError(f"{out}: no finished task has {split} examples. Choose another --split.")
     return found
 
 
@@ -150,8 +150,11 @@ def train_task(out: Path, number: int, parent: int, watch: Watch) -> None:
 
 
 def _moved(config: RunConfig, source: str | None) -> RunConfig:
-    """Returns the configuration with the data at another place, if one is given."""
+    """Returns the configuration with the data at another place, if one is given. Raises RunError where there is none."""
     if source is None:
+        place = Path(config.data.source)
+        if place.is_absolute() and not place.exists():
+            raise RunError(f"the data of this run is no longer at {place}. If it was moved, give its place with --data.")
         return config
     return directory.with_whole_paths(
         config.model_copy(update={"data": config.data.model_copy(update={"source": source})})

@@ -1,8 +1,8 @@
-"""Tasks trained side by side, each by a process of its own that goes through `begin` and `train` of this one task.
+"""Tasks trained in parallel, each by a process of its own that runs `begin` and `train` of this one task.
 
 OUT/parallel/NUMBER/   NUMBER of the task, counted from 0
-  checkpoints/         as those of a run; the last one holds what the task has trained
-  log.txt              what its process said
+  checkpoints/         as those of a run; the last one holds the trained parameters of the task
+  log.txt              output of its process
   lock                 held by it
 """
 
@@ -21,20 +21,20 @@ from lamina.errors import LaminaError, RunError, TrainingError
 
 COMMAND = (sys.executable, "-m", "lamina.cli", "train-task")
 PAUSE = 0.2
-"""Seconds between two looks at the processes."""
+"""Seconds between two checks of the processes."""
 
 
 class Process(Protocol):
-    """One that was started, on this machine or elsewhere."""
+    """A process that was started, on this machine or elsewhere."""
 
     pid: int
 
     def poll(self) -> int | None:
-        """Its exit code; None while it is at work."""
+        """Returns its exit code; None while it runs."""
         ...
 
     def terminate(self) -> None:
-        """Ask it to save and stop."""
+        """Ask it to save its state and stop."""
         ...
 
     def kill(self) -> None: ...
@@ -43,7 +43,7 @@ class Process(Protocol):
 
 
 def place(out: Path, number: int) -> Path:
-    """The folder of a task."""
+    """Returns the folder of a task."""
     return out / "parallel" / str(number)
 
 
@@ -55,10 +55,10 @@ def train(
     should_stop: Callable[[], bool],
     command: Sequence[str] = COMMAND,
 ) -> None:
-    """Have these tasks of a run trained, `jobs` of them at a time. show is told how many are done, and what goes on.
+    """Train these tasks of a run, at most `jobs` at a time. show is told how many are done, and the state of the others.
 
-    Raises TrainingError with the words of a process that failed, RunError for one that was killed, Interrupted when asked
-    to stop; in each case once the others have saved and ended.
+    Raises TrainingError with the message of a process that failed, RunError for one that was killed, and Interrupted when
+    asked to stop; in each case after the other processes have saved their state and ended.
     """
     waiting, at_work = deque(names), dict[int, Process]()
     try:
@@ -82,7 +82,7 @@ def train(
 
 
 def stop(processes: Sequence[Process]) -> None:
-    """Let them save and end; at once if asked again."""
+    """Let the processes save their state and end. A second interrupt kills them."""
     try:
         for process in processes:
             process.terminate()
@@ -95,17 +95,17 @@ def stop(processes: Sequence[Process]) -> None:
 
 
 def why(code: int) -> str:
-    """What an exit code says."""
+    """Returns the meaning of an exit code, as the end of a sentence."""
     if code == 0:
         return "it ended without a record"
     if code < 0:
         return f"it was killed by {signal.Signals(-code).name}"
-    return "it was asked to stop by someone else" if code == 130 else f"exit code {code}"
+    return "another process asked it to stop" if code == 130 else f"exit code {code}"
 
 
 def _start(arguments: Sequence[str], folder: Path) -> Process:
     folder.mkdir(parents=True, exist_ok=True)
-    # A new file, as a process that outlives a killed run may still write to the old one.
+    # A new file: a process that outlives a killed run may still write to the old one.
     (folder / "log.txt").unlink(missing_ok=True)
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
         return subprocess.Popen(
@@ -113,7 +113,7 @@ def _start(arguments: Sequence[str], folder: Path) -> Process:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches the run alone, which then asks its processes to stop
+            start_new_session=True,  # Ctrl-C reaches the run only, which then asks its processes to stop
         )
 
 
@@ -127,9 +127,9 @@ def _last_line(folder: Path) -> str:
 
 def _failure(out: Path, number: int, task: str, code: int) -> LaminaError:
     folder = place(out, number)
-    if code == 2:  # an error for the user, which the process has said in its last words
+    if code == 2:  # an error for the user, which ends the log
         return TrainingError(f"\n{_log(folder)}".rpartition("\nerror: ")[2].strip())
     return RunError(
-        f"the process that trained task {task!r} ended early: {why(code)}. What it said is in {folder / 'log.txt'}. "
-        f"`lamina resume {out}` goes on; if memory ran out, give it fewer --jobs."
+        f"the process that trained task {task!r} ended early: {why(code)}. Its output is in {folder / 'log.txt'}. "
+        f"`lamina resume {out}` continues; if memory ran out, use fewer --jobs."
     )

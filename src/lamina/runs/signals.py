@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """While open, SIGINT and SIGTERM ask for a stop (a second SIGINT kills at once); the function tells if one came."""
+    """Yields a function that returns whether SIGINT or SIGTERM has arrived. A second SIGINT raises KeyboardInterrupt."""
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
