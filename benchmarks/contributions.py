@@ -1,10 +1,10 @@
-"""What each switch around a method contributes, and what `lamina` gains over the papers' methods.
+"""Contribution of each part of consolidation to a method, and difference of `lamina` from the papers' methods.
 
     python benchmarks/contributions.py docs/results/lattice.md
 
-writes two parts of the page, each between its two markers, from the records. A switch's Shapley value is what it adds to the
-final accuracy, averaged over all orders in which the four could be switched on, so that the four add up to the whole gain. The
-shift moves statistics, so without a unified head it does nothing, and adds 0.
+writes two parts of the page, each between its two markers, from the records. The contribution of a part is its Shapley value:
+its gain in final accuracy, averaged over all orders in which the four parts can be added, so that the four sum to the whole
+gain. Drift compensation moves statistics, so without a unified classifier it adds 0.
 """
 
 import re
@@ -17,13 +17,14 @@ from pathlib import Path
 from lamina.compare import Study, stats
 
 ROOT = Path(__file__).resolve().parents[1]
-SWITCHES = {
-    "chain": ("fresh", "chain"),
-    "average": ("none", "ema"),
-    "shift": ("none", "linear"),
-    "tail": ("local", "lda"),
+CLASSIFIER, DRIFT = "unified classifier", "drift compensation"
+PARTS = {
+    "chain": ("init", "fresh", "chain"),
+    "weight merging": ("merging", "none", "ema"),
+    DRIFT: ("drift", "none", "linear"),
+    CLASSIFIER: ("classifier", "own", "lda"),
 }
-NAME = "{method}, init {chain}, merge {average}, drift {shift}, head {tail}"
+"""Each part of consolidation: its setting, and the value without and with it."""
 METHODS = ("finetune", "inflora", "clora")
 TABLES = {
     "cifar100": "Split CIFAR-100, 10 tasks",
@@ -31,7 +32,7 @@ TABLES = {
     "pacs": "PACS",
     "clinc150": "CLINC150",
 }
-NO_PAPERS = ("lamina", "finetune", "prototype", "frozen", "joined")
+NO_PAPERS = ("lamina", "finetune", "prototype", "frozen + LDA", "joint")
 Seeds = dict[int, float]
 """Final accuracy by seed."""
 
@@ -42,18 +43,17 @@ def study_of(name: str) -> Study:
 
 
 def rows_of(study: Study) -> dict[str, dict[str, Seeds]]:
-    """By stream and row."""
+    """Returns the final accuracies by stream and row."""
     return {
         section.name: {
-            line.name: {run["seed"]: run["figures"]["final_accuracy"] for run in line.record["runs"]}
-            for line in section.lines
+            line.name: {run.seed: run.record.metrics.final_accuracy for run in line.row.runs} for line in section.lines
         }
         for section in study.content("").sections
     }
 
 
-def told(values: Seeds, against: Seeds) -> str:
-    """Mean difference in points, and its paired interval."""
+def difference(values: Seeds, against: Seeds) -> str:
+    """Returns the mean difference in points, and its paired interval."""
     gain = stats.paired({(s, None): v for s, v in values.items()}, {(s, None): v for s, v in against.items()})
     if gain is None:
         return "–"
@@ -69,27 +69,28 @@ def mean(values: Seeds) -> str:
 
 
 def shapley(accuracies: Mapping[frozenset[str], float]) -> dict[str, float]:
-    """The value of every switch, from the accuracy with every set of them switched on."""
-    found = dict.fromkeys(SWITCHES, 0.0)
-    for order in permutations(SWITCHES):
-        for place, switch in enumerate(order):
+    """Returns the value of every part, from the accuracy with every set of them."""
+    found = dict.fromkeys(PARTS, 0.0)
+    for order in permutations(PARTS):
+        for place, part in enumerate(order):
             before = frozenset(order[:place])
-            found[switch] += (accuracies[before | {switch}] - accuracies[before]) / factorial(len(SWITCHES))
+            found[part] += (accuracies[before | {part}] - accuracies[before]) / factorial(len(PARTS))
     return found
 
 
 def row_of(method: str, on: frozenset[str]) -> str:
-    on = on if "tail" in on else on - {"shift"}
-    return NAME.format(method=method, **{name: values[name in on] for name, values in SWITCHES.items()})
+    """Returns the name of the row with these parts."""
+    on = on if CLASSIFIER in on else on - {DRIFT}
+    return ", ".join([method, *(f"{key} {values[part in on]}" for part, (key, *values) in PARTS.items())])
 
 
 def contributions() -> str:
-    sets = [frozenset(s for k, s in enumerate(SWITCHES) if mask >> k & 1) for mask in range(2 ** len(SWITCHES))]
-    parts = []
+    sets = [frozenset(part for k, part in enumerate(PARTS) if mask >> k & 1) for mask in range(2 ** len(PARTS))]
+    tables = []
     for stream, rows in rows_of(study_of("lattice")).items():
         lines = [
-            "| Method | All off | " + " | ".join(SWITCHES) + " | All on |",
-            "|---|" + "---:|" * (len(SWITCHES) + 2),
+            "| Method | No part | " + " | ".join(PARTS) + " | All four |",
+            "|---|" + "---:|" * (len(PARTS) + 2),
         ]
         for method in METHODS:
             seeds = set.intersection(*(set(rows.get(row_of(method, on), {})) for on in sets))
@@ -98,26 +99,26 @@ def contributions() -> str:
             values = {s: shapley({on: rows[row_of(method, on)][s] for on in sets}) for s in sorted(seeds)}
             zero = dict.fromkeys(seeds, 0.0)
             off, on = (
-                mean({s: rows[row_of(method, which)][s] for s in seeds}) for which in (frozenset(), frozenset(SWITCHES))
+                mean({s: rows[row_of(method, which)][s] for s in seeds}) for which in (frozenset(), frozenset(PARTS))
             )
-            gains = " | ".join(told({s: values[s][switch] for s in seeds}, zero) for switch in SWITCHES)
+            gains = " | ".join(difference({s: values[s][part] for s in seeds}, zero) for part in PARTS)
             lines.append(f"| `{method}` | {off} | {gains} | {on} |")
         if len(lines) > 2:
-            parts.append(f"### {stream}\n\n" + "\n".join(lines))
-    return "\n\n".join(parts)
+            tables.append(f"### {stream}\n\n" + "\n".join(lines))
+    return "\n\n".join(tables)
 
 
 # -------------------------------------------------------------------------------------------------- against the papers
 
 
 def against_the_papers() -> str:
-    """`lamina` less every paper's method, on the streams of the tables. A dash where a table has no such row."""
+    """Returns `lamina` minus every paper's method, on the streams of the tables; a dash where a table has no such row."""
     found = {title: next(iter(rows_of(study_of(name)).values())) for name, title in TABLES.items()}
     papers = [row for row in next(iter(found.values())) if row not in NO_PAPERS]
     lines = ["| `lamina` minus | " + " | ".join(found) + " |", "|---|" + "---:|" * len(found)]
-    for row in [*papers, "finetune", "prototype", "frozen"]:
+    for row in [*papers, "finetune", "prototype", "frozen + LDA"]:
         cells = (
-            f"{told(rows['lamina'], rows.get(row, {}))}" + (" **best**" if row == best(rows, papers) else "")
+            f"{difference(rows['lamina'], rows.get(row, {}))}" + (" **best**" if row == best(rows, papers) else "")
             for rows in found.values()
         )
         lines.append(f"| `{row}` | " + " | ".join(cells) + " |")

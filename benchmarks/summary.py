@@ -6,11 +6,10 @@ The records are those that `make results` keeps in docs/results/records.
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lamina.compare import Study
+from lamina.compare.rows import RowRuns
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "results" / "records"
@@ -24,25 +23,24 @@ BLOCK = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
 def column(name: str) -> dict[str, str]:
-    """Final accuracy of every row of a grid, and in brackets how much was forgotten."""
+    """Returns final accuracy of every row of a grid, and forgetting in brackets."""
     study = Study(
         ROOT / "benchmarks" / "grids" / f"{name}.yaml",
         keep_code=True,
         records=RECORDS / f"{name}.jsonl",
     )
     (section,) = study.content("").sections
-    return {line.name: cell(line.record["figures"]) for line in section.lines}
+    return {line.name: cell(line.row) for line in section.lines}
 
 
-def cell(figures: Mapping[str, Mapping[str, Any]]) -> str:
-    final, forgotten = figures["final_accuracy"], figures["forgetting"]
-    if final["mean"] is None:  # all tasks at once
-        final = figures["final_accuracy_micro"]
-    if final["mean"] is None:
+def cell(row: RowRuns) -> str:
+    final, forgetting = row.spread("final_accuracy"), row.spread("forgetting")[0]
+    mean, deviation = row.spread("final_accuracy_micro") if final[0] is None else final  # of joint training
+    if mean is None:
         return "–"
-    spread = "" if final["std"] is None else f" ± {100 * final['std']:.1f}"
-    lost = "" if forgotten["mean"] is None else f" ({100 * forgotten['mean']:.1f})"
-    return f"{100 * final['mean']:.1f}{spread}{lost}"
+    spread = "" if deviation is None else f" ± {100 * deviation:.1f}"
+    lost = "" if forgetting is None else f" ({100 * forgetting:.1f})"
+    return f"{100 * mean:.1f}{spread}{lost}"
 
 
 def main() -> None:

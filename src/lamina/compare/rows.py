@@ -79,6 +79,15 @@ class RowRuns:
     trials: Sequence[Trial] = ()
     chosen: Mapping[str, Any] | None = None
 
+    def values(self, key: str) -> list[float]:
+        """Returns one figure of every run that has it."""
+        return [value for run in self.runs if (value := run.figures[key]) is not None]
+
+    def spread(self, key: str) -> tuple[float | None, float | None]:
+        """Returns mean and standard deviation of one figure over the runs; None where they do not say."""
+        values = self.values(key)
+        return stats.mean_and_spread(values) if values else (None, None)
+
 
 @dataclass(frozen=True)
 class Line:
@@ -87,37 +96,36 @@ class Line:
     name: str
     accuracies: list[str]
     costs: list[str]
-    record: dict[str, Any]
-    """The same for programs."""
+    row: RowRuns
+    gain: Difference | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the row for programs."""
+        row = self.row
+        spread = {key: row.spread(key) for key in (*ACCURACIES, *COSTS)}
+        return {
+            "name": self.name,
+            "method": row.runs[0].record.method.name if row.runs else None,
+            "chosen": row.chosen,
+            "figures": {key: {"mean": m, "std": s, "values": row.values(key)} for key, (m, s) in spread.items()},
+            "difference": vars(self.gain) if self.gain else None,
+            "trials": [vars(trial) for trial in row.trials],
+            "runs": [
+                {"seed": r.seed, "order": r.order, "cell": r.folder, "older_code": r.older, "figures": r.figures}
+                for r in row.runs
+            ],
+            "planned": row.planned,
+        }
 
 
 def line_of(name: str, row: RowRuns, gain: Difference | None, baseline: str | None) -> Line:
     """Returns a row as it is shown. gain: over the baseline, if there is one."""
-    values: dict[str, list[float]] = {key: [] for key in (*ACCURACIES, *COSTS)}
-    for run in row.runs:
-        for key, value in run.figures.items():
-            if value is not None:
-                values[key].append(value)
-    spread = {key: stats.mean_and_spread(found) if found else (None, None) for key, found in values.items()}
-    texts = [_spread_text(*spread[key]) for key in ACCURACIES]
+    texts = [_spread_text(*row.spread(key)) for key in ACCURACIES]
     if baseline:
         texts.append("baseline" if name == baseline else _gain_text(gain))
-    costs = [DASH if (mean := spread[key][0]) is None else write(mean) for key, (_, write) in COSTS.items()]
     texts.append(str(len(row.runs)) if len(row.runs) == row.planned else f"{len(row.runs)} of {row.planned}")
-    record = {
-        "name": name,
-        "method": row.runs[0].record.method.name if row.runs else None,
-        "chosen": row.chosen,
-        "figures": {key: {"mean": m, "std": s, "values": values[key]} for key, (m, s) in spread.items()},
-        "difference": vars(gain) if gain else None,
-        "trials": [vars(trial) for trial in row.trials],
-        "runs": [
-            {"seed": run.seed, "order": run.order, "cell": run.folder, "older_code": run.older, "figures": run.figures}
-            for run in row.runs
-        ],
-        "planned": row.planned,
-    }
-    return Line(name, texts, costs, record)
+    costs = [DASH if (mean := row.spread(key)[0]) is None else write(mean) for key, (_, write) in COSTS.items()]
+    return Line(name, texts, costs, row, gain)
 
 
 def difference(ours: Sequence[Run], theirs: Sequence[Run]) -> Difference | None:

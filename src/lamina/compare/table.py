@@ -206,7 +206,7 @@ def write(told: Content, out: Path, page: Path | None = None) -> Path:
     text = block(told)
     report.write_text(f"# {told.title}\n\n{text}", out / "table.md")
     streams = [
-        {"name": s.name, "caption": s.caption, "notes": s.notes, "rows": [line.record for line in s.lines]}
+        {"name": s.name, "caption": s.caption, "notes": s.notes, "rows": [line.to_json() for line in s.lines]}
         for s in told.sections
     ]
     facts = {name.lower().replace(" ", "_"): text for name, text in told.facts}
