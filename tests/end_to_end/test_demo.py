@@ -9,7 +9,6 @@ from tests.end_to_end.conftest import Command
 
 from lamina.cli import demo, tables
 
-
 DIRECTORIES = {"finetune": "finetune", "inflora": "inflora", "frozen + LDA": "frozen-LDA", "lamina": "lamina"}
 
 
@@ -29,7 +28,9 @@ def run_demo(lamina: Command, out: Path) -> dict[str, Any]:
         record = json.loads((out / directory / "results.json").read_text())
         measured[name] = record["metrics"]
         accuracy = f"{measured[name]['final_accuracy']:.1%}"
-        assert lines[number] == f"{number}/4 {name}: final accuracy {accuracy}, {record['cost']['seconds']['total']:.0f} s"
+        assert (
+            lines[number] == f"{number}/4 {name}: final accuracy {accuracy}, {record['cost']['seconds']['total']:.0f} s"
+        )
         assert name in page.read_text(encoding="utf-8")
     assert "learnt" not in said.err, "one line for each method, no more"
     again = lamina("demo", "--out", out)

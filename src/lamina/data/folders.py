@@ -258,9 +258,7 @@ def _refuse_domains_in_splits(top: Folder, found: list[ClassFolder]) -> None:
 
 def _shared(outer: Sequence[Folder]) -> bool:
     """Whether these folders hold several names of folders, one of them below more than one name."""
-    pairs = {
-        (folder.name, clean(inner.name, f"folder {inner.path!a}")) for folder in outer for inner in folder.folders
-    }
+    pairs = {(folder.name, clean(inner.name, f"folder {inner.path!a}")) for folder in outer for inner in folder.folders}
     return 1 < len({inner for _, inner in pairs}) < len(pairs)
 
 

@@ -72,7 +72,8 @@ class Leftovers:
 
     def found(self) -> tuple[LeftOut, ...]:
         return tuple(
-            LeftOut(reason, len(paths), tuple(sorted(paths)[:_EXAMPLES])) for reason, paths in sorted(self.paths.items())
+            LeftOut(reason, len(paths), tuple(sorted(paths)[:_EXAMPLES]))
+            for reason, paths in sorted(self.paths.items())
         )
 
 
@@ -102,7 +103,9 @@ class _Scan:
             with os.scandir(at) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
-            raise DataError(f"folder {at} cannot be listed ({error.strerror}). Make it readable, or remove it") from error
+            raise DataError(
+                f"folder {at} cannot be listed ({error.strerror}). Make it readable, or remove it"
+            ) from error
         images, folders = [], []
         for entry in entries:
             below = f"{path}/{entry.name}" if path else entry.name

@@ -154,7 +154,9 @@ def _moved(config: RunConfig, source: str | None) -> RunConfig:
     if source is None:
         place = Path(config.data.source)
         if place.is_absolute() and not place.exists():
-            raise RunError(f"the data of this run is no longer at {place}. If it was moved, give its place with --data.")
+            raise RunError(
+                f"the data of this run is no longer at {place}. If it was moved, give its place with --data."
+            )
         return config
     return directory.with_whole_paths(
         config.model_copy(update={"data": config.data.model_copy(update={"source": source})})

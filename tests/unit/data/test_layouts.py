@@ -84,7 +84,10 @@ def test_a_split_unpacked_into_a_folder_of_its_own_name(tmp_path: Path) -> None:
         (("train_test/a", "train_test/b", "x/a"), "means both train and test"),
         (("photo/train/a", "photo/test/a", "sketch/train/a", "sketch/extra/a"), "also 'extra', which is none"),
         (("photo/train/a", "photo/test/a", "sketch/a", "sketch/b"), "sketch has none"),
-        (("train/photo/a", "train/photo/b", "train/sketch/a", "test/photo/a"), "it cannot be told. .*DOMAIN/SPLIT/CLASS"),
+        (
+            ("train/photo/a", "train/photo/b", "train/sketch/a", "test/photo/a"),
+            "it cannot be told. .*DOMAIN/SPLIT/CLASS",
+        ),
         (("photo/a", "photo/b", "sketch/a", "sketch/b", "misc"), "misc holds images directly"),
     ],
 )
@@ -103,7 +106,10 @@ def test_classes_may_be_called_like_trains_and_tests(tmp_path: Path) -> None:
         put(tmp_path / name, *classes)
         source = open_source(tmp_path / name)
         assert source.class_names == tuple(part.partition("/")[0] for part in classes)
-    put(tmp_path / "domains", *(f"{domain}/{thing}" for domain in ("photo", "clip") for thing in ("car", "plane", "train")))
+    put(
+        tmp_path / "domains",
+        *(f"{domain}/{thing}" for domain in ("photo", "clip") for thing in ("car", "plane", "train")),
+    )
     source = open_source(tmp_path / "domains")
     assert source.class_names == ("car", "plane", "train")
     assert source.domain_names == ("clip", "photo")

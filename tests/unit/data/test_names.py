@@ -108,7 +108,10 @@ def test_true_and_false_are_names_of_classes() -> None:
         ({"labels": [[0], [1]]}, r"arrays\[0\] has the label \[0\] \(list\)"),
         ({"labels": ["a", "x" * 10**6 + "\n"]}, "holds a control character"),
         ({"splits": [True, False]}, r"arrays\[0\] has the split True; allowed are train"),
-        ({"domains": [0.5, float("nan")]}, r"arrays\[0\] has the domain 0.5 \(float\); allowed are names and whole numbers"),
+        (
+            {"domains": [0.5, float("nan")]},
+            r"arrays\[0\] has the domain 0.5 \(float\); allowed are names and whole numbers",
+        ),
         ({"domains": [{"a": 1}, {}]}, r"arrays\[0\] has the domain {'a': 1} \(dict\)"),
     ],
 )
