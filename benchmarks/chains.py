@@ -43,7 +43,7 @@ class KeepingLoop(Loop):
         super().end_method(task)
         tensors = {"learner": self.learner.tensors(), "memory": self.method.memory}
         documents = {"outline": self.learner.outline(), "entry": dataclasses.asdict(self.state.lineage[-1])}
-        checkpoint.save(self.checkpoints.parent / CHAIN, documents, tensors, number=self.position.task + 1)
+        checkpoint.save(self.checkpoints.parent / CHAIN / str(self.position.task), documents, tensors)
 
 
 class ReplayingLoop(Loop):
@@ -67,7 +67,9 @@ class ReplayingLoop(Loop):
 
     def end_method(self, task: Task) -> None:
         del task  # its number is enough
-        documents, tensors = checkpoint.load(self.chain / CHAIN / f"{self.position.task + 1:06d}")
+        kept = checkpoint.load_newest(self.chain / CHAIN / str(self.position.task))
+        assert kept is not None
+        documents, tensors = kept.documents, kept.tensors
         self.state = self.state.with_entry(trainable_parameters=documents["entry"]["trainable_parameters"])
         self.learner.reset()
         self.learner.restore(documents["outline"], tensors["learner"], self.method.branch_type)

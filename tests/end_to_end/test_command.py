@@ -1,6 +1,7 @@
 """The command as people use it: its help, its settings in and out, and runs on folders of images and on texts."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -152,7 +153,7 @@ def test_a_folder_of_images_from_data_to_report(lamina: Command, tmp_path: Path)
     assert "task 2/2 learnt" in said.err
     assert str(Path("run") / "results.json") in said.out
     assert str(tmp_path / "run" / "report.html") in said.out
-    assert len(list(cache.glob("*/pixels.npy"))) == 1, "images are decoded once, where we said"
+    assert len(list(cache.glob("*/pixels.bin"))) == 1, "images are decoded once, where we said"
 
     record = json.loads((tmp_path / "run" / "results.json").read_text())
     assert tuple(record) == RECORD
@@ -310,3 +311,18 @@ def test_what_was_found_is_told_at_the_start_and_recorded(lamina: Command, tmp_p
     source = json.loads((tmp_path / "run" / "results.json").read_text())["source"]
     assert source["splits"] == {"train": 12, "val": 0, "test": 3}
     assert source["classes"] == {f"class{n}": {"train": 4, "val": 0, "test": 1} for n in range(3)}
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "passive"), ("active", "active")])
+def test_threads_wait_without_spinning_unless_told_to(
+    lamina: Command, monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
+) -> None:
+    """The OpenMP runtime reads this when torch is imported, which no command has done before its first line."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", before or "")
+    if before is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    lamina("run", "--print-config")
+    assert os.environ["OMP_WAIT_POLICY"] == after

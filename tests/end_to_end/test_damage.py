@@ -165,7 +165,9 @@ def test_a_damaged_record_is_named_and_made_anew(lamina: Command, tmp_path: Path
     message = lamina.refused("report", "run")
     assert "run/results.json" in message
     assert "`lamina resume run` writes it anew" in message
-    assert lamina("resume", "run").code == 0
+    said = lamina("resume", "run")
+    assert said.code == 0
+    assert "run/results.json is damaged, and is made anew" in said.err
     record = json.loads(path.read_text())
     for key in ("matrix", "task_aware", "metrics", "losses", "classes", "lineage"):
         assert record[key] == expected[key]

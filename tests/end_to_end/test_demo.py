@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.end_to_end.conftest import Command
 
 from lamina.cli import demo, tables
+from lamina.maths.metrics import AccuracyMatrix
+from lamina.record import CostRecord, MethodRecord, Record, StreamRecord
 
 DIRECTORIES = {"finetune": "finetune", "inflora": "inflora", "frozen + LDA": "frozen-LDA", "lamina": "lamina"}
 
@@ -55,9 +58,16 @@ def test_demo_shows_forgetting_and_its_cure(lamina: Command, tmp_path: Path) -> 
 
 
 def test_the_table_fits_a_narrow_terminal_however_long_a_run_was(capsys: pytest.CaptureFixture[str]) -> None:
-    names = ("final_accuracy", "average_accuracy", "forgetting", "task_aware_accuracy")
-    cost = {"seconds": {"total": 123456.7}, "trainable_parameters": 123456}
-    tables.print_records([{"name": "prototype", "metrics": dict.fromkeys(names, 1.0), "cost": cost}])
+    whole = AccuracyMatrix(np.array([[10, 0], [10, 10]]), np.array([[10, 0], [10, 10]]))
+    run = Record(
+        name="prototype",
+        method=MethodRecord(name="prototype"),
+        stream=StreamRecord(),
+        matrix=whole,
+        task_aware=whole,
+        cost=CostRecord(seconds={"total": 123456.7}, trainable_parameters=123456),
+    )
+    tables.print_records([run])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert len(lines) == 2
     assert all(len(line) <= 80 for line in lines)

@@ -45,6 +45,23 @@ SAVED_FILES = 7
 """Files of a checkpoint, the manifest included."""
 
 
+class Output:
+    """What a process says, read while it is at work."""
+
+    def __init__(self, process: "Lamina", path: Path) -> None:
+        self._process, self._path, self._read = process, path, 0
+
+    def readline(self) -> str:
+        """The next line, waited for; nothing where the process has ended without one."""
+        while True:
+            ended = self._process.poll() is not None
+            line = self._path.read_text()[self._read :].partition("\n") if self._path.exists() else ("", "", "")
+            if line[1] or ended:
+                self._read += len(line[0] + line[1])
+                return line[0] + line[1]
+            time.sleep(0.01)
+
+
 class Lamina:
     """A `lamina` process at work."""
 
@@ -56,6 +73,7 @@ class Lamina:
         self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
+        self.stderr = Output(self, self.folder / "err")
 
     def poll(self) -> int | None:
         """Its exit code, negative for a signal; None while it is at work."""

@@ -1,5 +1,5 @@
 """The `lamina` command."""
 
-from lamina.cli.main import app, main
+from lamina.cli.commands import app, main
 
 __all__ = ["app", "main"]

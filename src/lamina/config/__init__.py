@@ -2,7 +2,6 @@
 
 from lamina.config.fingerprint import fingerprint
 from lamina.config.reading import OF_A_CLASSIFIER, check, explain, listed, load, parse_override, put, unknown, with_line
-from lamina.config.renamed import RENAMED_FLAGS
 from lamina.config.schema import (
     BackboneConfig,
     Columns,
@@ -21,7 +20,6 @@ from lamina.config.yaml_text import Loader, read_yaml, to_yaml
 
 __all__ = [
     "OF_A_CLASSIFIER",
-    "RENAMED_FLAGS",
     "BackboneConfig",
     "Columns",
     "ConsolidationConfig",

@@ -7,6 +7,7 @@ RENAMED = {
     "consolidation.head": "consolidation.classifier",
     "consolidation.own_rank": "consolidation.class_covariance_rank",
     "stream.joined": "stream.joint",
+    "method.horizon": "method.task_count",
 }
 RENAMED_VALUES: dict[tuple[str, Any], str] = {
     ("consolidation.classifier", "local"): "own",
@@ -19,9 +20,12 @@ REMOVED = {
     "training.distil": "self-distillation doubled the time of a step and improved no result",
     "backbone.reuse_mb": "the feature cache is gone",
     "data.views": "it served the feature cache, which is gone",
+    "method.basis_norm": "DualLoRA's bases always have the norm of InfLoRA's released code",
+    "method.merge": "task arithmetic always adds the scaled updates, since no result table used another merge",
+    "method.density": "it served other merges than the scaled sum, which are gone",
+    "method.head": "every task keeps its own outputs, not scaled",
     "keep_chain": "the benchmarks of consolidation keep what they need themselves",
 }
-RENAMED_FLAGS = {"--joined": "--joint", "--merge": "--merging", "--head": "--classifier"}
 
 
 def advice(key: str, value: object) -> str | None:

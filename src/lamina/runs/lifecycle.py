@@ -26,7 +26,7 @@ from lamina.runs.record import record_of
 from lamina.runs.setup import MakeLoop, Setup, Watch
 from lamina.runs.signals import stop_on_signals
 from lamina.speed import keeping_memory
-from lamina.types import Batch, Examples, Split, Task
+from lamina.types import Batch, Examples, Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +90,9 @@ def resume(
     with locked(out):
         if done := directory.finished(out):  # by a run that ended meanwhile
             return done
+        if (out / record.FILE).exists():
+            note = f"{out / record.FILE} is damaged, and is made anew from the checkpoint"
+            watch(None, Event(task=0, phase="evaluate", note=note))
         start = begun(out)
         config = _moved(start.config, source)
         setup = Setup(config.model_copy(update={"jobs": jobs or config.jobs}), start.environment, watch)
@@ -125,8 +128,8 @@ def evaluate(
         name = setup.stream[finished].name
         watch(setup.stream, Event(task=finished, phase="evaluate", note=f"task {name!r} is not finished: not measured"))
     with keeping_memory(), closing(setup.accelerated):
-        tasks = [task for task in setup.stream.tasks[:finished] if len(task.split(split))]
-        found = [_measure(loop, task, task.split(split)) for task in tasks]
+        numbers = [number for number in range(finished) if len(setup.stream[number].split(split))]
+        found = [_measure(loop, number, setup.stream[number].split(split)) for number in numbers]
     if not finished:
         raise RunError(f"{out}: no task is finished yet. `lamina resume {out}` continues the run.")
     if not found:
@@ -184,18 +187,19 @@ def _refuse_damaged(out: Path, fall_back: bool) -> None:
         )
 
 
-def _measure(loop: Loop, task: Task, examples: Examples) -> Measured:
+def _measure(loop: Loop, number: int, examples: Examples) -> Measured:
     """Returns the predictions of a loop's learner for these examples of a task."""
+    task = loop.stream[number].name
 
     def batches(examples: Examples) -> Iterator[Batch]:
-        positions = in_order(len(examples), loop.evaluation.batch_size)
-        return (examples.batch(p).to(loop.learner.device) for p in positions)
+        for positions_b in in_order(len(examples), loop.evaluation.batch_size):
+            yield examples.batch(positions_b).to(loop.learner.device)
+            done = int(positions_b[-1]) + 1
+            loop.on_event(Event(task=number, phase="evaluate", done=done, total=len(examples)))
 
-    found = predict_all(
-        loop.learner, loop.consolidation, examples, batches, task.name, task_aware=loop.stream.task_aware
-    )
+    found = predict_all(loop.learner, loop.consolidation, examples, batches, task, task_aware=loop.stream.task_aware)
     return Measured(
-        task=task.name,
+        task=task,
         correct=found.correct,
         task_aware_correct=found.task_aware_correct,
         total=len(examples),
