@@ -154,7 +154,13 @@ def decode(config: RunConfig, source: Source, backbone: Backbone, watch: Watch) 
                 f"backbone.name = {config.backbone.name!r} has no tokenizer beside its weights. Put tokenizer.json or "
                 f"vocab.txt into its folder."
             )
-        return data.load_texts(source, backbone.tokenizer, max_length=section.max_length)
+        return data.load_texts(
+            source,
+            backbone.tokenizer,
+            max_length=section.max_length,
+            positions=backbone.positions,
+            vocabulary=backbone.vocabulary,
+        )
     transform = data.ImageTransform(
         size=backbone.image.size,
         mean=backbone.image.mean,
