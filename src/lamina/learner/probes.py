@@ -74,8 +74,9 @@ def probe_moments(learner: Learner, batches: Iterable[Batch]) -> dict[str, Tenso
     sums: dict[str, Tensor] = {}
 
     def add(site: AdapterSite, probes_bpd: Tensor) -> None:
-        probes_gne = attention.by_head(probes_bpd.flatten(0, 1), blocks(learner, site)).transpose(0, 1)
-        product_gee = (probes_gne.mT @ probes_gne).double()
+        # Float64: the rounding of float32 products would look like directions, where all probes are alike.
+        probes_gne = attention.by_head(probes_bpd.flatten(0, 1).double(), blocks(learner, site)).transpose(0, 1)
+        product_gee = probes_gne.mT @ probes_gne
         sums[site.name] = sums[site.name] + product_gee if site.name in sums else product_gee
 
     with learner.folded():
