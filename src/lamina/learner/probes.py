@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lamina.errors import MethodError
 from lamina.learner.learner import Learner
+from lamina.learner.moments import check_moment
 from lamina.learner.sites import AdapterSite
 from lamina.maths import attention
 from lamina.types import Batch
@@ -70,7 +71,8 @@ def blocks(learner: Learner, site: AdapterSite) -> int:
 
 
 def probe_moments(learner: Learner, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """Returns the sum of p p^T over the probes of each site, block by block, (g, e, e) float64, by the name of the site."""
+    """Returns the sum of p p^T over the probes of each site, block by block, (g, e, e) float64, by the name of the site.
+    Raises TrainingError for a sum that is not finite."""
     sums: dict[str, Tensor] = {}
 
     def add(site: AdapterSite, probes_bpd: Tensor) -> None:
@@ -83,4 +85,6 @@ def probe_moments(learner: Learner, batches: Iterable[Batch]) -> dict[str, Tenso
         for batch in batches:
             with learner.watching(watchers(learner, batch, add)):
                 learner.features(batch)
+    for name, moment_gee in sums.items():
+        check_moment(moment_gee, f"probes of {name}")
     return sums
