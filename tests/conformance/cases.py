@@ -1,7 +1,7 @@
-"""The table of methods, and the small worlds their laws are checked in.
+"""The table of methods, and the small worlds that their laws are checked in.
 
-A method is in the library when it has a row here. A row says which settings make it small, what may move while it
-trains, and how what it keeps grows; `test_methods.py` holds every law against every row.
+A method is in the library when it has a row here. A row says which settings make it small, what training may move, and how
+its storage grows. `test_methods.py` and `test_growth.py` hold every law against every row.
 
 Shape letters: d width, r rank.
 """
@@ -25,29 +25,47 @@ from lamina.learner import Learner
 from lamina.methods import METHODS
 from lamina.methods.base import Method
 
+Growth = Literal["none", "constant", "linear", "bounded"]
+"""How a quantity grows with the number of tasks. "bounded": it stays within `memory_bound`, which is constant."""
+OUTPUTS = ("head/TASK/weight", "head/TASK/bias")
+LORA = ("live/.*/TASK/up", "live/.*/TASK/down", *OUTPUTS)
+SHARED_LORA = ("live/.*/shared/up", "live/.*/shared/down", *OUTPUTS)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """What a method declares of itself, as the laws need it."""
 
     settings: dict[str, Any] = field(default_factory=dict)
-    moves: tuple[str, ...]
+    moves: tuple[str, ...] = LORA
     """Patterns (whole names) of the learner's tensors that training moves; `TASK` stands for the current task. All of
     them must move, and nothing else may."""
-    random: bool
-    """Whether the seed of a run changes what is learnt."""
-    stored: Callable[[Learner, int], int]
-    """Numbers kept beside the backbone after so many tasks."""
-    remembers: bool
-    """Whether `memory` holds anything after a task."""
+    idle: tuple[str, ...] = ()
+    """Patterns of tensors among them that cannot move, because their frozen factor is zero, where that is so."""
     revises: tuple[str, ...] = ()
     """Patterns of tensors that a later task may change although their own task is finished."""
-    more_to_train: Callable[[Learner], int] = lambda _: 0
-    """How many more numbers each task trains than the one before it."""
+    random: bool = True
+    """Whether the seed of a run changes what is learnt."""
     of_data: tuple[str, ...] = (".*/down",)
     """Patterns of frozen factors, which may be a function of the data alone, whatever the seed."""
     targets: tuple[str, ...] | None = None
-    """The only roles the method can adapt, where it cannot take any."""
+    """The only roles the method can adapt, if it cannot take any."""
+    stored: Callable[[Learner, int], int]
+    """Numbers stored beside the backbone after so many tasks."""
+    more_to_train: Callable[[Learner], int] = lambda _: 0
+    """How many more numbers each task trains than the one before it."""
+
+    # Growth with the number of tasks, without the outputs of the head. That of a step and a prediction is in `needs`.
+    branches: Growth
+    """Numbers stored in the learner."""
+    memory: Growth = "none"
+    """Bytes of the method's memory."""
+    fold: Growth = "none"
+    """Operations of folding what is still live before predictions, and undoing it after them."""
+    consolidation: Growth = "none"
+    """Bytes stored for its default consolidation."""
+    full: dict[str, Any] = field(default_factory=dict)
+    """Settings with which a quantity that has a limit has reached it after two tasks."""
 
 
 def head_numbers(learner: Learner) -> int:
@@ -55,7 +73,7 @@ def head_numbers(learner: Learner) -> int:
 
 
 def merged_numbers(learner: Learner, rank: int) -> int:
-    """A change of this rank in every map, or of full rank where that is less."""
+    """An update of this rank in every adapted layer, or of full rank where that is less."""
     return sum(min(rank, site.d_in, site.d_out) * (site.d_in + site.d_out) for site in learner.sites.values())
 
 
@@ -67,109 +85,97 @@ def finished_numbers(learner: Learner) -> int:
     return sum(f.up_or.numel() + f.down_ri.numel() for site in learner.sites.values() for f in site.finished().values())
 
 
+def one_adapter(learner: Learner, _: int) -> int:
+    return adapter_numbers(learner, 3) + head_numbers(learner)
+
+
+def one_per_task(learner: Learner, tasks: int) -> int:
+    return tasks * adapter_numbers(learner, 3) + head_numbers(learner)
+
+
 CASES: dict[str, Case] = {
     "inflora": Case(
         settings={"rank": 3, "epsilon": 0.9},
-        moves=("live/.*/TASK/up", "head/TASK/weight", "head/TASK/bias"),
-        random=True,
-        stored=lambda learner, tasks: tasks * adapter_numbers(learner, 3) + head_numbers(learner),
-        remembers=True,
+        moves=("live/.*/TASK/up", *OUTPUTS),
+        stored=one_per_task,
+        branches="linear",
+        memory="bounded",
     ),
-    "finetune": Case(
-        settings={"rank": 3},
-        moves=("live/.*/shared/up", "live/.*/shared/down", "head/TASK/weight", "head/TASK/bias"),
-        random=True,
-        stored=lambda learner, _: adapter_numbers(learner, 3) + head_numbers(learner),
-        remembers=False,
-    ),
+    "finetune": Case(settings={"rank": 3}, moves=SHARED_LORA, stored=one_adapter, branches="constant", fold="constant"),
     "lamina": Case(
         settings={"rank": 3},
-        moves=("live/.*/shared/up", "live/.*/shared/down", "head/TASK/weight", "head/TASK/bias"),
-        random=True,
-        stored=lambda learner, _: adapter_numbers(learner, 3) + head_numbers(learner),
-        remembers=False,
+        moves=SHARED_LORA,
+        stored=one_adapter,
+        branches="constant",
+        fold="constant",
+        consolidation="linear",  # a mean, a count and an output of the classifier per class and task
+        full={"rank": 32},  # the merged weights have full rank after two tasks
     ),
-    "prototype": Case(
-        moves=(),
-        random=False,
-        stored=lambda learner, _: head_numbers(learner),
-        remembers=False,
-    ),
+    "prototype": Case(moves=(), random=False, stored=lambda learner, _: head_numbers(learner), branches="none"),
     "taskarithmetic": Case(
         settings={"rank": 3, "memory_per_class": 2, "memory_rank": 2, "memory_epochs": 2, "memory_batch": 5},
-        moves=("live/.*/TASK/up", "live/.*/TASK/down", "head/TASK/weight", "head/TASK/bias"),
         revises=("finished/.*/(merged|memory)/.*", "head/.*"),
-        random=True,
         stored=lambda learner, tasks: (
             merged_numbers(learner, 3 * tasks) + adapter_numbers(learner, 2) + head_numbers(learner)
         ),
-        remembers=True,
+        branches="constant",
+        memory="linear",
+        full={"rank": 16},  # two tasks fill the 32 dimensions of the merged update
     ),
     "ewc": Case(
         settings={"rank": 3, "fisher_samples": 10},
-        moves=("live/.*/shared/up", "live/.*/shared/down", "head/TASK/weight", "head/TASK/bias"),
-        random=True,
-        stored=lambda learner, _: adapter_numbers(learner, 3) + head_numbers(learner),
-        remembers=True,
+        moves=SHARED_LORA,
+        stored=one_adapter,
+        branches="constant",
+        memory="constant",
+        fold="constant",
     ),
-    "color": Case(
-        settings={"rank": 3, "clusters": 2},
-        moves=("live/.*/TASK/up", "live/.*/TASK/down", "head/TASK/weight", "head/TASK/bias"),
-        random=True,
-        stored=lambda learner, tasks: tasks * adapter_numbers(learner, 3) + head_numbers(learner),
-        remembers=True,
-    ),
+    "color": Case(settings={"rank": 3, "clusters": 2}, stored=one_per_task, branches="linear", memory="linear"),
     "sora": Case(
         settings={"rank": 5, "lam": 30, "warmup": 0.5, "gate_start": "normal"},
-        moves=("live/.*/TASK/up", "live/.*/TASK/down", "live/.*/TASK/gate", "head/TASK/weight", "head/TASK/bias"),
-        random=True,
+        moves=(*LORA, "live/.*/TASK/gate"),
         stored=lambda learner, _: finished_numbers(learner) + head_numbers(learner),
-        remembers=False,
+        branches="linear",
+        full={"lam": 0},  # no rank is removed: the most that may be stored
     ),
     "sdlora": Case(
         settings={"rank": 3},
-        moves=("live/.*/shared/(up|down|scale)", "head/TASK/weight", "head/TASK/bias"),
-        random=True,
-        stored=lambda learner, tasks: (
-            tasks * (adapter_numbers(learner, 3) + len(learner.sites)) + head_numbers(learner)
-        ),
-        remembers=False,
+        moves=("live/.*/shared/(up|down|scale)", *OUTPUTS),
+        stored=lambda learner, tasks: one_per_task(learner, tasks) + tasks * len(learner.sites),
         more_to_train=lambda learner: len(learner.sites),
+        branches="linear",
+        fold="linear",
     ),
     "clora": Case(
         settings={"rank": 3},
-        moves=("live/.*/shared/(a|delta|b)", "head/TASK/weight", "head/TASK/bias"),
-        random=True,
-        stored=lambda learner, _: adapter_numbers(learner, 3) + 9 * len(learner.sites) + head_numbers(learner),
-        remembers=False,
+        moves=("live/.*/shared/(a|delta|b)", *OUTPUTS),
+        stored=lambda learner, _: one_adapter(learner, 1) + 9 * len(learner.sites),
+        branches="constant",
+        fold="constant",
     ),
-    "olora": Case(
-        settings={"rank": 3, "shrinkage": 0.01, "alpha": 6},
-        moves=("live/.*/TASK/up", "live/.*/TASK/down", "head/TASK/weight", "head/TASK/bias"),
-        random=True,
-        stored=lambda learner, tasks: tasks * adapter_numbers(learner, 3) + head_numbers(learner),
-        remembers=False,
-    ),
+    "olora": Case(settings={"rank": 3, "shrinkage": 0.01, "alpha": 6}, stored=one_per_task, branches="linear"),
     "duallora": Case(
         settings={"rank": 3, "epsilon": 0.5, "calibration": 2.0},
         moves=(
             "live/.*/orthogonal:TASK/(up|down)",
             "live/.*k/residual:TASK/down",
             "live/.*v/residual:TASK/up",
-            *("head/TASK/weight", "head/TASK/bias"),
+            *OUTPUTS,
         ),
-        random=True,
+        idle=("(live|finished)/block0.k/residual:.*/down",),  # the class token's query is the same for all images
         of_data=("finished/.*k/residual:.*/up", "finished/.*v/residual:.*/down"),
-        stored=lambda learner, tasks: 2 * tasks * adapter_numbers(learner, 3) + head_numbers(learner),
-        remembers=True,
         targets=("k", "v"),
+        stored=lambda learner, tasks: 2 * tasks * adapter_numbers(learner, 3) + head_numbers(learner),
+        branches="linear",
+        memory="linear",  # 16 bytes per task and layer beside the bases, which are full after the first task
+        full={"epsilon": 1.0},
     ),
 }
 
 
 @dataclass(frozen=True)
 class World:
-    """A backbone, which of its maps are adapted, a scenario, and the precision of the frozen weights."""
+    """A backbone, its adapted roles, a scenario, and the precision of the frozen weights."""
 
     backbone: str
     scenario: Scenario
@@ -217,9 +223,9 @@ def stream(kind: str, scenario: Scenario) -> Stream:
     return make_stream(data, plan, scenario, per_class=4)
 
 
-def make_method(name: str, horizon: int | None = 3) -> Method[Any]:
+def make_method(name: str, task_count: int | None = 3) -> Method[Any]:
     method = METHODS[name]
-    return method(method.config_type(**CASES[name].settings), horizon)
+    return method(method.config_type(**CASES[name].settings), task_count)
 
 
 def make_loop(
@@ -252,7 +258,7 @@ def make_loop(
 
 
 def state(directory: Path) -> dict[str, str]:
-    """Hashes of all that a checkpoint holds but the clock: learner, memory, optimiser, answers, matrix, losses."""
+    """Hashes of all that a checkpoint holds but the clock: learner, memory, optimiser, predictions, matrix, losses."""
     manifest = checkpoint.read_json(directory / checkpoint.MANIFEST)
     return {name: entry["sha256"] for name, entry in manifest.items() if name != "clock.json"}
 

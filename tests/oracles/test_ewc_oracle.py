@@ -19,9 +19,10 @@ from lamina.config import EvaluationConfig, TrainingConfig
 from lamina.data.streams import Stream, class_plan, domain_plan, make_stream
 from lamina.engine.loop import Loop
 from lamina.learner import Learner
-from lamina.methods.ewc import EWC, SHARED, EWCConfig, distance, drawn
+from lamina.methods.base import SHARED
+from lamina.methods.ewc import EWC, EWCConfig, distance, drawn, fisher_positions
 from lamina.methods.finetune import Finetune, FinetuneConfig
-from lamina.rng import seed_of, uniform
+from lamina.rng import bits, seed_of, uniform
 from lamina.types import Task
 
 TRAINING = TrainingConfig(epochs=3, batch_size=16, lr=0.02, head_lr=0.05, schedule="cosine")
@@ -69,13 +70,23 @@ def one_by_one(learner: Learner, task: Task, positions: np.ndarray, labels: list
 # ------------------------------------------------------------------------------------------------------ the Fisher
 
 
+def spread(task: Task, count: int) -> list[int]:
+    """The examples taken for the Fisher: every class in the order of a hash of its rows, classes by the share taken of each."""
+    seed, queue = seed_of("fisher", torch.initial_seed()), []
+    hashes = bits(task.train.rows_n, seed)
+    for label in task.classes:
+        own = sorted(np.flatnonzero(task.train.labels_n == label), key=lambda n: hashes[n])
+        queue += [((rank + 0.5) / len(own), hashes[n], int(n)) for rank, n in enumerate(own)]
+    return sorted(n for _, _, n in sorted(queue)[:count])
+
+
 @pytest.mark.parametrize("kind", MAKERS)
 def test_the_empirical_fisher_is_the_mean_of_squared_gradients_of_single_examples(kind: str):
     learner, method, task = ready(kind)
     method.config = EWCConfig(rank=2, fisher_samples=37, fisher="empirical")
     n = len(task.train)
     assert n > 37, "some examples must be left out"
-    positions = np.array([k * n // 37 for k in range(37)])
+    positions = spread(task, 37)
     labels = [task.classes.index(int(task.train.labels_n[p])) for p in positions]
     found, expected = method.fisher(learner, task), one_by_one(learner, task, positions, labels)
     assert found.keys() == expected.keys()
@@ -95,10 +106,45 @@ def squared_mean_gradient(learner: Learner, task: Task, positions: np.ndarray) -
     return {name: gradient.numpy() ** 2 for name, gradient in zip(factors, gradients, strict=True)}
 
 
+@pytest.mark.parametrize("order", ["alternating", "sorted"])
+def test_the_fisher_of_some_examples_is_about_that_of_all_whatever_their_order(order: str):
+    """Every fourth of 300 examples with alternating labels would be of one class only."""
+    data = tiny_images(400, classes=4)
+    task = make_stream(data, class_plan(data, 1), "class")[0]
+    positions = np.arange(300) if order == "alternating" else np.argsort(task.train.labels_n, kind="stable")
+    task = replace(task, train=task.train.select(positions))
+    assert len(set(task.train.labels_n[::4].tolist())) == (1 if order == "alternating" else 4)
+    learner, method = Learner(tiny_vit(blocks=1), ("k", "v")), EWC(EWCConfig(rank=2, fisher="empirical"))
+    torch.manual_seed(4)
+    method.begin(learner, task, lambda **_: iter(()))
+    for name, factor in learner.trainable().items():
+        factor.data += 0.2 * noise(tuple(factor.shape), name)
+    fishers = []
+    for count in (75, 300):
+        method.config = EWCConfig(rank=2, fisher="empirical", fisher_samples=count)
+        fishers.append(torch.cat([value.flatten() for value in method.fisher(learner, task).values()]))
+    assert torch.nn.functional.cosine_similarity(*fishers, dim=0) > 0.99
+
+
+def test_fisher_samples_have_the_shares_of_the_classes_and_do_not_follow_the_order():
+    labels_n = np.array([0] * 60 + [1] * 30 + [2] * 10)
+    data = tiny_images(120, classes=3)
+    examples = replace(
+        make_stream(data, class_plan(data, 1), "class")[0].train, rows_n=np.arange(100), labels_n=labels_n
+    )
+    chosen = fisher_positions(examples, 20, seed=7)
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    assert np.bincount(labels_n[chosen]).tolist() == [12, 6, 2]
+    shuffled = np.random.default_rng(0).permutation(100)
+    again = fisher_positions(examples.select(shuffled), 20, seed=7)
+    assert sorted(shuffled[again].tolist()) == chosen.tolist(), "the same examples in another order"
+    assert fisher_positions(examples, 20, seed=8).tolist() != chosen.tolist()
+    assert fisher_positions(examples, 1000, seed=7).tolist() == list(range(100))
+
+
 def test_the_true_fisher_is_of_labels_drawn_from_the_models_own_answer():
     learner, method, task = ready("vit")
-    n = len(task.train)
-    positions = np.array([k * n // 37 for k in range(37)])
+    positions = spread(task, 37)
     uniforms = uniform(task.train.rows_n[positions], seed_of("fisher", torch.initial_seed()))
     labels = []
     for position, u in zip(positions, uniforms, strict=True):

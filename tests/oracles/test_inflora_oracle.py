@@ -7,7 +7,7 @@ Shape letters: d inputs of a layer, o outputs, n input vectors, r rank, k column
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -228,6 +228,30 @@ def test_where_no_direction_is_free_nothing_is_learnt_in_the_slot(tmp_path: Path
         assert (torch.count_nonzero(down_rd) == 0) == full
         assert (torch.count_nonzero(up_or) == 0) == full
         assert torch.equal(site.layer.weight_oi, site.layer.base_oi) == full
+
+
+@pytest.mark.parametrize("source", ["released", "paper"])
+@pytest.mark.parametrize("width", [32, 192])
+def test_rounding_noise_of_the_moments_is_no_direction(source: str, width: int):
+    """The second task brings the first task's own images: none of their inputs is free in the first block, so no row is left.
+    Moments are sums of float32 products."""
+    data = tiny_images(8, classes=2)
+    task = make_stream(data, class_plan(data, 1), "class")[0]
+    config = InfLoRAConfig(rank=3, epsilon=1 - 1e-5, spectrum=source, criterion="paper", augmented_moments=False)
+    learner, method = Learner(tiny_vit(blocks=1, width=width)), InfLoRA(config)
+
+    def batches(*, augmented: bool) -> Iterator[Batch]:
+        for rows in np.array_split(np.arange(len(task.train)), 2):
+            yield task.train.batch(rows)
+
+    method.begin(learner, task, batches)
+    method.end(learner, task, batches)
+    kept = method.old("block0.attention")
+    assert kept is not None
+    assert kept.old_dimension == 4 * len(task.train) + 1, "every patch, and the class token"
+    method.begin(learner, replace(task, name="the same again"), batches)
+    for site in learner.sites.values():
+        assert torch.count_nonzero(site.live()["the same again"].factors()[1]) == 0
 
 
 def test_old_inputs_of_a_first_block_are_left_alone_by_a_later_task(tmp_path: Path):

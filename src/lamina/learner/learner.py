@@ -15,7 +15,7 @@ from lamina.adapters import AdaptedLinear, Branch, Finished, Mixture, Router
 from lamina.backbones import Backbone
 from lamina.errors import ConfigError
 from lamina.learner.head import Head, Output
-from lamina.learner.moments import recording
+from lamina.learner.moments import check_moment, recording
 from lamina.learner.sites import AdapterSite
 from lamina.types import Batch, Task
 
@@ -84,15 +84,17 @@ class Learner:
 
     def input_moments(self, batches: Iterable[Batch], *, summed: bool = False) -> dict[str, Tensor]:
         """Returns the uncentred second moment E[x x^T] of each group's input over all real tokens, (d, d) float64, by the
-        name of the group; their sum instead of the mean if `summed`. Live branches take part, folded."""
+        name of the group; their sum instead of the mean if `summed`. Live branches take part, folded. Raises TrainingError
+        for a moment that is not finite."""
         modules = {group: sites[0].layer for group, sites in self.groups().items()}
         with self.folded(), recording(modules) as record:
             for batch in batches:
                 record.mask_bt = batch.inputs.get("attention_mask")
                 self.features(batch)
-        return {
-            group: m.sum_dd if summed and m.sum_dd is not None else m.mean_dd for group, m in record.moments.items()
-        }
+        found = {g: m.sum_dd if summed and m.sum_dd is not None else m.mean_dd for g, m in record.moments.items()}
+        for group, moment_dd in found.items():
+            check_moment(moment_dd, f"inputs of {group}")
+        return found
 
     def linear(self, block: int, role: str) -> tuple[Tensor, Tensor | None]:
         """Returns weight (o, i) and bias (o,) in use for this role of a block, adapted or not: see `effective`."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lamina.errors import TrainingError
+
 
 @dataclass
 class SecondMoment:
@@ -33,6 +35,15 @@ class SecondMoment:
         if self.sum_dd is None:
             raise ValueError("no input was seen: the pass over the data was empty")
         return self.sum_dd / self.count
+
+
+def check_moment(moment: Tensor, what: str) -> None:
+    """Raises TrainingError for a moment that is not finite. what: the name of its vectors, for the message."""
+    if not torch.isfinite(moment).all():
+        raise TrainingError(
+            f"the second moment of the {what} is not finite (NaN, infinity or overflow). An example is not finite, or training "
+            f"diverged: check the data, and use a smaller training.lr."
+        )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lamina.errors import MethodError
 from lamina.learner.learner import Learner
+from lamina.learner.moments import check_moment
 from lamina.learner.sites import AdapterSite
 from lamina.maths import attention
 from lamina.types import Batch
@@ -70,16 +71,20 @@ def blocks(learner: Learner, site: AdapterSite) -> int:
 
 
 def probe_moments(learner: Learner, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """Returns the sum of p p^T over the probes of each site, block by block, (g, e, e) float64, by the name of the site."""
+    """Returns the sum of p p^T over the probes of each site, block by block, (g, e, e) float64, by the name of the site.
+    Raises TrainingError for a sum that is not finite."""
     sums: dict[str, Tensor] = {}
 
     def add(site: AdapterSite, probes_bpd: Tensor) -> None:
-        probes_gne = attention.by_head(probes_bpd.flatten(0, 1), blocks(learner, site)).transpose(0, 1)
-        product_gee = (probes_gne.mT @ probes_gne).double()
+        # Float64: the rounding of float32 products would look like directions, where all probes are alike.
+        probes_gne = attention.by_head(probes_bpd.flatten(0, 1).double(), blocks(learner, site)).transpose(0, 1)
+        product_gee = probes_gne.mT @ probes_gne
         sums[site.name] = sums[site.name] + product_gee if site.name in sums else product_gee
 
     with learner.folded():
         for batch in batches:
             with learner.watching(watchers(learner, batch, add)):
                 learner.features(batch)
+    for name, moment_gee in sums.items():
+        check_moment(moment_gee, f"probes of {name}")
     return sums

@@ -36,11 +36,12 @@ from lamina.methods.base import (
     Pass,
     Refusal,
     add_shared_lora,
+    hashed_order,
     local_cross_entropy,
     local_labels,
 )
 from lamina.rng import seed_of, uniform
-from lamina.types import Batch, Task
+from lamina.types import Batch, Examples, Ints, Task
 
 TOGETHER = 32
 """Examples whose gradients are computed in one pass."""
@@ -54,7 +55,7 @@ class EWCConfig(MethodConfig):
     fisher: Literal["true", "empirical"] = "true"
     """Label of the likelihood: drawn from the model's own prediction (true Fisher), or the given one (empirical)."""
     fisher_samples: int = Field(200, ge=1)
-    """Training examples of each task the Fisher is estimated on, spread evenly over them; all, where there are fewer."""
+    """Training examples of each task that the Fisher is estimated on, with the shares of its classes; at most all of them."""
 
 
 class EWC(Method[EWCConfig]):
@@ -101,10 +102,9 @@ class EWC(Method[EWCConfig]):
 
     def fisher(self, learner: Learner, task: Task) -> dict[str, Tensor]:
         """Returns the diagonal Fisher of the shared factors on this task's data, by the names of `shared`."""
-        count = min(len(task.train), self.config.fisher_samples)
-        positions_n = np.arange(count) * len(task.train) // count
         seed, sums = seed_of("fisher", torch.initial_seed()), dict[str, Tensor]()
-        for start in range(0, count, TOGETHER):
+        positions_n = fisher_positions(task.train, self.config.fisher_samples, seed)
+        for start in range(0, len(positions_n), TOGETHER):
             chosen_b = positions_n[start : start + TOGETHER]
             batch = task.train.batch(chosen_b).to(learner.device)
             with learner.per_example(SHARED, len(batch)) as copies:
@@ -118,10 +118,21 @@ class EWC(Method[EWCConfig]):
             for name, gradient in zip(copies, gradients, strict=True):
                 squares = gradient.square().sum(0)
                 sums[name] = sums[name] + squares if name in sums else squares
-        return {name: total / count for name, total in sums.items()}
+        return {name: total / len(positions_n) for name, total in sums.items()}
 
     def memory_bound(self, learner: Learner) -> int:
         return sum(2 * 4 * self.config.rank * (site.d_in + site.d_out) for site in learner.sites.values())
+
+
+def fisher_positions(examples: Examples, count: int, seed: int) -> Ints:
+    """Returns the sorted positions of `count` examples, or of all if there are fewer. They have the shares of the classes, and
+    within a class they are drawn by a hash of their rows, so the order of the examples does not matter."""
+    order_n = hashed_order(examples, seed)
+    quantiles_n = np.empty(len(examples))
+    for label in np.unique(examples.labels_n):
+        own = order_n[examples.labels_n[order_n] == label]
+        quantiles_n[own] = (np.arange(len(own)) + 0.5) / len(own)
+    return np.sort(order_n[np.argsort(quantiles_n[order_n], kind="stable")][:count])
 
 
 def shared(learner: Learner) -> dict[str, Tensor]:

@@ -35,6 +35,8 @@ from lamina.types import Task
 
 Source = Literal["released", "paper"]
 Design = Literal["freed", "not freed", "random"]
+ROUNDING: dict[Source, float] = {"released": 1e-12, "paper": 1e-6}
+"""Share of the energy below which a direction is rounding noise. Moments are sums of float32 products; P C C P squares them."""
 
 
 class InfLoRAConfig(MethodConfig):
@@ -188,9 +190,9 @@ def main_directions(moment_dd: Tensor, old: Subspace | None, rank: int, spectrum
     8). Columns for which no direction is free are zero."""
     energy_dd = moment_dd @ moment_dd if spectrum == "released" else moment_dd
     if old is None:
-        return top_eigenvectors(energy_dd, rank)
+        return top_eigenvectors(energy_dd, rank, ROUNDING[spectrum])
     freed_dd = old.project_out_old(old.project_out_old(energy_dd).T)
-    floor = 1e-12 * energy_dd.diagonal().max().item()
+    floor = ROUNDING[spectrum] * energy_dd.diagonal().max().item()
     directions_dr = top_eigenvectors(freed_dd, rank)
     return directions_dr * (torch.einsum("dr,de,er->r", directions_dr, freed_dd, directions_dr) > floor)
 
