@@ -1,6 +1,7 @@
 """Every figure of continual learning against a loop over its definition, on matrices of any shape."""
 
 import math
+from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -138,6 +139,15 @@ def test_a_single_task():
     assert metrics.forgetting(matrix) == metrics.backward_transfer(matrix) == 0
     assert metrics.final_accuracy(matrix) == metrics.average_accuracy(matrix) == 0.75
     assert math.isnan(metrics.forward_transfer(matrix, np.array([0.5])))
+
+
+def test_the_documentation_has_every_definition():
+    page = Path(__file__).parents[2].joinpath("docs", "metrics.md").read_text(encoding="utf-8")
+    rows = [
+        f"| `{name}` | {text} | {metrics.FORMULAS.get(name, '')} |".replace("  |", " |")
+        for name, text in metrics.DEFINITIONS.items()
+    ]
+    assert "\n".join(rows) in page
 
 
 def test_nothing_learnt_yet_has_no_tasks():

@@ -36,7 +36,7 @@ FORMULAS: dict[str, str] = {
 DEFINITIONS: dict[str, str] = {
     "final_accuracy": "accuracy after the last task, averaged over tasks",
     "final_accuracy_micro": "accuracy after the last task, averaged over test examples",
-    "average_accuracy": "accuracy on all tasks so far, averaged over the tasks learnt",
+    "average_accuracy": "accuracy on all tasks learnt so far, averaged over the stream",
     "average_accuracy_micro": "the same with micro accuracy: averaged over test examples instead of tasks",
     "forgetting": "best earlier accuracy on each task minus its final accuracy, averaged over all tasks but the last; "
     "negative where tasks improved",

@@ -34,9 +34,9 @@ TITLES = {
 IN_POINTS = ("forgetting", "backward_transfer", "forward_transfer")
 PHASES = {
     "load": "loading data and weights",
-    "begin": "before the training of each task",
+    "begin": "before each task",
     "train": "training",
-    "end": "after the training of each task",
+    "end": "after each task",
     "evaluate": "evaluation",
     "checkpoint": "saving checkpoints",
 }
