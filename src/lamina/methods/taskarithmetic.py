@@ -179,7 +179,7 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         optimizer = torch.optim.Adam(learner.trainable().values(), lr=config.memory_lr)
         for epoch in range(config.memory_epochs):
             order_n = torch.from_numpy(rng.permutation(len(labels_n), seed, epoch)).to(learner.device)
-            for chosen_b in order_n.split(config.memory_batch):
+            for chosen_b in torch.split(order_n, config.memory_batch):
                 parts = {k: value[chosen_b] for k, value in inputs.items()}
                 parts = {k: v.float() if v.is_floating_point() else v.long() for k, v in parts.items()}
                 batch = Batch(inputs=parts, labels_b=labels_n[chosen_b])
