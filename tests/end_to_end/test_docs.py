@@ -2,12 +2,14 @@
 
 import re
 import sys
+from functools import cache
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.conformance import cases
+from tests.conformance import test_growth as growth
 from tests.conformance import test_methods as laws
 from tests.conformance.cases import HOME, Trail, World, walk
 
@@ -33,7 +35,7 @@ def trail(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> laws.Walks:
     example, row = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(example.splitlines()) < 100
     method = load("lamina.methods.anchored", tmp_path / "anchored.py", example, monkeypatch).Anchored
-    row = f"from tests.conformance.cases import Case, adapter_numbers, head_numbers\n\nROW = {row}"
+    row = f"from tests.conformance.cases import Case, SHARED_LORA, one_adapter\n\nROW = {row}"
     monkeypatch.setitem(METHODS, "anchored", method)
     monkeypatch.setitem(cases.CASES, "anchored", load("row_of_anchored", tmp_path / "row.py", row, monkeypatch).ROW)
     walked: dict[World, Trail] = {}
@@ -58,3 +60,8 @@ def test_the_example_of_a_method_obeys_the_laws(
     laws.test_a_prediction_does_not_depend_on_the_rest_of_its_batch("anchored", World("bert", "domain"), trail)
     laws.test_it_keeps_what_it_declares("anchored", World("fused_vit", "mixed"), trail, tmp_path / "kept")
     laws.test_it_learns("anchored", trail)
+    laws.test_its_row_of_the_generated_table_is_complete_and_fits_on_a_screen("anchored")
+    costs = cache(lambda name: growth.costs_of(name, tmp_path / "grown"))
+    for part in growth.PARTS:
+        growth.test_cost_grows_as_documented("anchored", part, costs)
+    growth.test_memory_stays_within_its_bound_which_grows_no_faster_than_the_law("anchored", costs)
