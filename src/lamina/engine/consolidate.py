@@ -143,7 +143,7 @@ class Consolidation:
     def compensated(self, learner: Learner, old: Statistics, before_nd: Tensor | None, after_nd: Tensor) -> Statistics:
         """Returns the older outputs' statistics under M_t. before_nd, after_nd: features of the new examples under M_{t-1}
         and M_t."""
-        if before_nd is None or self.config.drift in ("none", "remeasured"):
+        if before_nd is None or self.config.drift == "none" or self.config.drift == "remeasured":
             return old
         return drift.compensated(old, before_nd, after_nd, self.config.drift, self.generator("shift"))[0]
 
