@@ -71,13 +71,13 @@ def lamina_run(config: RunConfig, out: Path, *, method: str, wanted: Literal["fp
     started = time.perf_counter()
     record = runs.create(config.model_copy(update={"method": settings, "precision": wanted}), out)
     total = time.perf_counter() - started
-    seconds = record["cost"]["seconds"]
+    seconds = record.cost.seconds
     return Result(
         seconds=total,
-        train_seconds=seconds["train"],
-        evaluate_seconds=seconds["evaluate"],
-        step_ms=[1000 * entry["seconds"] / entry["steps"] for entry in record["lineage"]],
-        accuracy=record["metrics"]["final_accuracy"],
+        train_seconds=seconds["train"] or 0.0,
+        evaluate_seconds=seconds["evaluate"] or 0.0,
+        step_ms=[1000 * (entry.seconds or 0.0) / (entry.steps or 1) for entry in record.lineage],
+        accuracy=record.metrics.final_accuracy,
     )
 
 

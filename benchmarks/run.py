@@ -92,16 +92,16 @@ def measure(config: RunConfig, out: Path) -> dict[str, Any]:
     started = time.perf_counter()
     record = runs.create(config.model_copy(update={"precision": name}), out, watch)
     total = time.perf_counter() - started - sum(aside)
-    seconds = record["cost"]["seconds"]
+    seconds = {phase: value or 0.0 for phase, value in record.cost.seconds.items()}
     seconds["train"] = round(seconds["train"] - sum(aside), 3)
-    images = [config.training.epochs * task["train"] for task in record["stream"]["tasks"]]
+    images = [config.training.epochs * (task.train or 0) for task in record.stream.tasks]
     ms = {
         way: [round(1000 * x, 3) for x in quartiles([*chain.from_iterable(of_tasks)])]
         for way, of_tasks in samples.items()
     }
     fastest = min(ms, key=lambda way: ms[way][1])
     floors = [statistics.median(of_task) * count for of_task, count in zip(samples[fastest], images, strict=True)]
-    steps = [task["seconds"] - own for task, own in zip(record["lineage"], aside, strict=True)]
+    steps = [(task.seconds or 0.0) - own for task, own in zip(record.lineage, aside, strict=True)]
     return {
         "precision": name,
         "seconds": {k: v for k, v in seconds.items() if k != "total"} | {"total": round(total, 2)},
@@ -113,8 +113,8 @@ def measure(config: RunConfig, out: Path) -> dict[str, Any]:
         "tasks_over_floor": [round(x, 3) for x in quartiles([a / b for a, b in zip(steps, floors, strict=True)])],
         "outside_steps": round(1 - seconds["train"] / total, 4),
         "begin_and_end_share": round((seconds["begin"] + seconds["end"]) / total, 4),
-        "accuracy": record["metrics"]["final_accuracy"],
-        "threads": record["machine"]["threads"],
+        "accuracy": record.metrics.final_accuracy,
+        "threads": record.machine.threads,
     }
 
 
