@@ -28,7 +28,7 @@ class Steps:
     ) -> Loss:
         """Returns a function that computes the loss () of a batch and leaves its gradients in the parameters.
 
-        batch_size: of full batches. full_batches: how many of them the task has. note: is told what a user should know.
+        batch_size: of full batches. full_batches: how many of them the task has. note: called with a message for the user.
         """
         del batch_size, full_batches, note  # for faster ways
         return lambda batch: backward(loss, parameters, batch)

@@ -5,6 +5,7 @@ Shape letters: b batch, t tokens, d width of the backbone, j outputs of the head
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from lamina.adapters import AdaptedLinear, Branch, Finished, Mixture, Router
 from lamina.backbones import Backbone
 from lamina.errors import ConfigError
 from lamina.learner.head import Head, Output
-from lamina.learner.moments import check_moment, recording
+from lamina.learner.moments import Watcher, check_moment, recording
 from lamina.learner.sites import AdapterSite
 from lamina.types import Batch, Task
 
@@ -117,18 +118,14 @@ class Learner:
         before any site of the group computes."""
         shown: dict[str, Tensor] = {}
 
-        def hook_for(group: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                if shown.get(group) is not inputs[0]:  # only once, by the first layer of the group
-                    shown[group] = inputs[0]
-                    with torch.no_grad():
-                        watchers[group](inputs[0])
-
-            return hook
+        def show(group: str, inputs_bti: Tensor) -> None:
+            if shown.get(group) is not inputs_bti:  # only once, by the first layer of the group
+                shown[group] = inputs_bti
+                watchers[group](inputs_bti)
 
         groups = self.groups()
         handles = [
-            layer.register_forward_pre_hook(hook_for(group))
+            layer.register_forward_pre_hook(Watcher(partial(show, group)))
             for group in watchers
             for layer in {id(site.layer): site.layer for site in groups[group]}.values()
         ]

@@ -1,16 +1,28 @@
-"""Second moments of the inputs of linear layers, accumulated in one pass without storing any input.
+"""Watchers of the inputs of linear layers, and second moments of these, accumulated in one pass without storing any input.
 
 Shape letters: b batch, t tokens, n tokens of all examples, d width.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lamina.errors import TrainingError
+
+
+class Watcher:
+    """A forward pre-hook that shows the input of a module to a function, without gradients, and changes nothing."""
+
+    def __init__(self, show: Callable[[Tensor], None]) -> None:
+        self.show = show
+
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        with torch.no_grad():
+            self.show(inputs[0])
 
 
 @dataclass
@@ -72,13 +84,10 @@ def recording(modules: Mapping[str, nn.Module]) -> Iterator[Recording]:
     """Within the context every forward through one of these modules adds its input to the moment of the same name."""
     record = Recording({name: SecondMoment() for name in modules})
 
-    def hook(name: str, inputs: tuple[Tensor, ...]) -> None:
-        record.moments[name].add(inputs[0], record.mask_bt)
+    def add(name: str, inputs_btd: Tensor) -> None:
+        record.moments[name].add(inputs_btd, record.mask_bt)
 
-    handles = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: hook(name, inputs))
-        for name, module in modules.items()
-    ]
+    handles = [module.register_forward_pre_hook(Watcher(partial(add, name))) for name, module in modules.items()]
     try:
         with torch.no_grad():
             yield record

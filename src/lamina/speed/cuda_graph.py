@@ -34,7 +34,7 @@ class GraphedGradients:
     """Computes the loss of batches, and leaves its gradients in the parameters.
 
     loss: of a batch. recorded: the size of the batches that are recorded; whether a recording is faster is found out with
-    the first of them. note: is told if a recording cannot be made.
+    the first of them. note: called with a message if a recording cannot be made.
     """
 
     def __init__(

@@ -2,8 +2,8 @@
 
 There, small operations cost more than their numbers do, and half of them are autograd's. A fused block computes the same as
 that of transformers in fewer operations: k and v are one product, all heads are transposed at once, sums are added in place,
-trained factors cost thin products only, and the last block computes only what the class token needs. A block that something
-watches or changes is computed as transformers does.
+trained factors cost thin products only, and the last block computes only what the class token needs. Watchers are shown the
+inputs of linear layers. A block that other hooks watch or change is computed as transformers does.
 
     h = norm_1(x)
     q, k, v = W_q h + b_q, W_k h + b_k, W_v h + b_v
@@ -15,7 +15,7 @@ Shape letters: b batch, t tokens, n query tokens (all, or the class token), h he
 i inputs. Two dimensions taken as one: m is b t, or b n where only those are computed; g is b h.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from lamina.adapters import AdaptedLinear, OutputRange, Update
 from lamina.backbones import class_token
+from lamina.learner import Watcher
 from lamina.speed.attention import softmax
 from lamina.speed.composed_weight import LinearParts, factor_gradients, parts_of
-from lamina.speed.instance import is_watched, replace
+from lamina.speed.instance import hooks_of, replace
 
 _aten = torch.ops.aten
 
@@ -48,6 +49,13 @@ class Parts(NamedTuple):
     scale: float
     first: bool
     """Whether only the class token is computed after the attention."""
+    watchers: Mapping[str, Sequence[Watcher]]
+    """Of the inputs of linear layers, by role."""
+
+    def show(self, x_bnd: Tensor, *roles: str) -> None:
+        """Show their common input to the watchers of these linear layers."""
+        for watcher in (watcher for role in roles for watcher in self.watchers[role]):
+            watcher.show(x_bnd)
 
     def linears(self) -> tuple[LinearParts, LinearParts, LinearParts, LinearParts, LinearParts]:
         return self.q, self.kv, self.out, self.fc1, self.fc2
@@ -83,14 +91,19 @@ def forward(x_btd: Tensor, parts: Parts) -> tuple[Tensor, Kept]:
     n = 1 if parts.first else t
     x_md = x_btd.reshape(b * t, d)
     h_md, mean_m, rstd_m = _norm(x_md, parts.norm_1)
+    parts.show(h_md.view(b, t, d), "q", "k", "v")
     (q_gne,) = _apart(_apply(parts.q, _queries(h_md, b, n)), b, parts.heads, 1)
     k_gte, v_gte = _apart(_apply(parts.kv, h_md), b, parts.heads, 2)
     a_gnt = softmax(torch.bmm(q_gne, k_gte.mT).mul_(parts.scale))
     z_mo = _together(torch.bmm(a_gnt.to(x_btd.dtype), v_gte)[None], b)
+    parts.show(z_mo.view(b, n, -1), "out")
     r_md = _apply(parts.out, z_mo).add_(_queries(x_md, b, n))
     s_md, mean_s_m, rstd_s_m = _norm(r_md, parts.norm_2)
+    parts.show(s_md.view(b, n, d), "fc1")
     u_mo = _apply(parts.fc1, s_md)
-    y_md = _apply(parts.fc2, F.gelu(u_mo)).add_(r_md)
+    active_mo = F.gelu(u_mo)
+    parts.show(active_mo.view(b, n, -1), "fc2")
+    y_md = _apply(parts.fc2, active_mo).add_(r_md)
     kept = Kept(x_md, h_md, mean_m, rstd_m, q_gne, k_gte, v_gte, a_gnt, z_mo, r_md, s_md, mean_s_m, rstd_s_m, u_mo)
     return y_md.view(b, n, d), kept
 
@@ -206,31 +219,44 @@ def _forward(block: Any, hidden_states: Tensor, attention_mask: Tensor | None = 
 
 
 def _undisturbed(block: Any) -> bool:
-    """Returns whether nothing watches or changes what passes through the parts of this block."""
-    attention, mlp = block.attention, block.mlp
-    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.fc1, mlp.fc2)
-    parts = (attention, mlp, mlp.activation_fn, block.layernorm_before, block.layernorm_after, *linears)
+    """Returns whether nothing but watchers of its linear layers watches or changes what passes through this block."""
+    linears = _linears(block).values()
+    others = (block.attention, block.mlp, block.mlp.activation_fn, block.layernorm_before, block.layernorm_after)
     routed = any(isinstance(one, AdaptedLinear) and one.mixtures for one in linears)
-    return not (block.training or routed or any(map(is_watched, parts)))
+    hooked = any(map(hooks_of, others)) or any(type(hook) is not Watcher for one in linears for hook in hooks_of(one))
+    return not (block.training or routed or hooked)
+
+
+def _linears(block: Any) -> dict[str, nn.Module]:
+    attention, mlp = block.attention, block.mlp
+    return {
+        "q": attention.q_proj,
+        "k": attention.k_proj,
+        "v": attention.v_proj,
+        "out": attention.o_proj,
+        "fc1": mlp.fc1,
+        "fc2": mlp.fc2,
+    }
 
 
 def _parts(block: Any) -> Parts:
-    attention, mlp = block.attention, block.mlp
-    k, v = _linear(attention.k_proj), _linear(attention.v_proj)
+    linears = _linears(block)
+    q, k, v, out, fc1, fc2 = map(_linear, linears.values())
     below = len(k.weight_oi)
     biases = [one.weight_oi.new_zeros(len(one.weight_oi)) if one.bias_o is None else one.bias_o for one in (k, v)]
     moved = [Update(OutputRange(r.start + below, r.stop + below), up_or, down_ri) for r, up_or, down_ri in v.updates]
     return Parts(
         norm_1=block.layernorm_before,
-        q=_linear(attention.q_proj),
+        q=q,
         kv=LinearParts(torch.cat([k.weight_oi, v.weight_oi]), torch.cat(biases), k.updates + moved),
-        out=_linear(attention.o_proj),
+        out=out,
         norm_2=block.layernorm_after,
-        fc1=_linear(mlp.fc1),
-        fc2=_linear(mlp.fc2),
-        heads=attention.num_attention_heads,
-        scale=attention.scaling,
+        fc1=fc1,
+        fc2=fc2,
+        heads=block.attention.num_attention_heads,
+        scale=block.attention.scaling,
         first=class_token in block.layernorm_after._forward_pre_hooks.values(),
+        watchers={role: hooks_of(linear) for role, linear in linears.items()},
     )
 
 

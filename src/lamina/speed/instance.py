@@ -1,6 +1,7 @@
-"""What `accelerate` needs of instances: to replace one of their attributes, and to know whether anything watches them."""
+"""What `accelerate` needs of instances: to replace one of their attributes, and to know their hooks."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -20,7 +21,8 @@ def replace(owner: object, name: str, value: object) -> Callable[[], None]:
     return undo
 
 
-def is_watched(part: nn.Module) -> bool:
-    """Returns whether a hook watches this module, or changes what it computes. `class_token` does not count."""
+def hooks_of(part: nn.Module) -> list[Any]:
+    """Returns the hooks that watch this module or change what it computes, without `class_token`."""
     before = [hook for hook in part._forward_pre_hooks.values() if hook is not class_token]
-    return bool(before or part._forward_hooks or part._backward_hooks or part._backward_pre_hooks)
+    others = (part._forward_hooks, part._backward_pre_hooks, part._backward_hooks)
+    return [*before, *(hook for hooks in others for hook in hooks.values())]

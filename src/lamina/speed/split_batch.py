@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lamina.learner import Learner
 from lamina.speed.composed_weight import ComposedLinear, shared_weights
-from lamina.speed.instance import is_watched
+from lamina.speed.instance import hooks_of
 
 SMALLEST = 32
 """Batches of fewer examples are not split. With 36 images of 17 tokens splitting gains nothing, with 64 it does (two cores,
@@ -81,7 +81,7 @@ class SplitBatch:
     def splittable(self) -> bool:
         """Returns whether every example passes through the backbone by itself, unwatched."""
         routed = any(one.layer.mixtures for one in self.layers)
-        return not (routed or any(map(is_watched, self.learner.backbone.module.modules())))
+        return not (routed or any(map(hooks_of, self.learner.backbone.module.modules())))
 
 
 class _TwoGraphs(torch.autograd.Function):

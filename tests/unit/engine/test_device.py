@@ -41,9 +41,9 @@ def test_on_a_cpu_there_is_nothing_to_name_or_prepare():
 
 
 def test_the_fingerprint_of_a_run_without_a_device_is_that_of_auto():
-    plain, told = RunConfig(), RunConfig(device="cuda")
+    plain, on_gpu = RunConfig(), RunConfig(device="cuda")
     assert fingerprint(plain, InfLoRAConfig) == fingerprint(RunConfig(device="auto"), InfLoRAConfig)
-    assert fingerprint(plain, InfLoRAConfig) != fingerprint(told, InfLoRAConfig)
+    assert fingerprint(plain, InfLoRAConfig) != fingerprint(on_gpu, InfLoRAConfig)
 
 
 def test_all_of_a_batch_goes_to_the_gpu():

@@ -5,7 +5,7 @@ import torch
 from tests.tiny import noise
 from torch import nn
 
-from lamina.learner.moments import SecondMoment, recording
+from lamina.learner.moments import SecondMoment, Watcher, recording
 
 
 def test_inputs_are_recorded_within_the_context_and_hooks_are_gone_afterwards():
@@ -67,3 +67,12 @@ def test_products_lose_nothing_and_leave_no_setting_behind(dtype: torch.dtype):
     moment.add(inputs_btd, None)
     torch.testing.assert_close(moment.mean_dd, tokens_nd.T @ tokens_nd / len(tokens_nd), rtol=1e-5, atol=1e-6)
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_watcher_changes_nothing_and_sees_no_gradient():
+    linear, x_bi, seen = nn.Linear(4, 3), noise((2, 4), "x").requires_grad_(), list[torch.Tensor]()
+    before = linear(x_bi)
+    linear.register_forward_pre_hook(Watcher(lambda x_bi: seen.append(2 * x_bi)))
+    assert torch.equal(linear(x_bi), before)
+    assert torch.equal(seen[0], 2 * x_bi)
+    assert not seen[0].requires_grad

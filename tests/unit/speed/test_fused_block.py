@@ -13,7 +13,7 @@ from transformers.models.vit.modeling_vit import ViTLayer
 
 from lamina.adapters import LowRank
 from lamina.backbones import class_token, load
-from lamina.learner import Learner
+from lamina.learner import Learner, Watcher
 from lamina.speed import accelerate
 from lamina.speed.fused_block import fuse
 from lamina.types import Batch
@@ -191,9 +191,23 @@ def test_what_changes_a_part_is_obeyed(path: str, before: bool):
     assert (unchanged["features"] - found[0]["features"]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("path", ["attention.k_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2"])
+def test_a_watcher_is_shown_the_input_of_a_linear_layer(path: str):
+    """The blocks stay fused, in the last one with the class token only."""
+    seen: list[list[Tensor]] = [[], []]
+    for own, fused in zip(seen, (True, False), strict=True):
+        learner = learner_of(fused=fused)
+        for layer in learner.backbone.module.layers:
+            watcher = Watcher(lambda x_bti, own=own: own.append(x_bti.detach().clone()))
+            layer.get_submodule(path).register_forward_pre_hook(watcher)
+        assert _made_by(learner.features(batch_of()), "_BlockBackward") == 3 * fused
+    assert len(seen[0]) == 3
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("path", ["attention.k_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2", "layernorm_after"])
-def test_watchers_of_a_part_are_shown_its_input(path: str):
-    """The block they watch is computed as transformers computes it, the others stay fused."""
+def test_other_hooks_of_a_part_are_called(path: str):
+    """Their block is computed as transformers computes it, the others stay fused."""
     seen: list[list[Tensor]] = [[], []]
     for own, fused in zip(seen, (True, False), strict=True):
         learner = learner_of(fused=fused)
@@ -204,7 +218,7 @@ def test_watchers_of_a_part_are_shown_its_input(path: str):
     torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
 
 
-def test_watchers_of_a_gradient_are_shown_it():
+def test_hooks_of_a_gradient_are_called():
     seen: list[list[Tensor]] = [[], []]
     for own, fused in zip(seen, (True, False), strict=True):
         learner = learner_of(ROLES, fused=fused)
@@ -215,7 +229,7 @@ def test_watchers_of_a_gradient_are_shown_it():
     torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-5)
 
 
-def test_those_who_watch_a_group_are_shown_it_once():
+def test_watchers_of_a_group_are_shown_its_input_once():
     shown: list[list[Tensor]] = [[], []]
     for own, fused in zip(shown, (True, False), strict=True):
         learner = learner_of(ROLES, fused=fused)

@@ -190,12 +190,12 @@ def test_branches_may_change_between_batches(faster: Any, monkeypatch: pytest.Mo
 
 
 def test_batches_with_routed_adapters_are_not_split(faster: Any):
-    learner, expert_b = learner_with_a_branch(), torch.arange(40) % 2 - 1
+    learner, adapter_b = learner_with_a_branch(), torch.arange(40) % 2 - 1
     learner.finish("new", fold=False)
-    with learner.routing(["new"], expert_b):
+    with learner.routing(["new"], adapter_b):
         wanted_bd = learner.features(pixels(40))
     faster(learner)
-    with learner.routing(["new"], expert_b):
+    with learner.routing(["new"], adapter_b):
         got_bd = learner.features(pixels(40))
     assert torch.equal(got_bd, wanted_bd)
     assert not torch.allclose(got_bd, learner.features(pixels(40)))
