@@ -433,7 +433,7 @@ def test_prediction_gets_neither_the_task_nor_the_label(
 @in_every_world
 @on_every_method
 def test_predictions_are_the_best_outputs(name: str, world: World, trail: Walks):
-    """The matrix's last row, counted again by hand from the scores; in task-incremental streams among the task's outputs only."""
+    """The matrix's last row, counted by hand from the scores; in task-incremental streams among the task's outputs only."""
     found = trail(name, world)
     outputs = found.loop.learner.outputs
     assert [output.label for output in outputs] == [label for task in found.stream for label in task.classes]
