@@ -131,9 +131,9 @@ def test_its_row_of_the_generated_table_is_complete_and_fits_on_a_screen(name: s
 def test_its_record_is_complete_and_plain_json(name: str):
     method, facts = METHODS[name], describe(METHODS[name])
     assert json.loads(json.dumps(facts)) == facts
-    told = ("title", "authors", "venue", "advice", "storage", "cost")
-    assert facts.keys() >= {"name", "link", "scenarios", "settings", *told}
-    for fact in told:
+    stated = ("title", "authors", "venue", "advice", "storage", "cost")
+    assert facts.keys() >= {"name", "link", "scenarios", "settings", *stated}
+    for fact in stated:
         assert facts[fact].strip(), f"{name} says nothing as its {fact}"
         assert "\n" not in facts[fact]
     assert re.fullmatch(r"https://\S+", facts["link"])
@@ -142,7 +142,7 @@ def test_its_record_is_complete_and_plain_json(name: str):
     assert set(facts["scenarios"]) <= set(SCENARIOS)
     assert facts["stored_examples"] >= 0
     assert facts["cost"].startswith("Cost per training step")
-    assert all(facts[told].endswith(".") for told in ("storage", "cost", "advice"))
+    assert all(facts[fact].endswith(".") for fact in ("storage", "cost", "advice"))
     for departure in method.paper.departures:
         assert departure.what.strip()
         for switch in (departure.switch or "").split(", "):
@@ -219,7 +219,7 @@ def test_training_moves_what_is_declared_and_nothing_else(name: str, world: Worl
 @in_every_world
 @on_every_method
 def test_what_is_finished_never_changes(name: str, world: World, trail: Walks):
-    """The factors of a finished branch, and the rows of a finished task, but for what is declared."""
+    """The factors of a finished branch, and the outputs of a finished task, except for what is declared."""
     found, kept = trail(name, world), {}
     revised = "|".join(CASES[name].revises) or "nothing"
     for number, task in enumerate(found.stream):
@@ -394,7 +394,7 @@ def test_a_prediction_does_not_depend_on_the_rest_of_its_batch(name: str, world:
 
 @in_fp32
 @on_every_method
-def test_folding_changes_the_cost_and_not_the_answer(name: str, world: World, trail: Walks, tmp_path: Path):
+def test_folding_changes_the_cost_and_not_the_prediction(name: str, world: World, trail: Walks, tmp_path: Path):
     """In the middle of a task, where a branch is live and has moved; and after the last."""
     found = trail(name, world)
     for index in (found.index(task=1, phase="end"), len(found.saved) - 1):
@@ -410,7 +410,7 @@ def test_folding_changes_the_cost_and_not_the_answer(name: str, world: World, tr
 
 @in_every_world
 @on_every_method
-def test_prediction_is_told_neither_the_task_nor_the_label(
+def test_prediction_gets_neither_the_task_nor_the_label(
     name: str, world: World, trail: Walks, monkeypatch: pytest.MonkeyPatch
 ):
     found = trail(name, world)
@@ -432,24 +432,24 @@ def test_prediction_is_told_neither_the_task_nor_the_label(
 
 @in_every_world
 @on_every_method
-def test_answers_are_the_best_rows(name: str, world: World, trail: Walks):
-    """The matrix's last row, counted again by hand from the scores; where the stream tells the task, its rows only."""
+def test_predictions_are_the_best_outputs(name: str, world: World, trail: Walks):
+    """The matrix's last row, counted by hand from the scores; in task-incremental streams among the task's outputs only."""
     found = trail(name, world)
-    rows = found.loop.learner.outputs
-    assert [row.label for row in rows] == [label for task in found.stream for label in task.classes]
+    outputs = found.loop.learner.outputs
+    assert [output.label for output in outputs] == [label for task in found.stream for label in task.classes]
     for number, task in enumerate(found.stream):
         examples = task.test
         batch = examples.batch(np.arange(len(examples)))
-        best = [rows[int(r)].label for r in scores(found.loop, batch).argmax(1)]
+        best = [outputs[int(r)].label for r in scores(found.loop, batch).argmax(1)]
         with found.loop.learner.folded():
-            told_nr = found.loop.method.predict_task_aware(found.loop.learner, batch, task.name)
+            aware_nj = found.loop.method.predict_task_aware(found.loop.learner, batch, task.name)
         own = [
-            max((s, row.label) for s, row in zip(line, rows, strict=True) if row.task == task.name)[1]
-            for line in told_nr
+            max((s, output.label) for s, output in zip(line, outputs, strict=True) if output.task == task.name)[1]
+            for line in aware_nj
         ]
         counted = {
-            answer: sum(a == b for a, b in zip(given, examples.labels_n, strict=True))
-            for answer, given in (("best", best), ("own", own))
+            which: sum(a == b for a, b in zip(given, examples.labels_n, strict=True))
+            for which, given in (("best", best), ("own", own))
         }
         assert found.loop.state.task_aware.correct_ij[-1, number] == counted["own"]
         assert found.loop.matrix.correct_ij[-1, number] == counted["own" if world.scenario == "task" else "best"]
@@ -531,23 +531,23 @@ def test_it_works_on_a_stream_without_a_known_end(name: str, tmp_path: Path):
 
 @on_every_method
 def test_it_learns(name: str, trail: Walks):
-    """What it was trained on, when the task is told; a method that does nothing would be at chance, one half."""
+    """The examples it was trained on, given their task; a method that does nothing would be at chance, one half."""
     loop, task = trail(name, HOME).loop, stream("image", "class")[-1]
     found = predict_all(loop.learner, loop.method, task.train, whole, task.name)
     assert found.task_aware_correct / len(task.train) >= 0.8
 
 
 @on_every_method
-def test_scores_of_classes_are_the_largest_of_their_rows(name: str, trail: Walks):
+def test_scores_of_classes_are_the_largest_of_their_outputs(name: str, trail: Walks):
     found = trail(name, World("vit", "domain"))
-    rows, batch = found.loop.learner.outputs, everything(found)
-    scores_br = scores(found.loop, batch)
-    classes = sorted({row.label for row in rows})
+    outputs, batch = found.loop.learner.outputs, everything(found)
+    scores_bj = scores(found.loop, batch)
+    classes = sorted({output.label for output in outputs})
     by_hand = torch.stack(
         [
-            torch.stack([s for s, row in zip(line, rows, strict=True) if row.label == c]).max()
-            for line in scores_br
+            torch.stack([s for s, output in zip(line, outputs, strict=True) if output.label == c]).max()
+            for line in scores_bj
             for c in classes
         ]
-    ).view(len(scores_br), -1)
-    assert torch.equal(class_scores(scores_br, rows, classes), by_hand)
+    ).view(len(scores_bj), -1)
+    assert torch.equal(class_scores(scores_bj, outputs, classes), by_hand)

@@ -69,6 +69,7 @@ class Prototype(Method[PrototypeConfig]):
             )
         weight_cd, bias_c = as_linear(sums_cd / counts_c[:, None], self.config.metric)
         block.load_state_dict({"weight": weight_cd.float(), "bias": bias_c.float()})
+        learner.head.freeze()
 
     def predict(self, learner: Learner, batch: Batch) -> Tensor:
         features_bd = learner.features(batch)
