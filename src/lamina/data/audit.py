@@ -79,8 +79,14 @@ class Audit:
                 f"{count(self.conflicts.groups, what)} in more than one class: one label is wrong",
             ),
             (self.shared.groups, f"{count(self.shared.groups, what)} in more than one domain: their tasks overlap"),
-            (len(self.untaught), f"{count(len(self.untaught), 'class')} without training items: {listed(self.untaught)}"),
-            (len(few), f"{count(len(few), 'class')} with fewer than {self.min_per_class} training items: {listed(few)}"),
+            (
+                len(self.untaught),
+                f"{count(len(self.untaught), 'class')} without training items: {listed(self.untaught)}",
+            ),
+            (
+                len(few),
+                f"{count(len(few), 'class')} with fewer than {self.min_per_class} training items: {listed(few)}",
+            ),
             (len(self.untested), f"{count(len(self.untested), 'class')} without test items: {listed(self.untested)}"),
             *((1, sentence) for sentence in self.alike),
             (

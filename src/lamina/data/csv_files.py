@@ -99,4 +99,6 @@ def _not_utf8(file: Path) -> DataError:
 
 
 def _damaged(file: Path, error: Exception) -> DataError:
-    return DataError(f"{file} cannot be read as CSV ({line_of(error)}). Correct the line, quoting texts that hold commas")
+    return DataError(
+        f"{file} cannot be read as CSV ({line_of(error)}). Correct the line, quoting texts that hold commas"
+    )

@@ -12,7 +12,7 @@ from lamina.data.names import clean, listed, shown, split_of, split_words
 from lamina.data.records import Kind, Source, build
 from lamina.data.tree import IMAGE_SUFFIXES, Folder, Leftovers, scan
 from lamina.errors import DataError
-from lamina.types import SPLITS, Ints
+from lamina.types import SPLITS
 
 _FEW = 10
 """Images beside folders of images are strays if there are ten times as many in the folders."""
@@ -185,7 +185,13 @@ def _splits(parent: Folder, folders: Sequence[Folder]) -> list[tuple[int, Folder
 def _is_class_named_train(folder: Folder, beside: Sequence[Folder]) -> bool:
     """A train is a thing too: a folder of images with other folders beside it that are no splits."""
     others = [split_of(other.name) is None for other in beside if other is not folder]
-    return folder.name.lower() == "train" and bool(folder.images) and not folder.folders and len(others) > 1 and all(others)
+    return (
+        folder.name.lower() == "train"
+        and bool(folder.images)
+        and not folder.folders
+        and len(others) > 1
+        and all(others)
+    )
 
 
 def _splits_by_one_word(parent: Folder, folders: Sequence[Folder]) -> list[tuple[int, Folder]]:
@@ -252,9 +258,7 @@ def _refuse_domains_in_splits(top: Folder, found: list[ClassFolder]) -> None:
 
 def _shared(outer: Sequence[Folder]) -> bool:
     """Whether these folders hold several names of folders, one of them below more than one name."""
-    pairs = {
-        (folder.name, clean(inner.name, f"folder {inner.path!a}")) for folder in outer for inner in folder.folders
-    }
+    pairs = {(folder.name, clean(inner.name, f"folder {inner.path!a}")) for folder in outer for inner in folder.folders}
     return 1 < len({inner for _, inner in pairs}) < len(pairs)
 
 

@@ -39,7 +39,7 @@ def clean(name: str, what: str) -> str:
     wrong = next((sign for sign in name if unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp")), None)
     if wrong is not None:
         why = "is not valid Unicode" if unicodedata.category(wrong) == "Cs" else "holds a control character"
-        raise DataError(f"{what} is {ascii(name[:_SHOWN])}, which {why} ({ascii(wrong)}). Rename it")
+        raise DataError(f"{what} is {name[:_SHOWN]!a}, which {why} ({wrong!a}). Rename it")
     return unicodedata.normalize("NFC", name)
 
 

@@ -41,7 +41,7 @@ def open_source(
     columns = columns or Columns()
     wanted: Kind | None = None if kind == "auto" else kind
     if not str(where).isprintable():
-        raise DataError(f"{ascii(str(where))} holds characters that cannot be shown. Rename it")
+        raise DataError(f"{str(where)!a} holds characters that cannot be shown. Rename it")
     try:
         path = Path(where).expanduser()
         return _open(path, str(where), kind=wanted, columns=columns, test_fraction=test_fraction)

@@ -117,7 +117,9 @@ def check_taught(data: LabelledData, task: str, brought: Sequence[int], train_ro
         return
     first = untaught[0]
     has = ", ".join(
-        f"{items} {split}" for k, split in enumerate(SPLITS) if (items := _number_of(data, first, k)) or split == "train"
+        f"{items} {split}"
+        for k, split in enumerate(SPLITS)
+        if (items := _number_of(data, first, k)) or split == "train"
     )
     why = f" {count(len(data.skipped), data.kind)} were left out as damaged." if data.skipped else ""
     raise DataError(

@@ -19,6 +19,8 @@ from lamina.types import Ints
 
 PROVENANCE = "source"
 """An optional column that says where each row came from; it makes messages clearer."""
+_COLUMNS = 20
+"""How many columns a message lists."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +56,9 @@ class TableItems:
     def _inside(part: Part, path: str) -> Path:
         """A path that a table names. Only regular files below the table's own folder are ever read."""
         if "\0" in path:
-            raise DataError(f"{part.name} names the file {shown(path)!r}, which no file can be called. Correct the table")
+            raise DataError(
+                f"{part.name} names the file {shown(path)!r}, which no file can be called. Correct the table"
+            )
         found = (part.folder / path).resolve()
         if not found.is_relative_to(part.folder.resolve()):
             raise DataError(
@@ -139,7 +143,9 @@ def _read_parquet(file: Path, kind: Kind | None, columns: Columns) -> tuple[pa.T
         complete = columns.label in present and any(payload in present for payload in payloads)
         table = pq.read_table(file, columns=present, memory_map=True) if complete else schema.empty_table()
     except (pa.ArrowException, OSError, RecursionError) as error:
-        raise DataError(f"{file} cannot be read as Parquet ({line_of(error)}). Fetch or write the file again") from error
+        raise DataError(
+            f"{file} cannot be read as Parquet ({line_of(error)}). Fetch or write the file again"
+        ) from error
     return table, _names_in_schema(file, schema, columns.label)
 
 
@@ -164,7 +170,9 @@ def from_parts(
     for part in parts:
         _require(part, payload, kind)
         _require(part, columns.label, "label")
-    parts = [replace(part, table=_plain(part, (payload, columns.label, columns.domain, columns.split))) for part in parts]
+    parts = [
+        replace(part, table=_plain(part, (payload, columns.label, columns.domain, columns.split))) for part in parts
+    ]
     for part in parts:
         _check_payload(part, payload, kind)
     starts = np.cumsum([0, *(len(part.table) for part in parts)])
@@ -296,18 +304,21 @@ def _kind(part: Part, columns: Columns) -> Kind:
         return "text"
     raise DataError(
         f"{part.name} has neither a column {columns.image!r} of images nor a column {columns.text!r} of texts. Its"
-        f" columns: {', '.join(part.table.column_names) or 'none'}. Say which one it is with"
+        f" columns: {_have(part)}. Say which one it is with"
         " --set data.columns.image=NAME or --set data.columns.text=NAME"
     )
 
 
 def _require(part: Part, column: str, role: Literal["image", "text", "label"]) -> None:
     if column not in part.table.column_names:
-        have = ", ".join(part.table.column_names) or "none"
         raise DataError(
-            f"{part.name} has no column {column!r}, which should hold the {role} of each row. Its columns: {have}."
+            f"{part.name} has no column {column!r}, which should hold the {role} of each row. Its columns: {_have(part)}."
             f" Say which one it is with --set data.columns.{role}=NAME"
         )
+
+
+def _have(part: Part) -> str:
+    return listed(part.table.column_names, _COLUMNS) or "none"
 
 
 def _check_payload(part: Part, column: str, kind: Kind) -> None:
@@ -319,7 +330,7 @@ def _check_payload(part: Part, column: str, kind: Kind) -> None:
         allowed = "binary (encoded images), or {bytes, path} pairs"
     if not fits:
         raise DataError(
-            f"column {column!r} of {part.name} is of type {found}; allowed for {kind}s is {allowed}."
+            f"column {column!r} of {part.name} is of type {shown(str(found))}; allowed for {kind}s is {allowed}."
             f" Convert it, or name another column with --set data.columns.{kind}=NAME"
         )
 
@@ -330,7 +341,7 @@ def _is_pair(found: pa.DataType) -> bool:
         return False
     content, path = found.field("bytes").type, found.field("path").type
     binary = pa.types.is_binary(content) or pa.types.is_large_binary(content) or pa.types.is_null(content)
-    return binary and (pa.types.is_string(path) or pa.types.is_large_string(path) or pa.types.is_null(path))
+    return bool(binary and (pa.types.is_string(path) or pa.types.is_large_string(path) or pa.types.is_null(path)))
 
 
 def _values(parts: list[Part], column: str) -> list[Any]:
