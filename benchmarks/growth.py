@@ -289,7 +289,7 @@ def write_page(page: Path, records: Sequence[Record], tasks: int) -> None:
 
 
 def content(records: Sequence[Record], tasks: int, plot: str) -> str:
-    laws = [[f"`{name}`", method.needs.growth, method.needs.operations] for name, method in METHODS.items()]
+    laws = [[f"`{name}`", method.needs.storage, method.needs.cost] for name, method in METHODS.items()]
     parts = [table(["method", "stored", "cost per step and prediction"], laws, numbers=False)]
     if not records:
         return "\n\n".join([*parts, "Nothing has been measured yet.", ""])

@@ -189,7 +189,10 @@ def test_a_run_that_fails_is_told_and_the_others_are_done(
 ) -> None:
     """The rate of one of the two is far too large."""
     text = SMALL.replace("seeds: [0, 1]", "seeds: [0]")
-    text = text.replace("finetune: {}", "finetune: {training.lr: 1000, training.head_lr: 1000, training.optimizer: sgd, training.epochs: 9}")
+    text = text.replace(
+        "finetune: {}",
+        "finetune: {training.lr: 1000, training.head_lr: 1000, training.optimizer: sgd, training.epochs: 9}",
+    )
     said = lamina("compare", write_grid(tmp_path, text), "--jobs", 1)
     assert said.code == 1
     assert "FAILED grid/finetune/seed0" in said.err

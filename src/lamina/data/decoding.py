@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from lamina.data.records import Payload
 
@@ -72,11 +72,9 @@ def nearly_black(payload: Payload, pixels: NDArray[np.uint8]) -> bool:
     if not isinstance(payload, bytes) or pixels.max() > _NEARLY_BLACK:
         return False
     with _opened(payload) as image:
-        codes = [
-            tile.args if isinstance(tile.args, str) else str(tile.args[0])
-            for tile in getattr(image, "tile", ())
-            if tile.args
-        ]
+        if not isinstance(image, ImageFile.ImageFile):
+            return False
+        codes = [tile.args if isinstance(tile.args, str) else str(tile.args[0]) for tile in image.tile if tile.args]
         return image.mode.startswith("I") or any(";16" in code for code in codes)
 
 

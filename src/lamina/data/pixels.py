@@ -60,13 +60,7 @@ class PixelStore:
 
     def image(self, k: int) -> NDArray[np.uint8]:
         """Image k, (h, w, 3), not copied."""
-        if self.alike_nhwc is not None:
-            one: NDArray[np.uint8] = self.alike_nhwc[k]
-            return one
-        height, width = self.sizes_n2[k]
-        start: int = self._starts_n[k]
-        found: NDArray[np.uint8] = self._flat[start : start + 3 * height * width].reshape(height, width, 3)
-        return found
+        return self._flat[self._starts_n[k] : self._starts_n[k + 1]].reshape(*self.sizes_n2[k], 3)
 
     @cached_property
     def _flat(self) -> NDArray[np.uint8]:
@@ -131,7 +125,7 @@ def decode_once(
         pixels = np.memmap(folder / "pixels.bin", np.uint8, mode="r")
         if len(pixels) != 3 * int(sizes_n2.prod(1).sum()):
             raise ValueError(f"pixels.bin holds {len(pixels)} bytes, {3 * int(sizes_n2.prod(1).sum())} are needed")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
             f"the decoded images in {folder} are damaged ({error}). Remove that folder; they will be decoded again"
         ) from error

@@ -181,7 +181,7 @@ def split_ids(values: Sequence[Any], where: Callable[[int], str]) -> Ints:
     """Positions in SPLITS (n,), from names or positions. Raises DataError naming the first row with neither."""
     found = [split_of(value) if isinstance(value, str) else value for value in values]
     for row, split in enumerate(found):
-        whole = isinstance(split, Integral) and not isinstance(split, bool | np.bool_)
+        whole = type(split) is int or (isinstance(split, Integral) and not isinstance(split, bool))
         if not whole or split not in range(len(SPLITS)):
             raise DataError(
                 f"{where(row)} has the split {shown(repr(values[row]))}; allowed are {', '.join(SPLIT_NAMES)}."
@@ -255,8 +255,9 @@ def build(
 ) -> Source:
     """The source of these rows. Where no row is marked as test, `test_fraction` of the training rows becomes the test.
 
-    contents: one buffer per row, hashed into the fingerprint. layout: how the source was understood. Raises DataError if there are no rows, or none to train
-    on; ConfigError if the fraction is not in (0, 1).
+    contents: one buffer per row, hashed into the fingerprint. layout: how the source was understood.
+
+    Raises DataError if there are no rows, or none to train on; ConfigError if the fraction is not in (0, 1).
     """
     if not 0 < test_fraction < 1:
         raise ConfigError(f"data.test_fraction is {test_fraction}; allowed is more than 0 and less than 1, such as 0.2")

@@ -19,6 +19,8 @@ from lamina.types import Ints
 
 PROVENANCE = "source"
 """An optional column that says where each row came from; it makes messages clearer."""
+_COLUMNS = 20
+"""How many columns a message lists."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,18 +304,21 @@ def _kind(part: Part, columns: Columns) -> Kind:
         return "text"
     raise DataError(
         f"{part.name} has neither a column {columns.image!r} of images nor a column {columns.text!r} of texts. Its"
-        f" columns: {', '.join(part.table.column_names) or 'none'}. Say which one it is with"
+        f" columns: {_have(part)}. Say which one it is with"
         " --set data.columns.image=NAME or --set data.columns.text=NAME"
     )
 
 
 def _require(part: Part, column: str, role: Literal["image", "text", "label"]) -> None:
     if column not in part.table.column_names:
-        have = ", ".join(part.table.column_names) or "none"
         raise DataError(
-            f"{part.name} has no column {column!r}, which should hold the {role} of each row. Its columns: {have}."
+            f"{part.name} has no column {column!r}, which should hold the {role} of each row. Its columns: {_have(part)}."
             f" Say which one it is with --set data.columns.{role}=NAME"
         )
+
+
+def _have(part: Part) -> str:
+    return listed(part.table.column_names, _COLUMNS) or "none"
 
 
 def _check_payload(part: Part, column: str, kind: Kind) -> None:
@@ -325,7 +330,7 @@ def _check_payload(part: Part, column: str, kind: Kind) -> None:
         allowed = "binary (encoded images), or {bytes, path} pairs"
     if not fits:
         raise DataError(
-            f"column {column!r} of {part.name} is of type {found}; allowed for {kind}s is {allowed}."
+            f"column {column!r} of {part.name} is of type {shown(str(found))}; allowed for {kind}s is {allowed}."
             f" Convert it, or name another column with --set data.columns.{kind}=NAME"
         )
 

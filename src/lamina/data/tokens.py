@@ -155,6 +155,7 @@ def _tokenizer(where: Path | str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(where), trust_remote_code=False)
     except Exception as error:
+        # The tokenizers library raises bare exceptions for damaged files.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"no tokenizer can be loaded from {where} ({reason}). Point at a folder with tokenizer.json (or the files"

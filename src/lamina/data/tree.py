@@ -12,12 +12,25 @@ from lamina.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".jfif", ".png", ".pgm", ".ppm", ".tif", ".tiff", ".webp"})
 _SYSTEM = frozenset(
-    ("__macosx", "@eadir", "@recycle", "#recycle", "$recycle.bin", "system volume information", "lost+found")
-    + ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__pycache__")
+    {
+        "#recycle",
+        "$recycle.bin",
+        "@eadir",
+        "@recycle",
+        "__macosx",
+        "__pycache__",
+        "desktop.ini",
+        "ehthumbs.db",
+        "icon\r",
+        "lost+found",
+        "system volume information",
+        "thumbs.db",
+    }
 )
 """Names, in lower case, that systems give to files and folders of their own."""
-_RUN = frozenset({"config.json", "environment.json"})
-"""A folder that holds these files is a run of lamina."""
+_OURS = (("config.json", "environment.json"), ("meta.json", "pixels.bin", "sizes.npy"))
+"""A folder that holds all of these files is a run of lamina, or decoded images."""
+_OURS_REASON = "runs and caches of lamina"
 _DEEPEST = 32
 _EXAMPLES = 3
 
@@ -138,14 +151,12 @@ class _Scan:
     def _inner(
         self, entry: os.DirEntry[str], below: str, depth: int, state: os.stat_result, *, linked: bool
     ) -> Folder | None:
-        at = Path(entry.path)
-        identity = (state.st_dev, state.st_ino)
+        at, identity = Path(entry.path), (state.st_dev, state.st_ino)
+        known = linked and identity in self.followed
         if entry.is_symlink():
             linked, real = True, at.resolve()
-            around = real.is_relative_to(self.root) or self.root.is_relative_to(real)
-        else:
-            around = False
-        if around or (linked and identity in self.followed):
+            known = identity in self.followed or real.is_relative_to(self.root) or self.root.is_relative_to(real)
+        if known:
             self.left.add("links to folders that are read already", below)
             return None
         if linked:
@@ -153,15 +164,11 @@ class _Scan:
         if depth >= _DEEPEST:
             self.left.add(f"folders more than {_DEEPEST} deep", below)
             return None
-        if all((at / name).is_file() for name in _RUN):
-            self.left.add("runs of lamina", below)
+        if any(all((at / name).is_file() for name in names) for names in _OURS):
+            self.left.add(_OURS_REASON, below)
             return None
-        before = self._count("runs of lamina")
+        before = len(self.left.paths.get(_OURS_REASON, ()))
         folder = self.folder(at, below, depth + 1, linked=linked)
         # `runs/` is where the runs go unless another folder is named.
-        if not folder.holds and self._count("runs of lamina") > before:
-            return None
-        return folder
-
-    def _count(self, reason: str) -> int:
-        return len(self.left.paths.get(reason, ()))
+        only_ours = not folder.holds and len(self.left.paths.get(_OURS_REASON, ())) > before
+        return None if only_ours else folder

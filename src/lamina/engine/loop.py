@@ -29,7 +29,7 @@ from lamina.engine.evaluate import Predictions, predict_all
 from lamina.engine.finite import check_finite
 from lamina.engine.order import in_order, positions_of_step, set_torch_seed, steps_per_epoch
 from lamina.engine.state import Loss, Phase, Position, RunState, TaskEntry
-from lamina.engine.steps import Steps
+from lamina.engine.steps import Planned, Steps
 from lamina.errors import CheckpointError, MethodError, TrainingError
 from lamina.learner import Learner
 from lamina.maths.metrics import AccuracyMatrix, negative_flips
@@ -192,9 +192,7 @@ class Loop:
         gradients = self.steps.gradients(
             lambda batch: self.method.loss(self.learner, batch, task),
             [*parameters.values()],
-            batch_size=size,
-            full_batches=self.training.epochs * (len(task.train) // size),
-            note=self.note,
+            Planned(size, self.training.epochs * (len(task.train) // size), self.note),
         )
         since, first = time.perf_counter(), self.position.step
         makers = (partial(self._training_batch, task, step, step // per_epoch) for step in range(first, steps))

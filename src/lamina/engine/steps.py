@@ -1,12 +1,25 @@
 """The plain way to make batches and gradients. `lamina.speed` has a faster one that a loop can be given instead."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from lamina.types import Batch
 
 Loss = Callable[[Batch], Tensor]
+
+
+class Planned(NamedTuple):
+    """The training steps of a task that are to come."""
+
+    batch_size: int
+    """Of full batches."""
+    full_batches: int
+    """How many of them the task has."""
+    note: Callable[[str], None]
+    """Is told what a user should know."""
 
 
 class Steps:
@@ -17,21 +30,10 @@ class Steps:
         for make in makers:
             yield make()
 
-    def gradients(
-        self,
-        loss: Loss,
-        parameters: Sequence[nn.Parameter],
-        *,
-        batch_size: int,
-        full_batches: int,
-        note: Callable[[str], None],
-    ) -> Loss:
-        """Returns a function that computes the loss () of a batch and leaves its gradients in the parameters.
-
-        batch_size: of full batches. full_batches: how many of them the task has. note: called with a message for the user.
-        """
-        del batch_size, full_batches, note  # for faster ways
-        return lambda batch: backward(loss, parameters, batch)
+    def gradients(self, loss: Loss, parameters: Sequence[nn.Parameter], task: Planned) -> Loss:
+        """Returns a function that computes the loss () of a batch and leaves its gradients in the parameters."""
+        del task  # for faster ways
+        return partial(backward, loss, parameters)
 
 
 def backward(loss: Loss, parameters: Sequence[nn.Parameter], batch: Batch) -> Tensor:

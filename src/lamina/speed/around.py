@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from lamina.engine.steps import Loss, Steps
+from lamina.engine.steps import Loss, Planned, Steps
 from lamina.learner import Learner
 from lamina.speed.attention import use_plain_attention
 from lamina.speed.composed_weight import ComposedLinear
@@ -27,18 +27,10 @@ class Accelerated(Steps):
     def batches(self, makers: Iterable[Callable[[], Batch]]) -> Iterator[Batch]:
         return prefetched(makers) if self.learner.device.type == "cuda" else super().batches(makers)
 
-    def gradients(
-        self,
-        loss: Loss,
-        parameters: Sequence[nn.Parameter],
-        *,
-        batch_size: int,
-        full_batches: int,
-        note: Callable[[str], None],
-    ) -> Loss:
-        if worth_recording(self.learner, full_batches):
-            return GraphedGradients(loss, parameters, batch_size, note)
-        return super().gradients(loss, parameters, batch_size=batch_size, full_batches=full_batches, note=note)
+    def gradients(self, loss: Loss, parameters: Sequence[nn.Parameter], task: Planned) -> Loss:
+        if worth_recording(self.learner, task.full_batches):
+            return GraphedGradients(loss, parameters, task.batch_size, task.note)
+        return super().gradients(loss, parameters, task)
 
     def close(self) -> None:
         """Stop the threads and undo everything: the learner computes the plain way afterwards. May be called twice."""

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from lamina.data import Source, describe_source, open_source
+from lamina.data.pixels import decode_once
 from lamina.errors import DataError
 
 
@@ -187,9 +188,11 @@ def test_runs_of_lamina_in_the_data_are_left_out(tmp_path: Path) -> None:
         (tmp_path / run / "checkpoints").mkdir(parents=True)
         for name in ("config.json", "environment.json"):
             (tmp_path / run / name).write_text("{}")
+    decode_once(whole, store_px=8, cache=tmp_path / "cache")
+    (copy,) = (tmp_path / "cache").iterdir()
     source = open_source(tmp_path)
     assert source.fingerprint == whole.fingerprint
-    assert left(source) == {"runs of lamina": (2, ("cat/run1", "runs/-lamina-seed0"))}
+    assert left(source) == {"runs and caches of lamina": (3, (f"cache/{copy.name}", "cat/run1", "runs/-lamina-seed0"))}
 
 
 def test_pipes_sockets_and_folders_named_like_images(tmp_path: Path) -> None:
@@ -276,7 +279,7 @@ def test_names_of_files_that_are_no_unicode(tmp_path: Path) -> None:
     assert all(isinstance(source.read(k), bytes) for k in range(4))
     assert left(source) == {"files without the suffix of an image": (1, ("cat/\\xff.txt",))}
     (tmp_path / "dog").rename(tmp_path / os.fsdecode(b"d\xf6g"))
-    with pytest.raises(DataError, match="is not valid Unicode .*Rename it") as refused:
+    with pytest.raises(DataError, match=r"is not valid Unicode .*Rename it") as refused:
         open_source(tmp_path)
     str(refused.value).encode()
 

@@ -72,7 +72,7 @@ def test_an_empty_name_is_refused(blank: str) -> None:
 def test_a_name_that_would_write_on_the_terminal_is_refused(sign: str) -> None:
     for change in ({"labels": ["a", f"b{sign}"]}, {"domains": ["a", f"b{sign}"]}, {"class_names": ["a", f"b{sign}"]}):
         given: dict[str, Any] = {"labels": [0, 1], **change}
-        with pytest.raises(DataError, match="holds a control character .*Rename it") as refused:
+        with pytest.raises(DataError, match=r"holds a control character .*Rename it") as refused:
             from_arrays(["x", "y"], **given)
         assert str(refused.value).isprintable()
 

@@ -223,6 +223,27 @@ def test_a_copy_that_was_tampered_with(tmp_path: Path) -> None:
         decode_once(source, store_px=8, cache=tmp_path)
 
 
+@pytest.mark.parametrize("name", ["meta.json", "sizes.npy", "pixels.bin"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"junk" * 9, b"PK\x05\x06" + b"\0" * 18])
+def test_a_copy_that_is_no_copy(tmp_path: Path, name: str, content: bytes) -> None:
+    source = from_arrays([GOOD] * 2, [0, 1])
+    decode_once(source, store_px=8, cache=tmp_path)
+    (copy,) = tmp_path.iterdir()
+    (copy / name).write_bytes(content)
+    with pytest.raises(DataError, match=r"decoded images in .* are damaged .*Remove that folder"):
+        decode_once(source, store_px=8, cache=tmp_path)
+
+
+def test_a_disk_that_fills_up_while_images_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pixels.np, "ascontiguousarray", full)
+    with pytest.raises(DataError, match=r"cannot be kept in .* .No space left on device.*data.cache=FOLDER"):
+        decode_once(from_arrays([GOOD] * 2, [0, 1]), store_px=8, cache=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache() == tmp_path / "lamina"

@@ -1,13 +1,16 @@
 """Tokens: what a tokenizer says, cut, padded and masked."""
 
+import contextlib
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lamina.data import from_arrays
+from lamina.data import from_arrays, load_texts
 from lamina.data.tokens import tokenise_once
 from lamina.errors import ConfigError, DataError
 from lamina.types import Augment
@@ -16,19 +19,26 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c"]
 SOURCE = from_arrays(["a b", "c", "a " * 20, "", "b z"], [0, 1, 0, 1, 0], name="texts")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    inner = Tokenizer(models.WordLevel({word: k for k, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+def save(path: Path, words: list[str] = WORDS, **limit: int) -> Path:
+    inner = bare(path, words)
     inner.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    path = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
-    )
-    tokenizer.save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", **limit).save_pretrained(path)
     return path
+
+
+def bare(path: Path, words: list[str] = WORDS) -> Tokenizer:
+    """A tokenizer that adds no tokens of its own."""
+    inner = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(path)
+    return inner
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("tokenizer"), model_max_length=16)
 
 
 def test_ids_are_the_tokenizers(folder: Path) -> None:
@@ -51,6 +61,74 @@ def test_cut_and_padded_no_further_than_allowed(folder: Path) -> None:
     assert inputs["input_ids"].shape == (2, 12)
     assert inputs["input_ids"][1].tolist() == [2] + [4] * 10 + [3]
     assert table.inputs(np.array([], np.int64), None)["input_ids"].shape == (0, 8)
+
+
+def test_no_more_tokens_than_the_backbone_has_positions_for(folder: Path, tmp_path: Path) -> None:
+    assert tokenise_once(SOURCE, folder, max_length=12, positions=12).max_length == 12
+    told = r"data.max_length is 14; the tokenizer .* allows 1 to 16 and the backbone has positions for 13. Set it to at most 13"
+    with pytest.raises(ConfigError, match=told):
+        tokenise_once(SOURCE, folder, max_length=14, positions=13)
+    with pytest.raises(ConfigError, match="Set it to at most 16"):
+        load_texts(SOURCE, folder, max_length=17, positions=99)
+    save(tmp_path)
+    told = "the tokenizer .* allows any number and the backbone has positions for 72. Set it to at most 72"
+    with pytest.raises(ConfigError, match=told):
+        load_texts(SOURCE, tmp_path, max_length=128, positions=72)
+
+
+def test_no_token_beyond_the_embedding(folder: Path, tmp_path: Path) -> None:
+    assert load_texts(SOURCE, folder, max_length=16, vocabulary=7).kind == "text"
+    told = (
+        r"the tokenizer .* gives the token 'c' the id 6; the backbone's embedding has the ids 0 to 5. Use the tokenizer"
+    )
+    with pytest.raises(DataError, match=told):
+        load_texts(SOURCE, folder, max_length=16, vocabulary=6)
+    save(tmp_path, ["a", "[UNK]", "[CLS]", "[SEP]", "b", "[PAD]"])
+    with pytest.raises(DataError, match=r"gives the token '\[PAD\]' the id 5; .* 0 to 4"):
+        load_texts(from_arrays(["a b", "b"], [0, 1]), tmp_path, vocabulary=5)
+
+
+def test_of_a_long_text_only_the_beginning_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0)
+    texts = [
+        *("a " * 3_000_000, "a" * 3_000_000, " " * 400_000 + "a b c", " " * 3_000_000),
+        *(" ".join(draw.choice(["a", "b" * 40, "c", "z" * 900, " " * 2000], n)) for n in (100, 1000, 3000)),
+    ]
+    loaded = AutoTokenizer.from_pretrained(folder)
+    expected = loaded([text[: 2**20] for text in texts], truncation=True, max_length=12)["input_ids"]
+    read: list[int] = []
+    called = type(loaded).__call__
+
+    def watched(self: Any, cut: list[str], **options: Any) -> Any:
+        read.extend(map(len, cut))
+        return called(self, cut, **options)
+
+    monkeypatch.setattr(type(loaded), "__call__", watched)
+    table = tokenise_once(from_arrays(texts, [0, 1] * 3 + [0]), folder, max_length=12)
+    assert [table.ids[table.starts[k] : table.starts[k + 1]].tolist() for k in range(7)] == expected
+    assert max(read) <= 2**20
+    assert read[0] == 4096
+    assert sum(read) < 8_000_000
+
+
+def test_texts_that_cannot_be_tokenised(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"arrays\[1\] is not valid Unicode"):
+        tokenise_once(from_arrays(["a", "b\ud83d"], [0, 1]), folder, max_length=8)
+    bare(tmp_path)
+    with pytest.raises(DataError, match=r"arrays\[1\] comes to no token. Remove the row"):
+        tokenise_once(from_arrays(["a", " "], [0, 1]), tmp_path, max_length=8)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", "null", '{"version": 3}', '{"auto_map": {"AutoTokenizer": "x.y"}}']
+)
+def test_damaged_tokenizers(folder: Path, tmp_path: Path, name: str, content: str) -> None:
+    shutil.copytree(folder, tmp_path / "t")
+    (tmp_path / "t" / name).write_text(content)
+    with contextlib.suppress(DataError):
+        # What stays usable is used; nothing else than a DataError comes out, and nothing is asked of the user.
+        tokenise_once(SOURCE, tmp_path / "t", max_length=8)
 
 
 def test_errors(folder: Path, tmp_path: Path) -> None:

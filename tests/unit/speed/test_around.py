@@ -11,7 +11,7 @@ from torch import nn
 
 from lamina.adapters import LowRank
 from lamina.backbones import Backbone
-from lamina.engine.steps import Steps
+from lamina.engine.steps import Planned, Steps
 from lamina.learner import Learner
 from lamina.speed import accelerate
 from lamina.speed.composed_weight import ComposedLinear
@@ -101,9 +101,7 @@ def ways(learner: Learner, full_batches: int = 50) -> tuple[Steps, Any, Any]:
     steps = accelerate(learner)
     batch = Batch(inputs={"pixel_values": noise((1, 3), "x")}, labels_b=torch.zeros(1).long())
     batches = steps.batches(lambda: batch for _ in range(3))
-    gradients = steps.gradients(
-        lambda batch: batch.inputs["pixel_values"].sum(), [], batch_size=4, full_batches=full_batches, note=print
-    )
+    gradients = steps.gradients(lambda batch: batch.inputs["pixel_values"].sum(), [], Planned(4, full_batches, print))
     return steps, batches, gradients
 
 
