@@ -165,7 +165,7 @@ search: {over: {training.lr: [1, x]}, tasks: 40}
 """
     expected = [
         "line 12: baseline = 'finetun': not one of the methods: finetune, .* Did you mean 'finetune'?",
-        "line 7: methods.inflora.seed: it is what `seeds` of the grid is for; leave it out here",
+        "line 7: methods.inflora.seed: `seeds` of the grid sets it; leave it out here",
         "line 9: methods.my.search = 3: must be settings, each with a list of values to try, or false",
         "line 6: methods.finetune.training.lr: the search sets it too. Leave it out here, .*`search: false`",
         "line 10: methods.pp.training.lr: the search sets it too. Leave it out here, .*`search: false`",
@@ -625,6 +625,10 @@ def test_a_table_goes_into_a_page_between_its_markers(tmp_path: Path):
     with pytest.raises(LaminaError, match=r"page.md: it needs one line <!-- compare -->"):
         table.write(told, found.out, page)
     assert page.read_text() == "# No markers\n"
+    page.write_bytes(b"\xff\xfe\x00")
+    for other in (page, tmp_path):
+        with pytest.raises(LaminaError, match=r"--page .* cannot be read as text"):
+            table.check_page(other)
 
 
 def test_on_a_terminal_what_is_at_work_is_shown():

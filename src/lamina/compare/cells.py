@@ -1,17 +1,17 @@
-"""Where the runs of comparisons lie, and what makes two of them the same.
+"""Cells: the directories of a comparison's runs, and the identity of a run.
 
 CELLS/METHOD-WHAT-CODE/
-  config.yaml    what `lamina run` is given
-  cell.json      what WHAT and CODE are hashes of
+  config.yaml    the configuration of the run
+  cell.json      the values that WHAT and CODE are hashes of
   run/           the directory of the run
-  log.txt        what it said
-  failed.txt     the end of the log, if its last attempt failed
-  lock           held by the comparison and by the run it has started
+  log.txt        its output
+  failed.txt     the end of the log, if the last attempt failed
+  lock           held by the comparison and by the run that it started
 
-WHAT is a hash of the settings that decide the result, the content of the data and that of the backbone's files; CODE one of
-the code that can change the result. So a run whose settings, data, weights or code changed has another directory, and the
-old one is kept. A run is finished when its record is there: in its directory, or in a file of records, which holds what a
-table needs of many runs and is small enough to be kept beside it.
+WHAT is a hash of the settings that decide the result, of the data and of the backbone's files. CODE is a hash of the code that
+can change the result. A run whose settings, data, weights or code changed therefore has another directory; the old one is kept.
+A run is finished when its record is there: in its directory, or in a file of records, which holds what a table needs of many
+runs and is small enough to be kept beside it.
 """
 
 import ast
@@ -42,8 +42,8 @@ from lamina.runs.side_by_side import Process
 
 PACKAGE = Path(lamina.__file__).parent
 WITHOUT_EFFECT = frozenset({"__init__.py", "record.py", "cli", "report", "compare", "methods"})
-"""Code that no result depends on. Of the methods, a run depends on its own file and on base.py: methods never import each
-other."""
+"""Code that no result depends on. Of the methods, a run depends on its own file and on base.py, since methods never import
+each other."""
 LAST_LINES = 12
 """How much of the log of a failed run is shown."""
 
@@ -78,7 +78,7 @@ class Place:
         return self.noted
 
     def begin(self, config: RunConfig, identity: dict[str, Any]) -> None:
-        """Write down what is to be run."""
+        """Writes the configuration and identity of the run."""
         self._failed.unlink(missing_ok=True)
         checkpoint.replace_text(self.config, configuration.to_yaml(config))
         checkpoint.replace_text(self.folder / "cell.json", json.dumps(identity, indent=1) + "\n")
@@ -87,15 +87,15 @@ class Place:
         checkpoint.replace_text(self._failed, f"{why}\n{self.last_lines()}".strip() + "\n")
 
     def last_lines(self, most: int = LAST_LINES) -> str:
-        """The end of what the last attempt said."""
+        """Returns the end of the output of the last attempt."""
         if not self.log.exists():
             return ""
         text = self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
         return "\n".join(text.rpartition(_ATTEMPT)[2].splitlines()[1:][-most:])
 
     def lock(self) -> IO[str] | None:
-        """Hold the cell; None where another process does. It is free once this file is closed here and in the run that
-        was given it: a run that outlives a killed comparison goes on holding it."""
+        """Holds the cell and returns its lock file; None where another process holds it. It is free once this file is closed
+        here and in the run that inherits it, so a run that outlives a killed comparison still holds it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         file = (self.folder / "lock").open("a+", encoding="utf-8")
         try:
@@ -107,25 +107,25 @@ class Place:
         return file
 
     def holder(self) -> str:
-        """Who holds it, for people."""
+        """Returns who holds it, in words."""
         file = self.folder / "lock"
         return file.read_text(encoding="utf-8").strip() if file.exists() else "another process"
 
 
 def note_holder(lock: IO[str], who: str) -> None:
-    """Write into a lock that is held who holds it."""
+    """Writes the holder into a lock."""
     lock.truncate(0)
     lock.write(who)
     lock.flush()
 
 
 class Store:
-    """All cells, and the one place that knows which cell a configuration is."""
+    """All cells, and the map from a configuration to its cell."""
 
     def __init__(self, folder: Path, records: Path | None = None) -> None:
-        """records: a file of records of finished runs, or where one will be. Raises RunError where it cannot be read.
+        """records: a file of records of finished runs, or the name of a new one. Raises RunError where it cannot be read.
 
-        What is not in the configuration is looked at once, so that a cell stays the same cell as long as this lives."""
+        Data, backbones and code are hashed once, so a cell keeps its identity as long as this object lives."""
         self.folder, self.records = folder, records
         self.noted = read_records(records) if records and records.exists() else {}
         self._data = functools.cache(self._data_hash)
@@ -134,7 +134,7 @@ class Store:
         self._code = functools.cache(code_hash)
 
     def identity(self, config: RunConfig) -> dict[str, Any]:
-        """Everything that makes a run the run it is. Raises DataError or BackboneError where something is not there."""
+        """Returns everything that decides a result. Raises DataError or BackboneError where something is missing."""
         section = config.data.model_dump(mode="json", include={"source", "kind", "columns", "test_fraction"})
         return {
             "method": config.method["name"],
@@ -146,13 +146,13 @@ class Store:
         }
 
     def check_stream(self, config: RunConfig) -> None:
-        """Raises DataError where the data cannot be cut as it says."""
+        """Raises DataError where the data cannot be split into these tasks."""
         self._stream(
             json.dumps({key: getattr(config, key).model_dump(mode="json") for key in ("data", "stream", "evaluation")})
         )
 
     def code_changed(self, config: RunConfig) -> bool:
-        """Since this store first looked: a run that began now would not be the one that was meant."""
+        """Returns whether the code has changed since this store first hashed it."""
         return code_hash(config.method["name"]) != self._code(config.method["name"])
 
     def place(self, config: RunConfig) -> Place:
@@ -160,7 +160,7 @@ class Store:
         return self._place(f"{identity['method']}-{_what(identity)}-{_code(identity)}")
 
     def of_older_code(self, config: RunConfig) -> Place | None:
-        """A finished run that is the same but for the code; the newest of several."""
+        """Returns the newest finished run that differs in its code only."""
         identity = self.identity(config)
         same = f"{identity['method']}-{_what(identity)}-*"
         names = {path.name for path in self.folder.glob(same)} | set(fnmatch.filter(self.noted, same))
@@ -168,7 +168,7 @@ class Store:
         return max(done, key=lambda place: place.record().created or "", default=None)
 
     def note(self, places: Iterable[Place]) -> None:
-        """Write the records of these finished runs into the file of records, beside those it has."""
+        """Adds the records of these finished runs to the file of records."""
         assert self.records is not None
         self.noted |= {place.folder.name: place.record().for_table() for place in places}
         lines = [json.dumps({"cell": name} | noted.to_json()) + "\n" for name, noted in sorted(self.noted.items())]
@@ -179,7 +179,7 @@ class Store:
         return Place(self.folder / name, self.noted.get(name))
 
     def _data_hash(self, section: str) -> str:
-        """Of the content. A folder of images is read once for every change of its files' times, and noted."""
+        """Returns a hash of the content. A folder of images is read again when times of its files change."""
         source = runs.open_source(RunConfig.model_validate({"data": json.loads(section)}))
         if not source.stamp:
             return source.fingerprint
@@ -207,7 +207,7 @@ def read_records(file: Path) -> dict[str, Record]:
 
 
 def code_hash(method: str) -> str:
-    """Of the code that can change a result of this method; comments, docstrings and layout are no part of it."""
+    """Returns a hash of the code that can change a result of this method, without comments, docstrings and layout."""
     digest = hashlib.blake2b(digest_size=16)
     own = Path(inspect.getfile(METHODS[method]))
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -223,7 +223,7 @@ def _bare(path: Path, _changed: int) -> str:
 
 
 def bare(code: str) -> str:
-    """Code without comments, docstrings and layout."""
+    """Returns code without comments, docstrings and layout."""
     return ast.dump(_WithoutText().visit(ast.parse(code)))
 
 
@@ -267,13 +267,13 @@ def _hash(*parts: str) -> str:
 
 
 Start = Callable[[Place, IO[str]], Process]
-"""Begins or resumes the run of a cell, and holds the lock for as long as it is at work. The one seam to other machines."""
+"""Begins or resumes the run of a cell, which holds the lock while it works. Another implementation may use other machines."""
 
 _ATTEMPT = "==== "
 
 
 def start_here(place: Place, lock: IO[str]) -> Process:
-    """As a process of this machine."""
+    """Starts the run as a process of this machine."""
     going_on = (place.run / "config.json").exists()
     arguments = ["resume", str(place.run)] if going_on else ["run", str(place.config), "--out", str(place.run)]
     with place.log.open("a", encoding="utf-8") as log:

@@ -1,7 +1,7 @@
-"""The grid a comparison is told: methods, seeds, class orders, streams and settings, every error of it at once.
+"""Grid: methods, seeds, class orders, streams and settings of a comparison, checked with every error reported at once.
 
 A row of the table is a method of the grid on one of its streams. A cell is one run of a row: one seed and one class order.
-Settings of a cell lie in layers: base, stream, method, what the search is trying or has chosen; the upper one counts.
+Settings of a cell come in layers: base, stream, method, and the values of the search. Later layers override earlier ones.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +20,7 @@ from lamina.methods import METHODS
 Settings = dict[str, Any]
 """By dotted key."""
 OWNED = {"seed": "seeds", "stream.order_seed": "orders"}
-"""Settings that the grid itself gives to every cell, and by which key of it."""
+"""Settings that the grid sets for every cell, and the key of the grid that gives them."""
 
 
 DEFAULTS = {f"consolidation.{name}": field.default for name, field in ConsolidationConfig.model_fields.items()}
@@ -28,13 +28,13 @@ DEFAULTS = {f"consolidation.{name}": field.default for name, field in Consolidat
 
 class SearchConfig(Section):
     over: dict[str, list[Any]] = Field(min_length=1)
-    """Settings to choose, each with the values to try: every combination is tried for every method."""
+    """Settings to choose, each with the values to try. Every combination is tried for every row."""
     tasks: int = Field(3, ge=1)
-    """On how many of the first tasks."""
+    """Number of first tasks to search on."""
     seed: int = Field(0, ge=0)
-    """Of the trials. The class order is the first of `orders`."""
+    """Seed of the trials. Their class order is the first of `orders`."""
     validation: float = Field(0.2, gt=0, lt=1)
-    """Share of the training examples to choose on, where neither the source nor the base says otherwise."""
+    """Share of the training examples held out for validation, where neither the source nor the base gives one."""
 
     @field_validator("over")
     @classmethod
@@ -46,41 +46,41 @@ class SearchConfig(Section):
 
 class GridConfig(Section):
     title: str | None = None
-    """Of the page."""
+    """Title of the page."""
     out: str | None = None
-    """Directory of the tables; not set: runs/NAME of the grid file."""
+    """Directory of the tables. Default: runs/NAME of the grid file."""
     cells: str = "runs/cells"
-    """Directory of the runs, which several grids may share."""
+    """Directory of the runs. Several grids may share it."""
     base: str | dict[str, Any] = Field(default_factory=dict)
-    """What all runs share: settings as `lamina run` takes them, or a file of them, seen from the grid file."""
+    """Settings of all runs, or a file of them relative to the grid file."""
     streams: dict[str, str | dict[str, Any] | None] = Field(default_factory=dict)
-    """By name, settings or a file of them on top of the base; none: one stream, the base's."""
+    """Settings on top of the base, or a file of them, by name. Default: one stream, that of the base."""
     methods: dict[str, dict[str, Any] | None] = Field(min_length=1)
-    """By name, settings on top. method.name need not be said where the name of the row is that of a method. `search`
-    widens the search of this row; false takes it out. `each` makes a row of every combination of values."""
+    """Settings on top, by name of the row. method.name defaults to the name of the row. `search` adds to the search of this
+    row; false leaves it out. `each` makes a row of every combination of values."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
-    """Of the runs of every row."""
+    """Seeds of the runs of every row."""
     orders: tuple[int | None, ...] = Field((None,), min_length=1)
-    """Class orders: values of stream.order_seed; null is the dataset's own."""
+    """Class orders: values of stream.order_seed. null is the dataset's own order."""
     baseline: str | None = None
-    """The row that differences are taken against."""
+    """The row from which differences are taken."""
     search: SearchConfig | None = None
-    """How settings are chosen for each row, on validation data of the first tasks."""
+    """Search for settings of each row, on validation data of the first tasks."""
     jobs: int = Field(1, ge=1)
-    """Runs side by side."""
+    """Runs at a time."""
 
     @field_validator("seeds", "orders")
     @classmethod
     def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(values)) < len(values):
-            raise ValueError("a value stands there twice; a run that is repeated tells nothing new")
+            raise ValueError("a value stands there twice, and a repeated run would be the same. Leave it out once")
         return values
 
 
 class Row(NamedTuple):
     stream: str
     method: str
-    """As the grid calls it: the same method may stand there with several settings."""
+    """Name of the row: a method may have several rows with different settings."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Cell:
     order: int | None
     config: RunConfig
     tried: Mapping[str, Any] | None = None
-    """What the search tries in this cell; None for the runs of the table."""
+    """Values of the search in this cell; None for the runs of the table."""
 
     @property
     def name(self) -> str:
@@ -104,16 +104,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Layer:
-    """Settings of one part of the grid, and where they stand."""
+    """Settings of one part of the grid, and their place in a file."""
 
     settings: Settings
     file: Path
     prefix: str
-    """What leads to these settings in the file, for example `methods.inflora.`."""
+    """Prefix of these settings in the file, for example `methods.inflora.`."""
     lines: Mapping[str, int]
 
     def place(self, key: str) -> str | None:
-        """Where a setting stands that is wrong; None where this layer does not say it."""
+        """Returns the place of a wrong setting; None where this layer does not have it."""
         if not any(key == s or key.startswith(f"{s}.") or s.startswith(f"{key}.") for s in self.settings):
             return None
         whole = self.prefix + key
@@ -123,7 +123,7 @@ class Layer:
 
 
 class Grid:
-    """A grid that was checked: every cell it can come to has a valid configuration."""
+    """A checked grid: every possible cell has a valid configuration."""
 
     def __init__(self, file: Path) -> None:
         """Raises ConfigError naming every error of the grid and of its base."""
@@ -163,12 +163,12 @@ class Grid:
         return [Row(stream, method) for stream in self.streams for method in self.methods]
 
     def searches(self, method: str) -> dict[str, list[Any]]:
-        """What is tried for a row of this name: setting and values; nothing where it takes no part in the search."""
+        """Returns the settings and values to try for a row of this name; nothing where it is not searched."""
         own = self._searches[method]
         return {} if self.settings.search is None or own is False else self.settings.search.over | (own or {})
 
     def trials(self, row: Row) -> list[Cell]:
-        """The cells of the search for a row's settings."""
+        """Returns the cells of the search for a row."""
         search, over = self.settings.search, self.searches(row.method)
         if search is None or not over:
             return []
@@ -177,7 +177,7 @@ class Grid:
         return [Cell(row, search.seed, order, self._config(row, search.seed, order, t, True), t) for t in tried]
 
     def cells(self, row: Row, chosen: Mapping[str, Any]) -> list[Cell]:
-        """The cells of the table for a row, with the settings the search has chosen."""
+        """Returns the cells of the table for a row, with the settings that the search has chosen."""
         return [
             Cell(row, seed, order, self._config(row, seed, order, chosen, False))
             for order in self.settings.orders
@@ -185,7 +185,7 @@ class Grid:
         ]
 
     def _each(self, name: str, row: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The rows that a row with `each` stands for: one for every combination of these values that can be."""
+        """Yields the rows of a row with `each`: one for every valid combination of values."""
         each = row.pop("each", None)
         if each is None:
             yield name, row
@@ -212,10 +212,10 @@ class Grid:
 
     # -- settings ---------------------------------------------------------------------------------------------------
 
-    def _layer(self, told: str | dict[str, Any], key: str) -> Layer:
-        if isinstance(told, dict):
-            return Layer(dict(flat(told)), self.file, f"{key}.", self._lines)
-        file = self.file.parent / Path(told).expanduser()
+    def _layer(self, given: str | dict[str, Any], key: str) -> Layer:
+        if isinstance(given, dict):
+            return Layer(dict(flat(given)), self.file, f"{key}.", self._lines)
+        file = self.file.parent / Path(given).expanduser()
         content, lines = configuration.read_yaml(file)
         return Layer(dict(flat(content)), file, "", lines)
 
@@ -234,7 +234,7 @@ class Grid:
 
     def _raw(self, row: Row, seed: int, order: int | None, tried: Mapping[str, Any], searching: bool) -> Settings:
         raw: Settings = {}
-        merged: Settings = {"threads": 1, "precision": "fp32"}  # not left to how busy the machine is at a moment
+        merged: Settings = {"threads": 1, "precision": "fp32"}  # not left to the load of the machine
         for layer in self._layers(row, tried):
             merged |= layer.settings
         merged |= {"seed": seed, "stream.order_seed": order}
@@ -267,7 +267,7 @@ class Grid:
         for layer in (*self.streams.values(), *self.methods.values()):
             for key, by in OWNED.items():
                 if key in layer.settings:
-                    yield f"{layer.place(key)}{key}: it is what `{by}` of the grid is for; leave it out here"
+                    yield f"{layer.place(key)}{key}: `{by}` of the grid sets it; leave it out here"
         for name, own in self._searches.items():
             key = f"methods.{name}.search"
             if own is False or own is None:
@@ -285,7 +285,7 @@ class Grid:
                 )
 
     def _problems_of_cells(self) -> Iterator[str]:
-        """Of every combination of stream, method, seed, order and value tried."""
+        """Yields the problems of every combination of stream, row and values of the search."""
         for row in self.rows:
             over = self.searches(row.method)
             for values in product(*over.values()):
@@ -340,7 +340,7 @@ class Grid:
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings by dotted key. A method's name alone is its `method.name`."""
+    """Yields nested settings by dotted key. `method: NAME` is `method.name`."""
     for name, value in settings.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and value:
@@ -352,7 +352,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def said(settings: Mapping[str, Any]) -> str:
-    """Settings in a few words: training.lr=0.001."""
+    """Returns settings in one line: training.lr=0.001."""
     return ", ".join(f"{key}={value}" for key, value in settings.items())
 
 

@@ -1,13 +1,12 @@
-"""What may be said from a few runs: mean, spread, and the difference of two methods run by run.
+"""Statistics of few runs: mean, standard deviation, and the paired difference of two methods.
 
 Runs of two methods with the same seed and class order are a pair. The interval of the mean difference is a percentile
-bootstrap over pairs (Efron, 1979): resample the pairs with replacement, take the mean each time, and cut off 2.5 % at
-either end. With up to five pairs every one of the n^n resamples is taken, so nothing is drawn; beyond that, 10,000 draws
-from a fixed seed.
+bootstrap over pairs (Efron, 1979): resample the pairs with replacement, take the means, and cut off 2.5 % at both ends. With
+up to five pairs all n^n resamples are taken; beyond that, 10,000 draws from a fixed seed.
 
 With n pairs of a symmetric distribution the range of the differences covers its centre with probability 1 - 2^(1-n),
-whatever its shape: 50 % for two pairs, 75 % for three, 88 % for four. No interval within that range can do better, and up
-to three pairs this one *is* the range. `coverage_bound` says so beside the table.
+whatever its shape: 50 % for two pairs, 75 % for three, 88 % for four. No interval within that range covers more, and with up
+to three pairs this one is the range. The table shows `coverage_bound`.
 
 Shape letters: n pairs, k resamples.
 """
@@ -31,22 +30,22 @@ DRAWS = 10_000
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two methods, over the runs they share."""
+    """Mean difference of two methods over paired runs."""
 
     mean: float
     low: float | None
-    """Lower end of the interval; None for a single pair, which says nothing about spread."""
+    """Lower end of the interval; None for a single pair."""
     high: float | None
     pairs: int
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (n - 1); None for the deviation of a single value."""
+    """Returns mean and sample standard deviation (n - 1); None for the deviation of a single value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def resampled_means(differences_n: Floats) -> Floats:
-    """Means of resamples with replacement, (k,): all n^n of them, or DRAWS with a fixed seed."""
+    """Returns the means of resamples with replacement, (k,): all n^n of them, or DRAWS with a fixed seed."""
     n = len(differences_n)
     if n <= EXACT:
         picks_kn = np.stack(np.meshgrid(*[np.arange(n)] * n, indexing="ij"), -1).reshape(-1, n)
@@ -57,7 +56,7 @@ def resampled_means(differences_n: Floats) -> Floats:
 
 
 def bootstrap_interval(differences: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
-    """Percentile interval of the mean; None for fewer than two differences."""
+    """Returns the percentile interval of the mean; None for fewer than two differences."""
     if len(differences) < 2:
         return None
     tail = (1 - level) / 2
@@ -68,7 +67,7 @@ def bootstrap_interval(differences: Sequence[float], level: float = LEVEL) -> tu
 
 
 def paired(ours: Mapping[K, float], theirs: Mapping[K, float]) -> Difference | None:
-    """Ours minus theirs, over the keys (seed, class order) that both have; None where they share none."""
+    """Returns ours minus theirs over the keys (seed, class order) that both have; None where they share none."""
     gains = [ours[key] - theirs[key] for key in ours if key in theirs]
     if not gains:
         return None
@@ -77,5 +76,6 @@ def paired(ours: Mapping[K, float], theirs: Mapping[K, float]) -> Difference | N
 
 
 def coverage_bound(pairs: int) -> float:
-    """The most that an interval within the range of n differences can cover the centre of a symmetric distribution."""
+    """Returns the highest probability with which an interval within the range of n differences covers the centre of a symmetric
+    distribution."""
     return 1 - 2.0 ** (1 - pairs)

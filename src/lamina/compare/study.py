@@ -1,4 +1,4 @@
-"""A comparison at work: which of its cells are done, what the search has chosen, what is left, and the tables."""
+"""Study: a comparison with its finished and remaining cells, the choices of its search, and its tables."""
 
 import fnmatch
 import math
@@ -23,17 +23,17 @@ K = TypeVar("K", bound=Hashable)
 
 
 class Viewer(Protocol):
-    """Shows people what goes on."""
+    """Shows progress."""
 
     def say(self, text: str) -> None: ...
 
     def show(self, done: int, total: int, left: float | None, at_work: Sequence[tuple[str, str]]) -> None:
-        """left: seconds, if known. at_work: the name of each cell and the last line of its log."""
+        """left: remaining seconds, if known. at_work: name and last line of the log of each running cell."""
         ...
 
 
 class Listed(NamedTuple):
-    """A cell as `--dry-run` shows it; place is None where the search must first choose its settings."""
+    """A cell as `--dry-run` lists it. place: None where the search must choose its settings first."""
 
     state: State | None
     name: str
@@ -49,24 +49,24 @@ class Failure:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a comparison could not do."""
+    """Cells that failed or were not started."""
 
     failures: list[Failure] = field(default_factory=list)
     not_started: list[str] = field(default_factory=list)
-    """Cells left out because lamina's own code changed meanwhile."""
+    """Because the code of lamina changed meanwhile."""
 
 
 class Study:
-    """A grid, and where its cells are."""
+    """A grid and its cells."""
 
     def __init__(
         self, file: Path, *, out: Path | None = None, cells: Path | None = None, only: str | None = None,
         keep_code: bool = False, records: Path | None = None,
     ) -> None:  # fmt: skip
-        """only: a pattern of cell names. keep_code: finished runs of older code are taken too. records: a file of records,
-        from which finished runs are taken too, and where `content` notes them.
+        """only: a pattern of cell names. keep_code: accept finished runs of older code. records: a file of finished runs, which
+        are read from it; `content` adds to it.
 
-        Raises ConfigError naming every error of the grid, and all data and backbones that are not there.
+        Raises ConfigError naming every error of the grid, and all data and backbones that are missing.
         """
         self.grid, self.only, self.keep_code = Grid(file), only, keep_code
         settings = self.grid.settings
@@ -90,7 +90,7 @@ class Study:
     # -- cells ------------------------------------------------------------------------------------------------------
 
     def place(self, cell: Cell) -> Place:
-        """Where it is, or, if it is not done and older code will do, where it was done with that."""
+        """Returns the directory of a cell; if it is not done and older code is accepted, one that was done with that."""
         config = with_whole_paths(cell.config)
         place = self.store.place(config)
         if self.keep_code and place.state != "done":
@@ -111,12 +111,12 @@ class Study:
         return trials[best].tried if math.isfinite(scores[best]) else None
 
     def table_cells(self, row: Row) -> list[Cell]:
-        """Of the table; none while the search is not done."""
+        """Returns the cells of the table; none while the search is not done."""
         chosen = self.chosen(row)
         return [] if chosen is None else self.grid.cells(row, chosen)
 
     def listing(self) -> Iterator[Listed]:
-        """Every cell that is wanted, in the order of work."""
+        """Yields every selected cell, in the order of work."""
         for cell in self._wanted_trials():
             yield Listed(self.place(cell).state, cell.name, self.place(cell))
         for row in self.grid.rows:
@@ -135,7 +135,7 @@ class Study:
         return fnmatch.fnmatchcase(name, self.only if any(c in self.only for c in "*?[") else f"*{self.only}*")
 
     def _wanted_trials(self) -> list[Cell]:
-        """Those asked for, and those on which a cell of the table waits that was asked for."""
+        """Returns the selected trials, and the trials that a selected cell of the table needs."""
         found = []
         for row in self.grid.rows:
             needed = any(self._wanted(cell.name) for cell in self.grid.cells(row, {}))
@@ -145,7 +145,7 @@ class Study:
     # -- work -------------------------------------------------------------------------------------------------------
 
     def work(self, jobs: int | None, viewer: Viewer, start: Start = start_here) -> Outcome:
-        """Run what is not done: first the search, then the table.
+        """Runs what is not done: first the search, then the table.
 
         Raises Interrupted when asked to stop; what runs has saved by then.
         """
@@ -165,7 +165,7 @@ class Study:
     # -- tables -----------------------------------------------------------------------------------------------------
 
     def content(self, command: str) -> table.Content:
-        """What the tables say, of the runs that are done."""
+        """Returns the content of the tables from the finished runs."""
         rows, done = {}, list[Place]()
         for row in self.grid.rows:
             cells = [(cell, self.place(cell)) for cell in self.table_cells(row)]
@@ -193,12 +193,12 @@ class Study:
 
 
 class _Progress:
-    """Between the loop that runs cells and the people who wait for it."""
+    """Counts finished cells, estimates the remaining time, and reports to the viewer."""
 
     def __init__(self, study: Study, jobs: int, viewer: Viewer, outcome: Outcome) -> None:
         self.study, self.jobs, self.viewer, self.outcome = study, jobs, viewer, outcome
         self.seconds: dict[tuple[Row, bool], list[float]] = {}
-        """Of every run that is done: by row, and whether it is a trial."""
+        """Seconds of every finished run, by row and whether it is a trial."""
 
     def go(self, cells: Sequence[Cell], start: Start, part: str) -> None:
         self.cells: dict[Path, Cell] = {}
@@ -265,8 +265,8 @@ class _Progress:
 
 
 def seconds_left(left: Sequence[K], known: Mapping[K, Sequence[float]], side_by_side: int) -> float | None:
-    """How long the cells that are left will take: each the mean of those of its kind that are done, or of all. None where
-    none is done."""
+    """Returns an estimate for the remaining cells: the mean of the finished ones of the same kind, or of all. None where none
+    is finished."""
     seconds = [value for values in known.values() for value in values]
     if not seconds:
         return None
@@ -276,7 +276,7 @@ def seconds_left(left: Sequence[K], known: Mapping[K, Sequence[float]], side_by_
 
 
 def duration(seconds: float) -> str:
-    """In words, as precisely as a guess deserves."""
+    """Returns a duration in words, rounded as an estimate should be."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -33,7 +33,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Content:
-    """All that the tables say."""
+    """Everything that the table shows."""
 
     title: str
     accuracies: list[str]
@@ -45,10 +45,11 @@ class Content:
     facts: list[tuple[str, str]]
     command: str
     files: list[tuple[str, str]] = field(default_factory=list)
-    """The grid and its base, as they were written."""
+    """Names and text of the grid and its base."""
 
 
 def content(grid: Grid, rows: Mapping[Row, RowRuns], command: str) -> Content:
+    """Returns what the table shows of these runs. command: how to make it again."""
     baseline = grid.settings.baseline
     minus = [f"Minus {baseline}"] if baseline else []
     base = grid.settings.base
@@ -132,7 +133,7 @@ def _definitions(baseline: str | None) -> list[tuple[str, str]]:
 
 
 def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """What the runs ran on; where they differ, all there is."""
+    """Returns code, machine and data of the runs; where runs differ, every value."""
 
     def all_of(read: Callable[[Record], object]) -> str:
         return "; ".join(dict.fromkeys(DASH if (value := read(record)) is None else str(value) for record in records))
@@ -156,30 +157,30 @@ def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------------------------------------- as text
 
 
-def block(told: Content) -> str:
-    """The Markdown of everything but the title."""
+def block(table: Content) -> str:
+    """Returns the Markdown of everything but the title."""
     parts: list[str] = []
-    for section in told.sections:
-        if len(told.sections) > 1:
+    for section in table.sections:
+        if len(table.sections) > 1:
             parts.append(f"## {section.name}")
         accuracies = [(f"`{line.name}`", *line.accuracies) for line in section.lines]
         costs = [(f"`{line.name}`", *line.costs) for line in section.lines]
         parts.append(section.caption)
         if section.lines:
-            parts += [_markdown_table(["Method", *told.accuracies], accuracies), COST_CAPTION]
-            parts.append(_markdown_table(["Method", *told.costs], costs))
+            parts += [_markdown_table(["Method", *table.accuracies], accuracies), COST_CAPTION]
+            parts.append(_markdown_table(["Method", *table.costs], costs))
         parts += ["\n".join(f"- {note}" for note in section.notes)] if section.notes else []
         if section.search:
             tried = [
                 (f"`{name}`", " · ".join(f"**{text}**" if best else text for text, best in trials))
                 for name, trials in section.search
             ]
-            parts += ["### Search", told.search_note]
+            parts += ["### Search", table.search_note]
             parts.append(_markdown_table(["Method", "Tried"], tried, numbers=False))
-    parts += ["### Columns", "\n".join(f"- **{name}**: {text}" for name, text in told.definitions)]
-    parts += ["### Reproduce", f"    {told.command}"]
-    parts += [f"`{name}`:\n\n```yaml\n{text.strip()}\n```" for name, text in told.files]
-    parts.append("\n".join(f"- {name}: {text}" for name, text in told.facts))
+    parts += ["### Columns", "\n".join(f"- **{name}**: {text}" for name, text in table.definitions)]
+    parts += ["### Reproduce", f"    {table.command}"]
+    parts += [f"`{name}`:\n\n```yaml\n{text.strip()}\n```" for name, text in table.files]
+    parts.append("\n".join(f"- {name}: {text}" for name, text in table.facts))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -193,36 +194,40 @@ def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, nu
 
 
 def check_page(file: Path) -> None:
-    """Raises ConfigError where the block of the table would have no place in a page that is there already."""
-    if file.exists() and not _parts(file.read_text(encoding="utf-8")):
+    """Raises ConfigError where an existing page has no place for the table, or is not text."""
+    try:
+        parts = _parts(file.read_text(encoding="utf-8")) if file.exists() else ("", "")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--page {file}: cannot be read as text: {error}. Give a Markdown file.") from error
+    if parts is None:
         raise ConfigError(
-            f"--page {file}: it needs one line {BEGIN} and, after it, one line {END}; what stands between them is replaced."
+            f"--page {file}: it needs one line {BEGIN} and, after it, one line {END}. The text between them is replaced."
         )
 
 
-def write(told: Content, out: Path, page: Path | None = None) -> Path:
-    """table.md, table.html and table.json in `out`; the Markdown also in a page of yours, between its two markers. Returns
-    the path of the HTML page."""
-    text = block(told)
-    report.write_text(f"# {told.title}\n\n{text}", out / "table.md")
+def write(table: Content, out: Path, page: Path | None = None) -> Path:
+    """Writes table.md, table.html and table.json into `out`, and the Markdown between the two markers of a page. Returns the
+    path of table.html."""
+    text = block(table)
+    report.write_text(f"# {table.title}\n\n{text}", out / "table.md")
     streams = [
         {"name": s.name, "caption": s.caption, "notes": s.notes, "rows": [line.to_json() for line in s.lines]}
-        for s in told.sections
+        for s in table.sections
     ]
-    facts = {name.lower().replace(" ", "_"): text for name, text in told.facts}
-    record = {"format": FORMAT, "title": told.title, "command": told.command, "streams": streams, "facts": facts}
+    facts = {name.lower().replace(" ", "_"): text for name, text in table.facts}
+    record = {"format": FORMAT, "title": table.title, "command": table.command, "streams": streams, "facts": facts}
     report.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", out / "table.json")
     if page is not None:
         check_page(page)
-        old = page.read_text(encoding="utf-8") if page.exists() else f"# {told.title}\n\n{BEGIN}\n{END}\n"
+        old = page.read_text(encoding="utf-8") if page.exists() else f"# {table.title}\n\n{BEGIN}\n{END}\n"
         head, tail = _parts(old) or ("", "")
         report.write_text(f"{head}{BEGIN}\n\n{text}\n{END}{tail}", page)
     template = report.template("lamina.compare", "table.html.j2")
-    return report.write_text(template.render(told=told, cost_caption=COST_CAPTION), out / "table.html")
+    return report.write_text(template.render(content=table, cost_caption=COST_CAPTION), out / "table.html")
 
 
 def _parts(page: str) -> tuple[str, str] | None:
-    """What stands before and after the block."""
+    """Returns what stands before and after the table; None where the markers are not there once."""
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         return None
     return page[: page.index(BEGIN)], page[page.index(END) + len(END) :]

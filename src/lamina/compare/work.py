@@ -1,4 +1,4 @@
-"""Runs cells side by side. One loop, no threads: it looks at its processes a few times a second."""
+"""Runs several cells at a time, each in a process. One loop without threads polls the processes."""
 
 import time
 from collections import deque
@@ -16,7 +16,7 @@ PAUSE = 0.2
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A cell to be run. prepare: called when it is held, just before it starts; False where it may not."""
+    """A cell to run. prepare: called while its lock is held, just before it starts; False where it must not start."""
 
     name: str
     place: Place
@@ -25,8 +25,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Watch:
-    """What is told: a run that ended, with its exit code, or None where it may not start; a cell that another process
-    holds; and, at every look, what is at work."""
+    """Callbacks. ended: a run with its exit code, or None where it must not start. held: a cell that another process holds.
+    look: at every poll, the runs at work."""
 
     ended: Callable[[Job, int | None], None]
     held: Callable[[Job], None]
@@ -34,10 +34,10 @@ class Watch:
 
 
 def work(jobs: Sequence[Job], side_by_side: int, start: Start, watch: Watch) -> None:
-    """Every job, in this order. Raises Interrupted when asked to stop, once its runs have saved and stopped.
+    """Runs every job in this order. Raises Interrupted when asked to stop, once its runs have saved and stopped.
 
-    A cell that another process holds is waited for, in a place of its own: it is a run that outlived a killed
-    comparison, or another comparison's.
+    A cell that another process holds is waited for: it is a run that outlived a killed comparison, or another
+    comparison's run.
     """
     waiting = deque(jobs)
     held: list[Job] = []
