@@ -1,40 +1,27 @@
 """`lamina methods`: a table of the methods, or the details of one."""
 
 import difflib
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from lamina.errors import ConfigError
-
-if TYPE_CHECKING:
-    from lamina.methods.base import Needs
 
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="Show this method: paper, requirements, settings.")] = None,
 ) -> None:
     """List the methods, or show the paper, the requirements and the settings of one."""
-    from lamina.methods import METHODS
+    from lamina.methods import METHODS, table
     from lamina.methods.base import describe
 
     if name is None:
-        rows = [("method", "paper", "examples", "task count", "cost per task")]
-        rows += [
-            (
-                known,
-                method.paper.venue,
-                f"{method.needs.stored_examples}/class" if method.needs.stored_examples else "none",
-                "used" if method.needs.task_count else "-",
-                _cost(method.needs),
-            )
-            for known, method in METHODS.items()
-        ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        advice = ["when to use it", *(method.advice for method in METHODS.values())]
-        for row, line in zip(rows, advice, strict=True):
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-            print(f"    {line}")
+        rows = [{column: column for column in table()[0]}, *table()]
+        *columns, advice = rows[0]
+        widths = {column: max(len(row[column]) for row in rows) for column in columns}
+        for row in rows:
+            print("  ".join(row[column].ljust(widths[column]) for column in columns).rstrip())
+            print(f"    {row[advice]}")
         print("\n`lamina methods NAME` shows the paper, the requirements and the settings of one method.")
         return
     if name not in METHODS:
@@ -42,14 +29,6 @@ def methods(
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"no method {name!r}. There are: {', '.join(METHODS)}.{hint}")
     print("\n".join(_details(describe(METHODS[name]))))
-
-
-def _cost(needs: "Needs") -> str:
-    """Returns what every task adds: to the storage, and to which operations."""
-    growing = [
-        f"{name} grow" for name, cost in (("steps", needs.step), ("predictions", needs.prediction)) if cost == "linear"
-    ]
-    return "; ".join([needs.per_task, *growing])
 
 
 def _details(facts: dict[str, Any]) -> list[str]:

@@ -33,16 +33,14 @@ METHODS: dict[str, type[Method[Any]]] = {
 
 
 def table() -> list[dict[str, str]]:
-    """Returns one row per method: the facts of every generated table of methods, by column."""
+    """Returns one row per method, by column: the table of `lamina methods` and of the documentation."""
     return [
         {
             "method": name,
-            "paper": f"{method.paper.authors}, {method.paper.venue}",
+            "paper": method.paper.venue,
             "stored examples": f"{method.needs.stored_examples} per class" if method.needs.stored_examples else "none",
-            "task count": "used if known" if method.needs.task_count else "not required",
-            "added per task": method.needs.per_task,
-            "training step": method.needs.step,
-            "prediction": method.needs.prediction,
+            "task count": "used if known" if method.needs.task_count else "not needed",
+            "cost per task": method.needs.cost_per_task,
             "when to use": method.advice,
         }
         for name, method in METHODS.items()

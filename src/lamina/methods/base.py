@@ -76,6 +76,12 @@ class Needs:
     """Sentences about other operations, such as passes over the data around a task."""
 
     @property
+    def cost_per_task(self) -> str:
+        """What every task adds: to the storage, and to which operations."""
+        costs = (("steps", self.step), ("predictions", self.prediction))
+        return "; ".join([self.per_task, *(f"slower {name}" for name, cost in costs if cost == "linear")])
+
+    @property
     def cost(self) -> str:
         """Returns the growth of all operations with the number of tasks, in sentences."""
         step, prediction = (c.replace("linear", "linear in the number of tasks") for c in (self.step, self.prediction))
