@@ -35,6 +35,8 @@ class Family:
     positions: str | None = None
     """Path of the table of absolute positions, if there is one. For images it is resized; the other image families
     adapt to the size of the input by themselves. For text its length bounds the input."""
+    relative: bool = False
+    """Whether attention scores depend on relative positions too: a bias, or rotated queries and keys."""
     shared: tuple[str, Mapping[str, str]] | None = None
     """(setting, {layer: copy}): if the setting is true, the linear layer of an attention also projects relative positions.
     Then a frozen copy of it does that instead, so that a site reads hidden states only."""
@@ -76,6 +78,11 @@ def _vit(model: str, **more: Any) -> Family:
     return _image(model, block="layers.{}", **(plain | more))
 
 
+def _beit() -> Family:
+    more: dict[str, Any] = {"options": {}, "fusible": False, "positions": None, "relative": True}
+    return _vit("BeitModel", norm="pooler.layernorm", mean_if="use_mean_pooling", **more)
+
+
 def _dino(model: str, **more: Any) -> Family:
     more = {"block": "encoder.layer.{}", "gated": _GATED} | more
     return _image(model, middle="norm2", normalisation=IMAGENET, **more)
@@ -105,12 +112,12 @@ FAMILIES: Mapping[str, Family] = {  # by the model_type in config.json
     "vit": _vit("ViTModel"),
     "deit": _vit("DeiTModel", normalisation=IMAGENET),
     "vit_msn": _vit("ViTMSNModel", options={}, fusible=False, normalisation=IMAGENET),
-    "beit": _vit(
-        "BeitModel", options={}, fusible=False, positions=None, norm="pooler.layernorm", mean_if="use_mean_pooling"
-    ),
+    "beit": _beit(),
     "dinov2": _dino("Dinov2Model"),
     "dinov2_with_registers": _dino("Dinov2WithRegistersModel", antialias=True),
-    "dinov3_vit": _dino("DINOv3ViTModel", block="model.layer.{}", layers=(*_ATTENTION, *_GATED[1:]), positions=None),
+    "dinov3_vit": _dino(
+        "DINOv3ViTModel", block="model.layer.{}", layers=(*_ATTENTION, *_GATED[1:]), positions=None, relative=True
+    ),
     "clip": _CLIP_VISION,
     "clip_vision_model": _CLIP_VISION,
     "siglip": _SIGLIP_VISION,
@@ -123,7 +130,11 @@ FAMILIES: Mapping[str, Family] = {  # by the model_type in config.json
     "camembert": _bert("CamembertModel"),
     "electra": _bert("ElectraModel", pooler=False),
     "distilbert": _bert("DistilBertModel", pooler=False, block="transformer.layer.{}", layers=_DISTILBERT),
-    "mpnet": _bert("MPNetModel", layers=_MPNET, attention="eager"),
-    "deberta-v2": _bert("DebertaV2Model", pooler=False, layers=_DEBERTA, attention="eager", shared=_SHARED_BY_DEBERTA),
-    "modernbert": _bert("ModernBertModel", pooler=False, block="layers.{}", layers=_MODERNBERT, positions=None),
+    "mpnet": _bert("MPNetModel", layers=_MPNET, attention="eager", relative=True),
+    "deberta-v2": _bert(
+        "DebertaV2Model", pooler=False, layers=_DEBERTA, attention="eager", relative=True, shared=_SHARED_BY_DEBERTA
+    ),
+    "modernbert": _bert(
+        "ModernBertModel", pooler=False, block="layers.{}", layers=_MODERNBERT, positions=None, relative=True
+    ),
 }

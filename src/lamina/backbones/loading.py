@@ -257,6 +257,7 @@ class _Checkpoint:
             pooling=pooling,
             forward=forward,
             heads=self.config.num_attention_heads,
+            relative=self.family.relative,
             ignored=tuple(sorted(ignored)),
             stages=("embeddings", *(self.family.block.format(block) for block in range(self.blocks))),
             pool=pool,
@@ -354,6 +355,7 @@ def from_module(
     tokenizer: Path | None = None,
     pooling: Pooling = "cls",
     heads: int | None = None,
+    relative: bool = False,
     stages: Sequence[str] = (),
     pool: Pool | None = None,
     positions: int | None = None,
@@ -362,7 +364,7 @@ def from_module(
     """Returns a backbone made of any model, for example one with a fused qkv layer. The module itself is frozen.
 
     features: maps (module, inputs) to (b, width). pooling: a record of what it does. heads: of every attention layer;
-    methods that look into attention need it. stages, pool, positions, vocabulary: see `Backbone`.
+    methods that look into attention need it. relative, stages, pool, positions, vocabulary: see `Backbone`.
 
     Raises BackboneError for a site that is not a linear layer of the module or whose outputs are outside it, and for
     stages that do not fit.
@@ -380,6 +382,7 @@ def from_module(
         *(name, kind, stored_hash, module, tuple(sites), width, blocks, image, tokenizer, pooling),
         forward=features,
         heads=heads,
+        relative=relative,
         stages=tuple(stages),
         pool=pool,
         positions=positions,

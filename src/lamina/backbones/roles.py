@@ -82,6 +82,8 @@ class Backbone:
     """Maps inputs to features for this family; called by `features`."""
     heads: int | None = None
     """Heads of every attention layer; None if unknown."""
+    relative: bool = False
+    """Whether attention scores depend on relative positions too, and not on queries and keys alone."""
     ignored: tuple[str, ...] = ()
     """Stored tensors that the backbone does not use, such as an old classification head."""
     stages: tuple[str, ...] = ()

@@ -22,7 +22,8 @@ Show = Callable[[AdapterSite, Tensor], None]
 
 
 def check_sites(learner: Learner, method: str) -> None:
-    """Raises MethodError, naming the method, for sites other than keys and values, or an unknown number of heads."""
+    """Raises MethodError, naming the method, for sites other than keys and values, an unknown number of heads, or attention
+    with relative positions."""
     roles = sorted({site.role for site in learner.sites.values()})
     if not set(roles) <= {"k", "v"}:
         raise MethodError(
@@ -33,6 +34,11 @@ def check_sites(learner: Learner, method: str) -> None:
         raise MethodError(
             f"method {method!r} needs the number of attention heads, which backbone {learner.backbone.name!r} does not "
             f"say. Give `heads` to from_module()."
+        )
+    if learner.backbone.relative:
+        raise MethodError(
+            f"method {method!r} needs attention that depends on queries and keys alone, and that of backbone "
+            f"{learner.backbone.name!r} depends on relative positions too. Choose another method or backbone."
         )
 
 

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 
 from lamina.backbones import ROLES, Backbone, load
 from lamina.backbones.families import FAMILIES
-from lamina.errors import BackboneError
+from lamina.errors import BackboneError, MethodError
+from lamina.learner import Learner
+from lamina.learner.probes import check_sites, watchers
+from lamina.types import Batch
 
 IMAGE = {
     "hidden_size": 32,
@@ -341,6 +344,35 @@ def test_q_k_and_v_are_what_they_are_called(name: str, folder: Path):
             parameter[rows] *= 2
         backbone.features(inputs)
     torch.testing.assert_close(seen["out"], 2 * before)
+
+
+@every_row
+def test_probes_are_what_attention_reads_or_are_refused(name: str, folder: Path):
+    """W_v z is what the readers get on average."""
+    learner = Learner(load(str(folder)), ("k", "v"))
+    backbone, site = learner.backbone, learner.sites["block1.v"]
+    if backbone.relative:
+        with pytest.raises(MethodError, match=r"'any' needs attention .* depends on relative positions too"):
+            check_sites(learner, "any")
+        return
+    check_sites(learner, "any")
+    inputs = WORDS if backbone.kind == "text" else {"pixel_values": pixels(16)}
+    shown: dict[str, Tensor] = {}
+    out = backbone.module.get_submodule(next(s.path for s in backbone.sites if s.name == "block1.out"))
+    out.register_forward_pre_hook(lambda _, given: shown.update(out=given[0]))
+    batch = Batch(inputs=inputs, labels_b=torch.zeros(2).long())
+    with torch.no_grad(), learner.watching(watchers(learner, batch, lambda s, p: shown.update({s.name: p}))):
+        learner.features(batch)
+    weight_od, bias_o = learner.linear(1, "v")
+    read_bhe = torch.einsum("hed,bhd->bhe", weight_od.view(2, 16, 32), shown[site.name]) + (
+        0 if bias_o is None else bias_o.view(2, 16)
+    )
+    mask_bt = torch.ones(shown["out"].shape[:2]) if backbone.kind == "image" else MASK
+    if backbone.pooling == "cls":
+        mask_bt = torch.zeros_like(mask_bt)
+        mask_bt[:, 0] = 1
+    mean_bo = (shown["out"] * mask_bt[..., None]).sum(1) / mask_bt.sum(1, keepdim=True)
+    torch.testing.assert_close(mean_bo, read_bhe.flatten(1), atol=1e-4, rtol=1e-4)
 
 
 @every_row
