@@ -25,21 +25,21 @@ lint: .stamps/dev         ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .stamps/bench      ## speed and memory against the floor of this machine and against PEFT (QUICK=1: under five minutes)
+bench: .stamps/bench      ## speed and memory against the bare backbone and against PEFT (QUICK=1: under five minutes)
 	$(BIN)/python benchmarks/bench.py
 
 growth: .stamps/bench     ## how the cost of every method grows over 200 tasks (an hour; goes on where it stopped)
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/growth.py --page docs/results/growth.md
 
-results: runs/minilm      ## the tables of docs/results and of the README (needs ../shared; hours; goes on where it stopped)
+results: runs/minilm      ## the tables of docs/results and of the README (needs CIFAR-100, PACS and CLINC150 in ../shared/data; takes hours; resumes)
 	for grid in demo cifar100 pacs clinc150 claims; do \
 	  $(BIN)/lamina compare benchmarks/grids/$$grid.yaml $(KEEP) --records docs/results/records/$$grid.jsonl \
 	    --page docs/results/$$grid.md || exit; \
 	done
 	$(BIN)/python benchmarks/summary.py
 
-lattice: runs/minilm      ## the tables of what happens around methods (needs ../shared; most of a day; goes on where it stopped)
+lattice: runs/minilm      ## the tables of consolidation (needs the datasets in ../shared/data; takes most of a day; resumes)
 	$(if $(KEEP),,for grid in choose lattice; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lattice.py benchmarks/grids/$$grid.yaml \
 	    --records docs/results/records/$$grid.jsonl || exit; \

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+from io import TextIOWrapper
 from typing import Annotated, NoReturn
 
 import typer
@@ -35,8 +36,8 @@ REMEDIES = {
     errno.ENOSPC: "Make room and give the command again; what was saved before is intact.",
     errno.EDQUOT: "Make room and give the command again; what was saved before is intact.",
     errno.EROFS: "Choose a directory that can be written to.",
-    errno.EACCES: "Check the rights of the path, or choose another.",
-    errno.EPERM: "Check the rights of the path, or choose another.",
+    errno.EACCES: "Check the permissions of the path, or choose another.",
+    errno.EPERM: "Check the permissions of the path, or choose another.",
     errno.ENAMETOOLONG: "Choose a shorter name.",
     errno.ENOENT: "Check the path.",
     errno.ENOTDIR: "Check the path.",
@@ -49,6 +50,9 @@ REMEDIES = {
 def main() -> NoReturn:
     """Run the command. A failure that the user can act on is one message and exit code 2."""
     try:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):  # a terminal without UTF-8 shows "?" for what it lacks
+                stream.reconfigure(errors="replace")
         _refuse_renamed_flags(sys.argv[1:])
         app(standalone_mode=True)
     except LaminaError as error:

@@ -1,5 +1,6 @@
 """`lamina compare`: a grid of runs, and one table of it."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -45,13 +46,13 @@ def compare(
     Finished cells are not run again, and interrupted ones continue. A cell is run anew if its settings, data, weights or code
     changed. Stop it at any time and give the same command again. `lamina report` compares finished runs.
 
-    Exit code 1 if a cell failed; the other cells run all the same.
+    Exit code 1 if a cell failed or was not started; the other cells still run.
     """
     from lamina.compare import Outcome, Study, table
 
     if len(grid) > 1 or grid[0].is_dir():
         raise ConfigError(
-            f"`lamina compare` takes one YAML file of a grid, not {' '.join(map(str, grid))}. To compare finished runs: "
+            f"`lamina compare` takes one grid (a YAML file), not {' '.join(map(str, grid))}. To compare finished runs: "
             f"lamina report {' '.join(map(str, grid))}"
         )
     if page is not None:
@@ -63,19 +64,22 @@ def compare(
         return
     command = f"lamina compare {grid[0]}" + (" --keep-code" if keep_code else "")
     command += f" --records {records}" if records else ""
-    outcome = Outcome() if no_run else _work(study, jobs, command)
+    outcome = Outcome() if no_run else _work(study, jobs)
     content = study.content(command)
     written = table.write(content, study.out, page)
     columns = [k for k, title in enumerate(content.accuracies) if title.startswith(SHOWN)]
     for section in content.sections:
         titles = ("method", *(content.accuracies[k].lower() for k in columns))
         rows = [(line.name, *(line.accuracies[k] for k in columns)) for line in section.lines]
-        print_table(titles, rows, title=section.name)
+        if rows:
+            print_table(titles, rows, title=section.name)
+        else:
+            print(f"{section.name}: {section.caption}")
     print(f"\n{study.out / 'table.md'}, {study.out / 'table.json'}\nOpen the table: {written.resolve()}")
     _report_failures(outcome)
 
 
-def _work(study: "Study", jobs: int | None, command: str) -> "Outcome":
+def _work(study: "Study", jobs: int | None) -> "Outcome":
     """Returns the outcome of running all cells. If it is asked to stop, says how to continue and exits with code 130."""
     from lamina.engine.loop import Interrupted
 
@@ -83,7 +87,7 @@ def _work(study: "Study", jobs: int | None, command: str) -> "Outcome":
         with GridWatcher(study.grid.name) as watch:
             return study.work(jobs, watch)
     except (Interrupted, KeyboardInterrupt):
-        print(f"stopped; all progress is saved. Continue with: {command}", file=sys.stderr)
+        print(f"stopped; all progress is saved. Continue with: lamina {shlex.join(sys.argv[1:])}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -36,7 +36,7 @@ def _columns() -> tuple[ProgressColumn, ...]:
 
 
 class Watcher:
-    """Shows the events of a run. A context manager that tidies the terminal.
+    """A context manager that shows the events of a run and restores the terminal.
 
     interval: seconds between plain lines where there is no terminal. A line at the end of every task comes in any case.
     brief: nothing but the bar, and warnings.
@@ -133,7 +133,13 @@ class GridWatcher:
     def show(self, done: int, total: int, left: float | None, at_work: Sequence[tuple[str, str]]) -> None:
         """left: seconds, if known. at_work: the name of each active cell and the last line of its log."""
         if self._live:
-            guess = f", about {left / 60:.0f} min left" if left is not None else ""
+            guess = (
+                ""
+                if left is None
+                else f", about {left:.0f} s left"
+                if left < 90
+                else f", about {left / 60:.0f} min left"
+            )
             self._bar.update(self._line, completed=done, total=total, facts=f"{done}/{total}{guess}")
             lines = [Text(f"  {name}  {said}", no_wrap=True, overflow="ellipsis") for name, said in at_work]
             self._live.update(Group(self._bar, *lines))

@@ -1,5 +1,6 @@
 """`lamina run`, `resume` and `evaluate`: one run."""
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def run(
     tasks: Annotated[
         int | None, typer.Option("--tasks", "-t", help="Number of tasks that the classes are split into.")
     ] = None,
-    joint: Annotated[bool, typer.Option("--joint", help="Joint training: all tasks at once (an upper bound).")] = False,
+    joint: Annotated[bool, typer.Option("--joint", help="Joint training: all tasks at once, as a reference.")] = False,
     per_class: Annotated[int | None, typer.Option(help="Maximum number of training examples per class.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over each task's training data.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the adapters.")] = None,
@@ -51,7 +52,8 @@ def run(
         str | None, typer.Option(help="Weight merging over the tasks: none, mean, ema or weighted.")
     ] = None,
     drift: Annotated[
-        str | None, typer.Option(help="Drift compensation of stored statistics: none, linear or linear+local.")
+        str | None,
+        typer.Option(help="Drift compensation of stored statistics: none, linear, linear+local or random (a control)."),
     ] = None,
     classifier: Annotated[
         str | None,
@@ -67,7 +69,7 @@ def run(
     ] = None,
     settings: Settings = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Directory of the run. Default: runs/DATA-METHOD-SEED.")
+        Path | None, typer.Option("--out", "-o", help="Directory of the run. Default: runs/DATA-METHOD-seedN.")
     ] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print every setting as YAML and exit.")] = False,
 ) -> None:
@@ -122,7 +124,7 @@ def resume(
     ] = None,
     data: Moved = None,
 ) -> None:
-    """Continue a run from its last checkpoint. The result is the same as if it had never been stopped."""
+    """Continue a run from its last checkpoint. On the same CPU, the result is the same as without the interruption."""
     from lamina import runs
 
     with Watcher(directory.resolve().name) as watch:
@@ -192,5 +194,7 @@ def stoppable(where: Path, work: Callable[[], T]) -> T:
     try:
         return work()
     except Interrupted:
-        print(f"stopped; all progress is saved. Continue with: lamina resume {where}", file=sys.stderr)
+        print(
+            f"stopped; all progress is saved. Continue with: lamina resume {shlex.quote(str(where))}", file=sys.stderr
+        )
         sys.exit(130)

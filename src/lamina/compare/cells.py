@@ -170,6 +170,8 @@ class Store:
     def note(self, places: Iterable[Place]) -> None:
         """Adds the records of these finished runs to the file of records."""
         assert self.records is not None
+        if self.records.exists():  # another comparison may have added runs
+            self.noted = read_records(self.records) | self.noted
         self.noted |= {place.folder.name: place.record().for_table() for place in places}
         lines = [json.dumps({"cell": name} | noted.to_json()) + "\n" for name, noted in sorted(self.noted.items())]
         self.records.parent.mkdir(parents=True, exist_ok=True)

@@ -73,7 +73,7 @@ class GridConfig(Section):
     @classmethod
     def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(values)) < len(values):
-            raise ValueError("a value stands there twice, and a repeated run would be the same. Leave it out once")
+            raise ValueError("a value occurs twice, and both runs would be the same. Remove one of them")
         return values
 
 
@@ -148,6 +148,8 @@ class Grid:
             for base_name, given in self.settings.methods.items()
             for name, value in self._each(base_name, dict(given or {}))
         }
+        if not rows:
+            raise ConfigError(configuration.listed(["methods: no combination of `each` is valid for its method"], file))
         self._searches = {name: value.pop("search", None) for name, value in rows.items()}
         self.methods = {name: self._layer(value, f"methods.{name}") for name, value in rows.items()}
         for name, layer in self.methods.items():
@@ -276,7 +278,9 @@ class Grid:
                 yield self._at(key, f"{key} = {own!r}: must be settings, each with a list of values to try, or false")
                 self._searches[name] = {}
             elif settings.search is None:
-                yield self._at(key, f"{key}: there is no `search` of the grid that it could widen")
+                yield self._at(
+                    key, f"{key}: the grid has no `search` that this could extend. Add one, or leave this out"
+                )
         for name, layer in self.methods.items():
             for setting in self.searches(name).keys() & layer.settings.keys():
                 yield (
@@ -322,9 +326,11 @@ class Grid:
             )
         first = config.stream.first
         if first is not None and scenario in ("class", "task") and first > config.stream.tasks:
+            searching = config.evaluation.split == "val" and self.settings.search is not None
+            key = "search.tasks" if searching else "stream.first"
             yield self._at(
-                "search.tasks",
-                f"search.tasks = {first}: the stream {row.stream!r} has {config.stream.tasks} tasks",
+                key,
+                f"{key} = {first}: the stream {row.stream!r} has {config.stream.tasks} tasks",
             )
 
     def _placed(self, problem: str, layers: Iterable[Layer]) -> str:

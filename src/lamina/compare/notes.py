@@ -1,4 +1,4 @@
-"""What stands beneath a table: nothing is left out silently. A row with missing runs, runs of older code, another stream or a
+"""The notes below a table. A row with missing runs, runs of older code, another stream or a
 search of its own says so."""
 
 import statistics

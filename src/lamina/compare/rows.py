@@ -84,7 +84,7 @@ class RowRuns:
         return [value for run in self.runs if (value := run.figures[key]) is not None]
 
     def spread(self, key: str) -> tuple[float | None, float | None]:
-        """Returns mean and standard deviation of one figure over the runs; None where they do not say."""
+        """Returns mean and standard deviation of one figure over the runs; None where no run has it."""
         values = self.values(key)
         return stats.mean_and_spread(values) if values else (None, None)
 

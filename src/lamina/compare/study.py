@@ -98,8 +98,8 @@ class Study:
         return place
 
     def chosen(self, row: Row) -> Mapping[str, Any] | None:
-        """The settings the search has found for a row; None while a trial is not yet done. A trial that failed, for
-        example because its learning rate was too large, is not chosen."""
+        """Returns the settings that the search has chosen for a row; None while a trial is not yet done. A trial that
+        failed, for example because its learning rate was too large, is not chosen."""
         trials = self.grid.trials(row)
         if not trials:
             return {}
@@ -147,7 +147,7 @@ class Study:
     def work(self, jobs: int | None, viewer: Viewer, start: Start = start_here) -> Outcome:
         """Runs what is not done: first the search, then the table.
 
-        Raises Interrupted when asked to stop; what runs has saved by then.
+        Raises Interrupted when asked to stop, after the active runs have saved.
         """
         outcome = Outcome()
         progress = _Progress(self, jobs or self.grid.settings.jobs, viewer, outcome)

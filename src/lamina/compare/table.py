@@ -45,17 +45,18 @@ class Content:
     facts: list[tuple[str, str]]
     command: str
     files: list[tuple[str, str]] = field(default_factory=list)
-    """Names and text of the grid and its base."""
+    """Names and text of the grid and of the files it names."""
 
 
 def content(grid: Grid, rows: Mapping[Row, RowRuns], command: str) -> Content:
-    """Returns what the table shows of these runs. command: how to make it again."""
+    """Returns the content of the table of these runs. command: the command that makes it again."""
     baseline = grid.settings.baseline
     minus = [f"Minus {baseline}"] if baseline else []
-    base = grid.settings.base
     files = [(grid.file.name, grid.text)]
-    if isinstance(base, str):
-        files.append((base, (grid.file.parent / Path(base).expanduser()).read_text(encoding="utf-8")))
+    for given in dict.fromkeys(
+        layer for layer in (grid.settings.base, *grid.settings.streams.values()) if isinstance(layer, str)
+    ):
+        files.append((given, (grid.file.parent / Path(given).expanduser()).read_text(encoding="utf-8")))
     return Content(
         title=grid.settings.title or grid.name,
         accuracies=[*ACCURACIES.values(), *minus, "Runs"],
@@ -227,7 +228,7 @@ def write(table: Content, out: Path, page: Path | None = None) -> Path:
 
 
 def _parts(page: str) -> tuple[str, str] | None:
-    """Returns what stands before and after the table; None where the markers are not there once."""
+    """Returns the text before and after the table; None unless each marker occurs exactly once."""
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         return None
     return page[: page.index(BEGIN)], page[page.index(END) + len(END) :]

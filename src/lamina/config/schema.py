@@ -92,7 +92,7 @@ class StreamConfig(Section):
     plan: tuple[PlanConfig, ...] | None = None
     """The tasks one by one (mixed scenario)."""
     joint: bool = False
-    """Joint training: all tasks at once (an upper bound)."""
+    """Joint training: all tasks at once, as a reference."""
     first: int | None = Field(None, ge=1)
     """Use only the first tasks, this many, for example to choose settings. Not set: all."""
     validation: float = Field(0.0, ge=0, lt=1)

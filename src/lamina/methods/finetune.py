@@ -23,7 +23,7 @@ class FinetuneConfig(MethodConfig):
 
 class Finetune(Method[FinetuneConfig]):
     name = "finetune"
-    advice = "As the lower bound; with --joint, as the upper bound of all data at once."
+    advice = "As the lower bound; with --joint, as the reference that sees all data at once."
     paper = Paper(
         title="LoRA: Low-Rank Adaptation of Large Language Models, trained sequentially",
         authors="Hu et al.",

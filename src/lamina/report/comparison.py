@@ -1,4 +1,4 @@
-"""What the page shows of several runs side by side: a table and their curves."""
+"""The comparison of several runs on the page: a table and their curves."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

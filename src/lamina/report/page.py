@@ -70,6 +70,8 @@ def write(runs: Sequence[Record], out: Path, *, title: str | None = None) -> Pat
 
 def write_text(text: str, out: Path) -> Path:
     """Writes a file, whole or not at all, and returns `out`."""
+    if out.is_dir():
+        raise RunError(f"{out} is a directory. Give the name of a file, for example {out / 'report.html'}.")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""What the page shows of one run. What its record lacks is shown as an en dash, never guessed."""
+"""The section of the page about one run. A missing value is shown as an en dash, never guessed."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,7 +57,7 @@ def metric_text(name: str, value: float | None) -> str:
 
 
 def sentences(run: Record) -> str:
-    """Returns a summary: what was learnt, from which backbone, with what result."""
+    """Returns a summary: the tasks, the backbone and the result."""
     stream, backbone = run.stream, run.backbone
     tasks = stream.tasks
     classes = len({name for task in tasks for name in task.classes})
@@ -254,7 +254,7 @@ def _metrics(run: Record) -> list[tuple[str, str, str, str]]:
 
 
 def run_view(run: Record, label: str, style: int, low: float) -> dict[str, Any]:
-    """Returns what the template shows of a run. low: where accuracy scales start, in percent."""
+    """Returns the values of the template for a run. low: where accuracy scales start, in percent."""
     matrix, planned, shown = run.matrix, len(run.stream.tasks), _metrics(run)
     learnt = {entry.task: entry for entry in run.lineage}
     return {

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them. What is missing (None or nan) is an en dash."""
+"""Formatting of numbers. A missing value (None or nan) is an en dash."""
 
 import math
 from typing import Any
