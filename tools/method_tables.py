@@ -11,7 +11,7 @@ from lamina.methods import table
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 COLUMNS = {
     DOCS / "index.md": ["method", "paper", "when to use"],
-    DOCS / "choosing.md": ["method", "paper", "stored examples", "task count", "cost per task", "when to use"],
+    DOCS / "choosing.md": ["method", "paper", "examples", "task count", "cost per task", "when to use"],
 }
 
 

@@ -172,7 +172,7 @@ class LineageRecord(Part):
     accuracy_when_learnt: float | None = None
     accuracy_at_end: float | None = None
     negative_flips: float | None = None
-    """Share of earlier tasks' test examples that this task turned from correct to wrong."""
+    """Share of test examples that this task turned from correct to wrong, averaged over earlier tasks."""
     trainable_parameters: int | None = None
     stored_parameters: int | None = None
     memory_bytes: int | None = None

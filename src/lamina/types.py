@@ -29,13 +29,11 @@ class Batch:
     """Examples ready for a backbone.
 
     `inputs` holds `pixel_values` (b, c, h, w) float32 already normalised for the backbone, or `input_ids` and
-    `attention_mask` (b, t) int64. `labels_b` are class ids: positions in the dataset's list of class names. `task` is
-    the name of the examples' task; None wherever a learner must not know it.
+    `attention_mask` (b, t) int64. `labels_b` are class ids: positions in the dataset's list of class names.
     """
 
     inputs: Mapping[str, Tensor]
     labels_b: Tensor
-    task: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels_b)

@@ -123,7 +123,7 @@ def test_its_row_of_the_generated_table_is_complete_and_fits_on_a_screen(name: s
     row = next(row for row in rows if row["method"] == name)
     assert all(value.strip() for value in row.values())
     assert all(len(value) <= 100 for value in row.values())
-    assert (row["stored examples"] != "none") == (METHODS[name].needs.stored_examples > 0)
+    assert (row["examples"] != "none stored") == (METHODS[name].needs.stored_examples > 0)
     assert (row["task count"] != "not needed") == METHODS[name].needs.task_count
 
 
@@ -423,7 +423,8 @@ def test_prediction_gets_neither_the_task_nor_the_label(
         predict_all(found.loop.learner, found.loop.method, task.test, whole, task.name)
         found.loop._predictions(task)
     assert len(seen) >= 2 * len(found.stream)
-    assert all(batch.task is None for batch in seen)
+    assert all(vars(batch).keys() == {"inputs", "labels_b"} for batch in seen)
+    assert all(batch.inputs.keys() <= {"pixel_values", "input_ids", "attention_mask"} for batch in seen)
     monkeypatch.undo()
     batch = everything(found)
     assert torch.equal(scores(found.loop, batch), scores(found.loop, other_labels(batch)))

@@ -81,6 +81,16 @@ def test_the_methods_fit_one_screen(lamina: Command) -> None:
     assert "Did you mean 'inflora'?" in lamina.refused("methods", "inflra")
 
 
+def test_a_terminal_without_unicode_is_no_obstacle() -> None:
+    said = subprocess.run(
+        [sys.executable, "-m", "lamina.cli", "methods", "inflora"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=True,
+    )
+    assert b"?: " in said.stdout.replace(b" ", b" ")
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_one_method_in_detail(lamina: Command, name: str) -> None:
     shown = lamina("methods", name).out

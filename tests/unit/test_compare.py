@@ -189,13 +189,15 @@ search: {over: {training.lr: [1, x]}, tasks: 40}
     [
         ("methods: {}", "methods = {}"),
         ("seeds: [0]", "methods = .*field required"),
-        ("methods: {finetune: {}}\nseeds: [1, 1]", "stands there twice"),
+        ("methods: {finetune: {}}\nseeds: [1, 1]", "a value occurs twice"),
         ("methods: {finetune: {}}\nseeds: [-1]", "greater than or equal to 0"),
         ("methods: {finetune: {}}\nbse: {}", "Did you mean 'base'?"),
         ("methods: {finetune: {}}\nsearch: {ovr: {}}", "Did you mean 'over'?"),
         ("methods: {finetune: {}}\nsearch: {over: {training.lr: []}}", "no value to try for training.lr"),
         ("methods: {finetune: {}}\nsearch: {over: {training.lr: [1]}, tasks: 11}", "has 10 tasks"),
-        ("methods: {finetune: {search: {training.lr: [1]}}}", "no `search` of the grid that it could widen"),
+        ("methods: {finetune: {search: {training.lr: [1]}}}", "has no `search` that this could extend"),
+        ("methods: {finetune: {}}\nbase: {stream.first: 11}", "stream.first = 11: the stream .* has 10 tasks"),
+        ("methods: {duallora: {each: {consolidation.merging: [ema]}}}", "no combination of `each` is valid"),
         ("methods: {finetune: {}}\nbase: {stream.scenario: domain}\norders: [1, 2]", "has no order of classes"),
         ("methods: {finetune: {}}\nbase: gone.yaml", "gone.yaml: cannot be read"),
         ("- a", "must hold keys and values"),
@@ -474,6 +476,8 @@ def test_a_file_of_records_stands_for_runs_that_are_gone(tmp_path: Path, monkeyp
     wider.work(1, Told(), start)
     wider.content("x")
     assert (len(start.started), len(records.read_text().splitlines())) == (4, 24)
+    again.content("x")
+    assert len(records.read_text().splitlines()) == 24, "what another comparison has added meanwhile stays"
     monkeypatch.setattr(cells, "code_hash", lambda method: "newer")
     assert {listed.state for listed in study(tmp_path, records=records).listing()} == {"new", None}
     kept = study(tmp_path, records=records, keep_code=True)
@@ -621,6 +625,9 @@ def test_a_table_goes_into_a_page_between_its_markers(tmp_path: Path):
         assert (
             page.read_text() == f"# Mine\n\nReading.\n\n{table.BEGIN}\n\n{table.block(told)}\n{table.END}\n\nAfter.\n"
         )
+    (tmp_path / "shared.yaml").write_text("stream.tasks: 2\n")
+    shared = study(tmp_path, GRID.replace("methods:", "streams: {one: shared.yaml, two: shared.yaml}\nmethods:", 1))
+    assert [name for name, _ in shared.content("x").files].count("shared.yaml") == 1
     page.write_text("# No markers\n")
     with pytest.raises(LaminaError, match=r"page.md: it needs one line <!-- compare -->"):
         table.write(told, found.out, page)
@@ -638,6 +645,10 @@ def test_on_a_terminal_what_is_at_work_is_shown():
         watch.show(2, 4, 600.0, [("a/finetune/seed0", "task 2/3 [learnt]"), ("a/inflora/seed0", "")])
     for part in ("2/4, about 10 min left", "a/finetune/seed0", "task 2/3 [learnt]", "[2/4] done"):
         assert part in written.getvalue()
+    written = io.StringIO()
+    with GridWatcher("grid", Console(file=written, force_terminal=True, no_color=True, width=120)) as watch:
+        watch.show(3, 4, 20.0, [])
+    assert "3/4, about 20 s left" in written.getvalue()
     plain = io.StringIO()
     with GridWatcher("grid", Console(file=plain)) as watch:
         watch.show(2, 4, 600.0, [])

@@ -271,6 +271,9 @@ def test_write_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monkey
         report.write([record("other")], out)
     assert out.read_text(encoding="utf-8") == before
     assert [p.name for p in out.parent.iterdir()] == ["report.html"]
+    for folder in (out.parent, Path()):
+        with pytest.raises(RunError, match=r"is a directory. Give the name of a file, for example .*report.html"):
+            report.write([record()], folder)
 
 
 def test_a_report_needs_a_run() -> None:

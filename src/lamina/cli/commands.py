@@ -32,6 +32,8 @@ app.add_typer(data_app, name="data")
 data_app.command("check")(data.check)
 app.command("train-task", hidden=True)(run.train_task)
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""In the messages of PyTorch."""
 REMEDIES = {
     errno.ENOSPC: "Make room and give the command again; what was saved before is intact.",
     errno.EDQUOT: "Make room and give the command again; what was saved before is intact.",
@@ -63,7 +65,7 @@ def main() -> NoReturn:
     except OSError as error:
         _fail(_sentence(error))
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise
         _fail(
             f"out of memory: {' '.join(str(error).split())[:200]}. Use smaller settings of training.batch_size, "

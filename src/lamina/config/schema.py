@@ -127,7 +127,7 @@ class TrainingConfig(Section):
     lr: float = Field(1e-3, gt=0, le=LARGEST_RATE)
     """Learning rate of the adapters."""
     head_lr: float | None = Field(5e-3, gt=0, le=LARGEST_RATE)
-    """Learning rate of the head, whose outputs start from zero with every task. null: that of the adapters."""
+    """Learning rate of the head, which gets new, untrained outputs with every task. null: that of the adapters."""
     weight_decay: float = Field(0.0, ge=0, le=LARGEST_RATE)
     """Weight decay, as the optimiser defines it."""
     momentum: float = Field(0.9, ge=0, lt=1)

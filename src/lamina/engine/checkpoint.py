@@ -124,8 +124,15 @@ def set_aside(directory: Path) -> None:
 def load(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """Returns the documents and tensors of one checkpoint, verified against its manifest.
 
-    Raises CheckpointError naming the file that is missing or does not fit.
+    Raises CheckpointError naming the file that is missing, does not fit, or cannot be read.
     """
+    try:
+        return _load(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {error}") from error
+
+
+def _load(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     manifest = read_json(directory / MANIFEST)
     if not isinstance(manifest, dict) or not all(
         isinstance(entry, dict) and entry.keys() == {"sha256", "bytes"} for entry in manifest.values()

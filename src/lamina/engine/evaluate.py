@@ -64,7 +64,7 @@ def predict_all(
 
     batches: cuts the examples it is given into batches. They come sorted by length, so that texts are padded little.
     task_aware: the task's identity is given at test time (task-incremental streams), so only its own outputs compete.
-    Raises TrainingError where a score is NaN.
+    Raises TrainingError where a score is NaN or infinite. Minus infinity is allowed: such an output is never predicted.
     """
     classes = list(dict.fromkeys(output.label for output in learner.outputs))
     own_j = torch.tensor([output.task == task for output in learner.outputs])
@@ -74,18 +74,13 @@ def predict_all(
     found: list[tuple[Ints, ...]] = []
     with learner.folded():
         for batch in batches(examples.select(order_n)):
-            scores_bj = predictor.predict(learner, batch).cpu()
-            if scores_bj.isnan().any():
-                raise TrainingError(
-                    f"a score of task {task!r} is NaN. Training diverged, or an input is not finite: check the data, and "
-                    f"use a smaller training.lr."
-                )
+            scores_bj = _checked(predictor.predict(learner, batch).cpu(), task)
             predicted_b = class_c[class_scores(scores_bj, learner.outputs, classes).argmax(1)]
             aware_b = torch.full_like(predicted_b, -1)
             if own_j.any():
                 aware_bj = scores_bj
                 if predictor.uses_task:
-                    aware_bj = predictor.predict_task_aware(learner, batch, task).cpu()
+                    aware_bj = _checked(predictor.predict_task_aware(learner, batch, task).cpu(), task)
                 aware_b = label_j[aware_bj.masked_fill(~own_j, -torch.inf).argmax(1)]
             if task_aware:
                 predicted_b = aware_b
@@ -93,3 +88,12 @@ def predict_all(
             found.append(tuple(t.numpy() for t in (batch.labels_b.cpu(), predicted_b, aware_b, inferred_b)))
     back_n = np.argsort(order_n)
     return Predictions(*(np.concatenate(column)[back_n] for column in zip(*found, strict=True)))
+
+
+def _checked(scores_bj: Tensor, task: str) -> Tensor:
+    if not (scores_bj < torch.inf).all():  # NaN is not less than anything
+        raise TrainingError(
+            f"a score of task {task!r} is NaN or infinite. Training diverged, or an input is not finite: check the data, and "
+            f"use a smaller training.lr."
+        )
+    return scores_bj

@@ -1,4 +1,4 @@
-"""Loop: a state machine over (task, phase, step) that can be stopped anywhere and resumes to the same bits.
+"""Loop: a state machine over (task, phase, step) that can be stopped anywhere and resumes to the same bits on a CPU.
 
     begin ──> train ──> end ──> evaluate ──> begin of the next task ──> ... ──> done
               step 0..n
@@ -200,6 +200,7 @@ class Loop:
             stopping = self.should_stop()
             if stopping or time.perf_counter() - since >= self.checkpoint_seconds:
                 self.spend("train", time.perf_counter() - since)
+                check_finite(parameters, f"trained parameters of task {task.name!r}", self.training.lr)
                 self.save()
                 since = time.perf_counter()
             if stopping:
@@ -230,7 +231,7 @@ class Loop:
         if not math.isfinite(value):
             raise TrainingError(
                 f"the loss is {value} in task {task.name!r} at step {step.done + 1}. The last good state is in "
-                f"{self.checkpoints}. A smaller training.lr (now {self.training.lr}) or training.clip=1 usually helps."
+                f"{self.checkpoints}. Start a new run with a smaller training.lr (now {self.training.lr}) or training.clip=1."
             )
         self.method.after_backward(self.learner)
         if self.training.clip is not None:
@@ -264,6 +265,8 @@ class Loop:
         self.learner.set_trainable(loaded.tensors["learner"])
         clock = replace(self.state.clock, examples=self.state.clock.examples + theirs.clock.examples)
         self.state = replace(self.state, losses=self.state.losses + theirs.losses, clock=clock)
+        for text in theirs.notes:
+            self.note(text)
         self.spend("train", theirs.clock.seconds["train"])
         steps = self._count(task)
         self._tell("train", done=steps, total=steps, loss=theirs.losses[-1].value)

@@ -34,7 +34,8 @@ class TaskEntry:
     trainable_parameters: int
     steps: int
     negative_flips: float | None = None
-    """Share of earlier tasks' test examples that this task turned from correct to wrong; None for the first task."""
+    """Share of test examples that this task turned from correct to wrong, averaged over earlier tasks; None for the first
+    task."""
     accuracy_when_learnt: float | None = None
     stored_parameters: int | None = None
     memory_bytes: int | None = None

@@ -12,7 +12,7 @@ Loss = Callable[[Batch], Tensor]
 
 
 class Planned(NamedTuple):
-    """The training steps of a task that are to come."""
+    """What is known of the training steps of a task, wherever it resumes."""
 
     batch_size: int
     """Of full batches."""

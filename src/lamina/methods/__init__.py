@@ -38,8 +38,8 @@ def table() -> list[dict[str, str]]:
         {
             "method": name,
             "paper": method.paper.venue,
-            "stored examples": f"{method.needs.stored_examples} per class" if method.needs.stored_examples else "none",
-            "task count": "used if known" if method.needs.task_count else "not needed",
+            "examples": f"{method.needs.stored_examples} per class" if method.needs.stored_examples else "none stored",
+            "task count": "optional" if method.needs.task_count else "not needed",
             "cost per task": method.needs.cost_per_task,
             "when to use": method.advice,
         }

@@ -23,6 +23,9 @@ from lamina.errors import RunError
 from lamina.speed import precision
 from lamina.speed.precision import Precision
 
+DEFAULT_THREADS = torch.get_num_threads()
+"""PyTorch's, before any run of this process sets another number."""
+
 
 class Environment(BaseModel):
     """The machine a run began on, and the decisions made there. A resumed run keeps the decisions on any machine."""
@@ -49,7 +52,7 @@ class Environment(BaseModel):
     @classmethod
     def decide(cls, config: RunConfig, where: Device, width: int) -> "Environment":
         """Returns the environment of a run that begins here. width: of the backbone."""
-        threads = config.threads or max(1, torch.get_num_threads() // config.jobs)
+        threads = config.threads or max(1, DEFAULT_THREADS // config.jobs)
         torch.set_num_threads(threads)  # for the measurement that chooses the precision
         return cls(
             device=where,

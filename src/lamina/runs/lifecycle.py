@@ -126,7 +126,10 @@ def evaluate(
     finished = position.task + (position.phase in ("evaluate", "done"))
     if finished < len(setup.stream):
         name = setup.stream[finished].name
-        watch(setup.stream, Event(task=finished, phase="evaluate", note=f"task {name!r} is not finished: not measured"))
+        note = f"task {name!r} is not finished: not measured"
+        if position.phase in ("train", "end"):
+            note += ". The weights are in training for it: the accuracy on earlier tasks may differ when it is finished"
+        watch(setup.stream, Event(task=finished, phase="evaluate", note=note))
     with keeping_memory(), closing(setup.accelerated):
         numbers = [number for number in range(finished) if len(setup.stream[number].split(split))]
         found = [_measure(loop, number, setup.stream[number].split(split)) for number in numbers]
@@ -228,13 +231,25 @@ def _work(setup: Setup, loop: Loop, out: Path, watch: Watch) -> Record:
     return found
 
 
+def _is_trained(loop: Loop, number: int, out: Path) -> bool:
+    """Returns whether another process has finished the training of a task. What it left damaged is removed."""
+    try:
+        return loop.trained_aside(number) is not None
+    except CheckpointError as error:
+        folder = side_by_side.place(out, number)
+        note = f"{error}\nTask {loop.stream[number].name!r} is trained again."
+        loop.on_event(Event(task=loop.position.task, phase="parallel", note=note))
+        shutil.rmtree(folder)
+        return False
+
+
 def _train_side_by_side(setup: Setup, loop: Loop, out: Path) -> None:
     """Train in other processes all tasks whose training has not begun in the loop, which then takes the result."""
     now = loop.position
     has_begun = now.phase in ("end", "evaluate", "done") or now.step > 0
     names = {n: task.name for n, task in enumerate(setup.stream) if n >= now.task + has_begun}
     loop.trained = {n: side_by_side.place(out, n) / "checkpoints" for n in names}
-    left = {n: name for n, name in names.items() if loop.trained_aside(n) is None}
+    left = {n: name for n, name in names.items() if not _is_trained(loop, n, out)}
     if not left:
         return
     started, total = time.perf_counter(), len(setup.stream)

@@ -42,10 +42,11 @@ def check_backbone(config: RunConfig, settings: MethodConfig, backbone: Backbone
                 f"{width}."
             )
     section, memory = config.consolidation, psutil.virtual_memory().total
-    if section.class_covariance_rank > section.layers * width:
+    layers = min(section.layers, backbone.blocks)
+    if section.class_covariance_rank > layers * width:
         raise ConfigError(
-            f"consolidation.class_covariance_rank = {section.class_covariance_rank}: the features of {section.layers} layers "
-            f"of backbone {backbone.name!r} are {section.layers * width} wide. Allowed are 0 to {section.layers * width}."
+            f"consolidation.class_covariance_rank = {section.class_covariance_rank}: the features of {layers} layers of "
+            f"backbone {backbone.name!r} are {layers * width} wide. Allowed are 0 to {layers * width}."
         )
     needed = RIDGE_MATRICES * 8 * section.random_features**2
     if section.classifier in ("ridge", "lda+ridge") and needed > memory:

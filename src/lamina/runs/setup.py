@@ -72,6 +72,7 @@ class Setup:
         self._check_validation(make_stream(config, data.undecoded(source)))  # before anything is decoded
         self.data = decode(config, source, self.backbone, watch)
         self.stream = make_stream(config, self.data)
+        self._check_validation(self.stream)  # damaged images may have been left out
         device.prepare(self.device)
         self.environment = environment or Environment.decide(config, self.device, self.backbone.width)
         torch.set_num_threads(self.environment.threads)
@@ -86,10 +87,11 @@ class Setup:
             )
 
     def _check_validation(self, stream: Stream) -> None:
-        if self.config.evaluation.split == "val" and not all(len(task.val) for task in stream):
+        without = [task.name for task in stream if not len(task.val)]
+        if self.config.evaluation.split == "val" and without:
             raise ConfigError(
-                "evaluation.split = 'val': the data has no validation split. Hold one out, for example with "
-                "--set stream.validation=0.2"
+                f"evaluation.split = 'val': task {without[0]!r} has no validation examples that can be read. Hold some out, "
+                f"for example with --set stream.validation=0.2"
             )
 
     def loop(self, out: Path, make_loop: MakeLoop = Loop) -> Loop:

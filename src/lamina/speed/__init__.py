@@ -1,6 +1,6 @@
 """Everything that makes a run faster. All of it can be left out; results stay the same to rounding.
 
-`accelerate` puts it around a learner from outside: nothing in `adapters`, `learner` or `engine` knows of it.
+`accelerate` puts it around a learner from outside: nothing in `adapters`, `learner` or `engine` imports it.
 """
 
 from lamina.speed.around import Accelerated, accelerate

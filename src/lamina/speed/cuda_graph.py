@@ -85,7 +85,8 @@ class _Recording:
                 compute(static)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Meanwhile another thread may move the next batches to the GPU.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.loss = compute(static)
         self.gradients = [parameter.grad for parameter in parameters]
 
