@@ -40,8 +40,10 @@ def open_source(
         raise ConfigError(f"data.kind is {kind!r}; allowed are auto, image and text")
     columns = columns or Columns()
     wanted: Kind | None = None if kind == "auto" else kind
-    if not str(where).isprintable():
-        raise DataError(f"{str(where)!a} holds characters that cannot be shown. Rename it")
+    try:
+        str(where).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{str(where)!a} is not valid Unicode. Rename it") from error
     try:
         path = Path(where).expanduser()
         return _open(path, str(where), kind=wanted, columns=columns, test_fraction=test_fraction)

@@ -290,6 +290,14 @@ def test_paths_that_cannot_be(where: str) -> None:
         open_source(where)
 
 
+def test_spaces_of_other_languages_in_a_path(tmp_path: Path) -> None:
+    put(tmp_path / "bilder\u3000\u00a0neu", "cat", "dog")
+    assert (
+        describe_source(open_source(tmp_path / "bilder\u3000\u00a0neu"))[0]
+        == "bilder\\u3000\\xa0neu: 4 images, 2 classes, 1 domain"
+    )
+
+
 def test_links_in_a_circle_as_a_path(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
