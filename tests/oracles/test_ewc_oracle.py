@@ -72,7 +72,7 @@ def one_by_one(learner: Learner, task: Task, positions: np.ndarray, labels: list
 
 def spread(task: Task, count: int) -> list[int]:
     """The examples taken for the Fisher: every class in the order of a hash of its rows, classes by the share taken of each."""
-    seed, queue = seed_of("fisher", torch.initial_seed()), []
+    seed, queue = seed_of("fisher examples", torch.initial_seed()), []
     hashes = bits(task.train.rows_n, seed)
     for label in task.classes:
         own = sorted(np.flatnonzero(task.train.labels_n == label), key=lambda n: hashes[n])
@@ -157,6 +157,25 @@ def test_the_true_fisher_is_of_labels_drawn_from_the_models_own_answer():
     found, expected = method.fisher(learner, task), one_by_one(learner, task, positions, labels)
     for name, value in expected.items():
         np.testing.assert_allclose(found[name].numpy(), value, rtol=2e-3, atol=1e-4 * value.max(), err_msg=name)
+
+
+def test_labels_are_drawn_independently_of_the_choice_of_examples(monkeypatch: pytest.MonkeyPatch):
+    data = tiny_images(2000, classes=4)
+    task = make_stream(data, class_plan(data, 1), "class")[0]
+    learner, method = Learner(tiny_vit(blocks=1), ("v",)), EWC(EWCConfig(rank=2, fisher_samples=80))
+    method.begin(learner, task, lambda *, augmented: iter(()))
+    seen: list[torch.Tensor] = []
+
+    def noted(log_bc: torch.Tensor, uniform_b: torch.Tensor) -> torch.Tensor:
+        seen.append(uniform_b)
+        return drawn(log_bc, uniform_b)
+
+    monkeypatch.setattr("lamina.methods.ewc.drawn", noted)
+    method.fisher(learner, task)
+    uniforms = torch.cat(seen)
+    assert len(uniforms) == 80
+    assert 0.35 < uniforms.mean() < 0.65
+    assert uniforms.max() > 0.9
 
 
 def test_labels_are_drawn_with_the_probabilities_of_the_answer():

@@ -103,7 +103,8 @@ class EWC(Method[EWCConfig]):
     def fisher(self, learner: Learner, task: Task) -> dict[str, Tensor]:
         """Returns the diagonal Fisher of the shared factors on this task's data, by the names of `shared`."""
         seed, sums = seed_of("fisher", torch.initial_seed()), dict[str, Tensor]()
-        positions_n = fisher_positions(task.train, self.config.fisher_samples, seed)
+        chosen_with = seed_of("fisher examples", torch.initial_seed())  # independent of the labels that are drawn
+        positions_n = fisher_positions(task.train, self.config.fisher_samples, chosen_with)
         for start in range(0, len(positions_n), TOGETHER):
             chosen_b = positions_n[start : start + TOGETHER]
             batch = task.train.batch(chosen_b).to(learner.device)

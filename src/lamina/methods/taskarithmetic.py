@@ -100,8 +100,8 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
     needs = Needs(
         stored_examples=10,
         per_task="stored examples",
-        storage="The stored examples, and a copy of each class's outputs. The merged update until it has full rank. With "
-        "memory_per_class = 0 no example is stored.",
+        storage="The stored examples, and a copy of each class's outputs. The merged update of every adapted layer, in "
+        "float64. With memory_per_class = 0 no example is stored.",
         extra="Fine-tuning on all stored examples at the end of every task.",
     )
     config_type = TaskArithmeticConfig
