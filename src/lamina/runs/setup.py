@@ -101,23 +101,27 @@ class Setup:
         learner = Learner(self.backbone, config.backbone.targets, config.backbone.blocks, dtype, self.device)
         self.accelerated = accelerate(learner)
         method: Method[Any] = self.method(self.settings, len(self.stream))
-        return make_loop(
-            learner=learner,
-            method=method,
-            stream=self.stream,
-            training=config.training,
-            evaluation=config.evaluation,
-            consolidation=config.consolidation,
-            seed=config.seed,
-            checkpoints=out / "checkpoints",
-            checkpoint_seconds=config.checkpoint_seconds,
-            steps=self.accelerated,
-            identity={
-                "configuration": configuration.fingerprint(config, self.method.config_type),
-                "stream": self.stream.fingerprint,
-                "backbone": self.backbone.hash,
-            },
-        )
+        try:
+            return make_loop(
+                learner=learner,
+                method=method,
+                stream=self.stream,
+                training=config.training,
+                evaluation=config.evaluation,
+                consolidation=config.consolidation,
+                seed=config.seed,
+                checkpoints=out / "checkpoints",
+                checkpoint_seconds=config.checkpoint_seconds,
+                steps=self.accelerated,
+                identity={
+                    "configuration": configuration.fingerprint(config, self.method.config_type),
+                    "stream": self.stream.fingerprint,
+                    "backbone": self.backbone.hash,
+                },
+            )
+        except BaseException:
+            self.accelerated.close()
+            raise
 
 
 def open_source(config: RunConfig) -> Source:
