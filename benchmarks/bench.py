@@ -36,6 +36,7 @@ PAGE, PLOT = ROOT / "docs" / "results" / "speed.md", ROOT / "docs" / "results" /
 RECORDS = ROOT / "docs" / "results" / "records" / "speed.jsonl"
 GPUS = ROOT / "docs" / "results" / "records" / "shapes.jsonl"
 ACCURACY = ROOT / "docs" / "results" / "records" / "accuracy.jsonl"
+TWO_RUNS = ROOT / "docs" / "results" / "records" / "two_runs.json"
 INSTRUCTIONS = {"avx512_bf16", "amx_bf16"}
 
 
@@ -119,6 +120,8 @@ def page(lines: list[dict[str, Any]], gpus: list[dict[str, Any]], accuracy: list
         )
     if accuracy:
         parts.append(accuracy_section(accuracy))
+    if TWO_RUNS.is_file():
+        parts.append(two_runs_section(json.loads(TWO_RUNS.read_text(encoding="utf-8"))))
     parts += [on_a_gpu(line) for line in gpus]
     return "\n\n".join(parts) + "\n"
 
@@ -137,6 +140,35 @@ def accuracy_section(lines: list[dict[str, Any]]) -> str:
             "\n".join(["| Seed | fp32 | bf16 |", "|---|---:|---:|", *rows]),
             f"Final accuracy of `{first['method']}` on Split CIFAR-100 in ten tasks, {first['per_class']} images per class, "
             f"{first['epochs']} epochs (`python benchmarks/accuracy.py`).",
+        ]
+    )
+
+
+def two_runs_section(found: dict[str, Any]) -> str:
+    """Returns the section of `two_runs.py`."""
+
+    def shown(values: list[float | None]) -> str:
+        known = [value for value in values if value is not None]
+        return (
+            f"{statistics.median(known):.0f}"
+            if len(known) == len(values)
+            else f"not finished in {found['limit_s']:.0f} s"
+        )
+
+    rows = [
+        f"| {row['precision']} | {row['policy']} | {shown(row['alone_ms'])} | {shown(row['two_runs_ms'])} |"
+        for row in found["rows"]
+    ]
+    about = found["machine"]
+    return "\n\n".join(
+        [
+            "## Two runs on one machine",
+            f"Milliseconds per training step of `finetune` on digits, batch 32; medians. Each run has as many threads as the "
+            f"machine has cores: {about['cores']} ({about['cpu']}). With the command's default, "
+            "`OMP_WAIT_POLICY=passive`, waiting threads sleep; with OpenMP's own default they spin first, "
+            "and keep the other run from its cores "
+            "(`python benchmarks/two_runs.py`).",
+            "\n".join(["| | waiting threads | one run alone | two runs side by side |", "|---|---|---:|---:|", *rows]),
         ]
     )
 

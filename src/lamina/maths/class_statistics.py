@@ -140,11 +140,6 @@ def oas(cov_dd: Tensor, freedom: int) -> float:
     return min(1.0, ((1 - 2 / d) * squares + trace**2) / spread) if spread > 0 else 1.0
 
 
-def bytes_of(statistics: Statistics) -> int:
-    """Returns 8 (j d + j + d²) + 4 j d r."""
-    return sum(part.numel() * part.element_size() for part in statistics)
-
-
 class Gaussians(NamedTuple):
     """One Gaussian per output, in the coordinates z = Σ^{-1/2} (f - m), in which the pooled covariance is I."""
 
