@@ -73,7 +73,7 @@ def test_killed_and_given_again(lamina: Command, tmp_path: Path) -> None:
     first.send_signal(signal.SIGTERM)
     code, _, err = finish(first)
     assert code == 130
-    assert f"Go on with: lamina compare {grid}" in err
+    assert f"Continue with: lamina compare {grid}" in err
     assert "Traceback" not in err
     assert holders(cells) == [], "its runs were stopped before it ended"
     assert next(begun, None)

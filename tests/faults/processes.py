@@ -55,7 +55,7 @@ class Output:
         """The next line, waited for; nothing where the process has ended without one."""
         while True:
             ended = self._process.poll() is not None
-            line = self._path.read_text()[self._read :].partition("\n") if self._path.exists() else ("", "", "")
+            line = self._path.read_text()[self._read :].partition("\n")
             if line[1] or ended:
                 self._read += len(line[0] + line[1])
                 return line[0] + line[1]
@@ -69,6 +69,8 @@ class Lamina:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.folder = Path(tempfile.mkdtemp(prefix="lamina-process-"))
+        for name in ("out", "err"):  # a process may be killed before it has said anything
+            (self.folder / name).touch()
         self._process = context.Process(target=_main, args=(arguments, self.folder, dict(os.environ)))
         self._process.start()
         assert self._process.pid is not None
@@ -107,7 +109,7 @@ def _main(arguments: list[str], folder: Path, environment: Mapping[str, str]) ->
     os.environ.clear()
     os.environ.update(environment)
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
+        os.dup2(os.open(folder / name, os.O_WRONLY), number)
     sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
     sys.argv = ["lamina", *arguments]
     cli.main()
