@@ -5,7 +5,7 @@ Adam would make much of the last bits of gradients that are nearly zero.
 """
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -70,6 +70,10 @@ def used(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
+STEADY = {"ewc": {"fisher": "empirical"}}
+"""Settings with which rounding cannot change a choice, such as that of a drawn label."""
+
+
 def check_used(used: dict[str, int], world: World) -> None:
     """Batches are split in fp32, and blocks of transformers' vision models fused in bf16."""
     assert (used["split"] > 0) == (world.dtype == torch.float32)
@@ -92,8 +96,11 @@ def _batches(loop: Loop, number: int) -> Iterator[Any]:
     return (test.batch(range(start, min(start + 8, len(test)))) for start in range(0, len(test), 8))
 
 
-def run(name: str, world: World, folder: Path, *, faster: bool, **how: Any) -> tuple[Loop, dict[str, Tensor]]:
+def run(
+    name: str, world: World, folder: Path, *, faster: bool, settings: Mapping[str, Any] | None = None, **how: Any
+) -> tuple[Loop, dict[str, Tensor]]:
     loop = make_loop(name, world, folder, training=SGD, **how)
+    loop.method.config = loop.method.config.model_copy(update=settings)
     if not faster:
         loop.run()
         return loop, outcome(loop)
@@ -103,8 +110,8 @@ def run(name: str, world: World, folder: Path, *, faster: bool, **how: Any) -> t
 
 
 def check_same(name: str, world: World, folder: Path, used: dict[str, int], **how: Any) -> None:
-    """In fp32 to rounding. In bf16, where rounding may tip a choice (of a drawn label, say), it is about as near to the
-    fp32 run as plain bf16 is."""
+    """In fp32 to rounding. In bf16 it is about as near to the fp32 run as plain bf16 is."""
+    how["settings"] = STEADY.get(name)
     plain, wanted = run(name, world, folder / "plain", faster=False, **how)
     assert used == {"split": 0, "fused": 0}
     loop, got = run(name, world, folder / "faster", faster=True, **how)
@@ -117,7 +124,7 @@ def check_same(name: str, world: World, folder: Path, used: dict[str, int], **ho
         return
     _, exact = run(name, replace(world, dtype=torch.float32), folder / "exact", faster=False, **how)
     for part in exact:
-        assert distance(got[part], exact[part]) <= 3 * distance(wanted[part], exact[part]) + 0.005, part
+        assert distance(got[part], exact[part]) <= 2 * distance(wanted[part], exact[part]) + 0.005, part
 
 
 def distance(found: Tensor, exact: Tensor) -> float:
