@@ -29,7 +29,7 @@ _BROKEN = (LookupError, ArithmeticError, TypeError, AttributeError, RuntimeError
 """What Pillow raises besides, for headers and tags that do not fit together."""
 _ROTATED = frozenset({5, 6, 7, 8})
 _ORIENTATION = 0x0112
-_BITS_PER_SAMPLE, _LARGEST_SAMPLE = 258, 341
+_WIDTH, _HEIGHT, _BITS_PER_SAMPLE, _PHOTOMETRIC, _LARGEST_SAMPLE = 256, 257, 258, 262, 341
 _HEAD = 16
 _NEARLY_BLACK = 16
 
@@ -134,8 +134,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    turned = image.getexif().get(_ORIENTATION) in _ROTATED
-    return image.size if turned else (image.height, image.width)
+    # Some versions of Pillow turn the size of a TIFF when they open it; its tags tell the size as stored.
+    tags = getattr(image, "tag_v2", {})
+    width, height = int(tags.get(_WIDTH, image.width)), int(tags.get(_HEIGHT, image.height))
+    return (width, height) if image.getexif().get(_ORIENTATION) in _ROTATED else (height, width)
 
 
 def _white(image: Image.Image) -> float | None:

@@ -78,6 +78,24 @@ def test_deep_images_are_scaled_by_the_range_of_their_type(
     assert np.abs(ours - np.round(255 * RAMP)[..., None]).max() <= 1
 
 
+@pytest.mark.parametrize("form", ["TIFF", "JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_upright_by_their_exif_tag(form: str, orientation: int) -> None:
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    # The left half is black, the right half white.
+    pixels = np.repeat(np.array([[0] * 40 + [255] * 40], np.uint8), 40, axis=0)
+    Image.fromarray(pixels).save(file, form, exif=exif)
+    size = (80, 40) if orientation > 4 else (40, 80)
+    payload = file.getvalue()
+    upright = decode(payload)[..., 0] > 127
+    assert upright.shape == size
+    assert header_size(payload, 20) == decode(payload, 20).shape[:2] == (size[0] // 2, size[1] // 2)
+    # Where the white half must be seen, by the orientation (EXIF 2.32, tag 274).
+    along = upright.any(axis=1) if orientation > 4 else upright.any(axis=0)
+    assert along[-1] == (orientation in (1, 4, 5, 6))
+
+
 def test_twelve_bits_that_the_file_declares() -> None:
     # Two samples of 12 bits in three bytes: white, black.
     data = bytes([0xFF, 0xF0, 0x00]) * (64 // 2 * 8)
