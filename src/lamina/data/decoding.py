@@ -88,7 +88,10 @@ def _decoded(payload: Payload, store_px: int | None) -> NDArray[np.uint8]:
             image.draft("RGB", (enough, enough))
         image.load()
         white = _white(image)
-        upright = _rgb(_upright(image) if white is None else _eight_bits(_upright(image), white))
+        upright = _upright(image)
+        if white is not None:
+            upright = _eight_bits(upright, white, white_is_zero=_white_is_zero(image))
+        upright = _rgb(upright)
     if target == (upright.height, upright.width):
         return np.asarray(upright)
     # Centred, at most 2 : 1.
@@ -162,8 +165,16 @@ def _white(image: Image.Image) -> float | None:
     return float(2 ** min(int(bits), 16) - 1)
 
 
-def _eight_bits(image: Image.Image, white: float) -> Image.Image:
-    """Deep grey scaled to 8 bits. Raises ValueError for values outside 0 to white."""
+def _white_is_zero(image: Image.Image) -> bool:
+    """Whether black and white change places in deep grey. Pillow heeds the tag for 8 bits and fewer only."""
+    return getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+
+
+def _eight_bits(image: Image.Image, white: float, *, white_is_zero: bool) -> Image.Image:
+    """Deep grey scaled to 8 bits, with the value that a PNG calls transparent as white.
+
+    Raises ValueError for values outside 0 to white.
+    """
     values_hw = np.asarray(image, np.float32)
     low, high = float(values_hw.min()), float(values_hw.max())
     if not np.isfinite([low, high]).all():
@@ -172,6 +183,11 @@ def _eight_bits(image: Image.Image, white: float) -> Image.Image:
         raise ValueError(
             f"it has values from {low:g} to {high:g}; allowed are 0 to {white:g} for its type. Convert it to 8 or 16 bits"
         )
+    if white_is_zero:
+        values_hw = np.float32(white) - values_hw
+    clear = image.info.get("transparency")
+    if clear is not None:
+        values_hw = np.where(values_hw == np.float32(clear), np.float32(white), values_hw)
     return Image.fromarray(np.round(np.clip(values_hw / np.float32(white / 255), 0, 255)).astype(np.uint8))
 
 

@@ -3,6 +3,7 @@
 import io
 import struct
 import subprocess
+import zlib
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,26 @@ def test_images_are_upright_by_their_exif_tag(form: str, orientation: int) -> No
     # Where the white half must be seen, by the orientation (EXIF 2.32, tag 274).
     along = upright.any(axis=1) if orientation > 4 else upright.any(axis=0)
     assert along[-1] == (orientation in (1, 4, 5, 6))
+
+
+@pytest.mark.parametrize("pixels", [RAMP.astype(np.float32), (65535 * RAMP).astype(np.uint16)])
+@pytest.mark.parametrize("turned", [1, 6])
+def test_where_zero_is_white_the_values_are_inverted(pixels: np.ndarray[Any, Any], turned: int) -> None:
+    black, white = (decode(encoded(pixels, tag262=zero, tag274=turned)).astype(int) for zero in (1, 0))
+    assert np.abs(black + white - 255).max() <= 1
+    assert np.ptp(white) == 255
+
+
+def test_the_transparent_value_of_a_deep_png_is_white() -> None:
+    file = io.BytesIO()
+    pixels = np.array([[0, 1000, 30000, 65535]], np.uint16)
+    Image.fromarray(pixels).save(file, "PNG")
+    plain = file.getvalue()
+    body = b"tRNS" + struct.pack(">H", 1000)
+    chunk = struct.pack(">I", 2) + body + struct.pack(">I", zlib.crc32(body))
+    at = plain.index(b"IDAT") - 4
+    assert decode(plain)[0, :, 0].tolist() == [0, 4, 117, 255]
+    assert decode(plain[:at] + chunk + plain[at:])[0, :, 0].tolist() == [0, 255, 117, 255]
 
 
 def test_twelve_bits_that_the_file_declares() -> None:
