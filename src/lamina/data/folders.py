@@ -69,6 +69,8 @@ def open_folder(root: Path, *, kind: Kind, test_fraction: float) -> Source:
             left.add("empty folders", folder.path)
         for image in folder.images:
             left.add("images beside the class folders", image.path)
+    for found in reading.classes:
+        _refuse_splits_in_class(found.folder)
     names = [clean(found.folder.name, f"class folder {found.folder.path!a}") for found in reading.classes]
     domains = [clean(found.domain, "the name of a domain") for found in reading.classes]
     class_names, domain_names = tuple(sorted(set(names))), tuple(dict.fromkeys(domains))
@@ -254,6 +256,23 @@ def _refuse_domains_in_splits(top: Folder, found: list[ClassFolder]) -> None:
             " classes, or classes in parts; it cannot be told. Lay domains out as DOMAIN/SPLIT/CLASS, or put the images of a"
             " class into its folder"
         )
+
+
+def _refuse_splits_in_class(folder: Folder) -> None:
+    """Raises DataError where folders for training and for testing stand beside each other, at any depth in a class."""
+    split_by_folder = {
+        inner: min(splits)
+        for inner in folder.folders
+        if inner.holds and len(splits := split_words(inner.name)[0]) == 1
+    }
+    if 0 in split_by_folder.values() and len(set(split_by_folder.values())) > 1:
+        told = listed([f"{inner.path}/" for inner in split_by_folder])
+        raise DataError(
+            f"{folder.at} was read as a class, or as a part of one, but holds folders of splits ({told}): their images would"
+            " be mixed. Point --data at the folder that holds the splits, lay the data out as DOMAIN/SPLIT/CLASS, or rename these folders"
+        )
+    for inner in folder.folders:
+        _refuse_splits_in_class(inner)
 
 
 def _shared(outer: Sequence[Folder]) -> bool:

@@ -98,6 +98,26 @@ def test_what_can_be_understood_in_two_ways_is_refused(tmp_path: Path, folders: 
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "folders",
+    [
+        tuple(f"{d}/set1/{s}/{c}" for d in ("photo", "art") for s in ("train", "test") for c in ("cat", "dog")),
+        (*(f"archive/data/{s}/{c}" for s in ("train", "test") for c in ("cat", "dog")), "extra/cat", "extra/dog"),
+        ("a/x/train", "a/x/test", "b/y"),
+        ("train/a/seg_train", "train/a/seg_val", "train/b", "test/a", "test/b"),
+    ],
+)
+def test_splits_deeper_than_expected_are_never_mixed(tmp_path: Path, folders: tuple[str, ...]) -> None:
+    put(tmp_path, *folders)
+    with pytest.raises(DataError, match=r"but holds folders of splits .*would be mixed. Point --data at"):
+        open_source(tmp_path)
+
+
+def test_a_train_inside_a_class_is_no_split(tmp_path: Path) -> None:
+    put(tmp_path, "toys/train", "toys/car", "toys/plane", "tools/bench_test", "tools/saw")
+    assert open_source(tmp_path).class_names == ("tools", "toys")
+
+
 def test_classes_may_be_called_like_trains_and_tests(tmp_path: Path) -> None:
     for name, classes in (
         ("toys", ("bullet_train", "steam_train", "test_tube")),
