@@ -141,12 +141,20 @@ def _unwrapped(folder: Folder) -> tuple[Folder, list[Folder]]:
     """The first folder below this one that holds more than one folder, and all above it.
 
     A zip file is often unpacked into a folder of its own. A lone folder of images, or of a split, is no such wrapper.
+    Raises DataError for a lone folder with images and folders of images, unless there are few of either.
     """
     passed = [folder]
     while len(folder.folders) == 1 and split_of(folder.folders[0].name) is None:
         inner = folder.folders[0]
-        if inner.images or len([deeper for deeper in inner.folders if deeper.holds]) == 0:
+        direct, nested = len(inner.images), inner.nested
+        if not nested or nested * _FEW <= direct:
             break
+        if direct * _FEW > nested:
+            raise DataError(
+                f"{inner.at} is the only folder and holds {direct} images directly and {nested} in folders"
+                f" ({_named(inner.folders)}): one class, or a folder around classes; it cannot be told. Move the images into"
+                " the folders, or the folders elsewhere"
+            )
         folder = inner
         passed.append(folder)
     # Where nothing but single folders was met, there is one class, and it is the outermost.

@@ -174,6 +174,20 @@ def test_a_folder_around_the_data_is_looked_through(tmp_path: Path) -> None:
     assert source.layout.startswith("inside pets-v2/images, folders CLASS")
 
 
+def test_a_stray_image_in_the_folder_around_the_data_makes_it_no_class(tmp_path: Path) -> None:
+    put(tmp_path, "outer/inner/a", "outer/inner/b", n=10)
+    for stray in ("outer/stray.png", "outer/inner/stray.png"):
+        Image.new("RGB", (3, 3)).save(tmp_path / stray)
+    source = open_source(tmp_path)
+    assert source.class_names == ("a", "b")
+    assert left(source) == {"images beside the class folders": (2, ("outer/inner/stray.png", "outer/stray.png"))}
+    put(tmp_path, "outer", n=3)
+    with pytest.raises(DataError, match=r"outer is the only folder and holds 4 images directly and 21 in folders .inner/.*Move"):
+        open_source(tmp_path)
+    put(tmp_path, "outer", n=210)
+    assert open_source(tmp_path).class_names == ("outer",)
+
+
 @pytest.mark.parametrize("hidden", [".ipynb_checkpoints", "@eaDir", ".thumbnails", "__MACOSX", ".git", "$RECYCLE.BIN"])
 def test_hidden_folders_and_files_are_no_data(tmp_path: Path, hidden: str) -> None:
     put(tmp_path, "cat", "dog", n=5)
