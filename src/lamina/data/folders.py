@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lamina.data.names import clean, listed, shown, split_of, split_words
+from lamina.data.names import clean, listed, refuse_likely_splits, shown, split_of, split_words
 from lamina.data.records import Kind, Source, build
 from lamina.data.tree import IMAGE_SUFFIXES, Folder, Leftovers, scan
 from lamina.errors import DataError
@@ -64,6 +64,8 @@ def open_folder(root: Path, *, kind: Kind, test_fraction: float) -> Source:
         )
     tree, left = scan(root)
     reading = read_layout(tree)
+    for folder in (tree, *_below(tree)):
+        refuse_likely_splits([inner.name for inner in folder.folders if inner.holds], str(folder.at))
     for folder in reading.passed:
         if not folder.holds:
             left.add("empty folders", folder.path)
@@ -269,15 +271,13 @@ def _refuse_domains_in_splits(top: Folder, found: list[ClassFolder]) -> None:
 def _refuse_splits_in_class(folder: Folder) -> None:
     """Raises DataError where folders for training and for testing stand beside each other, at any depth in a class."""
     split_by_folder = {
-        inner: min(splits)
-        for inner in folder.folders
-        if inner.holds and len(splits := split_words(inner.name)[0]) == 1
+        inner: min(splits) for inner in folder.folders if inner.holds and len(splits := split_words(inner.name)[0]) == 1
     }
     if 0 in split_by_folder.values() and len(set(split_by_folder.values())) > 1:
         told = listed([f"{inner.path}/" for inner in split_by_folder])
         raise DataError(
-            f"{folder.at} was read as a class, or as a part of one, but holds folders of splits ({told}): their images would"
-            " be mixed. Point --data at the folder that holds the splits, lay the data out as DOMAIN/SPLIT/CLASS, or rename these folders"
+            f"{folder.at} was read as a class, or as a part of one, but holds folders of splits ({told}): they would"
+            " be mixed. Point --data at the folder that holds the splits, lay the data out as DOMAIN/SPLIT/CLASS, or rename them"
         )
     for inner in folder.folders:
         _refuse_splits_in_class(inner)

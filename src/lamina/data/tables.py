@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lamina.data.names import listed, shown, split_of, split_words
+from lamina.data.names import listed, refuse_likely_splits, shown, split_of, split_words
 from lamina.data.records import Columns, Kind, LeftOut, Payload, Source, build, domain_ids, label_ids, split_ids
 from lamina.errors import DataError
 from lamina.types import SPLITS, Ints
@@ -195,6 +195,8 @@ def from_parts(
     elif any(part.split is not None for part in parts):
         splits_n = _splits_of_parts(parts)
         told.append("splits told by the names of the parts")
+    else:
+        refuse_likely_splits([Path(part.name).stem for part in parts], name)
     return build(
         kind=kind,
         name=name,

@@ -182,7 +182,9 @@ def test_a_stray_image_in_the_folder_around_the_data_makes_it_no_class(tmp_path:
     assert source.class_names == ("a", "b")
     assert left(source) == {"images beside the class folders": (2, ("outer/inner/stray.png", "outer/stray.png"))}
     put(tmp_path, "outer", n=3)
-    with pytest.raises(DataError, match=r"outer is the only folder and holds 4 images directly and 21 in folders .inner/.*Move"):
+    with pytest.raises(
+        DataError, match=r"outer is the only folder and holds 4 images directly and 21 in folders .inner/.*Move"
+    ):
         open_source(tmp_path)
     put(tmp_path, "outer", n=210)
     assert open_source(tmp_path).class_names == ("outer",)
