@@ -78,6 +78,19 @@ def nearly_black(payload: Payload, pixels: NDArray[np.uint8]) -> bool:
         return image.mode.startswith("I") or any(";16" in code for code in codes)
 
 
+def has_more_frames(payload: Payload) -> bool:
+    """Whether an image that can be decoded has frames or pages after the first, which `decode` does not read."""
+    if not isinstance(payload, bytes):
+        return False
+    try:
+        with _opened(payload) as image:
+            # The further frames of an MPO are previews of the photograph.
+            return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except (*DAMAGE, *_BROKEN):
+        # The first frame is whole; a damaged frame after it is one more that is not read.
+        return True
+
+
 def _decoded(payload: Payload, store_px: int | None) -> NDArray[np.uint8]:
     with _opened(payload) as image:
         height, width = _upright_size(image)

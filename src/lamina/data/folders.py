@@ -276,8 +276,8 @@ def _refuse_splits_in_class(folder: Folder) -> None:
     if 0 in split_by_folder.values() and len(set(split_by_folder.values())) > 1:
         told = listed([f"{inner.path}/" for inner in split_by_folder])
         raise DataError(
-            f"{folder.at} was read as a class, or as a part of one, but holds folders of splits ({told}): they would"
-            " be mixed. Point --data at the folder that holds the splits, lay the data out as DOMAIN/SPLIT/CLASS, or rename them"
+            f"{folder.at} was read as a class, or as a part of one, but holds folders of splits ({told}): they would be"
+            " mixed. Point --data at the folder that holds the splits, lay the data out as DOMAIN/SPLIT/CLASS, or rename them"
         )
     for inner in folder.folders:
         _refuse_splits_in_class(inner)

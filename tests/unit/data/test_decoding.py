@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from lamina.data import audit, decoding, from_arrays
+from lamina.data import audit, decoding, from_arrays, render
 from lamina.data.decoding import DAMAGE, FORMATS, decode, header_size
 
 RAMP = np.tile(np.linspace(0, 1, 64), (8, 1))
@@ -171,3 +171,20 @@ def test_what_pillow_raises_for_broken_headers_is_damage(monkeypatch: pytest.Mon
                 decode(good)
             with pytest.raises(ValueError, match="the image is damaged"):
                 header_size(good, 8)
+
+
+def test_images_of_several_frames_are_counted() -> None:
+    shades = [Image.new("RGB", (4, 4), (k, 0, 0)) for k in (10, 100, 200)]
+    images = []
+    for form in ("GIF", "WEBP", "PNG", "TIFF"):
+        for more in (shades[1:], []):
+            file = io.BytesIO()
+            shades[0].save(file, form, save_all=bool(more), append_images=more)
+            images.append(file.getvalue())
+    file = io.BytesIO()
+    shades[0].save(file, "MPO", save_all=True, append_images=shades[1:])
+    found = audit(from_arrays([*images, file.getvalue()], [0] * 9, name="x"), min_per_class=1)
+    assert found.more_frames == ("x[0]", "x[2]", "x[4]", "x[6]")
+    assert "only the first frame is read: 4 images (x[0], x[2], x[4], ...)\n" in render(found)
+    assert not any("frame" in problem for problem in found.problems)
+    assert "only the first frame" not in render(audit(from_arrays(images[1::2], [0] * 4)))
