@@ -64,15 +64,18 @@ def open_folder(root: Path, *, kind: Kind, test_fraction: float) -> Source:
         )
     tree, left = scan(root)
     reading = read_layout(tree)
+    for found in reading.classes:
+        _refuse_splits_in_class(found.folder)
+    above = set(reading.passed)
     for folder in (tree, *_below(tree)):
-        refuse_likely_splits([inner.name for inner in folder.folders if inner.holds], str(folder.at))
+        filled = [inner for inner in folder.folders if inner.holds]
+        read_as_splits = [inner.name for inner in filled if inner in above and split_words(inner.name)[0]]
+        refuse_likely_splits([inner.name for inner in filled], str(folder.at), read_as_splits)
     for folder in reading.passed:
         if not folder.holds:
             left.add("empty folders", folder.path)
         for image in folder.images:
             left.add("images beside the class folders", image.path)
-    for found in reading.classes:
-        _refuse_splits_in_class(found.folder)
     names = [clean(found.folder.name, f"class folder {found.folder.path!a}") for found in reading.classes]
     domains = [clean(found.domain, "the name of a domain") for found in reading.classes]
     class_names, domain_names = tuple(sorted(set(names))), tuple(dict.fromkeys(domains))

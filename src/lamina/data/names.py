@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 
 from lamina.errors import DataError
@@ -116,17 +116,17 @@ def split_words(name: str) -> tuple[frozenset[int], tuple[str, ...]]:
     return frozenset(splits), tuple(rest)
 
 
-def refuse_likely_splits(names: Sequence[str], where: str) -> None:
-    """Raises DataError for names that differ only in what looks like train and test, but are read as no splits.
+def refuse_likely_splits(names: Sequence[str], where: str, read_as_splits: Collection[str] = ()) -> None:
+    """Raises DataError for names that differ only in what looks like train and test, but are not all read as splits.
 
-    where: what holds them, for the message. Names in which `split_words` sees a split are the caller's to judge.
+    where: what holds them, for the message.
     """
     found: dict[str, dict[str, int]] = defaultdict(dict)
     for name in names:
         for stem, split in _stems(name):
             found[stem][name] = split
     for split_by_name in found.values():
-        if len(set(split_by_name.values())) > 1 and not all(split_words(name)[0] for name in split_by_name):
+        if len(set(split_by_name.values())) > 1 and not split_by_name.keys() <= set(read_as_splits):
             raise DataError(
                 f"{where} holds {listed(split_by_name)}, which may be splits: it cannot be told, and tests must not be trained"
                 " on. Rename them train and test; if they are no splits, give them names that differ in another word"

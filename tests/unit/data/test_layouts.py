@@ -113,6 +113,13 @@ def test_splits_deeper_than_expected_are_never_mixed(tmp_path: Path, folders: tu
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize("names", [("trainA", "trainB", "testA", "testB"), ("steam_train", "steam_test", "car")])
+def test_flat_folders_that_differ_in_the_split_only_are_no_classes(tmp_path: Path, names: tuple[str, ...]) -> None:
+    put(tmp_path, *names)
+    with pytest.raises(DataError, match="may be splits: it cannot be told"):
+        open_source(tmp_path)
+
+
 def test_a_train_inside_a_class_is_no_split(tmp_path: Path) -> None:
     put(tmp_path, "toys/train", "toys/car", "toys/plane", "tools/bench_test", "tools/saw")
     assert open_source(tmp_path).class_names == ("tools", "toys")

@@ -202,8 +202,8 @@ def test_names_of_things_are_no_splits() -> None:
         ("trainer", "tester"),
         ("tr", "te", "en"),
         ("trial", "trip", "valley", "device", "contest", "strain"),
-        ("train", "test"),
         ("part-00-of-02", "part-01-of-02"),
         ("0", "1", "2"),
     ):
         refuse_likely_splits(names, "x")
+    refuse_likely_splits(("train", "test"), "x", ("train", "test"))
