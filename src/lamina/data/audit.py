@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lamina.data.decoding import decode, nearly_black
+from lamina.data.decoding import decode, has_more_frames, nearly_black
 from lamina.data.names import listed
 from lamina.data.pixels import Damage, Progress, each
 from lamina.data.records import Kind, Payload, Source
@@ -64,6 +64,8 @@ class Audit:
     """A sentence for each group of names of classes or domains that look alike."""
     black: tuple[str, ...]
     """Images of more than 8 bits that have decoded to nearly black."""
+    more_frames: tuple[str, ...]
+    """Images with several frames or pages, of which only the first is read. That is no problem by itself."""
     min_per_class: int
 
     @property
@@ -110,6 +112,7 @@ def audit(source: Source, *, min_per_class: int = 5, progress: Progress | None =
     found = list(each(source, _content, progress))
     contents: list[bytes | Damage] = [item if isinstance(item, Damage) else item[0] for item in found]
     black = tuple(source.where(row) for row, item in enumerate(found) if not isinstance(item, Damage) and item[1])
+    more_frames = tuple(source.where(row) for row, item in enumerate(found) if not isinstance(item, Damage) and item[2])
     damaged = tuple(
         f"{source.where(row)}: {content.reason}" for row, content in enumerate(contents) if isinstance(content, Damage)
     )
@@ -143,6 +146,7 @@ def audit(source: Source, *, min_per_class: int = 5, progress: Progress | None =
         untaught=tuple(name for name, per_split in usable.items() if per_split["train"] == 0),
         alike=tuple(notes(source)),
         black=black,
+        more_frames=more_frames,
         min_per_class=min_per_class,
     )
 
@@ -164,6 +168,9 @@ def render(found: Audit) -> str:
         f" median {sizes[len(sizes) // 2][0]}",
         f"repeated items: {found.repeats.items} in {count(found.repeats.groups, 'group')}",
     ]
+    if found.more_frames:
+        frames = found.more_frames
+        lines.append(f"only the first frame is read: {count(len(frames), 'image')} ({listed(frames, 3)})")
     problems = found.problems
     lines += ["", count(len(problems), "problem") + (":" if problems else "")]
     lines += [f"- {sentence}" for sentence in problems]
@@ -180,16 +187,16 @@ def render(found: Audit) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _content(payload: Payload) -> tuple[bytes, bool]:
-    """A hash of what an item shows, and whether it is an image that has turned out nearly black."""
+def _content(payload: Payload) -> tuple[bytes, bool, bool]:
+    """A hash of what an item shows, whether it is an image that has turned out nearly black, and one of several frames."""
     if isinstance(payload, str):
         text = " ".join(payload.casefold().split())
         if not text:
             raise ValueError("the text is empty")
-        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest(), False
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest(), False, False
     pixels = decode(payload)
     content = hashlib.blake2b(repr(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest()
-    return content, nearly_black(payload, pixels)
+    return content, nearly_black(payload, pixels), has_more_frames(payload)
 
 
 def _differing(groups: list[Ints], ids_n: Ints) -> list[Ints]:

@@ -29,7 +29,7 @@ _BROKEN = (LookupError, ArithmeticError, TypeError, AttributeError, RuntimeError
 """What Pillow raises besides, for headers and tags that do not fit together."""
 _ROTATED = frozenset({5, 6, 7, 8})
 _ORIENTATION = 0x0112
-_BITS_PER_SAMPLE, _LARGEST_SAMPLE = 258, 341
+_WIDTH, _HEIGHT, _BITS_PER_SAMPLE, _PHOTOMETRIC, _LARGEST_SAMPLE = 256, 257, 258, 262, 341
 _HEAD = 16
 _NEARLY_BLACK = 16
 
@@ -78,6 +78,19 @@ def nearly_black(payload: Payload, pixels: NDArray[np.uint8]) -> bool:
         return image.mode.startswith("I") or any(";16" in code for code in codes)
 
 
+def has_more_frames(payload: Payload) -> bool:
+    """Whether an image that can be decoded has frames or pages after the first, which `decode` does not read."""
+    if not isinstance(payload, bytes):
+        return False
+    try:
+        with _opened(payload) as image:
+            # The further frames of an MPO are previews of the photograph.
+            return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except (*DAMAGE, *_BROKEN):
+        # The first frame is whole; a damaged frame after it is one more that is not read.
+        return True
+
+
 def _decoded(payload: Payload, store_px: int | None) -> NDArray[np.uint8]:
     with _opened(payload) as image:
         height, width = _upright_size(image)
@@ -88,7 +101,10 @@ def _decoded(payload: Payload, store_px: int | None) -> NDArray[np.uint8]:
             image.draft("RGB", (enough, enough))
         image.load()
         white = _white(image)
-        upright = _rgb(_upright(image) if white is None else _eight_bits(_upright(image), white))
+        upright = _upright(image)
+        if white is not None:
+            upright = _eight_bits(upright, white, white_is_zero=_white_is_zero(image))
+        upright = _rgb(upright)
     if target == (upright.height, upright.width):
         return np.asarray(upright)
     # Centred, at most 2 : 1.
@@ -134,8 +150,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    turned = image.getexif().get(_ORIENTATION) in _ROTATED
-    return image.size if turned else (image.height, image.width)
+    # Some versions of Pillow turn the size of a TIFF when they open it; its tags tell the size as stored.
+    tags = getattr(image, "tag_v2", {})
+    width, height = int(tags.get(_WIDTH, image.width)), int(tags.get(_HEIGHT, image.height))
+    return (width, height) if image.getexif().get(_ORIENTATION) in _ROTATED else (height, width)
 
 
 def _white(image: Image.Image) -> float | None:
@@ -160,8 +178,16 @@ def _white(image: Image.Image) -> float | None:
     return float(2 ** min(int(bits), 16) - 1)
 
 
-def _eight_bits(image: Image.Image, white: float) -> Image.Image:
-    """Deep grey scaled to 8 bits. Raises ValueError for values outside 0 to white."""
+def _white_is_zero(image: Image.Image) -> bool:
+    """Whether black and white change places in deep grey. Pillow heeds the tag for 8 bits and fewer only."""
+    return getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+
+
+def _eight_bits(image: Image.Image, white: float, *, white_is_zero: bool) -> Image.Image:
+    """Deep grey scaled to 8 bits, with the value that a PNG calls transparent as white.
+
+    Raises ValueError for values outside 0 to white.
+    """
     values_hw = np.asarray(image, np.float32)
     low, high = float(values_hw.min()), float(values_hw.max())
     if not np.isfinite([low, high]).all():
@@ -170,6 +196,11 @@ def _eight_bits(image: Image.Image, white: float) -> Image.Image:
         raise ValueError(
             f"it has values from {low:g} to {high:g}; allowed are 0 to {white:g} for its type. Convert it to 8 or 16 bits"
         )
+    if white_is_zero:
+        values_hw = np.float32(white) - values_hw
+    clear = image.info.get("transparency")
+    if clear is not None:
+        values_hw = np.where(values_hw == np.float32(clear), np.float32(white), values_hw)
     return Image.fromarray(np.round(np.clip(values_hw / np.float32(white / 255), 0, 255)).astype(np.uint8))
 
 

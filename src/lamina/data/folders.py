@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lamina.data.names import clean, listed, shown, split_of, split_words
+from lamina.data.names import clean, listed, refuse_likely_splits, shown, split_of, split_words
 from lamina.data.records import Kind, Source, build
 from lamina.data.tree import IMAGE_SUFFIXES, Folder, Leftovers, scan
 from lamina.errors import DataError
@@ -64,6 +64,13 @@ def open_folder(root: Path, *, kind: Kind, test_fraction: float) -> Source:
         )
     tree, left = scan(root)
     reading = read_layout(tree)
+    for found in reading.classes:
+        _refuse_splits_in_class(found.folder)
+    above = set(reading.passed)
+    for folder in (tree, *_below(tree)):
+        filled = [inner for inner in folder.folders if inner.holds]
+        read_as_splits = [inner.name for inner in filled if inner in above and split_words(inner.name)[0]]
+        refuse_likely_splits([inner.name for inner in filled], str(folder.at), read_as_splits)
     for folder in reading.passed:
         if not folder.holds:
             left.add("empty folders", folder.path)
@@ -139,12 +146,20 @@ def _unwrapped(folder: Folder) -> tuple[Folder, list[Folder]]:
     """The first folder below this one that holds more than one folder, and all above it.
 
     A zip file is often unpacked into a folder of its own. A lone folder of images, or of a split, is no such wrapper.
+    Raises DataError for a lone folder with images and folders of images, unless there are few of either.
     """
     passed = [folder]
     while len(folder.folders) == 1 and split_of(folder.folders[0].name) is None:
         inner = folder.folders[0]
-        if inner.images or len([deeper for deeper in inner.folders if deeper.holds]) == 0:
+        direct, nested = len(inner.images), inner.nested
+        if not nested or nested * _FEW <= direct:
             break
+        if direct * _FEW > nested:
+            raise DataError(
+                f"{inner.at} is the only folder and holds {direct} images directly and {nested} in folders"
+                f" ({_named(inner.folders)}): one class, or a folder around classes; it cannot be told. Move the images into"
+                " the folders, or the folders elsewhere"
+            )
         folder = inner
         passed.append(folder)
     # Where nothing but single folders was met, there is one class, and it is the outermost.
@@ -254,6 +269,21 @@ def _refuse_domains_in_splits(top: Folder, found: list[ClassFolder]) -> None:
             " classes, or classes in parts; it cannot be told. Lay domains out as DOMAIN/SPLIT/CLASS, or put the images of a"
             " class into its folder"
         )
+
+
+def _refuse_splits_in_class(folder: Folder) -> None:
+    """Raises DataError where folders for training and for testing stand beside each other, at any depth in a class."""
+    split_by_folder = {
+        inner: min(splits) for inner in folder.folders if inner.holds and len(splits := split_words(inner.name)[0]) == 1
+    }
+    if 0 in split_by_folder.values() and len(set(split_by_folder.values())) > 1:
+        told = listed([f"{inner.path}/" for inner in split_by_folder])
+        raise DataError(
+            f"{folder.at} was read as a class, or as a part of one, but holds folders of splits ({told}): they would be"
+            " mixed. Point --data at the folder that holds the splits, lay the data out as DOMAIN/SPLIT/CLASS, or rename them"
+        )
+    for inner in folder.folders:
+        _refuse_splits_in_class(inner)
 
 
 def _shared(outer: Sequence[Folder]) -> bool:

@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 
 from lamina.errors import DataError
@@ -22,6 +22,26 @@ SPLIT_NAMES = {
 """How people name the three splits, in lower case, and the position in SPLITS each means."""
 _FILLERS = ("sets", "set", "dataset", "data", "images", "image", "imgs", "img", "samples", "folder", "dir", "split")
 """Words that may stand beside the name of a split without changing its meaning: training_set, val-images, TestData."""
+_LIKE_SPLITS = {
+    "training": 0,
+    "train": 0,
+    "trn": 0,
+    "tr": 0,
+    "testing": 2,
+    "test": 2,
+    "tst": 2,
+    "validation": 2,
+    "valid": 2,
+    "val": 2,
+    "evaluation": 2,
+    "eval": 2,
+    "dev": 2,
+}
+"""What stands before or after another word, or alone, in names that are splits in all likelihood: mytrain, mytest, trn."""
+_ENDINGS = frozenset({"ed", "ee", "ees", "er", "ers"})
+"""A trainer and a tester are people."""
+_NUMBER = re.compile(r"[\s_\-.]*\d+(?:[\s_\-.]*of[\s_\-.]*\d+)?$")
+_BETWEEN = " _-."
 _YEAR = re.compile(r"(?:19|20)\d\d")
 _SHOWN = 60
 
@@ -94,3 +114,32 @@ def split_words(name: str) -> tuple[frozenset[int], tuple[str, ...]]:
         elif word and word not in _FILLERS and not _YEAR.fullmatch(word):
             rest.append(word)
     return frozenset(splits), tuple(rest)
+
+
+def refuse_likely_splits(names: Sequence[str], where: str, read_as_splits: Collection[str] = ()) -> None:
+    """Raises DataError for names that differ only in what looks like train and test, but are not all read as splits.
+
+    where: what holds them, for the message.
+    """
+    found: dict[str, dict[str, int]] = defaultdict(dict)
+    for name in names:
+        for stem, split in _stems(name):
+            found[stem][name] = split
+    for split_by_name in found.values():
+        if len(set(split_by_name.values())) > 1 and not split_by_name.keys() <= set(read_as_splits):
+            raise DataError(
+                f"{where} holds {listed(split_by_name)}, which may be splits: it cannot be told, and tests must not be trained"
+                " on. Rename them train and test; if they are no splits, give them names that differ in another word"
+            )
+
+
+def _stems(name: str) -> Iterator[tuple[str, int]]:
+    """What is left of a name without something like a split at its start or end, and that split."""
+    bare = _NUMBER.sub("", name.strip().lower())
+    for word, split in _LIKE_SPLITS.items():
+        for rest in {bare.removeprefix(word), bare.removesuffix(word)} - {bare}:
+            stem = rest.strip(_BETWEEN)
+            glued = rest == stem != ""
+            # Many words begin with tr.
+            if not glued or (stem not in _ENDINGS and word != "tr"):
+                yield stem, split

@@ -28,7 +28,7 @@ from lamina.types import Ints
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
 
-_FORMAT = 2
+_FORMAT = 3
 _STALE_SECONDS = 24 * 3600
 _HANDFUL = 32
 

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lamina.data.names import listed, shown, split_of, split_words
+from lamina.data.names import listed, refuse_likely_splits, shown, split_of, split_words
 from lamina.data.records import Columns, Kind, LeftOut, Payload, Source, build, domain_ids, label_ids, split_ids
 from lamina.errors import DataError
-from lamina.types import Ints
+from lamina.types import SPLITS, Ints
 
 PROVENANCE = "source"
 """An optional column that says where each row came from; it makes messages clearer."""
@@ -190,10 +190,13 @@ def from_parts(
     splits_n = None
     if _in_all(parts, columns.split, "split"):
         splits_n = split_ids(_values(parts, columns.split), items.where)
+        _refuse_contradiction(splits_n, items, columns.split)
         told.append(f"splits in {shown(columns.split)!r}")
     elif any(part.split is not None for part in parts):
         splits_n = _splits_of_parts(parts)
         told.append("splits told by the names of the parts")
+    else:
+        refuse_likely_splits([Path(part.name).stem for part in parts], name)
     return build(
         kind=kind,
         name=name,
@@ -252,6 +255,25 @@ def _splits_of_parts(parts: list[Part]) -> Ints:
             " test), or move one elsewhere"
         )
     return np.concatenate([np.full(len(part.table), part.split, np.int64) for part in parts])
+
+
+def _refuse_contradiction(splits_n: Ints, items: TableItems, column: str) -> None:
+    """Raises DataError naming the first row whose split column differs from the split that its file's name tells.
+
+    Where all files are called train, or all test, the name says nothing: a lone train.parquet may bring its own splits.
+    """
+    if len({part.split for part in items.parts}) == 1:
+        return
+    lengths = [len(part.table) for part in items.parts]
+    told_n = np.repeat([-1 if part.split is None else part.split for part in items.parts], lengths)
+    wrong_n = (told_n >= 0) & (told_n != splits_n)
+    if wrong_n.any():
+        row = int(wrong_n.argmax())
+        raise DataError(
+            f"{items.where(row)} is of the split {SPLITS[splits_n[row]]} by its column {shown(column)!r}, but of"
+            f" {SPLITS[told_n[row]]} by the name {items.place(row)[0].name}. Correct the column, remove it, or rename what"
+            " holds the row, so that both say the same"
+        )
 
 
 def _in_all(parts: list[Part], column: str, role: Literal["domain", "split"]) -> bool:

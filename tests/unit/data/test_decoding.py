@@ -3,13 +3,14 @@
 import io
 import struct
 import subprocess
+import zlib
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from lamina.data import audit, decoding, from_arrays
+from lamina.data import audit, decoding, from_arrays, render
 from lamina.data.decoding import DAMAGE, FORMATS, decode, header_size
 
 RAMP = np.tile(np.linspace(0, 1, 64), (8, 1))
@@ -78,6 +79,44 @@ def test_deep_images_are_scaled_by_the_range_of_their_type(
     assert np.abs(ours - np.round(255 * RAMP)[..., None]).max() <= 1
 
 
+@pytest.mark.parametrize("form", ["TIFF", "JPEG", "PNG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_upright_by_their_exif_tag(form: str, orientation: int) -> None:
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    # The left half is black, the right half white.
+    pixels = np.repeat(np.array([[0] * 40 + [255] * 40], np.uint8), 40, axis=0)
+    Image.fromarray(pixels).save(file, form, exif=exif)
+    size = (80, 40) if orientation > 4 else (40, 80)
+    payload = file.getvalue()
+    upright = decode(payload)[..., 0] > 127
+    assert upright.shape == size
+    assert header_size(payload, 20) == decode(payload, 20).shape[:2] == (size[0] // 2, size[1] // 2)
+    # Where the white half must be seen, by the orientation (EXIF 2.32, tag 274).
+    along = upright.any(axis=1) if orientation > 4 else upright.any(axis=0)
+    assert along[-1] == (orientation in (1, 4, 5, 6))
+
+
+@pytest.mark.parametrize("pixels", [RAMP.astype(np.float32), (65535 * RAMP).astype(np.uint16)])
+@pytest.mark.parametrize("turned", [1, 6])
+def test_where_zero_is_white_the_values_are_inverted(pixels: np.ndarray[Any, Any], turned: int) -> None:
+    black, white = (decode(encoded(pixels, tag262=zero, tag274=turned)).astype(int) for zero in (1, 0))
+    assert np.abs(black + white - 255).max() <= 1
+    assert np.ptp(white) == 255
+
+
+def test_the_transparent_value_of_a_deep_png_is_white() -> None:
+    file = io.BytesIO()
+    pixels = np.array([[0, 1000, 30000, 65535]], np.uint16)
+    Image.fromarray(pixels).save(file, "PNG")
+    plain = file.getvalue()
+    body = b"tRNS" + struct.pack(">H", 1000)
+    chunk = struct.pack(">I", 2) + body + struct.pack(">I", zlib.crc32(body))
+    at = plain.index(b"IDAT") - 4
+    assert decode(plain)[0, :, 0].tolist() == [0, 4, 117, 255]
+    assert decode(plain[:at] + chunk + plain[at:])[0, :, 0].tolist() == [0, 255, 117, 255]
+
+
 def test_twelve_bits_that_the_file_declares() -> None:
     # Two samples of 12 bits in three bytes: white, black.
     data = bytes([0xFF, 0xF0, 0x00]) * (64 // 2 * 8)
@@ -132,3 +171,20 @@ def test_what_pillow_raises_for_broken_headers_is_damage(monkeypatch: pytest.Mon
                 decode(good)
             with pytest.raises(ValueError, match="the image is damaged"):
                 header_size(good, 8)
+
+
+def test_images_of_several_frames_are_counted() -> None:
+    shades = [Image.new("RGB", (4, 4), (k, 0, 0)) for k in (10, 100, 200)]
+    images = []
+    for form in ("GIF", "WEBP", "PNG", "TIFF"):
+        for more in (shades[1:], []):
+            file = io.BytesIO()
+            shades[0].save(file, form, save_all=bool(more), append_images=more)
+            images.append(file.getvalue())
+    file = io.BytesIO()
+    shades[0].save(file, "MPO", save_all=True, append_images=shades[1:])
+    found = audit(from_arrays([*images, file.getvalue()], [0] * 9, name="x"), min_per_class=1)
+    assert found.more_frames == ("x[0]", "x[2]", "x[4]", "x[6]")
+    assert "only the first frame is read: 4 images (x[0], x[2], x[4], ...)\n" in render(found)
+    assert not any("frame" in problem for problem in found.problems)
+    assert "only the first frame" not in render(audit(from_arrays(images[1::2], [0] * 4)))

@@ -98,6 +98,33 @@ def test_what_can_be_understood_in_two_ways_is_refused(tmp_path: Path, folders: 
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "folders",
+    [
+        tuple(f"{d}/set1/{s}/{c}" for d in ("photo", "art") for s in ("train", "test") for c in ("cat", "dog")),
+        (*(f"archive/data/{s}/{c}" for s in ("train", "test") for c in ("cat", "dog")), "extra/cat", "extra/dog"),
+        ("a/x/train", "a/x/test", "b/y"),
+        ("train/a/seg_train", "train/a/seg_val", "train/b", "test/a", "test/b"),
+    ],
+)
+def test_splits_deeper_than_expected_are_never_mixed(tmp_path: Path, folders: tuple[str, ...]) -> None:
+    put(tmp_path, *folders)
+    with pytest.raises(DataError, match=r"but holds folders of splits .*would be mixed. Point --data at"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("trainA", "trainB", "testA", "testB"), ("steam_train", "steam_test", "car")])
+def test_flat_folders_that_differ_in_the_split_only_are_no_classes(tmp_path: Path, names: tuple[str, ...]) -> None:
+    put(tmp_path, *names)
+    with pytest.raises(DataError, match="may be splits: it cannot be told"):
+        open_source(tmp_path)
+
+
+def test_a_train_inside_a_class_is_no_split(tmp_path: Path) -> None:
+    put(tmp_path, "toys/train", "toys/car", "toys/plane", "tools/bench_test", "tools/saw")
+    assert open_source(tmp_path).class_names == ("tools", "toys")
+
+
 def test_classes_may_be_called_like_trains_and_tests(tmp_path: Path) -> None:
     for name, classes in (
         ("toys", ("bullet_train", "steam_train", "test_tube")),
@@ -152,6 +179,22 @@ def test_a_folder_around_the_data_is_looked_through(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     assert source.class_names == ("cat", "dog")
     assert source.layout.startswith("inside pets-v2/images, folders CLASS")
+
+
+def test_a_stray_image_in_the_folder_around_the_data_makes_it_no_class(tmp_path: Path) -> None:
+    put(tmp_path, "outer/inner/a", "outer/inner/b", n=10)
+    for stray in ("outer/stray.png", "outer/inner/stray.png"):
+        Image.new("RGB", (3, 3)).save(tmp_path / stray)
+    source = open_source(tmp_path)
+    assert source.class_names == ("a", "b")
+    assert left(source) == {"images beside the class folders": (2, ("outer/inner/stray.png", "outer/stray.png"))}
+    put(tmp_path, "outer", n=3)
+    with pytest.raises(
+        DataError, match=r"outer is the only folder and holds 4 images directly and 21 in folders .inner/.*Move"
+    ):
+        open_source(tmp_path)
+    put(tmp_path, "outer", n=210)
+    assert open_source(tmp_path).class_names == ("outer",)
 
 
 @pytest.mark.parametrize("hidden", [".ipynb_checkpoints", "@eaDir", ".thumbnails", "__MACOSX", ".git", "$RECYCLE.BIN"])

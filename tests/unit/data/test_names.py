@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from lamina.data import from_arrays, open_source
-from lamina.data.names import alike, listed, shown, split_of
+from lamina.data.names import alike, listed, refuse_likely_splits, shown, split_of
 from lamina.errors import DataError
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
@@ -159,3 +162,48 @@ def test_a_missing_label_of_a_csv_is_named(tmp_path: Path, labels: list[str]) ->
     row = next(k for k, label in enumerate(labels) if label.strip() in ("", "NaN", "null"))
     with pytest.raises(DataError, match=f"x.csv row {row} has no label.*Remove the row, or label it"):
         open_source(csv(tmp_path, labels))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("mytrain", "mytest"),
+        ("MyTrain", "mytest", "other"),
+        ("trn", "tst"),
+        ("tr", "tst"),
+        ("trainpets", "evalpets"),
+        ("pets_trn", "pets_val"),
+        ("petstrain-00-of-02", "petstrain-01-of-02", "petstest-00-of-01"),
+        ("train", "bus", "tst"),
+    ],
+)
+def test_names_that_are_splits_in_all_likelihood_are_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+    with pytest.raises(
+        DataError, match=r"x holds .*, which may be splits: it cannot be told, .*Rename them train and test"
+    ):
+        refuse_likely_splits(names, "x")
+    if "train" in names:
+        return
+    for name in names:
+        for label in "ab":
+            (tmp_path / "folders" / name / label).mkdir(parents=True)
+            Image.new("RGB", (3, 3)).save(tmp_path / "folders" / name / label / "0.png")
+        (tmp_path / "tables").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"text": ["x", "y"], "label": ["a", "b"]}), tmp_path / "tables" / f"{name}.parquet")
+    for place in ("folders", "tables"):
+        with pytest.raises(DataError, match=f"{place} holds .* which may be splits|Name both by their splits"):
+            open_source(tmp_path / place)
+
+
+def test_names_of_things_are_no_splits() -> None:
+    for names in (
+        ("train", "bus"),
+        ("bullet_train", "steam_train", "test_tube"),
+        ("trainer", "tester"),
+        ("tr", "te", "en"),
+        ("trial", "trip", "valley", "device", "contest", "strain"),
+        ("part-00-of-02", "part-01-of-02"),
+        ("0", "1", "2"),
+    ):
+        refuse_likely_splits(names, "x")
+    refuse_likely_splits(("train", "test"), "x", ("train", "test"))

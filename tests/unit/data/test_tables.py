@@ -237,3 +237,17 @@ def test_real_parquet() -> None:
     assert source.domain_names == ("noto", "twemoji", "fluent3d", "fluent_line")
     assert source.class_names[:2] == ("air or water craft", "bird")
     assert np.bincount(source.splits_n).tolist() == [1848, 0, 772]
+
+
+def test_a_split_column_that_contradicts_the_name_of_its_file_is_refused(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        write(tmp_path / f"{name}.parquet", images(split=[name] * 6))
+    assert np.bincount(open_source(tmp_path).splits_n).tolist() == [6, 0, 6]
+    write(tmp_path / "test.parquet", images(split=["test"] * 2 + ["train"] * 4))
+    with pytest.raises(
+        DataError, match=r"test.parquet row 2 is of the split train by its column 'split', but of test by .*Correct"
+    ):
+        open_source(tmp_path)
+    (tmp_path / "test.parquet").unlink()
+    write(tmp_path / "train.parquet", images(split=["train"] * 4 + ["test"] * 2))
+    assert np.bincount(open_source(tmp_path).splits_n).tolist() == [4, 0, 2]
