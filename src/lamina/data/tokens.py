@@ -113,9 +113,7 @@ def _limit(tokenise: Any, tokenizer: Path | str) -> int:
     return int(said)
 
 
-def _check_length(
-    max_length: int, special: int, limit: int, positions: int | None, tokenizer: Path | str
-) -> None:
+def _check_length(max_length: int, special: int, limit: int, positions: int | None, tokenizer: Path | str) -> None:
     """special: how many tokens of its own the tokenizer adds to every text."""
     most = limit if positions is None else min(limit, positions)
     if special < max_length <= most:

@@ -127,7 +127,8 @@ def test_a_tokenizer_whose_token_for_unknown_words_is_missing(folder: Path, tmp_
     told["model"]["unk_token"] = "[NOPE]"
     file.write_text(json.dumps(told))
     with pytest.raises(
-        DataError, match=r"the tokenizer .*t cannot tokenise the texts from texts\[0\] to texts\[4\] .*WordLevel.*Correct its"
+        DataError,
+        match=r"the tokenizer .*t cannot tokenise the texts from texts\[0\] to texts\[4\] .*WordLevel.*Correct its",
     ):
         tokenise_once(SOURCE, tmp_path / "t", max_length=8)
 
@@ -137,7 +138,9 @@ def test_a_longest_text_that_is_no_number(folder: Path, tmp_path: Path, said: st
     shutil.copytree(folder, tmp_path / "t")
     file = tmp_path / "t" / "tokenizer_config.json"
     file.write_text(file.read_text().replace('"model_max_length": 16', f'"model_max_length": {said}'))
-    with pytest.raises(DataError, match=r"the tokenizer .*t has the model_max_length .*; allowed is a number, 1 or more"):
+    with pytest.raises(
+        DataError, match=r"the tokenizer .*t has the model_max_length .*; allowed is a number, 1 or more"
+    ):
         tokenise_once(SOURCE, tmp_path / "t", max_length=8)
 
 
