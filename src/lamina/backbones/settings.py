@@ -23,6 +23,8 @@ _DROPPED = (
 )
 """Settings that do not describe the encoder: the form of outputs, a classification head, and how transformers loads."""
 _MOST_PATCHES = 2**14
+_LEAST_STD, _MOST = 1e-6, 1e3
+"""Bounds of an image's std, and of the size of its mean and std: beyond them no pixel keeps its meaning in float32."""
 
 
 def find_family(settings: Mapping[str, Any], name: str) -> Family:
@@ -165,10 +167,13 @@ def find_normalisation(folder: Path, settings: Mapping[str, Any], family: Family
 def _per_channel(label: str, values: Any, channels: int, name: str) -> Triple:
     if channels == 1 and isinstance(values, list | tuple) and len(values) == 1:
         values = [*values] * 3
-    numbers = isinstance(values, list | tuple) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
-    if not numbers or len(values) != 3 or (label == "std" and min(values) <= 0):
+    least = _LEAST_STD if label == "std" else -_MOST
+    numbers = isinstance(values, list | tuple) and all(type(v) in (int, float) and least < v < _MOST for v in values)
+    if not numbers or len(values) != 3:
+        told = repr(values)
         raise BackboneError(
-            f"{name}: image {label} must be three numbers, one per channel (std above 0), not {values!r}"
+            f"{name}: image {label} must be three numbers, one per channel, above {least:g} and below {_MOST:g}, not "
+            f"{told if len(told) <= 100 else told[:97] + '...'}"
         )
     if channels == 1 and len(set(values)) > 1:
         raise BackboneError(

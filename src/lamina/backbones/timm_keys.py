@@ -30,7 +30,7 @@ _TOP = {
 }
 _HEAD = ("head.", "pre_logits.")
 _HEADS = {1280: 16, 1408: 16, 1664: 16}  # huge, giant, gigantic; every smaller one has heads of 64
-_PART = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
+_PART = re.compile(r"blocks\.(0|[1-9][0-9]{0,3})\.(.+)\.(weight|bias)")
 
 
 def is_timm(headers: Mapping[str, Header]) -> bool:
@@ -53,6 +53,8 @@ def timm_settings(headers: Mapping[str, Header], settings: Mapping[str, Any], na
     ranks = {"patch_embed.proj.weight": 4, "pos_embed": 3, first: 2}
     odd = [key for key, rank in ranks.items() if len(headers[key].shape) != rank]
     odd += [key for key, stored in headers.items() if "attn.qkv" in key and (not stored.shape or stored.shape[0] % 3)]
+    if "pos_embed" not in odd and headers["pos_embed"].shape[1] < 2:  # the class token and one patch
+        odd.append("pos_embed")
     if odd:
         raise BackboneError(f"{name}: wrong shape for {some(odd)}; of timm's models only the plain ViT is read")
     width, channels, patch, _ = headers["patch_embed.proj.weight"].shape

@@ -11,7 +11,7 @@ from torch import Tensor
 from lamina.data.audit import Audit, audit, render
 from lamina.data.pixels import decode_once, default_cache
 from lamina.data.sources import Columns, Source, from_arrays, open_source
-from lamina.data.summary import as_dict, check_taught, describe_source, difference
+from lamina.data.summary import as_dict, describe_source, difference
 from lamina.data.tokens import TokenTable, tokenise_once
 from lamina.data.transforms import ImageTransform, PixelTable
 from lamina.errors import ConfigError, DataError
@@ -26,7 +26,6 @@ __all__ = [
     "TokenTable",
     "as_dict",
     "audit",
-    "check_taught",
     "default_cache",
     "describe_source",
     "difference",

@@ -11,7 +11,7 @@ import numpy as np
 from lamina.data.decoding import decode, has_more_frames, nearly_black
 from lamina.data.names import listed
 from lamina.data.pixels import Damage, Progress, each
-from lamina.data.records import Kind, Payload, Source
+from lamina.data.records import Kind, Payload, Source, escaped
 from lamina.data.summary import count, counts, describe_source, notes
 from lamina.types import SPLITS, Ints
 
@@ -30,7 +30,7 @@ class Repeats:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What `audit` found. Items are called what `Source.where` calls them."""
+    """What `audit` found. Items are called what `Source.where` calls them, with nothing escaped."""
 
     name: str
     kind: Kind
@@ -111,10 +111,11 @@ def audit(source: Source, *, min_per_class: int = 5, progress: Progress | None =
     """
     found = list(each(source, _content, progress))
     contents: list[bytes | Damage] = [item if isinstance(item, Damage) else item[0] for item in found]
-    black = tuple(source.where(row) for row, item in enumerate(found) if not isinstance(item, Damage) and item[1])
-    more_frames = tuple(source.where(row) for row, item in enumerate(found) if not isinstance(item, Damage) and item[2])
+    where = source.items.where
+    black = tuple(where(row) for row, item in enumerate(found) if not isinstance(item, Damage) and item[1])
+    more_frames = tuple(where(row) for row, item in enumerate(found) if not isinstance(item, Damage) and item[2])
     damaged = tuple(
-        f"{source.where(row)}: {content.reason}" for row, content in enumerate(contents) if isinstance(content, Damage)
+        f"{where(row)}: {content.reason}" for row, content in enumerate(contents) if isinstance(content, Damage)
     )
     rows_by_content: dict[bytes, list[int]] = defaultdict(list)
     for row, content in enumerate(contents):
@@ -152,7 +153,7 @@ def audit(source: Source, *, min_per_class: int = 5, progress: Progress | None =
 
 
 def render(found: Audit) -> str:
-    """The audit as plain text for a terminal."""
+    """The audit as plain text for a terminal, in which control characters of names are escaped."""
     splits = [name for name in SPLITS if found.per_split[name]]
     lines = [
         *found.description,
@@ -182,9 +183,10 @@ def render(found: Audit) -> str:
         ("in more than one domain", found.shared),
     ):
         if repeats.groups:
-            shown = f"{len(repeats.examples)} of {repeats.groups}" if repeats.groups > _EXAMPLES else "all"
-            lines += ["", f"{title} ({shown}):", *("  " + "\n    = ".join(group) for group in repeats.examples)]
-    return "\n".join(lines) + "\n"
+            told = f"{len(repeats.examples)} of {repeats.groups}" if repeats.groups > _EXAMPLES else "all"
+            lines += ["", f"{title} ({told}):"]
+            lines += [("    = " if k else "  ") + place for group in repeats.examples for k, place in enumerate(group)]
+    return "\n".join(map(escaped, lines)) + "\n"
 
 
 def _content(payload: Payload) -> tuple[bytes, bool, bool]:
@@ -208,7 +210,7 @@ def _repeats(groups: list[Ints], source: Source) -> Repeats:
         names = [SPLITS[source.splits_n[row]], source.class_names[source.labels_n[row]]]
         if len(source.domain_names) > 1:
             names.append(source.domain_names[source.domains_n[row]])
-        return f"{source.where(row)} [{', '.join(names)}]"
+        return f"{source.items.where(row)} [{', '.join(names)}]"
 
     return Repeats(
         groups=len(groups),
@@ -218,6 +220,7 @@ def _repeats(groups: list[Ints], source: Source) -> Repeats:
 
 
 def _columns(title: str, rows: dict[str, dict[str, int]], columns: Sequence[str]) -> list[str]:
+    rows = {escaped(name): row for name, row in rows.items()}
     wide = max(len(title), *(len(name) for name in rows))
     head = f"{title:<{wide}}" + "".join(f"{column:>9}" for column in columns)
     return [

@@ -96,8 +96,13 @@ class Source:
         return self.items.read(i)
 
     def where(self, i: int) -> str:
-        """What a user would call row i, for messages."""
-        return self.items.where(i)
+        """What a user would call row i, for messages: on one line, with what a terminal cannot show escaped."""
+        return escaped(self.items.where(i))
+
+
+def escaped(text: str) -> str:
+    """The whole text on one line, with what a terminal cannot show escaped."""
+    return shown(text, len(text))
 
 
 def label_ids(
@@ -111,6 +116,12 @@ def label_ids(
     Raises DataError naming the first row whose label is missing, empty, unknown, out of range or of another type.
     """
     if names is not None:
+        odd = next((k for k, name in enumerate(names) if not isinstance(name, str)), None)
+        if odd is not None:
+            raise DataError(
+                f"the name of class {odd} is {shown(repr(names[odd]))} ({type(names[odd]).__name__}); allowed is text (str)."
+                " Convert the list of class names to text"
+            )
         names = tuple(clean(name, f"the name of class {k}") for k, name in enumerate(names))
         if doubled := [name for name, times in Counter(names).items() if times > 1]:
             raise DataError(f"class name {doubled[0]!r} is listed more than once: give every class a name of its own")
@@ -193,9 +204,10 @@ def split_ids(values: Sequence[Any], where: Callable[[int], str]) -> Ints:
 def domain_ids(
     values: Sequence[Any], names: tuple[str, ...] | None, where: Callable[[int], str]
 ) -> tuple[Ints, tuple[str, ...]]:
-    """Domain ids (n,) and names, in the order of `names` if they cover all, else of first appearance.
+    """Domain ids (n,) and names, in the order of `names` if there are any, else of first appearance.
 
-    Raises DataError naming the first row without a domain, or with one that is neither text nor a whole number.
+    Raises DataError naming the first row without a domain, with one that is neither text nor a whole number, or with
+    one that `names` lacks.
     """
     spelt: dict[Any, str] = {}
     allowed = {type_: issubclass(type_, str | bool | np.bool_ | Integral) for type_ in set(map(type, values))}
@@ -212,8 +224,15 @@ def domain_ids(
     found = tuple(dict.fromkeys(spelt.values()))
     if names is not None:
         names = tuple(clean(name, "a name of a domain") for name in names)
-        if set(names) >= set(found):
-            found = tuple(name for name in names if name in set(found))
+        if doubled := [name for name, times in Counter(names).items() if times > 1]:
+            raise DataError(f"domain {shown(doubled[0])!r} is listed more than once: list every domain once")
+        if lacking := set(found) - set(names):
+            row, name = next((row, spelt[value]) for row, value in enumerate(values) if spelt[value] in lacking)
+            raise DataError(
+                f"{where(row)} has the domain {shown(name)!r}, which the list of domains in README.json lacks"
+                f" ({_some(names)}). Add it there, in the order in which the domains are to come, or remove the list"
+            )
+        found = tuple(name for name in names if name in set(found))
     place = {name: k for k, name in enumerate(found)}
     return np.array([place[spelt[value]] for value in values], np.int64), found
 

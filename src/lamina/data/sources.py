@@ -77,9 +77,8 @@ def _open(path: Path, where: str, *, kind: Kind | None, columns: Columns, test_f
         raise DataError(f"{where} is neither a file nor a folder (a pipe, socket or device). Point at a file or folder")
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return open_saved(path, kind=kind, columns=columns, test_fraction=test_fraction)
-    inner = path / "data"
-    for folder in (path, inner):
-        files, left_out = _parquet_files(folder) if folder.is_dir() else ([], ())
+    for folder in (path, path / "data"):
+        files, left_out = _parquet_files(folder, path) if folder.is_dir() else ([], ())
         if files:
             return open_parquet(
                 files,
@@ -92,14 +91,15 @@ def _open(path: Path, where: str, *, kind: Kind | None, columns: Columns, test_f
     return open_folder(path, kind=kind or "image", test_fraction=test_fraction)
 
 
-def _parquet_files(folder: Path) -> tuple[list[Path], tuple[LeftOut, ...]]:
-    """The Parquet files of a folder, in order of their names, and what is beside them."""
+def _parquet_files(folder: Path, root: Path) -> tuple[list[Path], tuple[LeftOut, ...]]:
+    """The Parquet files of a folder, in order of their names, and what else is there. folder: `root`, or one in it."""
     files, left = [], Leftovers()
-    for path in sorted(folder.iterdir()):
+    beside = [path for path in root.iterdir() if path != folder] if folder != root else []
+    for path in sorted([*folder.iterdir(), *beside]):
         if is_hidden(path.name):
-            left.add("hidden and system files and folders", path.name)
-        elif path.suffix.lower() == ".parquet" and path.is_file():
+            left.add("hidden and system files and folders", str(path.relative_to(root)))
+        elif path.parent == folder and path.suffix.lower() == ".parquet" and path.is_file():
             files.append(path)
-        elif path.name != "README.json":
-            left.add("files and folders beside the Parquet files", path.name)
+        elif path != folder / "README.json":
+            left.add("files and folders beside the Parquet files", str(path.relative_to(root)))
     return files, left.found()

@@ -7,8 +7,7 @@ import numpy as np
 
 from lamina.data.names import alike, listed, shown
 from lamina.data.records import Source
-from lamina.errors import DataError
-from lamina.types import SPLITS, Ints, LabelledData
+from lamina.types import SPLITS, Ints
 
 Counts = dict[str, dict[str, int]]
 """Name of a class or domain, then split, to items."""
@@ -103,31 +102,3 @@ def difference(old: Mapping[str, Mapping[str, int]], new: Mapping[str, Mapping[s
 def count_of(names: Sequence[str]) -> str:
     """How many classes these are, and the first few of them."""
     return f"{count(len(names), 'class')} ({listed(names)})"
-
-
-def check_taught(data: LabelledData, task: str, brought: Sequence[int], train_rows: Ints) -> None:
-    """Checks that a task can teach each class that it brings.
-
-    brought: ids of the task's classes that no earlier task has. train_rows: its training rows, after every choice.
-    Raises DataError naming the classes that have no row among them.
-    """
-    taught = set(np.unique(data.labels_n[train_rows]).tolist())
-    untaught = [label for label in brought if label not in taught]
-    if not untaught:
-        return
-    first = untaught[0]
-    has = ", ".join(
-        f"{items} {split}"
-        for k, split in enumerate(SPLITS)
-        if (items := _number_of(data, first, k)) or split == "train"
-    )
-    why = f" {count(len(data.skipped), data.kind)} were left out as damaged." if data.skipped else ""
-    raise DataError(
-        f"task {task!r} brings {count_of([data.class_names[label] for label in untaught])} without a training {data.kind}:"
-        f" in all of {data.name!r}, {shown(data.class_names[first])!r} has {has}.{why} Add training {data.kind}s, or leave"
-        " the class out (`lamina data check SOURCE` lists classes and damage)"
-    )
-
-
-def _number_of(data: LabelledData, label: int, split: int) -> int:
-    return int(((data.labels_n == label) & (data.splits_n == split)).sum())

@@ -1,5 +1,6 @@
 """Tokenises every text once. Shape letters: n texts, b texts of a batch, t tokens."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lamina.data.names import shown
 from lamina.data.records import Source
+from lamina.data.summary import count
 from lamina.errors import ConfigError, DataError
 from lamina.types import Augment, Ints
 
@@ -66,16 +68,25 @@ def tokenise_once(
     tokenizer: a folder, or a name on the Hugging Face hub. positions: the most tokens the backbone has positions for.
     vocabulary: the number of tokens its embedding has.
 
-    Raises DataError if there is no tokenizer, for a text without a token, and for a token beyond the vocabulary;
-    ConfigError if max_length is more than tokenizer or backbone allow.
+    Raises DataError if there is no tokenizer or it is damaged, for a text without a token, and for a token beyond the
+    vocabulary; ConfigError if max_length is more than tokenizer or backbone allow, or leaves no room for a text.
     """
     tokenise = _tokenizer(tokenizer)
-    _check_length(max_length, int(tokenise.model_max_length), positions, tokenizer)
+    special = int(tokenise.num_special_tokens_to_add())
+    _check_length(max_length, special, _limit(tokenise, tokenizer), positions, tokenizer)
     pieces: list[NDArray[np.int32]] = []
     lengths: list[int] = []
     for start in range(0, len(source), _CHUNK):
         rows = range(start, min(start + _CHUNK, len(source)))
-        ids_by_row = _ids(tokenise, [_text(source, row) for row in rows], max_length)
+        texts = [_text(source, row) for row in rows]
+        try:
+            ids_by_row = _ids(tokenise, texts, max_length)
+        except Exception as error:
+            # The tokenizers library raises bare exceptions, for example where the token for unknown words is missing.
+            raise DataError(
+                f"the tokenizer {tokenizer} cannot tokenise the texts from {source.where(rows[0])} to"
+                f" {source.where(rows[-1])} ({_reason(error)}). Correct its tokenizer.json, or use another tokenizer"
+            ) from error
         empty = next((row for row, ids in zip(rows, ids_by_row, strict=True) if not len(ids)), None)
         if empty is not None:
             raise DataError(f"{source.where(empty)} comes to no token. Remove the row, or put a text in it")
@@ -91,11 +102,27 @@ def tokenise_once(
     return TokenTable(np.concatenate(pieces), starts, int(pad_id), max_length)
 
 
-def _check_length(max_length: int, limit: int, positions: int | None, tokenizer: Path | str) -> None:
+def _limit(tokenise: Any, tokenizer: Path | str) -> int:
+    """The most tokens that the tokenizer allows; without a limit it says 10^30."""
+    said = tokenise.model_max_length
+    if isinstance(said, bool) or not isinstance(said, int | float) or not 1 <= said < math.inf:
+        raise DataError(
+            f"the tokenizer {tokenizer} has the model_max_length {shown(repr(said))} in tokenizer_config.json; allowed is a"
+            " number, 1 or more. Correct it, or remove it"
+        )
+    return int(said)
+
+
+def _check_length(max_length: int, special: int, limit: int, positions: int | None, tokenizer: Path | str) -> None:
+    """special: how many tokens of its own the tokenizer adds to every text."""
     most = limit if positions is None else min(limit, positions)
-    if 1 <= max_length <= most:
+    if special < max_length <= most:
         return
-    # A tokenizer without a limit says 10^30.
+    if max_length <= special:
+        raise ConfigError(
+            f"data.max_length is {max_length}; the tokenizer {tokenizer} adds {count(special, 'token')} of its own to every"
+            f" text, and the text needs one at least. Set it to at least {special + 1}"
+        )
     told = f"the tokenizer {tokenizer} allows " + (f"1 to {limit}" if limit < 2**31 else "any number")
     if positions is not None:
         told += f" and the backbone has positions for {positions}"
@@ -149,6 +176,10 @@ def _ids(tokenise: Any, texts: list[str], max_length: int) -> list[list[int]]:
     return found
 
 
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def _tokenizer(where: Path | str) -> Any:
     from transformers import AutoTokenizer
 
@@ -156,8 +187,7 @@ def _tokenizer(where: Path | str) -> Any:
         return AutoTokenizer.from_pretrained(str(where), trust_remote_code=False)
     except Exception as error:
         # The tokenizers library raises bare exceptions for damaged files.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"no tokenizer can be loaded from {where} ({reason}). Point at a folder with tokenizer.json (or the files"
+            f"no tokenizer can be loaded from {where} ({_reason(error)}). Point at a folder with tokenizer.json (or the files"
             " save_pretrained writes), or at a name on the Hugging Face hub"
         ) from error

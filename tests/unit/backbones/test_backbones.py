@@ -287,3 +287,19 @@ def test_loading_is_silent_and_leaves_transformers_as_it_was(vit_folder, capfd):
     assert load(str(vit_folder)).ignored == ("pooler.dense.weight",)
     assert capfd.readouterr() == ("", "")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+@pytest.mark.parametrize("positions", [0, 1])
+def test_timm_weights_without_positions_are_refused(tmp_path: Path, positions: int):
+    timm_folder(tmp_path, num_heads=2)
+    change(tmp_path, lambda t: t.update(pos_embed=torch.ones(1, positions, 32)))
+    with pytest.raises(BackboneError, match="wrong shape for pos_embed"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize("block", ["9" * 5000, "10000", "01"], ids=len)
+def test_timm_blocks_without_a_usual_number_are_refused(tmp_path: Path, block: str):
+    timm_folder(tmp_path, num_heads=2)
+    change(tmp_path, lambda t: t.update({f"blocks.{block}.norm1.weight": torch.ones(32)}))
+    with pytest.raises(BackboneError, match=r"blocks\..* belong to a ViT variant that is not supported"):
+        load(str(tmp_path))

@@ -132,14 +132,18 @@ def test_settings_that_compute_nothing_finite_are_refused(vit_folder: Path):
 @pytest.mark.parametrize(
     ("beside", "message"),
     [
-        ({"image_mean": 0.5}, "image mean must be three numbers, one per channel .*, not 0.5"),
+        ({"image_mean": 0.5}, "image mean must be three numbers, one per channel, above -1000 and below 1000, not 0.5"),
         ({"image_mean": [0.5, 0.5]}, "image mean must be three numbers"),
         ({"image_mean": [0.5, "a", 0.5]}, "image mean must be three numbers"),
         ({"image_mean": [0.5, float("nan"), 0.5]}, "image mean must be three numbers"),
-        ({"image_std": [0.5, 0.0, 0.5]}, r"image std must be three numbers, one per channel \(std above 0\)"),
+        ({"image_std": [0.5, 0.0, 0.5]}, "image std must be .* above 1e-06 and below 1000, not"),
+        ({"image_std": [1e-320, 1, 1]}, "image std must be three numbers"),
+        ({"image_std": [1, 1, 1e300]}, "image std must be three numbers"),
+        ({"image_mean": [1e300, 0, 0]}, "image mean must be three numbers"),
+        ({"image_mean": [0, 0, -(10**400)]}, r"image mean must be three numbers, .*, not \[0, 0, -10+\.\.\.$"),
         ({"image_std": {"r": 1}}, "image std must be three numbers"),
     ],
-    ids=str,
+    ids=lambda given: str(given)[:60],
 )
 @pytest.mark.usefixtures("nothing_read")
 def test_a_normalisation_is_checked(vit_folder: Path, beside: dict[str, Any], message: str):

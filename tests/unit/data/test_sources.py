@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
-from lamina.data import from_arrays, open_source
+from lamina.data import audit, from_arrays, open_source, render
 from lamina.errors import ConfigError, DataError
 
 IMAGES_N = np.arange(10 * 4 * 4 * 3, dtype=np.uint8).reshape(10, 4, 4, 3)
@@ -169,6 +171,8 @@ def test_labels_without_names_are_their_own_names() -> None:
         ({"labels": [0.5] * 10}, r"arrays\[0\] has the label 0.5 \(float\)"),
         ({"labels": ["a"] * 9 + [1]}, r"arrays\[9\] has the label 1 \(int\)"),
         ({"labels": ["a"] * 9 + ["c"], "class_names": ["a", "b"]}, r"label 'c', which is none of the 2 class names"),
+        ({"class_names": [1, 2]}, r"the name of class 0 is 1 \(int\); allowed is text \(str\)"),
+        ({"class_names": ["a", None]}, r"the name of class 1 is None"),
         ({"class_names": ["a", "a"]}, r"class name 'a' is listed more than once"),
         ({"splits": ["train"] * 9 + ["exam"]}, r"arrays\[9\] has the split 'exam'; allowed are train, training, val"),
         ({"splits": [0] * 9 + [3]}, r"arrays\[9\] has the split 3"),
@@ -206,3 +210,61 @@ def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match=r"pip install 'lamina\[demo\]'"):
         open_source("digits")
+
+
+def table(path: Path, **columns: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.table({"text": list("abcd"), "label": [0, 1, 0, 1], **columns}), path)
+
+
+def test_what_is_beside_a_data_folder_of_parquet_files_is_told(tmp_path: Path) -> None:
+    table(tmp_path / "data" / "train-0.parquet")
+    put(tmp_path / "train" / "a" / "0.png")
+    for name in ("notes.txt", "README.json", "data/more.txt", "data/README.json", ".git"):
+        (tmp_path / name).write_text("{}")
+    assert [str(left) for left in open_source(tmp_path).left_out] == [
+        "files and folders beside the Parquet files: 4 (README.json, data/more.txt, notes.txt, ...)",
+        "hidden and system files and folders: 1 (.git)",
+    ]
+
+
+def test_a_list_of_domains_that_lacks_one_is_refused(tmp_path: Path) -> None:
+    table(tmp_path / "x.parquet", domain=["photo", "sketch", "clip\nart", "photo"])
+    readme = tmp_path / "README.json"
+    readme.write_text('{"domains": ["sketch", "photo"]}')
+    with pytest.raises(DataError, match="control character"):
+        open_source(tmp_path)
+    table(tmp_path / "x.parquet", domain=["photo", "sketch", "art", "photo"])
+    told = r"x.parquet row 2 has the domain 'art', which the list of domains in README.json lacks \('sketch', 'photo'\)"
+    with pytest.raises(DataError, match=told):
+        open_source(tmp_path)
+    readme.write_text('{"domains": ["sketch", "photo", "sketch", "art"]}')
+    with pytest.raises(DataError, match="domain 'sketch' is listed more than once"):
+        open_source(tmp_path)
+    readme.write_text('{"domains": ["sketch", "none", "art", "photo"]}')
+    assert open_source(tmp_path).domain_names == ("sketch", "art", "photo")
+
+
+def test_names_of_files_are_escaped_for_messages(tmp_path: Path) -> None:
+    name = "bad\x1b[31m\n\u202e.png"
+    put(tmp_path / "x" / "0.png")
+    (tmp_path / "x" / name).write_bytes(b"")
+    source = open_source(tmp_path)
+    assert source.where(1) == str(tmp_path / "x") + r"/bad\x1b[31m\n\u202e.png"
+    found = audit(source)
+    assert found.damaged[0].startswith(str(tmp_path / "x" / name) + ": ")
+    lines = render(found).splitlines()
+    assert [line for line in lines if "bad" in line] == [
+        f"  {source.where(1)}: {found.damaged[0].rpartition(name + ': ')[2]}"
+    ]
+    assert all(line.isprintable() for line in lines)
+
+
+def test_names_of_classes_are_escaped_for_the_terminal() -> None:
+    labels = ["\u202eevil", "b" * 9] * 5
+    found = audit(from_arrays(["same"] * 10, labels, domains=labels, name="run\n"))
+    assert all(line.isprintable() for line in render(found).splitlines())
+    assert (
+        len({len(line) for line in render(found).splitlines() if line.startswith(("domain  ", "\\u202eevil", "b" * 9))})
+        == 1
+    )

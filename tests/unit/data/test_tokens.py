@@ -1,6 +1,7 @@
 """Tokens: what a tokenizer says, cut, padded and masked."""
 
 import contextlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,38 @@ def test_texts_that_cannot_be_tokenised(folder: Path, tmp_path: Path) -> None:
     bare(tmp_path)
     with pytest.raises(DataError, match=r"arrays\[1\] comes to no token. Remove the row"):
         tokenise_once(from_arrays(["a", " "], [0, 1]), tmp_path, max_length=8)
+
+
+def test_a_tokenizer_whose_token_for_unknown_words_is_missing(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "t")
+    file = tmp_path / "t" / "tokenizer.json"
+    told = json.loads(file.read_text())
+    told["model"]["unk_token"] = "[NOPE]"
+    file.write_text(json.dumps(told))
+    with pytest.raises(
+        DataError,
+        match=r"the tokenizer .*t cannot tokenise the texts from texts\[0\] to texts\[4\] .*WordLevel.*Correct its",
+    ):
+        tokenise_once(SOURCE, tmp_path / "t", max_length=8)
+
+
+@pytest.mark.parametrize("said", ['"abc"', "[]", "Infinity", "NaN", "-3", "0", "true"])
+def test_a_longest_text_that_is_no_number(folder: Path, tmp_path: Path, said: str) -> None:
+    shutil.copytree(folder, tmp_path / "t")
+    file = tmp_path / "t" / "tokenizer_config.json"
+    file.write_text(file.read_text().replace('"model_max_length": 16', f'"model_max_length": {said}'))
+    with pytest.raises(
+        DataError, match=r"the tokenizer .*t has the model_max_length .*; allowed is a number, 1 or more"
+    ):
+        tokenise_once(SOURCE, tmp_path / "t", max_length=8)
+
+
+@pytest.mark.parametrize("max_length", [-1, 0, 1, 2])
+def test_special_tokens_leave_room_for_the_text(folder: Path, max_length: int) -> None:
+    told = rf"data.max_length is {max_length}; the tokenizer .* adds 2 tokens of its own .*Set it to at least 3"
+    with pytest.raises(ConfigError, match=told):
+        tokenise_once(SOURCE, folder, max_length=max_length)
+    assert tokenise_once(SOURCE, folder, max_length=3).inputs(np.arange(5), None)["input_ids"].shape == (5, 3)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
