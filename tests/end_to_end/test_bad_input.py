@@ -306,3 +306,14 @@ def test_a_run_at_work_is_left_alone_and_a_dead_one_is_taken_over(lamina: Comman
     assert finish(process)[0] == -signal.SIGKILL
     assert f"process {process.pid} " in (out / "lock").read_text()
     assert lamina("resume", out).code == 0
+
+
+def test_a_stream_that_cannot_be_is_refused_before_anything_is_decoded(
+    lamina: Command, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+    monkeypatch.setattr("lamina.runs.setup.decode", lambda *given: decoded.append(given))
+    said = lamina.refused("run", "--data", photos, "--tasks", 50, "--out", tmp_path / "out")
+    assert "50" in said
+    assert not decoded
+    assert not (tmp_path / "out").exists()
