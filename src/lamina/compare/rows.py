@@ -35,7 +35,7 @@ COST_DEFINITIONS = {
     "peak_memory_mb": "peak memory of the process of the run",
 }
 ONLY_JOINT = "final_accuracy_micro"
-"""The one metric of joint training: the others are about tasks, of which it has one."""
+"""The one metric of joint training, which has a single task: the others compare tasks."""
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Audit:
     black: tuple[str, ...]
     """Images of more than 8 bits that have decoded to nearly black."""
     more_frames: tuple[str, ...]
-    """Images with several frames or pages, of which only the first is read. That is no problem by itself."""
+    """Images with several frames or pages. Only the first is read. That is no problem by itself."""
     min_per_class: int
 
     @property

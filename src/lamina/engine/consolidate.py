@@ -126,8 +126,8 @@ class Consolidation:
     ) -> None:
         """Move the statistics of older outputs, add those of the new task's, and fit one classifier of all.
 
-        features_nd: of the new examples under M_t. output_n: positions of their outputs among the task's own, of which
-        there are `outputs`. before_nd: the features under M_{t-1}.
+        features_nd: of the new examples under M_t. output_n: positions of their outputs among the task's own.
+        outputs: number of these. before_nd: the features under M_{t-1}.
         """
         kept = under(self.memory, "statistics")
         statistics = of_features(features_nd, output_n, outputs, self.config.class_covariance_rank)

@@ -97,7 +97,7 @@ def resume(
         config = _moved(start.config, source)
         setup = Setup(config.model_copy(update={"jobs": jobs or config.jobs}), start.environment, watch)
         loop = _loop(setup, start, out, make_loop)
-        if source is not None:
+        if source is not None or jobs is not None:
             directory.begin(out, setup)  # for later commands, and the processes of the run
         return _work(setup, loop, out, watch)
 
