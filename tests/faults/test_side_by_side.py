@@ -19,6 +19,7 @@ from lamina.engine.loop import Event, Interrupted
 from lamina.errors import RunError
 from lamina.record import read
 from lamina.runs import side_by_side
+from lamina.runs.directory import begun
 
 SMALLER: dict[str, Any] = {
     "stream.tasks": 2,
@@ -129,6 +130,7 @@ def test_the_run_itself_killed_and_stopped(tmp_path: Path, unbroken: Callable[[s
     process = start("resume", out, "--jobs", "3")
     code, _, err = finish(process)
     assert code == 0, err
+    assert begun(out).config.jobs == 3, "for later commands too"
     assert_same_bits(out, unbroken(method))
 
 
