@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lamina.engine import checkpoint
 from lamina.errors import CheckpointError
+from lamina.files import replace_text
 
 
 class PowerCut(BaseException):
@@ -216,8 +217,8 @@ def test_what_is_not_a_checkpoint_is_no_matter(tmp_path: Path):
 
 def test_a_small_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "pointer"
-    checkpoint.replace_text(path, "old")
-    checkpoint.replace_text(path, "new")
+    replace_text(path, "old")
+    replace_text(path, "new")
     assert path.read_text() == "new"
 
     def cut(*_: object) -> None:
@@ -226,9 +227,9 @@ def test_a_small_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", cut)
         with pytest.raises(PowerCut):
-            checkpoint.replace_text(path, "newer")
+            replace_text(path, "newer")
     assert path.read_text() == "new"
-    checkpoint.replace_text(path, "newest")
+    replace_text(path, "newest")
     assert [p.name for p in tmp_path.iterdir()] == ["pointer"]
 
 

@@ -34,8 +34,8 @@ from lamina import __version__, backbones, record, runs
 from lamina import config as configuration
 from lamina.config import RunConfig
 from lamina.data import Source
-from lamina.engine import checkpoint
 from lamina.errors import RunError
+from lamina.files import replace_text
 from lamina.methods import METHODS
 from lamina.record import Record
 from lamina.runs.side_by_side import Process
@@ -80,11 +80,11 @@ class Place:
     def begin(self, config: RunConfig, identity: dict[str, Any]) -> None:
         """Writes the configuration and identity of the run."""
         self._failed.unlink(missing_ok=True)
-        checkpoint.replace_text(self.config, configuration.to_yaml(config))
-        checkpoint.replace_text(self.folder / "cell.json", json.dumps(identity, indent=1) + "\n")
+        replace_text(self.config, configuration.to_yaml(config))
+        replace_text(self.folder / "cell.json", json.dumps(identity, indent=1) + "\n")
 
     def fail(self, why: str) -> None:
-        checkpoint.replace_text(self._failed, f"{why}\n{self.last_lines()}".strip() + "\n")
+        replace_text(self._failed, f"{why}\n{self.last_lines()}".strip() + "\n")
 
     def last_lines(self, most: int = LAST_LINES) -> str:
         """Returns the end of the output of the last attempt."""
@@ -175,7 +175,7 @@ class Store:
         self.noted |= {place.folder.name: place.record().for_table() for place in places}
         lines = [json.dumps({"cell": name} | noted.to_json()) + "\n" for name, noted in sorted(self.noted.items())]
         self.records.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.replace_text(self.records, "".join(lines))
+        replace_text(self.records, "".join(lines))
 
     def _place(self, name: str) -> Place:
         return Place(self.folder / name, self.noted.get(name))
@@ -188,7 +188,7 @@ class Store:
         note = self.folder / ".data" / f"{source.fingerprint}-{source.stamp}"
         if not note.exists():
             note.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.replace_text(note, _content(source))
+            replace_text(note, _content(source))
         return note.read_text(encoding="utf-8")
 
 

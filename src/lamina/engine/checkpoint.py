@@ -25,7 +25,6 @@ from torch import Tensor
 
 from lamina.errors import CheckpointError
 from lamina.files import fsync
-from lamina.files import replace_text as replace_text
 
 KEEP = 2
 MANIFEST = "manifest.json"

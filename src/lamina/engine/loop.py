@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +27,7 @@ from lamina.engine.consolidate import Consolidation
 from lamina.engine.evaluate import Predictions, predict_all
 from lamina.engine.finite import check_finite
 from lamina.engine.order import in_order, positions_of_step, set_torch_seed, steps_per_epoch
-from lamina.engine.state import Loss, Phase, Position, RunState, TaskEntry
+from lamina.engine.state import Loss, Phase, Position, RunState, TaskEntry, now
 from lamina.engine.steps import Planned, Steps
 from lamina.errors import CheckpointError, MethodError, TrainingError
 from lamina.learner import Learner
@@ -284,8 +283,8 @@ class Loop:
         self.method.end(self.learner, task, self.pass_over("end", task))
 
     def _evaluate(self, task: Task) -> Position:
-        now = self.position.task
-        measured = range(len(self.stream) if self.evaluation.unseen else now + 1)
+        current = self.position.task
+        measured = range(len(self.stream) if self.evaluation.unseen else current + 1)
         with self.learner.folded():  # folded once for all tasks
             found = {j: self._predictions(self.stream[j]) for j in measured}
         totals = {j: len(p.labels_n) for j, p in found.items()}
@@ -295,25 +294,24 @@ class Loop:
             task_aware=self.state.task_aware.with_row({j: (p.task_aware_correct, totals[j]) for j, p in found.items()}),
             task_inference=(
                 *self.state.task_inference,
-                tuple(int(found[j].task_inferred_n.sum()) for j in range(now + 1)),
+                tuple(int(found[j].task_inferred_n.sum()) for j in range(current + 1)),
             ),
         )
         flips = [
             negative_flips(self.last_predictions[str(j)].numpy(), found[j].predicted_n, found[j].labels_n)
-            for j in range(now)
+            for j in range(current)
         ]
         self.state = self.state.with_entry(
             negative_flips=sum(flips) / len(flips) if flips else None,
-            accuracy_when_learnt=found[now].correct / max(totals[now], 1),
+            accuracy_when_learnt=found[current].correct / max(totals[current], 1),
             stored_parameters=self.learner.stored_parameters(),
             memory_bytes=self.method.memory_bytes + self.consolidation.memory_bytes,
         )
-        today = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         clock = self.state.clock
-        self.state = replace(self.state, clock=replace(clock, finished={**clock.finished, str(now): today}))
+        self.state = replace(self.state, clock=replace(clock, finished={**clock.finished, str(current): now()}))
         self.last_predictions = {str(j): torch.from_numpy(p.predicted_n) for j, p in found.items()}
-        self._tell("evaluate", accuracy=float(self.matrix.accuracy_ij[now, : now + 1].mean()))
-        return Position(now, "done") if now + 1 == len(self.stream) else Position(now + 1, "begin")
+        self._tell("evaluate", accuracy=float(self.matrix.accuracy_ij[current, : current + 1].mean()))
+        return Position(current, "done") if current + 1 == len(self.stream) else Position(current + 1, "begin")
 
     # -- passes over data -----------------------------------------------------------------------------------------------
 

@@ -2,11 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from lamina.maths.metrics import AccuracyMatrix
 
 Phase = Literal["begin", "train", "end", "evaluate", "done"]
+
+
+def now() -> str:
+    """Returns the time, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 @dataclass(frozen=True)

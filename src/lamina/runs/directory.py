@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 
 from lamina import record
 from lamina.config import RunConfig
+from lamina.engine.state import now
 from lamina.errors import ConfigError, RunError
 from lamina.files import CHECKSUM, check, read_checked, read_json, write_checked
 from lamina.record import Record
-from lamina.runs.environment import Environment, now
+from lamina.runs.environment import Environment
 from lamina.runs.setup import Setup, load_config
 
 CONFIG, ENVIRONMENT, SOURCE = "config.json", "environment.json", "source.json"

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from lamina import __version__
 from lamina.config import RunConfig, explain
 from lamina.engine import device
 from lamina.engine.device import Device
+from lamina.engine.state import now
 from lamina.errors import RunError
 from lamina.speed import precision
 from lamina.speed.precision import Precision
@@ -91,11 +91,6 @@ def peak_memory_mb() -> float:
     except OSError:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (2**20 if sys.platform == "darwin" else 1024)
-
-
-def now() -> str:
-    """Returns the time, UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _cpu() -> str:

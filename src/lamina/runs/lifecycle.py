@@ -16,12 +16,11 @@ from lamina.engine import checkpoint
 from lamina.engine.evaluate import predict_all
 from lamina.engine.loop import Event, Loop
 from lamina.engine.order import in_order
-from lamina.engine.state import Position
+from lamina.engine.state import Position, now
 from lamina.errors import CheckpointError, RunError
 from lamina.record import Record
 from lamina.runs import directory, side_by_side
 from lamina.runs.directory import Begun, begun, locked
-from lamina.runs.environment import now
 from lamina.runs.record import record_of
 from lamina.runs.setup import MakeLoop, Setup, Watch
 from lamina.runs.signals import stop_on_signals
@@ -245,9 +244,9 @@ def _is_trained(loop: Loop, number: int, out: Path) -> bool:
 
 def _train_side_by_side(setup: Setup, loop: Loop, out: Path) -> None:
     """Train in other processes all tasks whose training has not begun in the loop, which then takes the result."""
-    now = loop.position
-    has_begun = now.phase in ("end", "evaluate", "done") or now.step > 0
-    names = {n: task.name for n, task in enumerate(setup.stream) if n >= now.task + has_begun}
+    position = loop.position
+    has_begun = position.phase in ("end", "evaluate", "done") or position.step > 0
+    names = {n: task.name for n, task in enumerate(setup.stream) if n >= position.task + has_begun}
     loop.trained = {n: side_by_side.place(out, n) / "checkpoints" for n in names}
     left = {n: name for n, name in names.items() if not _is_trained(loop, n, out)}
     if not left:
@@ -256,7 +255,9 @@ def _train_side_by_side(setup: Setup, loop: Loop, out: Path) -> None:
 
     def show(done: int, at_work: str, seconds: float = 0.0) -> None:
         done += total - len(left)
-        loop.on_event(Event(task=now.task, phase="parallel", done=done, total=total, workers=at_work, seconds=seconds))
+        loop.on_event(
+            Event(task=position.task, phase="parallel", done=done, total=total, workers=at_work, seconds=seconds)
+        )
 
     try:
         side_by_side.train(out, left, setup.config.jobs, show, loop.should_stop)

@@ -7,7 +7,7 @@ from typing import Any
 from lamina import __version__
 from lamina.engine import device
 from lamina.engine.loop import Loop
-from lamina.engine.state import Clock
+from lamina.engine.state import Clock, now
 from lamina.methods.base import describe
 from lamina.record import (
     BackboneRecord,
@@ -22,7 +22,7 @@ from lamina.record import (
     StreamRecord,
     TaskRecord,
 )
-from lamina.runs.environment import now, peak_memory_mb
+from lamina.runs.environment import peak_memory_mb
 from lamina.runs.setup import Setup
 from lamina.types import SPLITS
 
