@@ -29,5 +29,9 @@ class RunError(LaminaError):
     """A run directory is in use, finished, missing, or not a run directory."""
 
 
+class ModelError(LaminaError):
+    """The directory of a model is in use, damaged, missing, or no model; or what is asked of the model cannot be done."""
+
+
 class TrainingError(LaminaError):
     """Training cannot continue, for example because the loss is not finite."""

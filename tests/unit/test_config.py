@@ -347,7 +347,7 @@ class _Around(MethodConfig):
 
 def test_a_method_can_have_defaults_around_it_which_what_is_said_overrides() -> None:
     def check(raw: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
-        return configuration.check(raw, SETTINGS | {"lamina": _Around})
+        return configuration.check(raw, SETTINGS | {"lamina": _Around}, RunConfig)
 
     plain, _ = check({})
     assert plain is not None
@@ -355,7 +355,7 @@ def test_a_method_can_have_defaults_around_it_which_what_is_said_overrides() -> 
     said, _ = check({"consolidation": {"classifier": "own"}})
     assert said is not None
     assert (said.consolidation.classifier, said.training.later_lr) == ("own", 0.5)
-    own, _ = configuration.check({"consolidation": {"classifier": "own"}}, SETTINGS)
+    own, _ = configuration.check({"consolidation": {"classifier": "own"}}, SETTINGS, RunConfig)
     assert own is not None
     assert (own.consolidation.drift, own.consolidation.layers, own.consolidation.merging) == ("none", 1, "ema")
     other, _ = check({"method": "finetune"})

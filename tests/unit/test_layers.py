@@ -21,7 +21,8 @@ LEVELS = (
     ("engine",),
     ("speed",),
     ("runs",),
-    ("compare",),
+    ("compare", "model"),
+    ("export", "serve"),
     ("cli",),
 )
 """Parts of one level do not import each other."""

@@ -4,7 +4,7 @@
 supported families.
 """
 
-from lamina.backbones.files import content_hash, tensors_hash
+from lamina.backbones.files import content_hash, copy_files, licence, tensors_hash
 from lamina.backbones.loading import from_module, load
 from lamina.backbones.roles import ROLES, Backbone, ImageInput, Site, class_token, make_site
 
@@ -15,7 +15,9 @@ __all__ = [
     "Site",
     "class_token",
     "content_hash",
+    "copy_files",
     "from_module",
+    "licence",
     "load",
     "make_site",
     "tensors_hash",

@@ -6,6 +6,7 @@ Only regular files are opened. Names, shapes and types of tensors are read befor
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
@@ -97,6 +98,33 @@ def weight_files(where: Location) -> list[Path]:
     pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in sorted(folder.glob(pattern))]
     reason = f"found {', '.join(pickles)}: {_NO_PICKLE}" if pickles else "put model.safetensors beside config.json"
     raise BackboneError(f"{folder}: no safetensors weights; {reason}")
+
+
+def copy_files(name: str, folder: Path) -> None:
+    """Copy weights, settings and tokenizer of a backbone into a new folder, from which it loads as before."""
+    where = locate(name)
+    folder.mkdir(parents=True)
+    weights = weight_files(where)
+    for file in weights:
+        shutil.copyfile(file, folder / ("model.safetensors" if len(weights) == 1 else file.name))
+    source = weights[0].parent if where.hub_name is not None else where.folder
+    for pattern in _HUB_FILES:
+        for file in source.glob(pattern):
+            target = folder / file.relative_to(source)
+            if file.suffix != ".safetensors" and file.is_file():
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
+
+
+def licence(name: str) -> str | None:
+    """Returns the licence that the model card beside the weights names; None if there is none."""
+    card = locate(name).folder / "README.md"
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
+    if lines[:1] != ["---"]:
+        return None
+    ends = lines.index("---", 1) if "---" in lines[1:] else 0
+    told = [line.partition(":")[2].strip().strip("'\"") for line in lines[1:ends] if line.startswith("license:")]
+    return told[0] if told and told[0] else None
 
 
 def _shards(index: Path) -> list[Path]:

@@ -25,6 +25,7 @@ def check(
         None,
         [("data.source", source), ("data.kind", kind), *overrides],
         method_settings={"lamina": configuration.MethodConfig},
+        schema=configuration.RunConfig,
     ).data
     opened = data.open_source(
         section.source,

@@ -250,7 +250,9 @@ class Grid:
         return raw
 
     def _config(self, row: Row, seed: int, order: int | None, tried: Mapping[str, Any], searching: bool) -> RunConfig:
-        config, problems = configuration.check(self._raw(row, seed, order, tried, searching), _settings_types())
+        config, problems = configuration.check(
+            self._raw(row, seed, order, tried, searching), _settings_types(), RunConfig
+        )
         if config is None:  # `_check` has seen every combination of values
             raise ConfigError(configuration.listed(problems, self.file))
         return config
@@ -297,7 +299,7 @@ class Grid:
                 for searching in {False, bool(over)}:
                     seed, order = self.settings.seeds[0], self.settings.orders[0]
                     raw = self._raw(row, seed, order, tried, searching)
-                    config, problems = configuration.check(raw, _settings_types())
+                    config, problems = configuration.check(raw, _settings_types(), RunConfig)
                     layers = self._layers(row, tried)
                     yield from (self._placed(problem, layers) for problem in problems)
                     if config is not None:

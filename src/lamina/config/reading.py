@@ -4,7 +4,7 @@ import difflib
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -13,6 +13,7 @@ from lamina.config.schema import MethodConfig, RunConfig
 from lamina.config.yaml_text import parse, read_yaml
 from lamina.errors import ConfigError
 
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 OF_A_CLASSIFIER = ("consolidation.drift", "consolidation.layers")
 """Defaults of a method that do not apply if its unified classifier is declined (`consolidation.classifier` = own)."""
 _LONGEST = 80
@@ -24,8 +25,10 @@ def load(
     overrides: Iterable[tuple[str, Any]] = (),
     *,
     method_settings: Mapping[str, type[MethodConfig]],
-) -> RunConfig:
+    schema: type[AnyConfig],
+) -> AnyConfig:
     """Returns the configuration of a YAML file, with `key.path` = value on top. method_settings: the settings of each method.
+    schema: of a run or of a model.
 
     The result's `method` holds every setting of the method, defaults included.
     Raises ConfigError listing every error: its line, the value, what is allowed, and the nearest name.
@@ -37,15 +40,15 @@ def load(
     for key, value in overrides:
         put(raw, key, value)
         lines[key] = 0  # not in the file
-    config, problems = check(raw, method_settings)
+    config, problems = check(raw, method_settings, schema)
     if config is None:
         raise ConfigError(listed([with_line(problem, lines) for problem in problems], file))
     return config
 
 
 def check(
-    raw: Mapping[str, Any], method_settings: Mapping[str, type[MethodConfig]]
-) -> tuple[RunConfig | None, list[str]]:
+    raw: Mapping[str, Any], method_settings: Mapping[str, type[MethodConfig]], schema: type[AnyConfig]
+) -> tuple[AnyConfig | None, list[str]]:
     """Returns the configuration of nested settings, or None and every problem: `key.path = value: reason`."""
     problems: list[str] = []
     settings: dict[str, Any] = {}
@@ -68,9 +71,9 @@ def check(
         except ValidationError as error:
             problems += explain(error, method_settings[name], "method")
     try:
-        config = RunConfig.model_validate({**whole, "method": settings})
+        config = schema.model_validate({**whole, "method": settings})
     except ValidationError as error:
-        return None, explain(error, RunConfig) + problems
+        return None, explain(error, schema) + problems
     return (None if problems else config), problems
 
 

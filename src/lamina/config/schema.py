@@ -223,3 +223,39 @@ class RunConfig(Section):
     model alone."""
     checkpoint_seconds: float = Field(30.0, ge=0)
     """Longest time between checkpoints within a task. The end of every phase is saved as well."""
+
+
+class ProbesConfig(Section):
+    per_class: int = Field(0, ge=0)
+    """Held-out examples of each class of a task that the model keeps, to measure what later tasks make of it. 0: none."""
+
+
+class GateConfig(Section):
+    """Limits that a new task must keep to. Shares are between 0 and 1; null: no limit."""
+
+    task_drop: float | None = Field(0.05, ge=0, le=1)
+    """Largest loss of accuracy on any earlier task."""
+    class_drop: float | None = Field(None, ge=0, le=1)
+    """Largest loss of accuracy on any class."""
+    negative_flips: float | None = Field(0.1, ge=0, le=1)
+    """Largest share of the probes that the task turns from correct to wrong."""
+    calibration_error: float | None = Field(None, ge=0, le=1)
+    """Largest expected calibration error (ECE) on the probes."""
+    new_accuracy: float | None = Field(None, ge=0, le=1)
+    """Smallest accuracy on the held-out examples of the new task."""
+    slowdown: float | None = Field(None, ge=1)
+    """Largest time of a prediction, as a multiple of the time before the task."""
+
+
+class ModelConfig(RunConfig):
+    """The settings of a model that keeps learning. `stream` does not apply: tasks come as they are learnt."""
+
+    probes: ProbesConfig = ProbesConfig()
+    """Held-out examples that the model keeps."""
+    gate: GateConfig = GateConfig()
+    """What a new task must keep to before it is accepted."""
+
+    @property
+    def run(self) -> RunConfig:
+        """What decides the result of learning a task."""
+        return RunConfig(**{name: getattr(self, name) for name in RunConfig.model_fields})

@@ -9,10 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from lamina.data.audit import Audit, audit, render
-from lamina.data.pixels import decode_once, default_cache
+from lamina.data.pixels import PixelStore, decode_once, default_cache
 from lamina.data.sources import Columns, Source, from_arrays, open_source
 from lamina.data.summary import as_dict, describe_source, difference
-from lamina.data.tokens import TokenTable, tokenise_once
+from lamina.data.tokens import TokenTable, load_tokenizer, tokenise_once
 from lamina.data.transforms import ImageTransform, PixelTable
 from lamina.errors import ConfigError, DataError
 from lamina.types import Augment, Ints, LabelledData, Table
@@ -21,6 +21,7 @@ __all__ = [
     "Audit",
     "Columns",
     "ImageTransform",
+    "PixelStore",
     "PixelTable",
     "Source",
     "TokenTable",
@@ -32,8 +33,10 @@ __all__ = [
     "from_arrays",
     "load_images",
     "load_texts",
+    "load_tokenizer",
     "open_source",
     "render",
+    "tokenise_once",
     "undecoded",
 ]
 

@@ -57,7 +57,7 @@ class TokenTable:
 
 def tokenise_once(
     source: Source,
-    tokenizer: Path | str,
+    tokenizer: Path | str | Any,
     max_length: int = 128,
     *,
     positions: int | None = None,
@@ -65,13 +65,14 @@ def tokenise_once(
 ) -> TokenTable:
     """The token ids of every text of a source, cut at `max_length` tokens (special tokens included).
 
-    tokenizer: a folder, or a name on the Hugging Face hub. positions: the most tokens the backbone has positions for.
-    vocabulary: the number of tokens its embedding has.
+    tokenizer: a folder, a name on the Hugging Face hub, or what `load_tokenizer` returned. positions: the most tokens the
+    backbone has positions for. vocabulary: the number of tokens its embedding has.
 
     Raises DataError if there is no tokenizer or it is damaged, for a text without a token, and for a token beyond the
     vocabulary; ConfigError if max_length is more than tokenizer or backbone allow, or leaves no room for a text.
     """
-    tokenise = _tokenizer(tokenizer)
+    tokenise = load_tokenizer(tokenizer) if isinstance(tokenizer, Path | str) else tokenizer
+    tokenizer = tokenizer if isinstance(tokenizer, Path | str) else str(tokenise.name_or_path)
     special = int(tokenise.num_special_tokens_to_add())
     _check_length(max_length, special, _limit(tokenise, tokenizer), positions, tokenizer)
     pieces: list[NDArray[np.int32]] = []
@@ -180,7 +181,8 @@ def _reason(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _tokenizer(where: Path | str) -> Any:
+def load_tokenizer(where: Path | str) -> Any:
+    """Returns the tokenizer of a folder, or of a name on the Hugging Face hub. Raises DataError if there is none."""
     from transformers import AutoTokenizer
 
     try:

@@ -140,11 +140,15 @@ def resample(
 
 
 class PixelTable:
-    """Decoded images and their transform. Row k is image k of the store."""
+    """Decoded images and their transform. Row k is image k of the store.
 
-    def __init__(self, store: PixelStore, transform: ImageTransform) -> None:
+    names_n: the number by which each row is known to random draws; its own by default.
+    """
+
+    def __init__(self, store: PixelStore, transform: ImageTransform, names_n: Ints | None = None) -> None:
         self.store = store
         self.transform = transform
+        self.names_n = names_n
         self._mean_c11 = torch.tensor(transform.mean)[:, None, None]
         self._std_c11 = torch.tensor(transform.std)[:, None, None]
 
@@ -163,9 +167,10 @@ class PixelTable:
         if augment is None or transform.train == "none":
             boxes_b4 = centre_boxes(sizes_b2, transform.size, transform.evaluate)
         else:
-            boxes_b4 = random_resized_crop_boxes(sizes_b2, rows, augment, transform.scale)
+            names_b = rows if self.names_n is None else self.names_n[rows]
+            boxes_b4 = random_resized_crop_boxes(sizes_b2, names_b, augment, transform.scale)
             if transform.train == "crop-flip":
-                flip_b = rng.uniform(rows, augment.seed, augment.epoch, _FLIP) < 0.5
+                flip_b = rng.uniform(names_b, augment.seed, augment.epoch, _FLIP) < 0.5
         height, width = self.store.box
         resize = self._resize_together if 3 * height * width <= _SMALL_BYTES else self._resize_one_by_one
         pixels_bchw = resize(rows, boxes_b4, flip_b, sizes_b2)

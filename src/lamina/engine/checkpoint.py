@@ -52,7 +52,7 @@ def save(
     """
     number = max(_numbers(folder), default=0) + 1
     try:
-        final = _save(folder, number, documents, tensors, on_step)
+        final = write(folder / f"{number:06d}", documents, tensors, on_step)
         for old in sorted(_numbers(folder))[:-KEEP]:
             shutil.rmtree(folder / f"{old:06d}")
         return final
@@ -63,15 +63,16 @@ def save(
         ) from error
 
 
-def _save(
-    folder: Path,
-    number: int,
+def write(
+    final: Path,
     documents: Mapping[str, Any],
     tensors: Mapping[str, Mapping[str, Tensor]],
-    on_step: Callable[[str], None],
+    on_step: Callable[[str], None] = lambda _: None,
 ) -> Path:
+    """Write a directory of documents and tensors that `load` reads; it is whole or absent. Returns it. Raises OSError or
+    SafetensorError where it cannot be written."""
+    folder = final.parent
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"{number:06d}"
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()

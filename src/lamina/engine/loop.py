@@ -357,6 +357,14 @@ class Loop:
     def save(self) -> None:
         """Write the next checkpoint. Raises CheckpointError where it cannot be written."""
         started = time.perf_counter()
+        for directory in self._damaged:
+            checkpoint.set_aside(directory)
+        self._damaged = []
+        checkpoint.save(self.checkpoints, *self.content(), self.on_save)
+        self.spend("checkpoint", time.perf_counter() - started)
+
+    def content(self) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+        """Returns the documents and tensors of a checkpoint: the inverse of `adopt`."""
         optimizer_state = self._optimizer_state
         if self._optimizer is not None:
             optimizer_state = optim.optimizer_tensors(self._optimizer, self.learner.trainable())
@@ -369,12 +377,7 @@ class Loop:
         }
         if self.consolidation.memory:
             tensors["consolidation"] = self.consolidation.memory
-        for directory in self._damaged:
-            checkpoint.set_aside(directory)
-        self._damaged = []
-        documents = {"state": state, "clock": asdict(self.state.clock)}
-        checkpoint.save(self.checkpoints, documents, tensors, self.on_save)
-        self.spend("checkpoint", time.perf_counter() - started)
+        return {"state": state, "clock": asdict(self.state.clock)}, tensors
 
     def restore(self) -> None:
         """Go to the newest whole checkpoint, if there is one, and note those that were damaged. The learner and the method
@@ -385,18 +388,18 @@ class Loop:
         loaded = self._newest(self.checkpoints)
         if loaded is None:
             return
-        document, tensors = loaded.documents["state"], loaded.tensors
-        self.state = RunState.from_json(document, loaded.documents["clock"])
-        self.learner.restore(document["outline"], tensors["learner"], self.method.branch_type)
-        # Copies, laid out in memory as fresh tensors are: the last bits of a product depend on where its factors begin.
-        self.method.memory = {n: value.to(self.learner.device, copy=True) for n, value in tensors["memory"].items()}
-        self.consolidation.memory = {n: value.clone() for n, value in tensors.get("consolidation", {}).items()}
-        self.last_predictions, self._optimizer_state = tensors["predictions"], tensors["optimizer"]
+        self.adopt(loaded.documents, loaded.tensors)
         self._damaged = list(loaded.damaged)
         for damage in loaded.damaged.values():
             self._tell(
                 self.position.phase, note=f"{damage}. Continuing from checkpoint {loaded.number}, which is whole."
             )
+
+    def adopt(self, documents: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over the documents and tensors of a checkpoint. The learner and the method must be new."""
+        self.state = RunState.from_json(documents["state"], documents["clock"])
+        restore(self.learner, self.method, self.consolidation, documents["state"]["outline"], tensors)
+        self.last_predictions, self._optimizer_state = dict(tensors["predictions"]), dict(tensors["optimizer"])
 
     def _newest(self, folder: Path) -> checkpoint.Loaded | None:
         """Returns the newest whole checkpoint, which must be of this configuration, stream and backbone."""
@@ -426,3 +429,17 @@ class Loop:
 
     def _tell(self, phase: Phase, **facts: Any) -> None:
         self.on_event(Event(task=self.position.task, phase=phase, **facts))
+
+
+def restore(
+    learner: Learner,
+    method: Method[Any],
+    consolidation: Consolidation,
+    outline: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+) -> None:
+    """Give a new learner, method and consolidation what a checkpoint holds of them."""
+    learner.restore(outline, tensors["learner"], method.branch_type)
+    # Copies, laid out in memory as fresh tensors are: the last bits of a product depend on where its factors begin.
+    method.memory = {name: value.to(learner.device, copy=True) for name, value in tensors["memory"].items()}
+    consolidation.memory = {name: value.clone() for name, value in tensors.get("consolidation", {}).items()}

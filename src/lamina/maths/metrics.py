@@ -206,6 +206,16 @@ def negative_flips(before_n: Ints, after_n: Ints, labels_n: Ints) -> float:
     return float(np.mean((before_n == labels_n) & (after_n != labels_n))) if len(labels_n) else 0.0
 
 
+def calibration_error(confidence_n: Floats, correct_n: NDArray[np.bool_], bins: int = 15) -> float:
+    """Returns the expected calibration error (Naeini et al., AAAI 2015): over bins of equal width, the mean distance of
+    accuracy from confidence, weighted by the examples in each. Shapes (n,). 0 where nothing was measured."""
+    if not len(confidence_n):
+        return 0.0
+    bin_n = np.clip(np.ceil(confidence_n * bins).astype(np.int64) - 1, 0, bins - 1)
+    gaps = np.bincount(bin_n, weights=correct_n - confidence_n, minlength=bins)
+    return float(np.abs(gaps).sum() / len(confidence_n))
+
+
 def summary(matrix: AccuracyMatrix) -> dict[str, float]:
     """Returns the metrics that every run has, by the names in DEFINITIONS."""
     return {

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from lamina import backbones, data
 from lamina import config as configuration
 from lamina.backbones import Backbone
-from lamina.config import RunConfig
+from lamina.config import MethodConfig, RunConfig
 from lamina.data import Source, streams
 from lamina.data.streams import Stream
 from lamina.engine import device
@@ -32,20 +33,33 @@ MakeLoop = Callable[..., Loop]
 
 def load_config(file: Path | None, overrides: list[tuple[str, Any]]) -> RunConfig:
     """Returns the configuration of a YAML file with settings on top. Raises ConfigError naming every error."""
-    types = {name: method.config_type for name, method in METHODS.items()}
-    return configuration.load(file, overrides, method_settings=types)
+    return configuration.load(file, overrides, method_settings=method_settings(), schema=RunConfig)
+
+
+def method_settings() -> dict[str, type[MethodConfig]]:
+    """Returns the settings of every method, by its name."""
+    return {name: method.config_type for name, method in METHODS.items()}
 
 
 class Setup:
     """Everything a run needs, made from its configuration.
 
     environment: that of the run if it has begun before. watch: is told what was found in the data, and the progress of loading.
+    cut: makes the stream of the data, decoded or not; by default as the configuration describes it.
     Raises ConfigError, DataError, BackboneError or MethodError for what cannot be run.
     """
 
-    def __init__(self, config: RunConfig, environment: Environment | None, watch: Watch = lambda *_: None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        environment: Environment | None,
+        watch: Watch = lambda *_: None,
+        *,
+        cut: Callable[[LabelledData], Stream] | None = None,
+    ) -> None:
         self.started = time.perf_counter()
         self.config = config
+        cut = cut or partial(make_stream, config)
         self.method = METHODS[config.method["name"]]
         self._check_jobs()
         settings = {key: value for key, value in config.method.items() if key != "name"}
@@ -69,9 +83,10 @@ class Setup:
             for line in data.describe_source(source):
                 watch(None, Event(task=0, phase="load", note=line))
         check_kind(config, source, self.backbone)
-        self._check_validation(make_stream(config, data.undecoded(source)))  # before anything is decoded
+        self._check_validation(cut(data.undecoded(source)))  # before anything is decoded
         self.data = decode(config, source, self.backbone, watch)
-        self.stream = make_stream(config, self.data)
+        self.stream = cut(self.data)
+        self.task_count: int | None = len(self.stream)
         self._check_validation(self.stream)  # damaged images may have been left out
         device.prepare(self.device)
         self.environment = environment or Environment.decide(config, self.device, self.backbone.width)
@@ -100,7 +115,7 @@ class Setup:
         dtype = precision.DTYPES[self.environment.precision]
         learner = Learner(self.backbone, config.backbone.targets, config.backbone.blocks, dtype, self.device)
         self.accelerated = accelerate(learner)
-        method: Method[Any] = self.method(self.settings, len(self.stream))
+        method: Method[Any] = self.method(self.settings, self.task_count)
         try:
             return make_loop(
                 learner=learner,
@@ -167,7 +182,20 @@ def decode(config: RunConfig, source: Source, backbone: Backbone, watch: Watch) 
             positions=backbone.positions,
             vocabulary=backbone.vocabulary,
         )
-    transform = data.ImageTransform(
+    transform = image_transform(config, backbone)
+    cache = Path(section.cache).expanduser() if section.cache else None
+
+    def progress(done: int, total: int) -> None:
+        watch(None, Event(task=0, phase="load", done=done, total=total))
+
+    return data.load_images(source, transform, cache=cache, on_damaged=section.on_damaged, progress=progress)
+
+
+def image_transform(config: RunConfig, backbone: Backbone) -> data.ImageTransform:
+    """Returns how images are prepared for a backbone of images."""
+    assert backbone.image is not None
+    section = config.data
+    return data.ImageTransform(
         size=backbone.image.size,
         mean=backbone.image.mean,
         std=backbone.image.std,
@@ -175,12 +203,6 @@ def decode(config: RunConfig, source: Source, backbone: Backbone, watch: Watch) 
         train=section.augment,
         scale=section.crop_scale,
     )
-    cache = Path(section.cache).expanduser() if section.cache else None
-
-    def progress(done: int, total: int) -> None:
-        watch(None, Event(task=0, phase="load", done=done, total=total))
-
-    return data.load_images(source, transform, cache=cache, on_damaged=section.on_damaged, progress=progress)
 
 
 def make_stream(config: RunConfig, labelled: LabelledData) -> Stream:

@@ -1,0 +1,24 @@
+"""A model that keeps learning: a directory with its versions, what they were learnt from, and what each has changed."""
+
+from lamina.model.card import Card, Facts
+from lamina.model.gate import GateResult
+from lamina.model.learning import GateRefused, Learnt
+from lamina.model.model import Evaluation, Model, image_files, read_file
+from lamina.model.predictor import Guess, Prediction, Predictor
+from lamina.model.store import Store
+
+__all__ = [
+    "Card",
+    "Evaluation",
+    "Facts",
+    "GateRefused",
+    "GateResult",
+    "Guess",
+    "Learnt",
+    "Model",
+    "Prediction",
+    "Predictor",
+    "Store",
+    "image_files",
+    "read_file",
+]

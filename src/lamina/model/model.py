@@ -1,0 +1,386 @@
+"""Model: a directory that keeps learning."""
+
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from lamina import backbones
+from lamina.backbones import Backbone
+from lamina.config import ModelConfig
+from lamina.data.names import listed
+from lamina.data.records import Payload
+from lamina.data.tree import IMAGE_SUFFIXES
+from lamina.engine import device
+from lamina.engine.state import now
+from lamina.errors import DataError, ModelError
+from lamina.files import read_checked
+from lamina.model import kept, learning, readme
+from lamina.model.card import Base, Card, Facts, Figures
+from lamina.model.from_run import version_of_run
+from lamina.model.gate import GateResult, Outcomes
+from lamina.model.learning import Learnt, Request, open_version, test_examples
+from lamina.model.predictor import Prediction, Predictor, load_backbone
+from lamina.model.settings import FIXED, load_model_config, refuse_fixed
+from lamina.model.store import BASE, FILE, TASKS, WORK, Store
+from lamina.runs import directory
+from lamina.runs.setup import Watch, check_kind, decode, open_source
+from lamina.speed import precision
+
+Input = Path | str | bytes | NDArray[np.uint8] | Image.Image
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model predicts for labelled data."""
+
+    source: str
+    figures: Figures
+    unknown: tuple[str, ...]
+    """Classes of the data that the model does not know. Their examples were not measured."""
+    skipped: tuple[str, ...] = ()
+    """Damaged images, if they were left out."""
+
+
+class Model:
+    """A directory that keeps learning. Its methods read the directory anew, so several processes may use it at once.
+
+    Raises ModelError where `path` is no model, is damaged, or is of another version of lamina.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.store = Store(self.path)
+        self.store.facts()
+        self._predictor: Predictor | None = None
+
+    # -- making one ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        backbone: str | None = None,
+        method: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+        file: Path | None = None,
+        embed_base: bool = False,
+    ) -> "Model":
+        """Make a model that has learnt nothing yet. Returns it.
+
+        backbone: `nano` (the default), a folder or file with weights, or a hub name. method: one of `lamina methods`. settings:
+        any setting by dotted key, such as {"probes.per_class": 20}. file: a YAML file with settings. embed_base: copy the
+        backbone's files into the model, which otherwise remembers their name and hash.
+        Raises ModelError where something is at `path` already; ConfigError or BackboneError for what cannot be.
+        """
+        given = dict(settings or {})
+        if backbone is not None:
+            given["backbone.name"] = backbone
+        if method is not None:
+            given["method.name"] = method
+        config = load_model_config(file, list(given.items()))
+        return cls._begin(Path(path), config, embed_base=embed_base)
+
+    @classmethod
+    def from_run(
+        cls,
+        run: str | os.PathLike[str],
+        path: str | os.PathLike[str],
+        *,
+        settings: Mapping[str, Any] | None = None,
+        embed_base: bool = False,
+    ) -> "Model":
+        """Make a model of a finished run: it has learnt the run's tasks. Returns it. Raises RunError where it is not
+        finished."""
+        found = version_of_run(Path(run), dict(settings or {}))
+        model = cls._begin(Path(path), found.config, embed_base=embed_base, task_count=found.task_count)
+        with model.store.writing():
+            folder = model.store.new_folder(found.card.tasks[-1].name)
+            card = found.card.model_copy(update={"folder": folder})
+            model.store.add(card, found.documents, found.tensors, {})
+            facts = model.store.facts()
+            model.store.write_facts(
+                facts.model_copy(update={"head": folder, "version": card.version, "versions": (folder,)})
+            )
+            names = [task.name for task in card.tasks]
+            model.store.note("opened a run", run=str(run), tasks=names, folder=folder, version=card.version)
+            readme.write(model.store)
+        return model
+
+    @classmethod
+    def _begin(cls, path: Path, config: ModelConfig, *, embed_base: bool, task_count: int | None = None) -> "Model":
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            what = "is a model already" if (path / FILE).is_file() else "exists and is not an empty directory"
+            raise ModelError(f"{path} {what}. Choose another path, or remove it.")
+        whole = directory.with_whole_paths(config.run)
+        section = config.backbone
+        backbone = backbones.load(
+            section.name, image_size=section.image_size, pooling=section.pooling, mean=section.mean, std=section.std
+        )
+        backbone.check_layers(config.consolidation.layers)
+        where = device.resolve(config.device)
+        config = config.model_copy(
+            update={
+                "backbone": whole.backbone,
+                "precision": precision.resolve(config.precision, backbone.width, where),
+            }
+        )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if embed_base:
+                backbones.copy_files(section.name, path / BASE)
+        except OSError as error:
+            raise ModelError(f"{path} cannot be made ({error.strerror}). Choose another path.") from error
+        facts = Facts(
+            created=now(),
+            kind=backbone.kind,
+            base=Base(
+                name=whole.backbone.name,
+                hash=backbone.hash,
+                embedded=embed_base,
+                parameters=sum(p.numel() for p in backbone.module.parameters()),
+                licence=backbones.licence(section.name),
+            ),
+            config=config,
+            task_count=task_count,
+        )
+        store = Store(path)
+        store.write_facts(facts)
+        store.note("created", backbone=whole.backbone.name, method=config.method["name"], version=0)
+        readme.write(store)
+        return cls(path)
+
+    # -- learning -----------------------------------------------------------------------------------------------------
+
+    def learn(
+        self,
+        data: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        classes: Sequence[str] | None = None,
+        domains: Sequence[str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        probe: str | os.PathLike[str] | None = None,
+        force: bool = False,
+        discard: bool = False,
+        watch: Watch = lambda *_: None,
+    ) -> Learnt:
+        """Learn the next task, and add it to the model if the gate accepts it. Returns its card and what the gate has found.
+
+        data: a folder of class folders, Parquet or CSV file(s), a saved or hub dataset. name: of the task; by default that of
+        the data. classes, domains: learn only these of the data. settings: for this task only. probe: labelled data to measure
+        earlier classes on, besides the probes that are kept. force: accept the task whatever the gate says; recorded. discard:
+        drop another task that was interrupted or refused. watch: is told the progress.
+
+        A crash, Ctrl-C or a full disk leaves the version before; learning the same data again goes on from the last checkpoint.
+        Raises GateRefused where a limit is broken; ModelError where another process changes the model; DataError, ConfigError,
+        BackboneError, MethodError or TrainingError where the task cannot be learnt; Interrupted when asked to stop.
+        """
+        source = os.fspath(data)
+        directory.refuse_inside_data(self.path, source)
+        request = Request(
+            source=str(Path(source).expanduser().resolve()) if Path(source).expanduser().exists() else source,
+            name=name or task_name(source),
+            classes=None if classes is None else tuple(classes),
+            domains=None if domains is None else tuple(domains),
+            settings=tuple((settings or {}).items()),
+            probe=None if probe is None else os.fspath(probe),
+            force=force,
+            discard=discard,
+        )
+        learnt = learning.learn(self.store, request, watch)
+        readme.write(self.store)
+        return learnt
+
+    def rollback(self, task: str | None = None) -> Card | None:
+        """Go back to the version right after a task; None: to before the first. Returns its card. Later versions stay on disk,
+        and a rollback to one of them brings it back. Raises ModelError for a task that the model never learnt."""
+        with self.store.writing():
+            facts, card = self.store.facts(), None
+            if task is not None:
+                card = self._find(task)
+            changed = facts.model_copy(update={"head": card.folder if card else None, "version": facts.version + 1})
+            self.store.write_facts(changed)
+            self.store.note("rolled back", task=task, version=changed.version, folder=card.folder if card else None)
+            readme.write(self.store)
+        return card
+
+    def _find(self, task: str) -> Card:
+        """Returns the newest version that ends with this task, or has this folder."""
+        found = [self.store.card(folder) for folder in self.store.versions()]
+        for card in reversed(found):
+            if task in (card.name, card.folder):
+                return card
+        names = [card.name for card in found]
+        raise ModelError(f"{self.path} never learnt a task {task!r}. It has learnt: {listed(names, 30) or 'nothing'}.")
+
+    def configure(self, settings: Mapping[str, Any]) -> ModelConfig:
+        """Change settings for the future: limits of the gate, probes, rehearsal, training, or the place of the backbone.
+        Returns them all. Raises ConfigError for what the weights depend on, once a task is learnt."""
+        with self.store.writing():
+            facts = self.store.facts()
+            if facts.head is not None:
+                refuse_fixed(list(settings.items()), self.path)
+            config = load_model_config(None, list(settings.items()), base=facts.config)
+            base = facts.base
+            if "backbone.name" in settings:
+                whole = directory.with_whole_paths(config.run)
+                config = config.model_copy(update={"backbone": whole.backbone})
+                base = base.model_copy(update={"embedded": False, "name": whole.backbone.name})
+            changed = facts.model_copy(update={"config": config, "base": base})
+            if "backbone.name" in settings:
+                self._check_backbone(changed)
+            self.store.write_facts(changed)
+            self.store.note("configured", settings=dict(settings))
+            return config
+
+    def _check_backbone(self, facts: Facts) -> Backbone:
+        return load_backbone(facts, self.path)
+
+    def forget_kept(self, task: str | None = None) -> int:
+        """Delete the examples that the model keeps, of one task or of all. Returns how many bytes they took."""
+        with self.store.writing():
+            folders = self.store.versions() if task is None else [self._find(task).folder]
+            size = sum(self.store.delete_kept(f, what) for f in folders for what in (kept.PROBES, kept.REHEARSAL))
+            self.store.note("deleted kept examples", task=task, bytes=size)
+            return size
+
+    # -- using it -----------------------------------------------------------------------------------------------------
+
+    def predictor(self, where: str | None = None) -> Predictor:
+        """Returns the newest version in memory. It is loaded again when there is a newer one. where: cpu or cuda; by default as
+        configured."""
+        facts = self.store.facts()
+        if self._predictor is None or self._predictor.version != facts.version:
+            if facts.head is None:
+                raise ModelError(f"{self.path} has learnt no task yet. `lamina learn {self.path} DATA` teaches it one.")
+            fresh = open_version(
+                self.store, facts, self.store.card(facts.head), where or device.resolve(facts.config.device)
+            )
+            fresh.version = facts.version
+            if self._predictor is not None:
+                self._predictor.close()
+            self._predictor = fresh
+        return self._predictor
+
+    def predict(self, inputs: Input | Iterable[Input], top: int = 1) -> list[Prediction]:
+        """Returns a prediction for each input: for images a file, a folder of files, encoded bytes, an array (h, w, 3) uint8 or
+        a PIL image; for texts a string. An input that cannot be read gets an error in its place."""
+        predictor = self.predictor()
+        several = [inputs] if isinstance(inputs, Path | str | bytes | np.ndarray | Image.Image) else inputs
+        return predictor.predict(payloads(several, predictor.kind), top)
+
+    def evaluate(self, data: str | os.PathLike[str], watch: Watch = lambda *_: None) -> Evaluation:
+        """Measure the newest version on labelled data: on its test split, or on all of it where it has none. Classes are
+        matched by name. Raises ModelError where the model knows none of them."""
+        predictor, facts = self.predictor(), self.store.facts()
+        config = load_model_config(None, [("data.source", os.fspath(data))], base=facts.config).run
+        source = open_source(config)
+        check_kind(config, source, predictor.backbone)
+        labelled = decode(config, source, predictor.backbone, watch)
+        names = [name if k in predictor.classes else "" for k, name in enumerate(predictor.class_names)]
+        examples, unknown = test_examples(labelled, source.layout, names)
+        if not len(examples):
+            raise ModelError(
+                f"{data} has no example of a class that {self.path} knows: {listed(predictor.labels, 20)}."
+            )
+        found: Outcomes = predictor.outcomes(examples)
+        return Evaluation(
+            os.fspath(data), learning.figures_of(found, predictor.class_names), tuple(unknown), tuple(labelled.skipped)
+        )
+
+    def gate(self) -> GateResult | None:
+        """Returns what the gate found for the newest task: of one that waits because it was refused, else of the newest
+        version; None where there was nothing to compare."""
+        waiting = self.path / WORK / "gate.json"
+        if waiting.is_file():
+            return GateResult.model_validate(read_checked(waiting))
+        facts = self.store.facts()
+        return None if facts.head is None else self.store.card(facts.head).gate
+
+    # -- what it says about itself ------------------------------------------------------------------------------------
+
+    @property
+    def facts(self) -> Facts:
+        return self.store.facts()
+
+    @property
+    def version(self) -> int:
+        """Counts tasks learnt, and rollbacks."""
+        return self.store.facts().version
+
+    @property
+    def cards(self) -> list[Card]:
+        """The cards of the newest version and of all before it, the oldest first."""
+        return self.store.lineage(self.store.facts().head)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes it knows, in the order in which they came."""
+        return tuple(dict.fromkeys(name for card in self.cards for task in card.tasks for name in task.classes))
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Everything that happened to it, the oldest first."""
+        return self.store.events()
+
+
+def task_name(source: str) -> str:
+    """Returns the name of a task for which none is given: that of its data."""
+    path = Path(source).expanduser()
+    name = path.resolve().name if path.is_dir() else path.stem
+    return name.removeprefix("hf:") or "task"
+
+
+def payloads(inputs: Iterable[Input], kind: str) -> Iterator[Payload]:
+    """Yields what a predictor takes. Files that cannot be read are passed on as empty, which a predictor names as damaged."""
+    for item in inputs:
+        if kind == "text":
+            yield item if isinstance(item, str | bytes) else str(item)
+        elif isinstance(item, Path | str):
+            for file in image_files(Path(item)):
+                yield read_file(file)
+        elif isinstance(item, Image.Image):
+            stream = io.BytesIO()
+            item.save(stream, "PNG")
+            yield stream.getvalue()
+        else:
+            yield item
+
+
+def image_files(path: Path) -> list[Path]:
+    """Returns a file, or all images below a folder in the order of their names. Raises DataError where there is none."""
+    path = path.expanduser()
+    if not path.is_dir():
+        if not path.exists():
+            raise DataError(f"{path} does not exist. Give image files, or a folder of them.")
+        return [path]
+    found = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
+    if not found:
+        raise DataError(f"{path} holds no image. Images end in {', '.join(sorted(IMAGE_SUFFIXES))}.")
+    return found
+
+
+def read_file(file: Path) -> bytes:
+    """Returns the content of a file. Raises DataError for what is no regular file, or cannot be read."""
+    if not file.is_file():
+        raise DataError(f"{file} is no regular file.")
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}.") from error
+
+
+__all__ = ["FIXED", "TASKS", "Evaluation", "Model", "image_files", "payloads", "read_file", "task_name"]

@@ -1,0 +1,329 @@
+"""Predictor: one version of a model in memory, ready to predict.
+
+Shape letters: b batch, j outputs of the head, c classes.
+"""
+
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lamina import backbones, data
+from lamina.backbones import Backbone
+from lamina.config import RunConfig
+from lamina.data import ImageTransform, PixelStore, PixelTable
+from lamina.data.arrays import ArrayItems
+from lamina.data.decoding import DAMAGE, decode
+from lamina.data.records import Payload, Source
+from lamina.engine.consolidate import Consolidation
+from lamina.engine.loop import restore
+from lamina.errors import DataError, ModelError, TrainingError
+from lamina.learner import Learner, class_scores
+from lamina.methods import METHODS
+from lamina.model.card import Card, Facts
+from lamina.model.gate import Outcomes
+from lamina.runs.setup import image_transform
+from lamina.speed import accelerate, precision
+from lamina.types import Batch, Examples
+
+DECODERS = 4
+"""Threads that decode images while others compute."""
+
+
+class Guess(NamedTuple):
+    """A class with its probability, and the task that the winning output of the class belongs to."""
+
+    label: str
+    probability: float
+    task: str
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says about one input: its best guesses, the best first; or why it can say nothing."""
+
+    guesses: tuple[Guess, ...] = ()
+    error: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self._best().label
+
+    @property
+    def probability(self) -> float:
+        return self._best().probability
+
+    @property
+    def task(self) -> str:
+        return self._best().task
+
+    def _best(self) -> Guess:
+        if not self.guesses:
+            raise DataError(self.error or "nothing was predicted")
+        return self.guesses[0]
+
+
+class Predictor:
+    """A version of a model in memory. Its weights are folded, so a prediction costs what the bare backbone costs.
+
+    It may be used by one thread at a time; others wait. `close` frees its threads.
+    Raises ModelError for a version without a task.
+    """
+
+    def __init__(
+        self,
+        facts: Facts,
+        card: Card,
+        documents: Mapping[str, Any],
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        backbone: Backbone,
+        device: str = "cpu",
+    ) -> None:
+        config = facts.config.run
+        self.version, self.card, self.config, self.backbone = card.version, card, config, backbone
+        self.class_names = card.class_names
+        self._lock, self._open = threading.Lock(), ExitStack()
+        dtype = precision.DTYPES["bf16" if config.precision == "bf16" else "fp32"]
+        where = torch.device(device)
+        self.learner = Learner(backbone, config.backbone.targets, config.backbone.blocks, dtype, where)
+        method = METHODS[config.method["name"]]
+        settings = {key: value for key, value in config.method.items() if key != "name"}
+        self.method = method(method.config_type(**settings), facts.task_count)
+        self.consolidation = Consolidation(config.consolidation, self.method)
+        restore(self.learner, self.method, self.consolidation, documents["state"]["outline"], tensors)
+        self.classes = tuple(dict.fromkeys(output.label for output in self.learner.outputs))
+        if not self.classes:
+            raise ModelError("the model has learnt no task yet, so it cannot predict. `lamina learn` teaches it one.")
+        self._reader = Reader(config, backbone)
+        self._open.callback(accelerate(self.learner).close)
+        for layer in self.learner.layers.values():
+            layer.fold_live()
+
+    @property
+    def kind(self) -> str:
+        return self.backbone.kind
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the classes that it knows, in the order of `class_probabilities`."""
+        return tuple(self.class_names[label] for label in self.classes)
+
+    def close(self) -> None:
+        self._open.close()
+
+    # -- predictions --------------------------------------------------------------------------------------------------
+
+    def predict(self, inputs: Iterable[Payload], top: int = 1) -> list[Prediction]:
+        """Returns a prediction for each encoded or decoded image, or text. One that cannot be read has an error."""
+        return list(self.stream(inputs, top))
+
+    def stream(self, inputs: Iterable[Payload], top: int = 1) -> Iterator[Prediction]:
+        """Yields what `predict` returns, as it comes. Inputs are read ahead by one batch."""
+        for batch, errors in self._reader.batches(inputs, self.config.evaluation.batch_size):
+            found = iter(self.predictions(batch, top) if batch is not None else ())
+            for error in errors:
+                yield Prediction(error=error) if error is not None else next(found)
+
+    def predictions(self, batch: Batch, top: int = 1) -> list[Prediction]:
+        """Returns a prediction for every example of a batch."""
+        scores_bj = self.scores(batch)
+        probabilities_bc = class_scores(scores_bj, self.learner.outputs, self.classes).softmax(1)
+        best_bk = probabilities_bc.topk(min(top, len(self.classes)), 1)
+        tasks = [output.task for output in self.learner.outputs]
+        label_j = torch.tensor([output.label for output in self.learner.outputs])
+        found = []
+        for scores_j, chances_k, classes_k in zip(scores_bj, *(part.tolist() for part in best_bk), strict=True):
+            guesses = []
+            for chance, column in zip(chances_k, classes_k, strict=True):
+                label = self.classes[column]
+                winner = int(scores_j.masked_fill(label_j != label, -torch.inf).argmax())
+                guesses.append(Guess(self.class_names[label], chance, tasks[winner]))
+            found.append(Prediction(tuple(guesses)))
+        return found
+
+    def class_probabilities(self, batch: Batch) -> Tensor:
+        """Returns the probability of each class in `labels`, (b, c) float32."""
+        return class_scores(self.scores(batch), self.learner.outputs, self.classes).softmax(1).float()
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Returns the scores of all outputs, (b, j), on the CPU. Raises TrainingError for scores that are not finite."""
+        with self._lock, torch.no_grad():
+            scores_bj = self.consolidation.predict(self.learner, batch.to(self.learner.device)).cpu()
+        if not (scores_bj < torch.inf).all():
+            raise TrainingError(
+                "a score is NaN or infinite: the weights or the input are damaged. Go back with `lamina rollback`."
+            )
+        return scores_bj
+
+    def outcomes(self, examples: Examples) -> Outcomes:
+        """Returns the predictions for labelled examples, whose labels are class ids of the model."""
+        return outcomes(self.learner, self.consolidation, examples, self.config.evaluation.batch_size)
+
+    def milliseconds(self, examples: Examples, repeats: int = 7) -> float:
+        """Returns the least time of one prediction, for the first of these examples."""
+        return milliseconds(self.learner, self.consolidation, examples, repeats)
+
+    def batches(self, inputs: Iterable[Payload]) -> Iterator[tuple[Batch | None, list[str | None]]]:
+        """Yields inputs as batches, and for each input None or why it cannot be read."""
+        return self._reader.batches(inputs, self.config.evaluation.batch_size)
+
+    def read(self, inputs: Sequence[Payload]) -> tuple[Batch | None, list[str | None]]:
+        """Returns the inputs that can be read as one batch, and for each input None or why it cannot be read."""
+        return self._reader.read(inputs)
+
+
+class Reader:
+    """Turns encoded images or texts into batches for a backbone. Raises DataError where texts have no tokenizer."""
+
+    def __init__(self, config: RunConfig, backbone: Backbone) -> None:
+        self.backbone, self.config = backbone, config
+        self.transform: ImageTransform | None = None
+        self.tokenizer: Any = None
+        if backbone.image is not None:
+            self.transform = image_transform(config, backbone)
+        elif backbone.tokenizer is None:
+            raise DataError(f"backbone {backbone.name!r} has no tokenizer beside its weights")
+        else:
+            self.tokenizer = data.load_tokenizer(backbone.tokenizer)
+
+    def batches(self, inputs: Iterable[Payload], size: int) -> Iterator[tuple[Batch | None, list[str | None]]]:
+        """Yields batches of at most `size` inputs, the next one being read while one is in use."""
+        with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(DECODERS) as pool:
+            waiting = None
+            for part in _parts(inputs, size):
+                following = ahead.submit(self.read, part, pool)
+                if waiting is not None:
+                    yield waiting.result()
+                waiting = following
+            if waiting is not None:
+                yield waiting.result()
+
+    def read(
+        self, inputs: Sequence[Payload], pool: ThreadPoolExecutor | None = None
+    ) -> tuple[Batch | None, list[str | None]]:
+        """Returns the inputs that can be read as one batch (None if there is none), and for each None or what is wrong."""
+        if self.transform is None:
+            return self._read_texts(inputs)
+        found = list(pool.map(self._decoded, inputs) if pool else map(self._decoded, inputs))
+        images = [image for image in found if not isinstance(image, str)]
+        errors = [image if isinstance(image, str) else None for image in found]
+        if not images:
+            return None, errors
+        sizes_n2 = np.array([image.shape[:2] for image in images], np.int64)
+        store = PixelStore(np.concatenate([image.reshape(-1) for image in images]), sizes_n2)
+        inputs_b = PixelTable(store, self.transform).inputs(np.arange(len(images)), None)
+        return Batch(inputs=inputs_b, labels_b=torch.zeros(len(images), dtype=torch.int64)), errors
+
+    def _decoded(self, payload: Payload) -> NDArray[np.uint8] | str:
+        assert self.transform is not None
+        if isinstance(payload, str):
+            return "a text, where the model takes images"
+        try:
+            return decode(payload, max(64, 2 * self.transform.size))
+        except DAMAGE as error:
+            return (str(error) or type(error).__name__).splitlines()[0]
+
+    def _read_texts(self, inputs: Sequence[Payload]) -> tuple[Batch | None, list[str | None]]:
+        texts, errors = [], list[str | None]()
+        for text in inputs:
+            error = None
+            if not isinstance(text, str):
+                error = "an image, where the model takes texts"
+            elif not text.strip():
+                error = "an empty text"
+            else:
+                try:
+                    text.encode()
+                except UnicodeEncodeError as wrong:
+                    error = f"not valid Unicode ({wrong.reason})"
+            errors.append(error)
+            if error is None:
+                texts.append(text)
+        if not texts:
+            return None, errors
+        zeros_n = np.zeros(len(texts), np.int64)
+        source = Source(
+            kind="text",
+            name="input",
+            items=ArrayItems("input", texts),
+            labels_n=zeros_n,
+            splits_n=zeros_n,
+            domains_n=zeros_n,
+            class_names=("?",),
+            domain_names=("all",),
+            fingerprint="",
+        )
+        table = data.tokenise_once(
+            source,
+            self.tokenizer,
+            self.config.data.max_length,
+            positions=self.backbone.positions,
+            vocabulary=self.backbone.vocabulary,
+        )
+        rows_n = np.arange(len(texts))
+        return Batch(inputs=table.inputs(rows_n, None), labels_b=torch.zeros(len(texts), dtype=torch.int64)), errors
+
+
+def outcomes(learner: Learner, deployed: Consolidation, examples: Examples, batch_size: int) -> Outcomes:
+    """Returns the predictions of what is deployed for labelled examples, in their order."""
+    classes = tuple(dict.fromkeys(output.label for output in learner.outputs))
+    class_c = np.array(classes)
+    order_n = np.argsort(examples.lengths(), kind="stable")
+    predicted_n, confidence_n = np.zeros(len(examples), np.int64), np.zeros(len(examples))
+    with learner.folded():
+        for start in range(0, len(examples), batch_size):
+            positions_b = order_n[start : start + batch_size]
+            batch = examples.batch(positions_b).to(learner.device)
+            scores_bj = deployed.predict(learner, batch).cpu()
+            best = class_scores(scores_bj, learner.outputs, classes).softmax(1).max(1)
+            predicted_n[positions_b] = class_c[best.indices.numpy()]
+            confidence_n[positions_b] = best.values.double().numpy()
+    return Outcomes(examples.labels_n, predicted_n, confidence_n)
+
+
+def milliseconds(learner: Learner, deployed: Consolidation, examples: Examples, repeats: int = 7) -> float:
+    """Returns the least time of one prediction, for the first of these examples."""
+    batch = examples.batch(np.arange(1)).to(learner.device)
+    times = []
+    with learner.folded():
+        for _ in range(repeats):
+            started = time.perf_counter()
+            deployed.predict(learner, batch).cpu()
+            times.append(time.perf_counter() - started)
+    return 1000 * min(times)
+
+
+def load_backbone(facts: Facts, path: Path) -> Backbone:
+    """Returns the backbone of a model. path: its directory. Raises ModelError where other weights are in its place, and
+    BackboneError where there are none."""
+    section, base = facts.config.backbone, facts.base
+    name = str(path / "base") if base.embedded else section.name
+    backbone = backbones.load(
+        name, image_size=section.image_size, pooling=section.pooling, mean=section.mean, std=section.std
+    )
+    if backbone.hash != base.hash:
+        raise ModelError(
+            f"the weights at {name} are not those of this model: their hash is {backbone.hash[:12]}, and it was made with "
+            f"{base.hash[:12]}. Put the right ones there, or say where they are: `lamina configure {path} --backbone PLACE`."
+        )
+    return backbone
+
+
+def _parts(inputs: Iterable[Payload], size: int) -> Iterator[list[Payload]]:
+    part: list[Payload] = []
+    for item in inputs:
+        part.append(item)
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part

@@ -1,0 +1,51 @@
+"""The settings of a model: how they are read, and which may change once something is learnt."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lamina import config as configuration
+from lamina.config import ModelConfig
+from lamina.errors import ConfigError
+from lamina.runs.setup import method_settings
+
+FIXED = (
+    *("method", "consolidation", "precision", "backbone.targets", "backbone.blocks"),
+    *("backbone.image_size", "backbone.pooling", "backbone.mean", "backbone.std"),
+    *("data.kind", "data.max_length", "data.evaluate"),
+)
+"""What cannot change once a task is learnt, since the weights depend on it."""
+
+
+def load_model_config(
+    file: Path | None, overrides: Sequence[tuple[str, Any]], *, base: ModelConfig | None = None
+) -> ModelConfig:
+    """Returns the settings of a YAML file, with `key.path` = value on top; or those of `base` with these changed.
+
+    Raises ConfigError listing every error.
+    """
+    given = list(overrides)
+    if base is not None:
+        given = [*base.model_dump(mode="json").items(), *given]
+    config = configuration.load(file, given, method_settings=method_settings(), schema=ModelConfig)
+    if config.stream != configuration.StreamConfig(validation=config.stream.validation):
+        raise ConfigError(
+            "stream: a model has no stream in advance; its tasks come with `lamina learn`. Of this section, only "
+            "stream.validation applies."
+        )
+    if config.evaluation.split != "test" or config.jobs != 1:
+        raise ConfigError(
+            "evaluation.split and jobs: a model measures on held-out examples (test), and learns one task at a time. "
+            "Leave both out."
+        )
+    return config
+
+
+def refuse_fixed(settings: Sequence[tuple[str, Any]], where: Path) -> None:
+    """Raises ConfigError for a setting that cannot change once a task is learnt."""
+    for key, _ in settings:
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
+            raise ConfigError(
+                f"{key}: {where} has learnt tasks with this setting, and its weights depend on it. Choose it when a model "
+                f"is made: `lamina create`."
+            )
