@@ -38,7 +38,7 @@ from lamina.engine import checkpoint
 from lamina.engine.state import now
 from lamina.errors import CheckpointError, ModelError, RunError
 from lamina.files import read_checked, write_checked
-from lamina.model.card import Card, Facts
+from lamina.model.card import Card, Facts, Kept
 from lamina.runs.directory import locked
 
 FORMAT = 1
@@ -241,6 +241,11 @@ class Store:
         if not (directory / f"{what}.safetensors").is_file():
             return None
         return self._tensors(folder, what)
+
+    def kept_now(self, card: Card) -> dict[str, Kept]:
+        """Returns what is still kept of a version's examples."""
+        folder = self.path / TASKS / card.folder
+        return {what: part for what, part in card.kept.items() if (folder / f"{what}.safetensors").is_file()}
 
     def delete_kept(self, folder: str, what: str) -> int:
         """Delete kept examples of a version. Returns how many bytes they took."""
