@@ -71,12 +71,14 @@ class Model:
         settings: Mapping[str, Any] | None = None,
         file: Path | None = None,
         embed_base: bool = False,
+        task_count: int | None = None,
     ) -> "Model":
         """Make a model that has learnt nothing yet. Returns it.
 
         backbone: `nano` (the default), a folder or file with weights, or a hub name. method: one of `lamina methods`. settings:
         any setting by dotted key, such as {"probes.per_class": 20}. file: a YAML file with settings. embed_base: copy the
-        backbone's files into the model, which otherwise remembers their name and hash.
+        backbone's files into the model, which otherwise remembers their name and hash. task_count: the number of tasks
+        to come, if it is known, for methods that use it.
         Raises ModelError where something is at `path` already; ConfigError or BackboneError for what cannot be.
         """
         given = dict(settings or {})
@@ -85,7 +87,7 @@ class Model:
         if method is not None:
             given["method.name"] = method
         config = load_model_config(file, list(given.items()))
-        return cls._begin(Path(path), config, embed_base=embed_base)
+        return cls._begin(Path(path), config, embed_base=embed_base, task_count=task_count)
 
     @classmethod
     def from_run(
