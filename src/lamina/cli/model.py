@@ -44,6 +44,10 @@ def create(
         typer.Option(help="Training examples of each class that the model may keep and train on again. Default: none."),
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="Height and width of the input in pixels.")] = None,
+    tasks: Annotated[
+        int | None,
+        typer.Option("--tasks", "-t", min=1, help="Number of tasks to come, if it is known, for methods that use it."),
+    ] = None,
     settings: Settings = None,
     from_run: Annotated[Path | None, typer.Option(help="Begin with what a finished run has learnt.")] = None,
     embed_base: Annotated[bool, typer.Option("--embed-base", help="Copy the backbone's files into the model.")] = False,
@@ -67,7 +71,15 @@ def create(
             raise ConfigError("--from-run takes backbone, method and settings from the run. Leave the others out.")
         made = Model.from_run(from_run, model, settings=given, embed_base=embed_base)
     else:
-        made = Model.create(model, backbone=backbone, method=method, settings=given, file=file, embed_base=embed_base)
+        made = Model.create(
+            model,
+            backbone=backbone,
+            method=method,
+            settings=given,
+            file=file,
+            embed_base=embed_base,
+            task_count=tasks,
+        )
     facts, name = made.facts, shlex.quote(str(model))
     print(
         f"{model}: method {facts.config.method['name']}, backbone {facts.base.name}, {len(made.classes)} classes learnt"
@@ -463,7 +475,7 @@ def _print_gate(found: "GateResult", as_json: bool) -> None:
                 str(one.examples),
                 f"{one.before:.1%}",
                 f"{one.after:.1%}",
-                f"{-100 * one.drop:+.1f}",
+                f"{100 * (one.after - one.before):+.1f}",
                 f"{one.negative_flips:.1%}",
             )
             for name, one in [*((one.name, one) for one in changes), *((f"  class {one.name}", one) for one in worst)]
