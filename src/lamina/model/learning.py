@@ -233,14 +233,20 @@ class _Learning:
                 self.tell(f"going on with {self.request.name!r}, which was interrupted or refused before")
                 return
             if not self.request.discard and isinstance(found, dict) and checkpoint.load_newest(work / "checkpoints"):
-                raise ModelError(
-                    f"{self.store.path} holds the training of task {found.get('name')!r} from {found.get('source')}, which was "
-                    f"interrupted or refused. `lamina learn {self.store.path} {found.get('source')}` goes on with it; give "
-                    f"--discard to drop it and learn {self.request.name!r} instead."
-                )
+                raise ModelError(self._waiting(found, plan))
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         write_plan(work / PLAN, plan)
+
+    def _waiting(self, found: dict[str, Any], plan: dict[str, Any]) -> str:
+        """Returns what to say where the training in MODEL/work is not the one asked for."""
+        where = f"{self.store.path} holds the training of task {found.get('name')!r}, which was interrupted or refused"
+        if (found.get("name"), found.get("source")) == (plan["name"], plan["source"]):
+            same = found.get("stream") == plan["stream"]
+            what = "with other settings" if same else "and the data or the model has changed since"
+            return f"{where}, {what}. Restore what changed to go on with it, or give --discard to train it anew."
+        again = f"lamina learn {self.store.path} {found.get('source')}"
+        return f"{where}. `{again}` goes on with it; give --discard to drop it and learn {plan['name']!r} instead."
 
     def _before(self, setup: Setup) -> list[tuple[str, Examples, Outcomes]]:
         """Returns the probes of earlier tasks, and what the newest version predicts for them."""

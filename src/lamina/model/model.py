@@ -185,7 +185,11 @@ class Model:
         BackboneError, MethodError or TrainingError where the task cannot be learnt; Interrupted when asked to stop.
         """
         source = os.fspath(data)
-        directory.refuse_inside_data(self.path, source)
+        folder = Path(source).expanduser().resolve()
+        if folder.is_dir() and self.path.resolve().is_relative_to(folder):
+            raise ModelError(
+                f"{self.path} lies inside the data {folder}, where it would be read as data. Move it elsewhere."
+            )
         request = Request(
             source=str(Path(source).expanduser().resolve()) if Path(source).expanduser().exists() else source,
             name=name or task_name(source),
