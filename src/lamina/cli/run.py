@@ -59,6 +59,10 @@ def run(
         str | None,
         typer.Option(help="own (the method's), or a unified classifier: ncm, lda, ridge, aligned or lda+ridge."),
     ] = None,
+    rehearsal: Annotated[
+        int | None,
+        typer.Option(help="Training examples of each old class that are kept and trained on again. Default: 0."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initial weights, batch order and augmentation.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda. auto: the GPU if there is one.")] = None,
     jobs: Annotated[
@@ -101,6 +105,7 @@ def run(
         "consolidation.merging": merging,
         "consolidation.drift": drift,
         "consolidation.classifier": classifier,
+        "rehearsal.per_class": rehearsal,
         "seed": seed,
         "device": device,
         "jobs": jobs,
