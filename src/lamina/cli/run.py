@@ -117,7 +117,7 @@ def run(
         print(configuration.to_yaml(config), end="")
         return
     where = out or default_directory(config)
-    with Watcher(name_of(config)) as watch:
+    with Watcher(config.name) as watch:
         record = stoppable(where, lambda: runs.create(config, where, watch))
     print_summary(record, where)
 
@@ -179,17 +179,11 @@ def train_task(directory: Path, number: int, parent: int) -> None:
     stoppable(directory, lambda: runs.train_task(directory, number, parent, say))
 
 
-def name_of(config: "RunConfig") -> str:
-    """Returns the name of a run's method, with `-joint` for joint training."""
-    name: str = config.method["name"]
-    return name + ("-joint" if config.stream.joint else "")
-
-
 def default_directory(config: "RunConfig") -> Path:
     """Returns the directory of a run for which none is given. It is named after the data, the method and the seed."""
     source = Path(config.data.source).expanduser()
     data = source.resolve().name if source.is_dir() else source.stem
-    return Path("runs") / f"{data}-{name_of(config)}-seed{config.seed}"
+    return Path("runs") / f"{data}-{config.name}-seed{config.seed}"
 
 
 def stoppable(where: Path, work: Callable[[], T]) -> T:

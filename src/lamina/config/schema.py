@@ -230,3 +230,9 @@ class RunConfig(Section):
     model alone."""
     checkpoint_seconds: float = Field(30.0, ge=0)
     """Longest time between checkpoints within a task. The end of every phase is saved as well."""
+
+    @property
+    def name(self) -> str:
+        """The name of the method, with `-joint` for joint training and `-rehearsal` for rehearsal."""
+        name: str = self.method["name"]
+        return name + "-joint" * self.stream.joint + "-rehearsal" * (self.rehearsal.per_class > 0)
