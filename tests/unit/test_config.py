@@ -316,6 +316,7 @@ def test_a_fingerprint_is_of_what_decides_the_result():
         given(("backbone.name", "a/copy")),
         given(("checkpoint_seconds", 1)),
         given(("jobs", 4)),
+        given(("rehearsal.per_class", 0)),
         given(("evaluation.batch_size", 250)),
         given(("method", {"name": "lamina", "rank": 10})),
     ]
@@ -332,8 +333,22 @@ def test_a_fingerprint_is_of_what_decides_the_result():
         given(("evaluation.split", "val")),
         given(("precision", "fp32")),
         given(("threads", 1)),
+        given(("rehearsal.per_class", 10)),
+        given(("rehearsal.per_class", 20)),
     ]
     assert len({print_of(config) for config in [*same, *others]}) == 1 + len(others)
+
+
+def test_the_fingerprints_of_older_runs_stay():
+    """Of runs that were made before `rehearsal` was a setting."""
+    found = {name: print_of(given(("method.name", name), ("training.lr", 2e-3))) for name in ("lamina", "finetune")}
+    assert found == {"lamina": "d67f5d5350c1677d68172b489eae0984", "finetune": "9cf39472f29ab3768b7a7afc98118b11"}
+
+
+def test_a_run_is_named_after_its_method_and_what_sets_it_apart():
+    assert given().name == "lamina"
+    assert given(("method.name", "ewc"), ("rehearsal.per_class", 5)).name == "ewc-rehearsal"
+    assert given(("method.name", "finetune"), ("stream.joint", True)).name == "finetune-joint"
 
 
 def test_a_fingerprint_survives_the_file(tmp_path: Path):

@@ -25,6 +25,7 @@ from lamina.data.streams import PlannedTask, Scenario, Stream, make_stream
 from lamina.data.summary import count
 from lamina.engine import checkpoint
 from lamina.engine.loop import Event, Loop
+from lamina.engine.rehearsal import chosen, keep
 from lamina.engine.state import Clock, Position, RunState, now
 from lamina.errors import CheckpointError, LaminaError, ModelError
 from lamina.files import replace_text, write_checked
@@ -340,9 +341,9 @@ class _Learning:
 
     def _commit(self, setup: Setup, loop: Loop, task: Task, new: Outcomes, gate: GateResult | None) -> Learnt:
         store, facts, config = self.store, self.facts, self.config
-        positions_n = kept.chosen(task.test, config.probes.per_class)
+        positions_n = chosen(task.test, config.probes.per_class)
         sets = {kept.PROBES: task.test.select(positions_n)}
-        sets[kept.REHEARSAL] = task.train.select(kept.chosen(task.train, _rehearsal(config)))
+        sets[kept.REHEARSAL] = keep(task.train, config.rehearsal.per_class)
         packed = {what: kept.packed(examples) for what, examples in sets.items() if len(examples)}
         loop.state = self._state(loop, new, positions_n)
         folder = store.new_folder(task.name)
@@ -519,7 +520,3 @@ def with_settings(config: ModelConfig, settings: dict[str, Any]) -> ModelConfig:
 def write_plan(path: Path, content: Any) -> None:
     """Write JSON as a whole."""
     replace_text(path, json.dumps(content) + "\n")
-
-
-def _rehearsal(config: ModelConfig) -> int:
-    return int(getattr(getattr(config, "rehearsal", None), "per_class", 0))
