@@ -17,9 +17,13 @@ from lamina.config import ModelConfig
 from lamina.data.names import listed
 from lamina.data.tree import IMAGE_SUFFIXES
 from lamina.engine import device
+from lamina.engine.consolidate import Consolidation
+from lamina.engine.loop import check_rehearsal
 from lamina.engine.state import now
 from lamina.errors import DataError, ModelError
 from lamina.files import read_checked
+from lamina.learner import Learner
+from lamina.methods import METHODS
 from lamina.model import kept, learning, readme
 from lamina.model.card import Base, Card, Facts, Figures
 from lamina.model.from_run import version_of_run
@@ -28,7 +32,7 @@ from lamina.model.learning import Learnt, Request, open_version, test_examples
 from lamina.model.predictor import Item, Prediction, Predictor, load_backbone
 from lamina.model.settings import FIXED, load_model_config, refuse_fixed
 from lamina.model.store import BASE, FILE, TASKS, WORK, Store
-from lamina.runs import directory
+from lamina.runs import directory, limits
 from lamina.runs.setup import Watch, check_kind, decode, open_source
 from lamina.speed import precision
 
@@ -125,7 +129,7 @@ class Model:
         backbone = backbones.load(
             section.name, image_size=section.image_size, pooling=section.pooling, mean=section.mean, std=section.std
         )
-        backbone.check_layers(config.consolidation.layers)
+        check(config, backbone)
         where = device.resolve(config.device)
         config = config.model_copy(
             update={
@@ -335,6 +339,17 @@ class Model:
     def history(self) -> list[dict[str, Any]]:
         """Everything that happened to it, the oldest first."""
         return self.store.events()
+
+
+def check(config: ModelConfig, backbone: Backbone) -> None:
+    """Raises ConfigError, BackboneError or MethodError for settings that do not go together, or with the backbone."""
+    method = METHODS[config.method["name"]]
+    settings = method.config_type(**{key: value for key, value in config.method.items() if key != "name"})
+    limits.check_machine(config)
+    limits.check_backbone(config, settings, backbone)
+    check_rehearsal(config.rehearsal, method)
+    learner = Learner(backbone, config.backbone.targets, config.backbone.blocks)
+    Consolidation(config.consolidation, method(settings)).check(learner)
 
 
 def task_name(source: str) -> str:

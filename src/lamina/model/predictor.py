@@ -103,7 +103,13 @@ class Predictor:
         settings = {key: value for key, value in config.method.items() if key != "name"}
         self.method = method(method.config_type(**settings), facts.task_count)
         self.consolidation = Consolidation(config.consolidation, self.method)
-        restore(self.learner, self.method, self.consolidation, documents["state"]["outline"], tensors)
+        try:
+            restore(self.learner, self.method, self.consolidation, documents["state"]["outline"], tensors)
+        except (LookupError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise ModelError(
+                f"version {card.folder} does not fit its settings or its backbone ({type(error).__name__}: {error}). It was "
+                f"edited, or is of another model."
+            ) from error
         self.classes = tuple(dict.fromkeys(output.label for output in self.learner.outputs))
         if not self.classes:
             raise ModelError("the model has learnt no task yet, so it cannot predict. `lamina learn` teaches it one.")

@@ -120,7 +120,8 @@ class Store:
         for name in ("state", "clock"):
             self._verify(directory, f"{name}.json", manifest)
             documents[name] = self._json(directory / f"{name}.json")
-        stored: Mapping[str, Mapping[str, str]] = documents["state"].pop("stored")
+        stored = self._stored(directory, documents["state"])
+        del documents["state"]["stored"]
         files: dict[tuple[str, str], dict[str, Tensor]] = {}
         tensors: dict[str, dict[str, Tensor]] = {
             group: {} for group in ("learner", "optimizer", "predictions", *GROUPS)
@@ -256,11 +257,28 @@ class Store:
         file.unlink(missing_ok=True)
         return size
 
+    def _stored(self, directory: Path, state: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+        """Returns in which folder every tensor lies, by file and name."""
+        stored = state.get("stored")
+        known = {*OF_LEARNER, *GROUPS.values()}
+        if (
+            not isinstance(stored, dict)
+            or not stored.keys() <= known
+            or not all(
+                isinstance(places, dict) and all(isinstance(place, str) for place in places.values())
+                for places in stored.values()
+            )
+        ):
+            raise ModelError(
+                f"{directory}/state.json is damaged: it must say where each tensor is stored. {self._remedy()}"
+            )
+        return stored
+
     def _parent_tensors(self, parent: str | None) -> dict[tuple[str, str], tuple[str, Tensor]]:
         """Returns folder and value of every tensor of a version, by its file and name."""
         if parent is None:
             return {}
-        stored = self._json(self.path / TASKS / parent / "state.json")["stored"]
+        stored = self._stored(self.path / TASKS / parent, self._json(self.path / TASKS / parent / "state.json"))
         found, files = {}, dict[tuple[str, str], dict[str, Tensor]]()
         for file, places in stored.items():
             for name, place in places.items():
