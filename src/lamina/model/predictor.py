@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from lamina.config import RunConfig
 from lamina.data import ImageTransform, PixelStore, PixelTable
 from lamina.data.arrays import ArrayItems
 from lamina.data.decoding import DAMAGE, decode
-from lamina.data.records import Payload, Source
+from lamina.data.inputs import Item
+from lamina.data.records import Source
 from lamina.engine.consolidate import Consolidation
 from lamina.engine.loop import restore
 from lamina.errors import DataError, ModelError, TrainingError
@@ -37,10 +38,6 @@ from lamina.types import Batch, Examples
 
 DECODERS = 4
 """Threads that decode images while others compute."""
-
-
-Item = Payload | DataError
-"""What is predicted: an encoded or decoded image, a text, or why it could not be read."""
 
 
 class Guess(NamedTuple):
@@ -119,7 +116,7 @@ class Predictor:
             layer.fold_live()
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Literal["image", "text"]:
         return self.backbone.kind
 
     @property

@@ -28,10 +28,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lamina.engine import checkpoint
@@ -206,11 +204,27 @@ class Store:
         content = {"state": state, "clock": documents["clock"], CARD: card.model_dump(mode="json")}
         try:
             checkpoint.write(self.path / TASKS / card.folder, content, {f: g for f, g in {**own, **kept}.items() if g})
-        except (OSError, safetensors.SafetensorError) as error:
+        except CheckpointError as error:
             raise ModelError(
-                f"the new version cannot be written to {self.path / TASKS / card.folder}: {error}. The model is as it was "
-                f"before. Make room or correct the rights, then give the command again: it goes on from the trained task."
+                f"the new version {error}. The model is as it was before. Make room or correct the rights, then give the "
+                f"command again: it goes on from the trained task."
             ) from error
+
+    def commit(
+        self,
+        card: Card,
+        documents: Mapping[str, Any],
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        kept: Mapping[str, Mapping[str, Tensor]],
+        event: str,
+        **details: Any,
+    ) -> None:
+        """Make a version the newest: write its folder, let model.json name it, and note the event. Raises what `add` raises."""
+        facts = self.facts()
+        self.add(card, documents, tensors, kept)
+        versions = (*facts.versions, card.folder)
+        self.write_facts(facts.model_copy(update={"head": card.folder, "version": card.version, "versions": versions}))
+        self.note(event, folder=card.folder, version=card.version, **details)
 
     def note(self, event: str, **details: Any) -> None:
         """Append a line to events.jsonl."""
@@ -293,10 +307,9 @@ class Store:
         directory = self.path / TASKS / folder
         self._verify(directory, f"{file}.safetensors", self._manifest(directory))
         try:
-            found: dict[str, Tensor] = load_file(directory / f"{file}.safetensors")
-            return found
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ModelError(f"{directory / file}.safetensors is damaged: {error}.") from error
+            return checkpoint.read_tensors(directory / f"{file}.safetensors")
+        except CheckpointError as error:
+            raise ModelError(f"{error}. {self._remedy()}") from error
 
     def _manifest(self, directory: Path) -> dict[str, Any]:
         found = self._json(directory / checkpoint.MANIFEST)
