@@ -1,0 +1,140 @@
+"""The classifier of an export: linear in the features of the last block, one line of weights per output of the head.
+
+Shape letters: b batch, d width, j outputs of the head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lamina.engine.consolidate import under
+from lamina.errors import MethodError, ModelError
+from lamina.export.opened import Opened
+from lamina.maths import classifiers
+from lamina.maths.class_statistics import Statistics
+from lamina.maths.classifiers import LinearClassifier
+
+LAST_BLOCK = "features of the last block"
+
+
+@dataclass(frozen=True)
+class LinearOutputs:
+    """s = f W^T + b on the features of the last block, float32. Several outputs may belong to one class: its score is their
+    maximum, so the largest output names the predicted class."""
+
+    weight_jd: Tensor
+    bias_j: Tensor
+    labels: tuple[str, ...]
+    """The class of every output."""
+    tasks: tuple[str, ...]
+    """The task of every output."""
+    refitted: str | None = None
+    """What it replaces, if the deployed classifier cannot be written as one matrix."""
+    accuracy: tuple[float, float] | None = None
+    """Of the deployed classifier and of this one, on the inputs of the comparison; None where it is the same or unknown."""
+
+    def scores(self, features_bd: Tensor) -> Tensor:
+        """Returns the scores (b, j), float64."""
+        scores_bj: Tensor = features_bd.double() @ self.weight_jd.double().T + self.bias_j.double()
+        return scores_bj
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        return dict(enumerate(self.labels))
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """The first output of every class."""
+        return {label: self.labels.index(label) for label in dict.fromkeys(self.labels)}
+
+    def select(self, positions: Sequence[int]) -> "LinearOutputs":
+        """Returns these outputs only."""
+        rows_k = list(positions)
+        return LinearOutputs(
+            self.weight_jd[rows_k],
+            self.bias_j[rows_k],
+            tuple(self.labels[j] for j in rows_k),
+            tuple(self.tasks[j] for j in rows_k),
+            self.refitted,
+        )
+
+
+def refuse_routed(opened: Opened, what: str) -> None:
+    """Raises MethodError for a model whose update depends on the input."""
+    routed = {
+        name for site in opened.learner.sites.values() for name, part in site.finished().items() if not part.folded
+    }
+    if routed:
+        raise MethodError(
+            f"method {opened.predictor.method.name!r} selects or scales adapters for each input, so no single update says what "
+            f"it does, and {what} cannot hold it. `--format peft-tasks` writes an adapter per task and the router."
+        )
+
+
+def linear_outputs(opened: Opened) -> LinearOutputs:
+    """Returns the classifier that an export gets: the deployed one where it is linear in the features of the last block, else
+    one refitted from the stored statistics. Raises ModelError where there is neither."""
+    outputs, memory = opened.learner.outputs, opened.predictor.consolidation.memory
+    labels = tuple(opened.predictor.class_names[output.label] for output in outputs)
+    tasks = tuple(output.task for output in outputs)
+    fitted, config = under(memory, "classifier"), opened.facts.config.consolidation
+    if not fitted:
+        blocks = list(opened.learner.head.blocks)
+        weight_jd, bias_j = (
+            torch.cat([getattr(block, part).detach() for block in blocks]) for part in ("weight", "bias")
+        )
+        found = LinearOutputs(weight_jd, bias_j, labels, tasks)
+        _check_own(opened, found)
+        return found
+    deployed, width = classifiers.classifier_of(fitted), opened.learner.backbone.width
+    if isinstance(deployed, LinearClassifier) and deployed.weight_jd.shape[1] == width:
+        return LinearOutputs(*_centred(deployed), labels, tasks)
+    if "statistics/means_jd" not in memory:
+        raise ModelError(
+            f"{opened.path} holds no statistics of its classes, so its {config.classifier} classifier cannot be refitted as "
+            f"one matrix. `--format onnx` writes it as it is."
+        )
+    last = last_block(Statistics.of_tensors(under(memory, "statistics")), width)
+    fit = classifiers.ncm if config.classifier == "ncm" else classifiers.lda
+    weight_jd, bias_j = _centred(fit(last))
+    kind = "ncm" if config.classifier == "ncm" else "lda"
+    told = f"{config.classifier} on {config.layers} block{'s' if config.layers > 1 else ''}, replaced by {kind} on the last one"
+    found = LinearOutputs(weight_jd, bias_j, labels, tasks, refitted=told)
+    ids = torch.tensor([output.label for output in outputs])
+    mine = opened.accuracy([ids[found.scores(features_bd).argmax(1)] for features_bd in opened.features()])
+    before = opened.accuracy(opened.deployed_classes())
+    return found if mine is None or before is None else _with(found, (before, mine))
+
+
+def _with(found: LinearOutputs, accuracy: tuple[float, float]) -> LinearOutputs:
+    return LinearOutputs(found.weight_jd, found.bias_j, found.labels, found.tasks, found.refitted, accuracy)
+
+
+def last_block(statistics: Statistics, width: int) -> Statistics:
+    """Returns the statistics of the last `width` features, those of the last block."""
+    return statistics._replace(
+        means_jd=statistics.means_jd[:, -width:],
+        scatter_dd=statistics.scatter_dd[-width:, -width:],
+        class_factors_jdr=statistics.class_factors_jdr[:, -width:],
+    )
+
+
+def _centred(classifier: LinearClassifier) -> tuple[Tensor, Tensor]:
+    """Returns weight and bias without what all outputs share, float32. Neither the predicted class nor a softmax changes, and
+    the scores lose less to rounding."""
+    weight_jd, bias_j = classifier
+    return (weight_jd - weight_jd.mean(0)).float(), (bias_j - bias_j.mean()).float()
+
+
+def _check_own(opened: Opened, found: LinearOutputs) -> None:
+    """Raises MethodError where a method predicts otherwise than by its outputs on the features of the last block."""
+    for features_bd, scores_bj in zip(opened.features(), opened.scores, strict=True):
+        mine_bj = found.scores(features_bd)
+        if (mine_bj - scores_bj).abs().max() > 1e-3 * (mine_bj.std() + 1e-9):
+            method = opened.predictor.method
+            raise MethodError(
+                f"method {method.name!r} with these settings does not predict with one matrix on its features "
+                f"({', '.join(f'{k} = {v!r}' for k, v in method.config)}). `--format onnx` writes it as it is."
+            )
