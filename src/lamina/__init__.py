@@ -6,7 +6,7 @@ Importing this imports no torch; the names below are loaded when they are first 
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _WHERE = {
     "AccuracyMatrix": "lamina.maths.metrics",
@@ -18,6 +18,7 @@ _WHERE = {
     "LowRank": "lamina.adapters",
     "METHODS": "lamina.methods",
     "Method": "lamina.methods.base",
+    "Model": "lamina.model",
     "Stream": "lamina.data.streams",
     "Task": "lamina.types",
 }

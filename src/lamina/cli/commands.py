@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from lamina import __version__
-from lamina.cli import compare, data, demo, methods, report, run
+from lamina.cli import compare, data, demo, methods, model, report, run
 from lamina.errors import ConfigError, LaminaError
 
 app = typer.Typer(
@@ -18,15 +18,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     help="Continual learning of pre-trained transformers with low-rank adapters: learn task after task, forget little.\n\n"
-    "Start with `lamina demo`, then `lamina run --data FOLDER --tasks 5`.",
+    "Start with `lamina demo`, then `lamina create MODEL` and `lamina learn MODEL FOLDER`.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Check data before a run.")
+LIVING, RUNS = "A model that keeps learning", "Runs: experiments on a whole stream"
 app.command("demo")(demo.demo)
-app.command("run")(run.run)
-app.command("resume")(run.resume)
-app.command("evaluate")(run.evaluate)
-app.command("report")(report.report)
-app.command("compare")(compare.compare)
+app.command("create", rich_help_panel=LIVING)(model.create)
+app.command("learn", rich_help_panel=LIVING)(model.learn)
+app.command("predict", rich_help_panel=LIVING)(model.predict)
+app.command("evaluate", rich_help_panel=LIVING)(run.evaluate)
+app.command("status", rich_help_panel=LIVING)(model.status)
+app.command("history", rich_help_panel=LIVING)(model.history)
+app.command("gate", rich_help_panel=LIVING)(model.gate)
+app.command("rollback", rich_help_panel=LIVING)(model.rollback)
+app.command("configure", rich_help_panel=LIVING)(model.configure)
+app.command("forget", rich_help_panel=LIVING)(model.forget)
+app.command("run", rich_help_panel=RUNS)(run.run)
+app.command("resume", rich_help_panel=RUNS)(run.resume)
+app.command("report", rich_help_panel=RUNS)(report.report)
+app.command("compare", rich_help_panel=RUNS)(compare.compare)
 app.command("methods")(methods.methods)
 app.add_typer(data_app, name="data")
 data_app.command("check")(data.check)

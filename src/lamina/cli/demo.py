@@ -68,5 +68,5 @@ def _run_or_resume(config: "RunConfig", where: Path, name: str) -> "Record":
 
     with Watcher(name, brief=True) as watch:
         if (where / "config.json").exists():
-            return stoppable(where, lambda: runs.resume(where, watch))
-        return stoppable(where, lambda: runs.create(config, where, watch))
+            return stoppable("lamina demo", lambda: runs.resume(where, watch))
+        return stoppable("lamina demo", lambda: runs.create(config, where, watch))

@@ -39,18 +39,24 @@ class Watcher:
     """A context manager that shows the events of a run and restores the terminal.
 
     interval: seconds between plain lines where there is no terminal. A line at the end of every task comes in any case.
-    brief: nothing but the bar, and warnings.
+    brief: nothing but the bar, and warnings. listing: show the tasks of the stream at the start.
     """
 
     def __init__(
-        self, label: str, console: Console | None = None, interval: float = 10.0, *, brief: bool = False
+        self,
+        label: str,
+        console: Console | None = None,
+        interval: float = 10.0,
+        *,
+        brief: bool = False,
+        listing: bool = True,
     ) -> None:
         self.label, self.interval, self.brief = label, interval, brief
         self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self._last = time.monotonic()
         self._loss: float | None = None
         self._bar: Progress | None = None
-        self._shown_tasks = False
+        self._shown_tasks = not listing
         if self.console.is_terminal:
             self._bar = Progress(*_columns(), console=self.console, transient=True)
             self._line = self._bar.add_task(label, total=None, facts="starting")

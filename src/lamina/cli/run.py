@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from lamina.cli.progress import Watcher
-from lamina.cli.tables import print_summary, print_table
+from lamina.cli.tables import print_evaluation, print_summary, print_table
 from lamina.errors import RunError
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def run(
         return
     where = out or default_directory(config)
     with Watcher(name_of(config)) as watch:
-        record = stoppable(where, lambda: runs.create(config, where, watch))
+        record = stoppable(_resume(where), lambda: runs.create(config, where, watch))
     print_summary(record, where)
 
 
@@ -128,23 +128,39 @@ def resume(
     from lamina import runs
 
     with Watcher(directory.resolve().name) as watch:
-        record = stoppable(directory, lambda: runs.resume(directory, watch, jobs, data))
+        record = stoppable(_resume(directory), lambda: runs.resume(directory, watch, jobs, data))
     print_summary(record, directory)
 
 
 def evaluate(
-    directory: Annotated[Path, typer.Argument(help="Directory of a run. It need not be finished.")],
+    directory: Annotated[Path, typer.Argument(help="Directory of a run, which need not be finished, or of a model.")],
+    labelled: Annotated[
+        str | None, typer.Argument(help="For a model: labelled data to measure it on.", metavar="[DATA]")
+    ] = None,
     split: Annotated[str, typer.Option(help="test, val or train.")] = "test",
     data: Moved = None,
     fall_back: Annotated[
         bool, typer.Option("--fall-back", help="If the newest checkpoint is damaged, measure the one before it.")
     ] = False,
 ) -> None:
-    """Measure the newest model of a run on every task it has finished."""
-    from lamina import runs
+    """Measure a run on every task it has finished, or a model on labelled data.
+
+    Of data for a model its test split is used, or all of it where it has none. Classes are matched by name.
+    """
+    from lamina import model, runs
     from lamina.maths.metrics import wilson_interval
     from lamina.types import SPLITS
 
+    if (directory / "model.json").is_file():
+        if labelled is None:
+            raise RunError(
+                f"{directory} is a model: name the data to measure it on, `lamina evaluate {directory} DATA`."
+            )
+        with Watcher(directory.resolve().name, brief=True) as watch:
+            print_evaluation(model.Model(directory).evaluate(labelled, watch))
+        return
+    if labelled is not None:
+        raise RunError(f"{directory} is a run, whose data is known. If it was moved, give its place with --data.")
     found = next((known for known in SPLITS if known == split), None)
     if found is None:
         raise RunError(f"--split {split!r}: choose one of {', '.join(SPLITS)}.")
@@ -171,7 +187,7 @@ def train_task(directory: Path, number: int, parent: int) -> None:
             said = time.monotonic()
             print(f"{event.done}/{event.total}", flush=True)
 
-    stoppable(directory, lambda: runs.train_task(directory, number, parent, say))
+    stoppable(_resume(directory), lambda: runs.train_task(directory, number, parent, say))
 
 
 def name_of(config: "RunConfig") -> str:
@@ -187,14 +203,16 @@ def default_directory(config: "RunConfig") -> Path:
     return Path("runs") / f"{data}-{name_of(config)}-seed{config.seed}"
 
 
-def stoppable(where: Path, work: Callable[[], T]) -> T:
-    """Returns the result of some work. If it is asked to stop, says how to continue and exits with code 130."""
+def _resume(where: Path) -> str:
+    return f"lamina resume {shlex.quote(str(where))}"
+
+
+def stoppable(again: str, work: Callable[[], T]) -> T:
+    """Returns the result of some work. If it is asked to stop, says which command continues it and exits with code 130."""
     from lamina.engine.loop import Interrupted
 
     try:
         return work()
     except Interrupted:
-        print(
-            f"stopped; all progress is saved. Continue with: lamina resume {shlex.quote(str(where))}", file=sys.stderr
-        )
+        print(f"stopped; all progress is saved. Continue with: {again}", file=sys.stderr)
         sys.exit(130)

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from lamina.model import Evaluation
     from lamina.record import Record
 
 WIDTH = 100
@@ -53,3 +54,22 @@ def print_summary(record: "Record", where: Path) -> None:
     """Print the figures of a finished run, and where its record and report lie."""
     print_records([record])
     print(f"\nRecord: {where / 'results.json'}\nOpen the report: {(where / 'report.html').resolve()}")
+
+
+def print_evaluation(found: "Evaluation") -> None:
+    """Print what a model predicts for labelled data, class by class."""
+    from lamina.maths.metrics import wilson_interval
+
+    rows = []
+    for name, counts in found.figures.classes.items():
+        low, high = wilson_interval(counts.correct, counts.total)
+        rows.append((name, f"{counts.correct / counts.total:.1%}", f"{low:.1%} to {high:.1%}", str(counts.total)))
+    print_table(("class", "accuracy", "95 % interval", "examples"), rows)
+    total = sum(counts.total for counts in found.figures.classes.values())
+    print(
+        f"\naccuracy {found.figures.accuracy:.1%} on {total} examples, calibration error {found.figures.calibration_error:.3f}"
+    )
+    if found.unknown:
+        print(f"not measured, since the model does not know them: {', '.join(found.unknown)}")
+    if found.skipped:
+        print(f"damaged and left out: {', '.join(found.skipped)}")

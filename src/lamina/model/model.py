@@ -15,7 +15,6 @@ from lamina import backbones
 from lamina.backbones import Backbone
 from lamina.config import ModelConfig
 from lamina.data.names import listed
-from lamina.data.records import Payload
 from lamina.data.tree import IMAGE_SUFFIXES
 from lamina.engine import device
 from lamina.engine.state import now
@@ -26,7 +25,7 @@ from lamina.model.card import Base, Card, Facts, Figures
 from lamina.model.from_run import version_of_run
 from lamina.model.gate import GateResult, Outcomes
 from lamina.model.learning import Learnt, Request, open_version, test_examples
-from lamina.model.predictor import Prediction, Predictor, load_backbone
+from lamina.model.predictor import Item, Prediction, Predictor, load_backbone
 from lamina.model.settings import FIXED, load_model_config, refuse_fixed
 from lamina.model.store import BASE, FILE, TASKS, WORK, Store
 from lamina.runs import directory
@@ -72,12 +71,14 @@ class Model:
         settings: Mapping[str, Any] | None = None,
         file: Path | None = None,
         embed_base: bool = False,
+        task_count: int | None = None,
     ) -> "Model":
         """Make a model that has learnt nothing yet. Returns it.
 
         backbone: `nano` (the default), a folder or file with weights, or a hub name. method: one of `lamina methods`. settings:
         any setting by dotted key, such as {"probes.per_class": 20}. file: a YAML file with settings. embed_base: copy the
-        backbone's files into the model, which otherwise remembers their name and hash.
+        backbone's files into the model, which otherwise remembers their name and hash. task_count: the number of tasks
+        to come, if it is known, for methods that use it.
         Raises ModelError where something is at `path` already; ConfigError or BackboneError for what cannot be.
         """
         given = dict(settings or {})
@@ -86,7 +87,7 @@ class Model:
         if method is not None:
             given["method.name"] = method
         config = load_model_config(file, list(given.items()))
-        return cls._begin(Path(path), config, embed_base=embed_base)
+        return cls._begin(Path(path), config, embed_base=embed_base, task_count=task_count)
 
     @classmethod
     def from_run(
@@ -339,14 +340,17 @@ def task_name(source: str) -> str:
     return name.removeprefix("hf:") or "task"
 
 
-def payloads(inputs: Iterable[Input], kind: str) -> Iterator[Payload]:
-    """Yields what a predictor takes. Files that cannot be read are passed on as empty, which a predictor names as damaged."""
+def payloads(inputs: Iterable[Input], kind: str) -> Iterator[Item]:
+    """Yields what a predictor takes: contents of files, and what is wrong with those that cannot be read."""
     for item in inputs:
         if kind == "text":
             yield item if isinstance(item, str | bytes) else str(item)
         elif isinstance(item, Path | str):
             for file in image_files(Path(item)):
-                yield read_file(file)
+                try:
+                    yield read_file(file)
+                except DataError as error:
+                    yield error
         elif isinstance(item, Image.Image):
             stream = io.BytesIO()
             item.save(stream, "PNG")

@@ -39,6 +39,10 @@ DECODERS = 4
 """Threads that decode images while others compute."""
 
 
+Item = Payload | DataError
+"""What is predicted: an encoded or decoded image, a text, or why it could not be read."""
+
+
 class Guess(NamedTuple):
     """A class with its probability, and the task that the winning output of the class belongs to."""
 
@@ -122,11 +126,11 @@ class Predictor:
 
     # -- predictions --------------------------------------------------------------------------------------------------
 
-    def predict(self, inputs: Iterable[Payload], top: int = 1) -> list[Prediction]:
+    def predict(self, inputs: Iterable[Item], top: int = 1) -> list[Prediction]:
         """Returns a prediction for each encoded or decoded image, or text. One that cannot be read has an error."""
         return list(self.stream(inputs, top))
 
-    def stream(self, inputs: Iterable[Payload], top: int = 1) -> Iterator[Prediction]:
+    def stream(self, inputs: Iterable[Item], top: int = 1) -> Iterator[Prediction]:
         """Yields what `predict` returns, as it comes. Inputs are read ahead by one batch."""
         for batch, errors in self._reader.batches(inputs, self.config.evaluation.batch_size):
             found = iter(self.predictions(batch, top) if batch is not None else ())
@@ -172,11 +176,11 @@ class Predictor:
         """Returns the least time of one prediction, for the first of these examples."""
         return milliseconds(self.learner, self.consolidation, examples, repeats)
 
-    def batches(self, inputs: Iterable[Payload]) -> Iterator[tuple[Batch | None, list[str | None]]]:
+    def batches(self, inputs: Iterable[Item]) -> Iterator[tuple[Batch | None, list[str | None]]]:
         """Yields inputs as batches, and for each input None or why it cannot be read."""
         return self._reader.batches(inputs, self.config.evaluation.batch_size)
 
-    def read(self, inputs: Sequence[Payload]) -> tuple[Batch | None, list[str | None]]:
+    def read(self, inputs: Sequence[Item]) -> tuple[Batch | None, list[str | None]]:
         """Returns the inputs that can be read as one batch, and for each input None or why it cannot be read."""
         return self._reader.read(inputs)
 
@@ -195,7 +199,7 @@ class Reader:
         else:
             self.tokenizer = data.load_tokenizer(backbone.tokenizer)
 
-    def batches(self, inputs: Iterable[Payload], size: int) -> Iterator[tuple[Batch | None, list[str | None]]]:
+    def batches(self, inputs: Iterable[Item], size: int) -> Iterator[tuple[Batch | None, list[str | None]]]:
         """Yields batches of at most `size` inputs, the next one being read while one is in use."""
         with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(DECODERS) as pool:
             waiting = None
@@ -208,7 +212,7 @@ class Reader:
                 yield waiting.result()
 
     def read(
-        self, inputs: Sequence[Payload], pool: ThreadPoolExecutor | None = None
+        self, inputs: Sequence[Item], pool: ThreadPoolExecutor | None = None
     ) -> tuple[Batch | None, list[str | None]]:
         """Returns the inputs that can be read as one batch (None if there is none), and for each None or what is wrong."""
         if self.transform is None:
@@ -223,8 +227,10 @@ class Reader:
         inputs_b = PixelTable(store, self.transform).inputs(np.arange(len(images)), None)
         return Batch(inputs=inputs_b, labels_b=torch.zeros(len(images), dtype=torch.int64)), errors
 
-    def _decoded(self, payload: Payload) -> NDArray[np.uint8] | str:
+    def _decoded(self, payload: Item) -> NDArray[np.uint8] | str:
         assert self.transform is not None
+        if isinstance(payload, DataError):
+            return str(payload)
         if isinstance(payload, str):
             return "a text, where the model takes images"
         try:
@@ -232,11 +238,13 @@ class Reader:
         except DAMAGE as error:
             return (str(error) or type(error).__name__).splitlines()[0]
 
-    def _read_texts(self, inputs: Sequence[Payload]) -> tuple[Batch | None, list[str | None]]:
-        texts, errors = [], list[str | None]()
+    def _read_texts(self, inputs: Sequence[Item]) -> tuple[Batch | None, list[str | None]]:
+        texts, errors = list[str](), list[str | None]()
         for text in inputs:
             error = None
-            if not isinstance(text, str):
+            if isinstance(text, DataError):
+                error = str(text)
+            elif not isinstance(text, str):
                 error = "an image, where the model takes texts"
             elif not text.strip():
                 error = "an empty text"
@@ -246,7 +254,7 @@ class Reader:
                 except UnicodeEncodeError as wrong:
                     error = f"not valid Unicode ({wrong.reason})"
             errors.append(error)
-            if error is None:
+            if error is None and isinstance(text, str):
                 texts.append(text)
         if not texts:
             return None, errors
@@ -318,8 +326,8 @@ def load_backbone(facts: Facts, path: Path) -> Backbone:
     return backbone
 
 
-def _parts(inputs: Iterable[Payload], size: int) -> Iterator[list[Payload]]:
-    part: list[Payload] = []
+def _parts(inputs: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    part: list[Item] = []
     for item in inputs:
         part.append(item)
         if len(part) == size:

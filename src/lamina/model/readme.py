@@ -1,9 +1,146 @@
 """The model card: README.md in the directory of a model, in the Hub's metadata format, written again after every change."""
 
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from lamina.data.names import listed, shown
 from lamina.files import replace_text
+from lamina.methods import METHODS
+from lamina.model.card import Card, Facts
 from lamina.model.store import README, Store
+
+PIPELINE = {"image": "image-classification", "text": "text-classification"}
+_MOST = 30
+"""Classes that are named one by one."""
 
 
 def write(store: Store) -> None:
     """Write the card anew."""
-    replace_text(store.path / README, "# model\n")
+    facts = store.facts()
+    replace_text(store.path / README, text(store.path.resolve().name, facts, store.lineage(facts.head)))
+
+
+def text(name: str, facts: Facts, cards: Sequence[Card]) -> str:
+    """Returns the model card of a model of this name, in Markdown."""
+    method = METHODS[facts.config.method["name"]]
+    classes = list(dict.fromkeys(label for card in cards for task in card.tasks for label in task.classes))
+    parts = [
+        _metadata(name, facts, cards),
+        f"# {_plain(name)}\n",
+        f"{'An image' if facts.kind == 'image' else 'A text'} classifier that learns task after task: version {facts.version}, "
+        f"{len(classes)} classes. Pre-trained weights are frozen; `{method.name}` ({method.paper.title}, {method.paper.venue}) "
+        "adds low-rank adapters.\n",
+        "## What it knows\n",
+        _tasks(cards) if cards else "Nothing yet.\n",
+    ]
+    if classes:
+        parts.append(f"Classes: {_plain(listed(classes, _MOST))}\n")
+    if len(cards) > 1:
+        parts += ["## What was forgotten\n", _forgetting(cards)]
+    parts += ["## Data and licence\n", _data(facts, cards), "## Use\n", _use(name, facts.kind)]
+    return "\n".join(parts)
+
+
+def curves(cards: Sequence[Card]) -> Mapping[str, list[tuple[str, float]]]:
+    """Returns, for every task with probes, its accuracy on them: before the next task, and after each later one, with the name
+    of the task that was learnt last."""
+    found: dict[str, list[tuple[str, float]]] = {}
+    for previous, card in pairwise(cards):
+        for change in card.gate.tasks if card.gate else ():
+            found.setdefault(change.name, [(previous.name, change.before)]).append((card.name, change.after))
+    return found
+
+
+def _metadata(name: str, facts: Facts, cards: Sequence[Card]) -> str:
+    """Returns the block that the Hub reads. JSON is YAML, so values are quoted by it."""
+    fields = {
+        "library_name": "lamina",
+        "pipeline_tag": PIPELINE[facts.kind],
+        "tags": ["continual-learning", "lora", facts.config.method["name"]],
+        "base_model": facts.base.name,
+        "license": facts.base.licence or "unknown",
+    }
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
+    accuracy = cards[-1].figures.accuracy if cards else None
+    if accuracy is not None:
+        result = {
+            "task": {"type": PIPELINE[facts.kind]},
+            "dataset": {"name": cards[-1].name, "type": cards[-1].name},
+            "metrics": [{"type": "accuracy", "value": round(accuracy, 4)}],
+        }
+        lines.append(f"model-index: {json.dumps([{'name': name, 'results': [result]}], ensure_ascii=False)}")
+    return "---\n" + "\n".join(lines) + "\n---\n"
+
+
+def _tasks(cards: Sequence[Card]) -> str:
+    lines = [
+        "| task | learnt | classes | of them new | training examples | accuracy when learnt | calibration error | gate |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for card in cards:
+        for task in card.tasks:
+            gate = "forced" if card.forced else "imported" if card.imported_from else "passed" if card.gate else "-"
+            lines.append(
+                f"| {_plain(task.name)} | {card.created[:10]} | {len(task.classes)} | {len(task.new_classes)} | "
+                f"{task.examples.get('train', 0)} | {_share(card.figures.accuracy)} | "
+                f"{_number(card.figures.calibration_error)} | {gate} |"
+            )
+    lines.append("\nAccuracy when learnt: on held-out examples of the task, among all classes known then.\n")
+    return "\n".join(lines)
+
+
+def _forgetting(cards: Sequence[Card]) -> str:
+    found = curves(cards)
+    if not found:
+        return "Not measured: the model keeps no probes.\n"
+    lines = ["| task | before the next task | now | change |", "|---|---:|---:|---:|"]
+    for name, points in found.items():
+        first, last = points[0][1], points[-1][1]
+        lines.append(f"| {_plain(name)} | {first:.1%} | {last:.1%} | {100 * (last - first):+.1f} points |")
+    lines.append(
+        "\nMeasured on held-out examples that the model keeps of each task (probes), or on data given for it.\n"
+    )
+    return "\n".join(lines)
+
+
+def _data(facts: Facts, cards: Sequence[Card]) -> str:
+    lines = [
+        f"- backbone: `{facts.base.name}`, {facts.base.parameters:,} parameters, sha256 `{facts.base.hash}`, licence: "
+        f"{facts.base.licence or 'its files do not say'}"
+    ]
+    for card in cards:
+        source = Path(card.data).name if card.data else "unknown source"
+        lines.append(f"- {_plain(card.name)}: {_plain(source)}, fingerprint `{card.fingerprint}`")
+    kept = {
+        what: sum(card.kept[what].examples for card in cards if what in card.kept) for what in ("probes", "rehearsal")
+    }
+    held = ", ".join(f"{count} {what}" for what, count in kept.items() if count)
+    lines.append(f"- examples kept when their tasks were learnt: {held or 'none'}")
+    return "\n".join(lines) + "\n"
+
+
+def _use(name: str, kind: str) -> str:
+    given = "photo.jpg" if kind == "image" else '--text "..."'
+    python = '"photo.jpg"' if kind == "image" else '["..."]'
+    return (
+        f"```sh\nlamina predict {name} {given}\nlamina serve {name}\n```\n\n```python\nfrom lamina import Model\n\n"
+        f'print(Model("{name}").predict({python}))\n```\n'
+    )
+
+
+def _plain(text: str) -> str:
+    """Returns text that Markdown and HTML show as it is."""
+    told = shown(text, len(text))
+    for sign in "\\`*_[]<>|#":
+        told = told.replace(sign, f"\\{sign}" if sign not in "<>" else {"<": "&lt;", ">": "&gt;"}[sign])
+    return told
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

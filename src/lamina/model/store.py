@@ -5,7 +5,7 @@ MODEL/
   tasks/0001-NAME/       a version: what was learnt up to and including this task; never changed after it was written
     card.json            data, settings, parent, figures and cost of the task
     state.json clock.json
-    adapters.safetensors classifier.safetensors statistics.safetensors method.safetensors predictions.safetensors
+    adapters.safetensors classifier.safetensors statistics.safetensors method.safetensors    those that are not empty
     manifest.json        sha256 and size of every file above
     probes.safetensors rehearsal.safetensors     examples that the model keeps, if it may; they can be deleted
   events.jsonl           a line for everything that happened
@@ -38,7 +38,7 @@ from lamina.engine import checkpoint
 from lamina.engine.state import now
 from lamina.errors import CheckpointError, ModelError, RunError
 from lamina.files import read_checked, write_checked
-from lamina.model.card import Card, Facts
+from lamina.model.card import Card, Facts, Kept
 from lamina.runs.directory import locked
 
 FORMAT = 1
@@ -48,7 +48,7 @@ TASKS, WORK, BASE = "tasks", "work", "base"
 CARD = "card"
 OF_LEARNER = {"classifier": ("head/",), "adapters": ("finished/", "live/")}
 """Files that share the learner's tensors, and how the names of each one's tensors begin."""
-GROUPS = {"memory": "method", "consolidation": "statistics", "predictions": "predictions"}
+GROUPS = {"memory": "method", "consolidation": "statistics"}
 """Files of the other groups of tensors of a checkpoint."""
 _FOLDER = re.compile(r"\d{4,}-[\w.-]{1,80}")
 
@@ -122,7 +122,9 @@ class Store:
             documents[name] = self._json(directory / f"{name}.json")
         stored: Mapping[str, Mapping[str, str]] = documents["state"].pop("stored")
         files: dict[tuple[str, str], dict[str, Tensor]] = {}
-        tensors: dict[str, dict[str, Tensor]] = {"learner": {}, "optimizer": {}, **{group: {} for group in GROUPS}}
+        tensors: dict[str, dict[str, Tensor]] = {
+            group: {} for group in ("learner", "optimizer", "predictions", *GROUPS)
+        }
         for file, places in stored.items():
             group = next((g for g, f in GROUPS.items() if f == file), "learner")
             for name, place in places.items():
@@ -202,7 +204,7 @@ class Store:
         state = {**documents["state"], "stored": stored}
         content = {"state": state, "clock": documents["clock"], CARD: card.model_dump(mode="json")}
         try:
-            checkpoint.write(self.path / TASKS / card.folder, content, {**own, **kept})
+            checkpoint.write(self.path / TASKS / card.folder, content, {f: g for f, g in {**own, **kept}.items() if g})
         except (OSError, safetensors.SafetensorError) as error:
             raise ModelError(
                 f"the new version cannot be written to {self.path / TASKS / card.folder}: {error}. The model is as it was "
@@ -241,6 +243,11 @@ class Store:
         if not (directory / f"{what}.safetensors").is_file():
             return None
         return self._tensors(folder, what)
+
+    def kept_now(self, card: Card) -> dict[str, Kept]:
+        """Returns what is still kept of a version's examples."""
+        folder = self.path / TASKS / card.folder
+        return {what: part for what, part in card.kept.items() if (folder / f"{what}.safetensors").is_file()}
 
     def delete_kept(self, folder: str, what: str) -> int:
         """Delete kept examples of a version. Returns how many bytes they took."""

@@ -1,0 +1,518 @@
+"""`lamina create`, `learn`, `predict`, `status`, `history`, `rollback`, `gate`, `configure` and `forget`: a model that keeps
+learning."""
+
+import csv
+import json
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lamina.cli.progress import Watcher
+from lamina.cli.run import Settings, stoppable
+from lamina.cli.tables import print_table
+from lamina.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from lamina.model import Card, GateResult, Prediction
+
+Where = Annotated[Path, typer.Argument(help="Directory of the model.", metavar="MODEL")]
+Format = Literal["table", "json", "csv"]
+
+
+def create(
+    model: Annotated[Path, typer.Argument(help="Directory to make.", metavar="MODEL")],
+    file: Annotated[Path | None, typer.Argument(help="YAML file with settings. Flags and --set override it.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option("--backbone", "-b", help="`nano`, a folder or file with weights, or a hub name.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="Method; `lamina methods` lists them. Default: lamina.")
+    ] = None,
+    probes: Annotated[
+        int | None,
+        typer.Option(
+            help="Held-out examples of each class that the model may keep (downscaled images, or token ids), to measure "
+            "what later tasks make of it. Default: none."
+        ),
+    ] = None,
+    rehearsal: Annotated[
+        int | None,
+        typer.Option(help="Training examples of each class that the model may keep and train on again. Default: none."),
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="Height and width of the input in pixels.")] = None,
+    tasks: Annotated[
+        int | None,
+        typer.Option("--tasks", "-t", min=1, help="Number of tasks to come, if it is known, for methods that use it."),
+    ] = None,
+    settings: Settings = None,
+    from_run: Annotated[Path | None, typer.Option(help="Begin with what a finished run has learnt.")] = None,
+    embed_base: Annotated[bool, typer.Option("--embed-base", help="Copy the backbone's files into the model.")] = False,
+) -> None:
+    """Make a model that keeps learning. It has learnt nothing yet.
+
+    Examples:
+
+        lamina create groceries --probes 10
+
+        lamina create intents --backbone all-MiniLM-L6-v2/ --set gate.task_drop=0.02
+
+        lamina create groceries --from-run runs/groceries-lamina-seed0
+    """
+    from lamina.model import Model
+
+    flags = {"probes.per_class": probes, "rehearsal.per_class": rehearsal, "backbone.image_size": image_size}
+    given = _given(flags, settings)
+    if from_run is not None:
+        if file is not None or backbone is not None or method is not None:
+            raise ConfigError("--from-run takes backbone, method and settings from the run. Leave the others out.")
+        made = Model.from_run(from_run, model, settings=given, embed_base=embed_base)
+    else:
+        made = Model.create(
+            model,
+            backbone=backbone,
+            method=method,
+            settings=given,
+            file=file,
+            embed_base=embed_base,
+            task_count=tasks,
+        )
+    facts, name = made.facts, shlex.quote(str(model))
+    print(
+        f"{model}: method {facts.config.method['name']}, backbone {facts.base.name}, {len(made.classes)} classes learnt"
+    )
+    if not facts.config.probes.per_class:
+        print(
+            f"It keeps no examples, so earlier tasks are measured only on data that you give. `lamina configure {name} "
+            "--probes 10` lets it keep 10 held-out examples of each class that it learns from then on."
+        )
+    print(f"Next: lamina learn {name} FOLDER   (one folder of {_examples(facts.kind)})")
+
+
+def learn(
+    model: Where,
+    data: Annotated[
+        str, typer.Argument(help="Folder of class folders, Parquet or CSV file(s), saved dataset, or `hf:owner/name`.")
+    ],
+    name: Annotated[
+        str | None, typer.Option("--name", "-n", help="Name of the task. Default: that of the data.")
+    ] = None,
+    classes: Annotated[
+        list[str] | None, typer.Option("--class", help="Learn only this class of the data. Repeatable.")
+    ] = None,
+    domains: Annotated[
+        list[str] | None, typer.Option("--domain", help="Learn only this domain of the data. Repeatable.")
+    ] = None,
+    probe: Annotated[
+        str | None,
+        typer.Option("--probe", help="Labelled data to measure earlier classes on, besides the kept probes."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the adapters.")] = None,
+    settings: Settings = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Accept the task whatever the gate finds. It is recorded.")
+    ] = False,
+    discard: Annotated[
+        bool, typer.Option("--discard", help="Drop another task that was interrupted, or that the gate refused.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what the gate found as JSON.")] = False,
+) -> None:
+    """Learn the next task: new classes, known classes from a new domain, or both.
+
+    What is new is found out and printed before training. Afterwards the gate compares the model with the one before, and the
+    task is added if no limit is broken (`lamina configure` sets them). Until then, and after any crash, the model stays as it
+    was; the same command goes on from the last checkpoint.
+
+    Exit code 0: learnt. 1: the gate refused. 2: an error. 130: stopped.
+
+    Examples:
+
+        lamina learn groceries 2026-11/
+
+        lamina learn groceries photos.parquet --name november --class Kiwi --class Lime
+    """
+    from lamina.model import GateRefused, Model
+
+    opened = Model(model)
+    given = _given({"training.epochs": epochs, "training.lr": lr}, settings)
+    again = f"lamina learn {shlex.quote(str(model))} {shlex.quote(data)}"
+    try:
+        with Watcher(model.resolve().name, listing=False) as watch:
+            learnt = stoppable(
+                again,
+                lambda: opened.learn(
+                    data,
+                    name=name,
+                    classes=classes,
+                    domains=domains,
+                    settings=given,
+                    probe=probe,
+                    force=force,
+                    discard=discard,
+                    watch=watch,
+                ),
+            )
+    except GateRefused as refused:
+        _print_gate(refused.gate, as_json)
+        print(f"refused: {refused}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    if learnt.gate is not None:
+        _print_gate(learnt.gate, as_json)
+    elif as_json:
+        print("null")
+    if not as_json:
+        _print_learnt(model, learnt.card, len(opened.classes))
+
+
+def predict(
+    model: Where,
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Image files, folders of them, or `-` for standard input (an image, or paths, one a line). For text "
+            "models: .txt files with a text on each line, .csv or .jsonl files with a column `text`, or `-`."
+        ),
+    ] = None,
+    text: Annotated[list[str] | None, typer.Option("--text", help="A text to classify. Repeatable.")] = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="Number of classes shown for each input.")] = 1,
+    form: Annotated[
+        Format, typer.Option("--format", "-f", help="table, json (a line for each input) or csv.")
+    ] = "table",
+) -> None:
+    """Print class, probability, and the task that the class was learnt in.
+
+    An input that cannot be read is named in its place. Exit code 0: all predicted. 1: some could not be read. 2: an error.
+
+    Examples:
+
+        lamina predict groceries cat.jpg photos/ --top 5
+
+        lamina predict intents --text "what is my balance" --format json
+
+        find . -name '*.jpg' | lamina predict groceries - --format csv > labels.csv
+    """
+    from lamina.model import Model
+
+    opened = Model(model)
+    predictor = opened.predictor()
+    named = _texts(files or [], text or []) if predictor.kind == "text" else _images(files or [], text or [])
+    names: list[str] = []
+
+    def payloads() -> Iterator[Any]:
+        for shown, payload in named:
+            names.append(shown)
+            yield payload
+
+    found = predictor.stream(payloads(), top)
+    bad = _print_predictions(found, names, top, form)
+    if not names:
+        raise DataError("there is nothing to predict. Give files, a folder, --text, or `-` for standard input.")
+    if bad:
+        print(f"{bad} of {len(names)} inputs could not be read", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def status(model: Where, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show what a model has learnt, how well, what it keeps, and what may be done next."""
+    from lamina.model import Model
+    from lamina.model.store import WORK, file_bytes
+
+    opened = Model(model)
+    facts, cards = opened.facts, opened.cards
+    if as_json:
+        content = {"version": facts.version, "facts": facts.model_dump(mode="json")}
+        print(json.dumps(content | {"cards": [card.model_dump(mode="json") for card in cards]}, indent=1))
+        return
+    print(f"{model}: version {facts.version}, {len(opened.classes)} classes, method {facts.config.method['name']}")
+    print(f"backbone: {facts.base.name} ({facts.base.parameters:,} parameters, {facts.base.hash[:12]})")
+    if cards:
+        rows = [
+            (
+                task.name,
+                str(len(task.classes)),
+                str(len(task.new_classes)),
+                _share(card.figures.accuracy),
+                str(sum(kept.examples for kept in opened.store.kept_now(card).values())),
+                "forced" if card.forced else "",
+            )
+            for card in cards
+            for task in card.tasks
+        ]
+        print()
+        print_table(("task", "classes", "new", "accuracy when learnt", "examples kept", "gate"), rows)
+    kept = sum(part.bytes for card in cards for part in opened.store.kept_now(card).values())
+    print(f"\n{file_bytes(model) / 2**20:,.1f} MB on disk, of them {kept / 2**20:,.2f} MB kept examples")
+    name = shlex.quote(str(model))
+    if (model / WORK / "gate.json").is_file():
+        print(f"A task waits that the gate refused: `lamina gate {name}` shows why.")
+    elif (model / WORK / "plan.json").is_file():
+        print("A task was interrupted: `lamina learn` with the same data goes on with it.")
+    print(f"Next: lamina predict {name} FILE" if cards else f"Next: lamina learn {name} FOLDER")
+
+
+def history(model: Where, as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False) -> None:
+    """Show everything that happened to a model: tasks learnt, refused, forced, rolled back."""
+    from lamina.model import Model
+
+    for event in Model(model).history:
+        if as_json:
+            print(json.dumps(event, ensure_ascii=False))
+            continue
+        details = [
+            f"{key} {value}"
+            for key, value in event.items()
+            if key not in ("time", "event") and value not in (None, False)
+        ]
+        print(f"{event.get('time', '?')}  {event.get('event', '?')}: {', '.join(details)}")
+
+
+def rollback(
+    model: Where,
+    task: Annotated[
+        str | None,
+        typer.Argument(help="Task (or folder in MODEL/tasks) whose version comes back. Left out with --all."),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Go back to before the first task.")] = False,
+) -> None:
+    """Go back to the version right after a task. Later versions stay on disk, and a rollback to one of them brings it back."""
+    from lamina.model import Model
+
+    if (task is None) is not everything:
+        raise ConfigError("name the task to go back to, or give --all to go back to before the first.")
+    opened = Model(model)
+    card = opened.rollback(task)
+    known = f"{len(opened.classes)} classes" if card else "nothing learnt"
+    print(f"{model}: version {opened.version}, as after {card.name!r} ({known})" if card else f"{model}: {known}")
+
+
+def gate(
+    model: Where, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for a pipeline.")] = False
+) -> None:
+    """Show what the newest task changed, against the limits. Exit code 0: accepted. 1: refused.
+
+    If a task waits because it was refused, that one is shown.
+    """
+    from lamina.model import Model
+
+    found = Model(model).gate()
+    if found is None:
+        print("null" if as_json else "there was nothing to compare: fewer than two tasks are learnt")
+        return
+    _print_gate(found, as_json)
+    if not found.accepted:
+        raise typer.Exit(1)
+
+
+def configure(
+    model: Where,
+    backbone: Annotated[
+        str | None, typer.Option("--backbone", "-b", help="Where the backbone's files lie now. They must be the same.")
+    ] = None,
+    probes: Annotated[int | None, typer.Option(help="Held-out examples of each class to keep of later tasks.")] = None,
+    rehearsal: Annotated[
+        int | None, typer.Option(help="Training examples of each class to keep of later tasks.")
+    ] = None,
+    settings: Settings = None,
+) -> None:
+    """Change settings of a model for the tasks to come: limits of the gate, probes, training; or say where the backbone lies
+    now.
+
+    Example: lamina configure groceries --probes 20 --set gate.task_drop=0.02
+    """
+    from lamina import config as configuration
+    from lamina.model import Model
+
+    flags = {"backbone.name": backbone, "probes.per_class": probes, "rehearsal.per_class": rehearsal}
+    given = _given(flags, settings)
+    opened = Model(model)
+    print(configuration.to_yaml(opened.configure(given) if given else opened.facts.config), end="")
+
+
+def forget(
+    model: Where,
+    task: Annotated[
+        str | None, typer.Argument(help="Task whose kept examples are deleted. Left out: all tasks.")
+    ] = None,
+) -> None:
+    """Delete the examples that a model keeps. What it has learnt stays."""
+    from lamina.model import Model
+
+    size = Model(model).forget_kept(task)
+    print(f"deleted {size / 2**20:,.2f} MB of kept examples")
+
+
+# ---------------------------------------------------------------------------------------------------------------- inputs
+
+
+def _given(flags: dict[str, Any], settings: list[str] | None) -> dict[str, Any]:
+    from lamina import config as configuration
+
+    given = {key: value for key, value in flags.items() if value is not None}
+    return given | dict(configuration.parse_override(text) for text in settings or [])
+
+
+def _images(files: list[str], texts: list[str]) -> Iterator[tuple[str, Any]]:
+    from lamina.model import image_files, read_file
+
+    if texts:
+        raise DataError("--text: this model takes images. Give image files, or a folder of them.")
+    paths: list[Path] = []
+    for name in files:
+        if name != "-":
+            paths += image_files(Path(name))
+            continue
+        content = sys.stdin.buffer.read()
+        try:
+            lines = [line for line in content.decode().splitlines() if line.strip()]
+            if "\0" in content.decode():
+                raise ValueError("no text")
+        except ValueError:
+            yield "-", content
+            continue
+        paths += [file for line in lines for file in image_files(Path(line))]
+    for path in paths:
+        try:
+            yield str(path), read_file(path)
+        except DataError as error:
+            yield str(path), error
+
+
+def _texts(files: list[str], texts: list[str]) -> Iterator[tuple[str, Any]]:
+    yield from ((text, text) for text in texts)
+    for name in files:
+        for text in _lines(name):
+            yield text, text
+
+
+def _lines(name: str) -> Iterable[str]:
+    """Yields the texts of a file."""
+    if name == "-":
+        return (line.rstrip("\n") for line in sys.stdin if line.strip())
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise DataError(f"{name} is no file. Give .txt, .csv or .jsonl files, --text TEXT, or `-` for standard input.")
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name} cannot be read as UTF-8 text ({error}).") from error
+    if path.suffix.lower() == ".csv":
+        rows = list(csv.DictReader(content.splitlines()))
+        if rows and "text" not in rows[0]:
+            raise DataError(f"{name} has no column `text`; it has {', '.join(map(str, rows[0]))}.")
+        return [row["text"] or "" for row in rows]
+    if path.suffix.lower() == ".jsonl":
+        return [
+            _text_of(line, f"{name} line {number}")
+            for number, line in enumerate(content.splitlines(), 1)
+            if line.strip()
+        ]
+    return [line for line in content.splitlines() if line.strip()]
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        found = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is not JSON ({error}).") from error
+    text = found.get("text") if isinstance(found, dict) else found
+    if not isinstance(text, str):
+        raise DataError(f"{where} holds no text: it must be a text, or an object with the key `text`.")
+    return text
+
+
+# --------------------------------------------------------------------------------------------------------------- outputs
+
+
+def _print_predictions(found: "Iterable[Prediction]", names: list[str], top: int, form: Format) -> int:
+    """Print predictions as they come. Returns how many inputs could not be read."""
+    bad = 0
+    rows: list[tuple[str, ...]] = []
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    if form == "csv":
+        writer.writerow(("input", "rank", "class", "probability", "task", "error"))
+    for number, prediction in enumerate(found):
+        name = names[number]
+        bad += prediction.error is not None
+        if form == "json":
+            best = [
+                {"class": g.label, "probability": round(g.probability, 6), "task": g.task} for g in prediction.guesses
+            ]
+            line: dict[str, Any] = {"input": name}
+            if prediction.error is not None:
+                line["error"] = prediction.error
+            else:
+                line |= best[0] | ({"top": best} if top > 1 else {})
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+            continue
+        lines = [
+            (name, str(rank), g.label, f"{g.probability:.4f}", g.task, "")
+            for rank, g in enumerate(prediction.guesses, 1)
+        ] or [(name, "", "", "", "", prediction.error or "")]
+        if form == "csv":
+            writer.writerows(lines)
+        else:
+            rows += [(one[0] if one[1] in ("1", "") else "", one[2] or one[5], one[3], one[4]) for one in lines]
+    if form == "table" and rows:
+        print_table(("input", "class", "probability", "task"), rows, left=2)
+    return bad
+
+
+def _print_gate(found: "GateResult", as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found.model_dump(mode="json") | {"accepted": found.accepted}, indent=1))
+        return
+    print()
+    if found.tasks:
+        changes = [*found.tasks]
+        worst = sorted((one for one in found.classes if one.drop > 0), key=lambda one: -one.drop)[:5]
+        rows = [
+            (
+                name,
+                str(one.examples),
+                f"{one.before:.1%}",
+                f"{one.after:.1%}",
+                f"{100 * (one.after - one.before):+.1f}",
+                f"{one.negative_flips:.1%}",
+            )
+            for name, one in [*((one.name, one) for one in changes), *((f"  class {one.name}", one) for one in worst)]
+        ]
+        print_table(("earlier task", "probes", "before", "after", "change", "newly wrong"), rows)
+    if found.unmeasured:
+        print(
+            f"not measured, since no probes of them are kept: {', '.join(found.unmeasured)} (--probe DATA measures them)"
+        )
+    facts = []
+    if found.negative_flips is not None:
+        facts.append(f"newly wrong {found.negative_flips:.1%}")
+    if found.calibration_after is not None and found.calibration_before is not None:
+        facts.append(f"calibration error {found.calibration_before:.3f} -> {found.calibration_after:.3f}")
+    if found.milliseconds_after is not None and found.milliseconds_before is not None:
+        facts.append(f"one prediction {found.milliseconds_before:.1f} -> {found.milliseconds_after:.1f} ms")
+    if facts:
+        print(", ".join(facts))
+    for problem in found.problems:
+        print(f"limit broken: {problem}")
+
+
+def _print_learnt(model: Path, card: "Card", known: int) -> None:
+    name, task = shlex.quote(str(model)), card.tasks[-1]
+    kept = ", ".join(f"{part.examples} {what} ({part.bytes / 2**20:.2f} MB)" for what, part in card.kept.items())
+    print(
+        f"\nlearnt {task.name!r}{' (forced)' if card.forced else ''}: version {card.version} knows "
+        f"{known} classes; {card.seconds['total']:.1f} s; kept: {kept or 'no examples'}"
+    )
+    print(f"Next: lamina predict {name} FILE, lamina serve {name}, or lamina learn {name} with the next data")
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _examples(kind: str) -> str:
+    return (
+        "images for each class" if kind == "image" else "texts: a CSV or Parquet file with the columns text and label"
+    )
