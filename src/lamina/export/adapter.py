@@ -189,6 +189,11 @@ def tell_outputs(draft: Draft, outputs: LinearOutputs) -> None:
             cost = f"accuracy on the probes {outputs.accuracy[0]:.1%} before, {outputs.accuracy[1]:.1%} after"
         draft.notes.append(f"The classifier is {outputs.refitted}: {cost}.")
         draft.facts["refitted"] = {"what": outputs.refitted, "accuracy": outputs.accuracy}
+    if outputs.scaled:
+        draft.notes.append(
+            "The model divides the scores of an input by the length of its features; the export does not. The predicted class "
+            "is the same, and its softmax is not."
+        )
     if len(set(outputs.labels)) < len(outputs.labels):
         draft.notes.append(
             "A class that was learnt in several tasks has several outputs with the same label. The largest output names the "

@@ -3,8 +3,7 @@
 Shape letters: b batch, d width, j outputs of the head.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,8 +14,6 @@ from lamina.export.opened import Opened
 from lamina.maths import classifiers
 from lamina.maths.class_statistics import Statistics
 from lamina.maths.classifiers import LinearClassifier
-
-LAST_BLOCK = "features of the last block"
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,8 @@ class LinearOutputs:
     """The task of every output."""
     refitted: str | None = None
     """What it replaces, if the deployed classifier cannot be written as one matrix."""
+    scaled: bool = False
+    """Whether the model divides the scores of an input by the length of its features, which changes no predicted class."""
     accuracy: tuple[float, float] | None = None
     """Of the deployed classifier and of this one, on the inputs of the comparison; None where it is the same or unknown."""
 
@@ -48,17 +47,6 @@ class LinearOutputs:
     def label2id(self) -> dict[str, int]:
         """The first output of every class."""
         return {label: self.labels.index(label) for label in dict.fromkeys(self.labels)}
-
-    def select(self, positions: Sequence[int]) -> "LinearOutputs":
-        """Returns these outputs only."""
-        rows_k = list(positions)
-        return LinearOutputs(
-            self.weight_jd[rows_k],
-            self.bias_j[rows_k],
-            tuple(self.labels[j] for j in rows_k),
-            tuple(self.tasks[j] for j in rows_k),
-            self.refitted,
-        )
 
 
 def refuse_routed(opened: Opened, what: str) -> None:
@@ -85,9 +73,7 @@ def linear_outputs(opened: Opened) -> LinearOutputs:
         weight_jd, bias_j = (
             torch.cat([getattr(block, part).detach() for block in blocks]) for part in ("weight", "bias")
         )
-        found = LinearOutputs(weight_jd, bias_j, labels, tasks)
-        _check_own(opened, found)
-        return found
+        return _own(opened, LinearOutputs(weight_jd, bias_j, labels, tasks))
     deployed, width = classifiers.classifier_of(fitted), opened.learner.backbone.width
     if isinstance(deployed, LinearClassifier) and deployed.weight_jd.shape[1] == width:
         return LinearOutputs(*_centred(deployed), labels, tasks)
@@ -105,11 +91,7 @@ def linear_outputs(opened: Opened) -> LinearOutputs:
     ids = torch.tensor([output.label for output in outputs])
     mine = opened.accuracy([ids[found.scores(features_bd).argmax(1)] for features_bd in opened.features()])
     before = opened.accuracy(opened.deployed_classes())
-    return found if mine is None or before is None else _with(found, (before, mine))
-
-
-def _with(found: LinearOutputs, accuracy: tuple[float, float]) -> LinearOutputs:
-    return LinearOutputs(found.weight_jd, found.bias_j, found.labels, found.tasks, found.refitted, accuracy)
+    return found if mine is None or before is None else replace(found, accuracy=(before, mine))
 
 
 def last_block(statistics: Statistics, width: int) -> Statistics:
@@ -128,13 +110,18 @@ def _centred(classifier: LinearClassifier) -> tuple[Tensor, Tensor]:
     return (weight_jd - weight_jd.mean(0)).float(), (bias_j - bias_j.mean()).float()
 
 
-def _check_own(opened: Opened, found: LinearOutputs) -> None:
-    """Raises MethodError where a method predicts otherwise than by its outputs on the features of the last block."""
-    for features_bd, scores_bj in zip(opened.features(), opened.scores, strict=True):
-        mine_bj = found.scores(features_bd)
-        if (mine_bj - scores_bj).abs().max() > 1e-3 * (mine_bj.std() + 1e-9):
-            method = opened.predictor.method
-            raise MethodError(
-                f"method {method.name!r} with these settings does not predict with one matrix on its features "
-                f"({', '.join(f'{k} = {v!r}' for k, v in method.config)}). `--format onnx` writes it as it is."
-            )
+def _own(opened: Opened, found: LinearOutputs) -> LinearOutputs:
+    """Returns the method's own outputs. Raises MethodError where it predicts otherwise than by them on the features of the last
+    block."""
+    features, method = torch.cat(opened.features()), opened.predictor.method
+    mine_nj, scores_nj = found.scores(features), torch.cat(opened.scores).double()
+    limit = 1e-3 * float(mine_nj.std() + 1e-9)
+    if float((mine_nj - scores_nj).abs().max()) <= limit:
+        return found
+    cosine_nj = scores_nj * features.double().norm(dim=1, keepdim=True)
+    if not found.bias_j.any() and float((mine_nj - cosine_nj).abs().max()) <= limit:
+        return replace(found, scaled=True)
+    raise MethodError(
+        f"method {method.name!r} with these settings does not predict with one matrix on its features "
+        f"({', '.join(f'{k} = {v!r}' for k, v in method.config)}). `--format onnx` writes it as it is."
+    )
