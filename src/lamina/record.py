@@ -151,6 +151,11 @@ class CostRecord(Part):
     trainable_parameters: int | None = None
     stored_parameters: int | None = None
     memory_bytes: int | None = None
+    """Without `kept_examples`."""
+    kept_examples: int | None = None
+    """Training examples kept for rehearsal after the last task; None without rehearsal."""
+    kept_per_class: int | None = None
+    """Most of them for each class and task."""
 
     @property
     def total_seconds(self) -> float | None:
@@ -200,7 +205,7 @@ class Metrics:
 
 class Record(Part):
     name: str
-    """Of the method, with `-joint` where it learnt all tasks at once."""
+    """Of the method, with `-joint` where it learnt all tasks at once, and `-rehearsal` where it kept examples."""
     created: str | None = None
     """UTC."""
     seed: int | None = None

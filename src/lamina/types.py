@@ -49,8 +49,8 @@ class Batch:
         inputs = {name: moved(value) for name, value in self.inputs.items()}
         return replace(self, inputs=inputs, labels_b=moved(self.labels_b))
 
-    def select(self, keep_b: Tensor) -> "Batch":
-        """Returns the examples where keep_b (b,) is true."""
+    def select(self, keep_b: Tensor | slice) -> "Batch":
+        """Returns the examples where keep_b (b,) is true, or of a slice."""
         return replace(
             self,
             inputs={name: value[keep_b] for name, value in self.inputs.items()},

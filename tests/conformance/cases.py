@@ -7,8 +7,9 @@ Shape letters: d width, r rank.
 """
 
 import os
+import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -171,6 +172,13 @@ CASES: dict[str, Case] = {
         full={"epsilon": 1.0},
     ),
 }
+
+
+def may_be_idle(name: str, patterns: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a tensor may stay as it is: because it is declared, and the other factor of its branch is zero."""
+    branch, _, part = name.rpartition("/")
+    other = tensors[f"{branch}/{'up' if part == 'down' else 'down'}"]
+    return any(re.fullmatch(pattern, name) for pattern in patterns) and torch.count_nonzero(other) == 0
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from tests.conformance.cases import (
     World,
     make_loop,
     make_method,
+    may_be_idle,
     newest,
     other_labels,
     run_in_pieces,
@@ -183,13 +184,6 @@ def test_frozen_weights_stay_bit_for_bit(name: str, world: World, trail: Walks, 
     for path, layer in after.layers.items():
         assert torch.equal(layer.base_oi, before.layers[path].base_oi), path
         assert torch.equal(layer.bias_o, before.layers[path].bias_o), path
-
-
-def may_be_idle(name: str, patterns: Sequence[str], tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor may stay as it is: because it is declared, and the other factor of its branch is zero."""
-    branch, _, part = name.rpartition("/")
-    other = tensors[f"{branch}/{'up' if part == 'down' else 'down'}"]
-    return any(re.fullmatch(pattern, name) for pattern in patterns) and torch.count_nonzero(other) == 0
 
 
 @in_every_world

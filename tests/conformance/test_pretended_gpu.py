@@ -17,7 +17,7 @@ from tests.pretend import OnGpu, pretended_gpu
 from tests.tiny import noise
 from torch import Tensor
 
-from lamina.config import ConsolidationConfig
+from lamina.config import ConsolidationConfig, RehearsalConfig
 from lamina.engine import checkpoint
 from lamina.engine.loop import Interrupted, Loop
 from lamina.engine.state import Position
@@ -122,6 +122,11 @@ def test_the_same_with_every_switch(switch: str, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("way", sorted(AROUND))
 def test_the_same_with_consolidation(way: str, tmp_path: Path):
     check_same_bits("finetune", HOME, tmp_path, consolidation=ConsolidationConfig(**AROUND[way]))
+
+
+@pytest.mark.parametrize("world", [HOME, TEXT], ids=str)
+def test_the_same_with_rehearsal(world: World, tmp_path: Path):
+    check_same_bits("finetune", world, tmp_path, rehearsal=RehearsalConfig(per_class=2))
 
 
 @pytest.fixture

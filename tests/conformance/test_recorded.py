@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lamina.config import RehearsalConfig
 from lamina.engine.loop import Loop
 from lamina.learner import Learner
 from lamina.methods import METHODS
@@ -67,8 +68,9 @@ def in_use(learner: Learner) -> list[Tensor]:
     return [*learner.backbone.module.parameters(), *learner.backbone.module.buffers(), *weights]
 
 
+@pytest.mark.parametrize("per_class", [0, 2])
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_recorded_step_remains_the_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_recorded_step_remains_the_step(name: str, per_class: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     replayed: list[int] = []
 
     class Recorded(cuda_graph.GraphedGradients):
@@ -84,9 +86,9 @@ def test_a_recorded_step_remains_the_step(name: str, tmp_path: Path, monkeypatch
 
             loss, given = self._plain(batch), (batch.inputs["pixel_values"], batch.labels_b)
             places = [value.data_ptr() for value in in_use(learnt.learner)]
-            if len(batch) == LONG.batch_size and self.graph is None:
+            if len(batch) == self.recorded and self.graph is None:
                 self.graph, self.places = Tape(step, *given), places
-            elif len(batch) == LONG.batch_size:
+            elif len(batch) == self.recorded:
                 wanted = [loss, *(p.grad for p in self.parameters)]
                 for number, (got, want) in enumerate(zip(self.graph(*given), wanted, strict=True)):
                     torch.testing.assert_close(
@@ -98,19 +100,23 @@ def test_a_recorded_step_remains_the_step(name: str, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(around, "GraphedGradients", Recorded)
     monkeypatch.setattr(around, "worth_recording", lambda *_: True)
-    learnt = make_loop(name, HOME, tmp_path, training=LONG)
+    learnt = make_loop(name, HOME, tmp_path, training=LONG, rehearsal=RehearsalConfig(per_class=per_class))
     learnt.steps = accelerate(learnt.learner)
     learnt.run()
     assert set(replayed) == {0, 1, 2}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("per_class", [0, 2])
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_run_from_recordings_is_near_one_without(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_from_recordings_is_near_one_without(
+    name: str, per_class: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def run(folder: str) -> Loop:
         notes: list[str] = []
         training = LONG.model_copy(update={"optimizer": "sgd", "momentum": 0.0})
-        made = make_loop(name, HOME, tmp_path / folder, device="cuda", training=training)
+        rehearsal = RehearsalConfig(per_class=per_class)
+        made = make_loop(name, HOME, tmp_path / folder, device="cuda", training=training, rehearsal=rehearsal)
         made.on_event = lambda event: notes.append(event.note) if event.note else None
         with closing(accelerate(made.learner)) as made.steps:
             made.run()

@@ -18,7 +18,7 @@ from tests.conformance.cases import HOME, TRAINING, World, make_loop, newest, ru
 from torch import Tensor
 
 import lamina
-from lamina.config import ConsolidationConfig
+from lamina.config import ConsolidationConfig, RehearsalConfig
 from lamina.engine import checkpoint
 from lamina.engine.consolidate import update_of
 from lamina.engine.loop import Loop
@@ -147,15 +147,25 @@ def test_consolidation_is_the_same_without_it(way: str, precision: str, tmp_path
 
 
 @both_precisions
-@pytest.mark.parametrize("name", TRAINED)
-def test_it_ends_in_the_same_bits(name: str, precision: str, tmp_path: Path, used: dict[str, int]):
-    world = World("vit", "class", PRECISIONS[precision])
-    run(name, world, tmp_path / "one", faster=True)
+@pytest.mark.parametrize(("name", "world"), [("duallora", HOME), ("finetune", HOME), ("finetune", TEXT)], ids=str)
+def test_rehearsal_is_the_same_without_it(
+    name: str, world: World, precision: str, tmp_path: Path, used: dict[str, int]
+):
+    world = World(world.backbone, world.scenario, PRECISIONS[precision])
+    check_same(name, world, tmp_path, used, rehearsal=RehearsalConfig(per_class=2))
+
+
+@both_precisions
+@pytest.mark.parametrize(("name", "per_class"), [*((name, 0) for name in TRAINED), ("inflora", 2)], ids=str)
+def test_it_ends_in_the_same_bits(name: str, per_class: int, precision: str, tmp_path: Path, used: dict[str, int]):
+    world, rehearsal = World("vit", "class", PRECISIONS[precision]), RehearsalConfig(per_class=per_class)
+    run(name, world, tmp_path / "one", faster=True, rehearsal=rehearsal)
     opened = []
 
     def process(number: int) -> Loop:
         allowances = iter([False] * (5 + 2 * number))
-        loop = make_loop(name, world, tmp_path / "pieces", training=SGD, should_stop=partial(next, allowances, True))
+        stop = partial(next, allowances, True)
+        loop = make_loop(name, world, tmp_path / "pieces", training=SGD, rehearsal=rehearsal, should_stop=stop)
         loop.steps = accelerate(loop.learner)
         opened.append(loop.steps)
         return loop

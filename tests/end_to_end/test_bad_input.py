@@ -70,6 +70,7 @@ def test_a_file_of_another_form(lamina: Command, tmp_path: Path, text: str, told
         ("method=finetun", ["'finetun'", "inflora, finetune", "Did you mean 'finetune'?"]),
         ("training.lr=.inf", ["training.lr = inf", "finite"]),
         ("training.schedule=cosin", ["'cosin'", "'quarter-cosine'", "Did you mean 'cosine'?"]),
+        ("rehearsal.per_class=-1", ["rehearsal.per_class = -1", "greater than or equal to 0"]),
         ("jobs=2", ["jobs = 2", "'lamina'", "cannot be trained in parallel", "taskarithmetic, color"]),
         ("threads=100000", ["threads = 100000", "less than or equal to"]),
         ("threads=1024", ["threads = 1024: this machine has", f"Allowed are 1 to {4 * (os.cpu_count() or 1)}"]),

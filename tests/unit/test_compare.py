@@ -197,6 +197,10 @@ search: {over: {training.lr: [1, x]}, tasks: 40}
         ("methods: {finetune: {}}\nsearch: {over: {training.lr: [1]}, tasks: 11}", "has 10 tasks"),
         ("methods: {finetune: {search: {training.lr: [1]}}}", "has no `search` that this could extend"),
         ("methods: {finetune: {}}\nbase: {stream.first: 11}", "stream.first = 11: the stream .* has 10 tasks"),
+        (
+            "methods: {prototype: {}}\nbase: {rehearsal.per_class: 5}",
+            "rehearsal.per_class = 5 does not go with prototype",
+        ),
         ("methods: {duallora: {each: {consolidation.merging: [ema]}}}", "no combination of `each` is valid"),
         ("methods: {finetune: {}}\nbase: {stream.scenario: domain}\norders: [1, 2]", "has no order of classes"),
         ("methods: {finetune: {}}\nbase: gone.yaml", "gone.yaml: cannot be read"),
@@ -597,7 +601,8 @@ def test_a_row_that_is_not_like_the_others_says_so(tmp_path: Path):
         if "noproj" not in place.folder.name and "rank: 3" in place.config.read_text():
             made = record.read(place.run)
             other = made.stream.model_copy(update={"fingerprint": "eeeeeeee"})
-            record.write(made.model_copy(update={"stream": other}), place.run)
+            cost = made.cost.model_copy(update={"kept_examples": 30, "kept_per_class": 3})
+            record.write(made.model_copy(update={"stream": other, "cost": cost}), place.run)
         return process
 
     found.work(1, Told(), started)
@@ -607,6 +612,7 @@ def test_a_row_that_is_not_like_the_others_says_so(tmp_path: Path):
         "- `prototype` took no part in the search.",
         "- `noproj` did not learn the same examples as `finetune`",
         "- `joint` learns all tasks at once",
+        "- `noproj` keeps 30 training examples and trains on them again. Its memory does not count them.",
         "One pair of runs has no spread, so there is no interval.",
     ):
         assert note in told, note

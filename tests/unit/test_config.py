@@ -18,11 +18,11 @@ SETTINGS = {name: method.config_type for name, method in METHODS.items()}
 def read(folder: Path, text: str, *overrides: str) -> RunConfig:
     file = folder / "run.yaml"
     file.write_text(text)
-    return load(file, [parse_override(text) for text in overrides], method_settings=SETTINGS)
+    return load(file, [parse_override(text) for text in overrides], method_settings=SETTINGS, schema=RunConfig)
 
 
 def given(*overrides: tuple[str, Any]) -> RunConfig:
-    return load(None, overrides, method_settings=SETTINGS)
+    return load(None, overrides, method_settings=SETTINGS, schema=RunConfig)
 
 
 def problems(folder: Path, text: str, *overrides: str) -> list[str]:
@@ -131,10 +131,10 @@ def test_what_is_no_configuration_at_all(text: str, message: str, tmp_path: Path
 
 def test_a_file_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"gone.yaml: cannot be read"):
-        load(tmp_path / "gone.yaml", method_settings=SETTINGS)
+        load(tmp_path / "gone.yaml", method_settings=SETTINGS, schema=RunConfig)
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00a")
     with pytest.raises(ConfigError, match=r"bytes.yaml: (cannot be read|not YAML)"):
-        load(tmp_path / "bytes.yaml", method_settings=SETTINGS)
+        load(tmp_path / "bytes.yaml", method_settings=SETTINGS, schema=RunConfig)
 
 
 # --------------------------------------------------------------------------------------------------------- limits
@@ -179,7 +179,7 @@ def test_a_long_value_is_cut_in_its_message(tmp_path: Path):
 
 def test_what_an_endless_file_holds_is_not_read(tmp_path: Path):
     with pytest.raises(ConfigError, match="/dev/zero: "):
-        load(Path("/dev/zero"), method_settings=SETTINGS)
+        load(Path("/dev/zero"), method_settings=SETTINGS, schema=RunConfig)
 
 
 @pytest.mark.parametrize("key", ["training.lr", "training.head_lr", "training.weight_decay", "training.later_lr"])
@@ -316,6 +316,7 @@ def test_a_fingerprint_is_of_what_decides_the_result():
         given(("backbone.name", "a/copy")),
         given(("checkpoint_seconds", 1)),
         given(("jobs", 4)),
+        given(("rehearsal.per_class", 0)),
         given(("evaluation.batch_size", 250)),
         given(("method", {"name": "lamina", "rank": 10})),
     ]
@@ -332,8 +333,22 @@ def test_a_fingerprint_is_of_what_decides_the_result():
         given(("evaluation.split", "val")),
         given(("precision", "fp32")),
         given(("threads", 1)),
+        given(("rehearsal.per_class", 10)),
+        given(("rehearsal.per_class", 20)),
     ]
     assert len({print_of(config) for config in [*same, *others]}) == 1 + len(others)
+
+
+def test_the_fingerprints_of_older_runs_stay():
+    """Of runs that were made before `rehearsal` was a setting."""
+    found = {name: print_of(given(("method.name", name), ("training.lr", 2e-3))) for name in ("lamina", "finetune")}
+    assert found == {"lamina": "d67f5d5350c1677d68172b489eae0984", "finetune": "9cf39472f29ab3768b7a7afc98118b11"}
+
+
+def test_a_run_is_named_after_its_method_and_what_sets_it_apart():
+    assert given().name == "lamina"
+    assert given(("method.name", "ewc"), ("rehearsal.per_class", 5)).name == "ewc-rehearsal"
+    assert given(("method.name", "finetune"), ("stream.joint", True)).name == "finetune-joint"
 
 
 def test_a_fingerprint_survives_the_file(tmp_path: Path):

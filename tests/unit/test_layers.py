@@ -113,7 +113,7 @@ EDGES = {
     "datasets": ("data/",),
     "pyarrow": ("data/",),
     "sklearn": ("data/digits.py",),
-    "PIL": ("data/", "model/", "export/merged.py"),
+    "PIL": ("data/", "export/merged.py"),
     "safetensors": ("backbones", "engine/checkpoint.py", "model/store.py", "export/"),
     "typer": ("cli/",),
     "rich": ("cli/",),

@@ -209,6 +209,20 @@ def test_peak_memory_is_shown_where_there_is_any() -> None:
     assert "Peak GPU memory2.15 GB" in parsed(report.render([Record.from_json(run, "made up")])).text
 
 
+def test_kept_examples_are_said_and_counted_apart_from_the_memory() -> None:
+    without = parsed(report.render([record()])).text
+    assert "Training examples kept" not in without
+    assert "trains on them again" not in without
+    run = content()
+    run["cost"] |= {"kept_examples": 120, "kept_per_class": 10}
+    made = Record.from_json(run, "made up")
+    assert made.to_json()["cost"]["kept_examples"] == 120
+    shown = " ".join(parsed(report.render([made])).text.split())
+    assert "It keeps 120 training examples of the tasks it has learnt and trains on them again." in shown
+    assert "Training examples kept120 (at most 10 per class and task)" in shown
+    assert "Other memory kept between tasks120 kB" in shown
+
+
 def test_what_a_user_should_know_is_shown(tmp_path: Path) -> None:
     left = {"reason": "hidden folders", "count": 2, "examples": [".git", ".cache"]}
     source = {"name": "photos", "kind": "image", "layout": "folders CLASS", "splits": {"train": 8}, "classes": {}}

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from lamina import __version__
-from lamina.cli import compare, data, demo, export, methods, model, report, run
+from lamina.cli import compare, data, demo, export, methods, model, predict, report, run
 from lamina.errors import ConfigError, LaminaError
 
 app = typer.Typer(
@@ -25,7 +25,7 @@ LIVING, RUNS = "A model that keeps learning", "Runs: experiments on a whole stre
 app.command("demo")(demo.demo)
 app.command("create", rich_help_panel=LIVING)(model.create)
 app.command("learn", rich_help_panel=LIVING)(model.learn)
-app.command("predict", rich_help_panel=LIVING)(model.predict)
+app.command("predict", rich_help_panel=LIVING)(predict.predict)
 app.command("evaluate", rich_help_panel=LIVING)(run.evaluate)
 app.command("status", rich_help_panel=LIVING)(model.status)
 app.command("history", rich_help_panel=LIVING)(model.history)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lamina.cli.model import Where
+from lamina.cli.predict import Where
 from lamina.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -22,7 +22,9 @@ def methods(
         for row in rows:
             print("  ".join(row[column].ljust(widths[column]) for column in columns).rstrip())
             print(f"    {row[advice]}")
-        print("\n`lamina methods NAME` shows the paper, the requirements and the settings of one method.")
+        print(
+            "\n`lamina methods NAME` shows one method in full. With `run --rehearsal N` it stores N more examples per class."
+        )
         return
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, 1)
@@ -33,6 +35,7 @@ def methods(
 
 def _details(facts: dict[str, Any]) -> list[str]:
     """Returns all that `describe` says of a method, in lines."""
+    more = "; --rehearsal N adds N per class" if facts["trains"] else ""
     parallel = " Tasks can be trained in parallel (--jobs)." if facts["independent"] else ""
     lines = [
         f"{facts['name']}: {facts['title']}",
@@ -42,7 +45,7 @@ def _details(facts: dict[str, Any]) -> list[str]:
         "",
         f"Streams: {', '.join(facts['scenarios'])}.{parallel}",
         f"Task count: {'used if it is known' if facts['task_count'] else 'not required'}.",
-        f"Stored examples: {facts['stored_examples'] or 'none'}{' per class' if facts['stored_examples'] else ''}.",
+        f"Stored examples: {facts['stored_examples'] or 'none'}{' per class' if facts['stored_examples'] else ''}{more}.",
         f"Storage: {facts['storage']}",
         facts["cost"],
         "",

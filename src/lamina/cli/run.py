@@ -59,6 +59,10 @@ def run(
         str | None,
         typer.Option(help="own (the method's), or a unified classifier: ncm, lda, ridge, aligned or lda+ridge."),
     ] = None,
+    rehearsal: Annotated[
+        int | None,
+        typer.Option(help="Training examples of each old class that are kept and trained on again. Default: 0."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of initial weights, batch order and augmentation.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda. auto: the GPU if there is one.")] = None,
     jobs: Annotated[
@@ -101,6 +105,7 @@ def run(
         "consolidation.merging": merging,
         "consolidation.drift": drift,
         "consolidation.classifier": classifier,
+        "rehearsal.per_class": rehearsal,
         "seed": seed,
         "device": device,
         "jobs": jobs,
@@ -112,7 +117,7 @@ def run(
         print(configuration.to_yaml(config), end="")
         return
     where = out or default_directory(config)
-    with Watcher(name_of(config)) as watch:
+    with Watcher(config.name) as watch:
         record = stoppable(_resume(where), lambda: runs.create(config, where, watch))
     print_summary(record, where)
 
@@ -190,17 +195,11 @@ def train_task(directory: Path, number: int, parent: int) -> None:
     stoppable(_resume(directory), lambda: runs.train_task(directory, number, parent, say))
 
 
-def name_of(config: "RunConfig") -> str:
-    """Returns the name of a run's method, with `-joint` for joint training."""
-    name: str = config.method["name"]
-    return name + ("-joint" if config.stream.joint else "")
-
-
 def default_directory(config: "RunConfig") -> Path:
     """Returns the directory of a run for which none is given. It is named after the data, the method and the seed."""
     source = Path(config.data.source).expanduser()
     data = source.resolve().name if source.is_dir() else source.stem
-    return Path("runs") / f"{data}-{name_of(config)}-seed{config.seed}"
+    return Path("runs") / f"{data}-{config.name}-seed{config.seed}"
 
 
 def _resume(where: Path) -> str:

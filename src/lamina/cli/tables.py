@@ -53,6 +53,10 @@ def print_records(records: "Iterable[Record]") -> None:
 def print_summary(record: "Record", where: Path) -> None:
     """Print the figures of a finished run, and where its record and report lie."""
     print_records([record])
+    if record.cost.kept_examples:
+        print(
+            f"\nTraining examples kept: {record.cost.kept_examples} (at most {record.cost.kept_per_class} per class and task)"
+        )
     print(f"\nRecord: {where / 'results.json'}\nOpen the report: {(where / 'report.html').resolve()}")
 
 

@@ -320,6 +320,12 @@ class Grid:
                     f"methods.{row.method}",
                     f"methods.{row.method}: consolidation.{part} = {value!r} does not go with {method.name}: {why}",
                 )
+        if config.rehearsal.per_class and not method.trains:
+            yield self._at(
+                f"methods.{row.method}",
+                f"methods.{row.method}: rehearsal.per_class = {config.rehearsal.per_class} does not go with {method.name}: it "
+                "trains nothing",
+            )
         if scenario not in ("class", "task") and self.settings.orders != (None,):
             yield self._at(
                 "orders",

@@ -40,6 +40,8 @@ def _row_notes(rows: Mapping[str, RowRuns], baseline: str | None) -> Iterable[st
             streams.get((r.seed, r.order), r.record.stream.fingerprint) != r.record.stream.fingerprint for r in row.runs
         ):
             yield f"`{name}` did not learn the same examples as `{usual_row}`: their difference is not due to the method alone."
+        if kept := max((run.record.cost.kept_examples or 0 for run in row.runs), default=0):
+            yield f"`{name}` keeps {count(kept, 'training example')} and trains on them again. Its memory does not count them."
         if usual and not row.trials:
             yield f"`{name}` took no part in the search."
         elif len(row.trials) != usual:

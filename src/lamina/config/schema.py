@@ -180,6 +180,11 @@ class ConsolidationConfig(Section):
         return self
 
 
+class RehearsalConfig(Section):
+    per_class: int = Field(0, ge=0)
+    """Training examples of each class that are kept of every finished task, and trained on again with later tasks. 0: none."""
+
+
 class EvaluationConfig(Section):
     split: Literal["test", "val"] = "test"
     """Split that the accuracy matrix is measured on. Choose settings on val, never on test."""
@@ -206,6 +211,8 @@ class RunConfig(Section):
     """How a task is trained."""
     consolidation: ConsolidationConfig = ConsolidationConfig()
     """Weight merging, drift compensation and the classifier, at the end of each task."""
+    rehearsal: RehearsalConfig = RehearsalConfig()
+    """Old examples that are kept and trained on again."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How accuracy is measured."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -223,6 +230,12 @@ class RunConfig(Section):
     model alone."""
     checkpoint_seconds: float = Field(30.0, ge=0)
     """Longest time between checkpoints within a task. The end of every phase is saved as well."""
+
+    @property
+    def name(self) -> str:
+        """The name of the method, with `-joint` for joint training and `-rehearsal` for rehearsal."""
+        name: str = self.method["name"]
+        return name + "-joint" * self.stream.joint + "-rehearsal" * (self.rehearsal.per_class > 0)
 
 
 class ProbesConfig(Section):

@@ -20,13 +20,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lamina.config import ConsolidationConfig, EvaluationConfig, TrainingConfig
+from lamina.config import ConsolidationConfig, EvaluationConfig, RehearsalConfig, TrainingConfig
 from lamina.data.streams import Stream
 from lamina.engine import checkpoint, optim
 from lamina.engine.consolidate import Consolidation
 from lamina.engine.evaluate import Predictions, predict_all
 from lamina.engine.finite import check_finite
 from lamina.engine.order import in_order, positions_of_step, set_torch_seed, steps_per_epoch
+from lamina.engine.rehearsal import Kept
 from lamina.engine.state import Loss, Phase, Position, RunState, TaskEntry, now
 from lamina.engine.steps import Planned, Steps
 from lamina.errors import CheckpointError, MethodError, TrainingError
@@ -71,7 +72,7 @@ class Loop:
     on_event: called with every step and at the end of every phase. should_stop: asked between steps and batches.
     trained: for tasks trained by other processes, the folder of their checkpoints, from which their result is taken.
     steps: how batches and gradients are made; `lamina.speed.accelerate` returns a faster way.
-    Raises MethodError where the method does not fit the scenario of the stream, or the consolidation.
+    Raises MethodError where the method does not fit the scenario of the stream, the consolidation, or rehearsal.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Loop:
         should_stop: Callable[[], bool] = lambda: False,
         on_save: Callable[[str], None] = lambda _: None,
         consolidation: ConsolidationConfig | None = None,
+        rehearsal: RehearsalConfig | None = None,
         trained: Mapping[int, Path] | None = None,
         steps: Steps | None = None,
     ) -> None:
@@ -98,6 +100,8 @@ class Loop:
                 f"method {method.name!r} does not fit a {stream.scenario}-incremental stream; it is made for "
                 f"{', '.join(method.scenarios)}. `lamina methods` shows which methods fit."
             )
+        self.rehearsal = rehearsal or RehearsalConfig()
+        check_rehearsal(self.rehearsal, type(method))
         self.learner, self.method, self.stream = learner, method, stream
         self.training, self.evaluation, self.seed = training, evaluation, seed
         self.checkpoints, self.checkpoint_seconds = checkpoints, checkpoint_seconds
@@ -124,6 +128,10 @@ class Loop:
 
     def move_to(self, position: Position) -> None:
         self.state = replace(self.state, position=position)
+
+    def kept(self) -> Kept:
+        """Returns the examples kept of finished tasks."""
+        return Kept(self.stream.tasks[: self.position.task], self.rehearsal.per_class)
 
     # -- the state machine --------------------------------------------------------------------------------------------
 
@@ -161,7 +169,7 @@ class Loop:
 
     def begin_method(self, task: Task) -> None:
         """What the method does at the beginning of a task."""
-        if self.method.trains and len(task.classes) == 1:
+        if self.method.trains and len(task.classes) == 1 and not len(self.kept()):
             self.note(
                 f"task {task.name!r} has a single class: the cross-entropy over its own outputs is 0, so adapters learn "
                 f"nothing from it. Use fewer tasks with more classes each, or a method without training (`prototype`)."
@@ -188,13 +196,14 @@ class Loop:
         optim.restore_optimizer(self._optimizer, parameters, self._optimizer_state)
         size = self.training.batch_size
         per_epoch = steps_per_epoch(len(task.train), size)
+        kept = self.kept()
         gradients = self.steps.gradients(
-            lambda batch: self.method.loss(self.learner, batch, task),
+            kept.loss(self.learner, lambda batch: self.method.loss(self.learner, batch, task)),
             [*parameters.values()],
-            Planned(size, self.training.epochs * (len(task.train) // size), self.note),
+            Planned(2 * size if len(kept) else size, self.training.epochs * (len(task.train) // size), self.note),
         )
         since, first = time.perf_counter(), self.position.step
-        makers = (partial(self._training_batch, task, step, step // per_epoch) for step in range(first, steps))
+        makers = (partial(self._training_batch, task, step, step // per_epoch, kept) for step in range(first, steps))
         for step, batch in enumerate(self.steps.batches(makers), first):
             stopping = self.should_stop()
             if stopping or time.perf_counter() - since >= self.checkpoint_seconds:
@@ -241,10 +250,11 @@ class Loop:
         self.state = replace(self.state, clock=replace(clock, examples=clock.examples + len(batch)))
         return value
 
-    def _training_batch(self, task: Task, step: int, epoch: int) -> Batch:
+    def _training_batch(self, task: Task, step: int, epoch: int, kept: Kept) -> Batch:
         size = self.training.batch_size
         positions = positions_of_step(len(task.train), size, step, seed=self.seed, task=task.name)
-        return task.train.batch(positions, Augment(self.seed, epoch)).to(self.learner.device)
+        new = task.train.batch(positions, Augment(self.seed, epoch))
+        return kept.mixed(new, self.seed, task.name, step).to(self.learner.device)
 
     def trained_aside(self, number: int) -> checkpoint.Loaded | None:
         """Returns the state at the end of a task's training in another process; None if that has not finished."""
@@ -429,6 +439,15 @@ class Loop:
 
     def _tell(self, phase: Phase, **facts: Any) -> None:
         self.on_event(Event(task=self.position.task, phase=phase, **facts))
+
+
+def check_rehearsal(rehearsal: RehearsalConfig, method: type[Method[Any]]) -> None:
+    """Raises MethodError where examples would be kept for a method that trains nothing."""
+    if rehearsal.per_class and not method.trains:
+        raise MethodError(
+            f"rehearsal.per_class = {rehearsal.per_class} does not go with method {method.name!r}: it trains nothing, so old "
+            f"examples would never be used. Leave it at 0."
+        )
 
 
 def restore(

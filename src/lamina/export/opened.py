@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lamina.data import PixelTable
 from lamina.data.decoding import decode
+from lamina.data.inputs import image_files, read_file
 from lamina.errors import DataError, ModelError
 from lamina.learner import Learner, class_scores
-from lamina.model import Card, Facts, Model, Predictor, image_files, kept, read_file
+from lamina.model import Card, Facts, Model, Predictor, kept
 from lamina.model.learning import open_version
 from lamina.runs.setup import image_transform
 from lamina.types import Batch

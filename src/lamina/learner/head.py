@@ -7,6 +7,7 @@ Shape letters: b batch, d width, j outputs of all blocks, c classes.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -61,7 +62,14 @@ class Head(nn.Module):
 
 def class_scores(scores_bj: Tensor, outputs: Sequence[Output], classes: Sequence[int]) -> Tensor:
     """Returns the maximum over the outputs of each of these classes, (b, c); minus infinity for a class without outputs."""
-    column = {label: position for position, label in enumerate(classes)}
-    columns_j = torch.tensor([column[output.label] for output in outputs], device=scores_bj.device)
+    columns_j = _columns(tuple(output.label for output in outputs), tuple(classes), scores_bj.device)
     empty_bc = scores_bj.new_full((len(scores_bj), len(classes)), -torch.inf)
     return empty_bc.scatter_reduce(1, columns_j.expand(len(scores_bj), -1), scores_bj, "amax")
+
+
+@lru_cache(maxsize=8)
+def _columns(labels: tuple[int, ...], classes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Returns the position (j,) of each label among the classes. Cached, because a GPU would wait for a new tensor in every
+    step."""
+    column = {label: position for position, label in enumerate(classes)}
+    return torch.tensor([column[label] for label in labels], device=device)

@@ -250,6 +250,7 @@ def describe(method: type[Method[Any]]) -> dict[str, Any]:
         "advice": method.advice,
         "scenarios": list(method.scenarios),
         "independent": method.independent,
+        "trains": method.trains,
         "task_count": method.needs.task_count,
         "stored_examples": method.needs.stored_examples,
         "storage": method.needs.storage,

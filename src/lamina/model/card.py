@@ -2,17 +2,11 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from lamina.config import ModelConfig
 from lamina.model.gate import GateResult
-from lamina.record import CodeRecord, MachineRecord, SourceRecord
-
-
-class Part(BaseModel):
-    """A part of what is written down."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from lamina.record import CodeRecord, MachineRecord, Part, SourceRecord
 
 
 class Base(Part):

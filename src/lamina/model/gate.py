@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from lamina.config import GateConfig
 from lamina.maths.metrics import Floats, calibration_error, negative_flips
+from lamina.record import Part
 from lamina.types import Ints
 
 
@@ -41,10 +41,6 @@ class Probes(NamedTuple):
     name: str
     before: Outcomes
     after: Outcomes
-
-
-class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Change(Part):

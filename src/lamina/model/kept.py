@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lamina import data, rng
+from lamina import data
 from lamina.data import ImageTransform, PixelStore, PixelTable, TokenTable
+from lamina.model.card import Kept
 from lamina.types import Augment, Examples, Ints
 
 PROBES, REHEARSAL = "probes", "rehearsal"
@@ -32,13 +33,6 @@ class NoTable:
 def nothing() -> Examples:
     """Returns no examples."""
     return Examples(NoTable(), np.zeros(0, np.int64), np.zeros(0, np.int64))
-
-
-def chosen(examples: Examples, per_class: int) -> Ints:
-    """Returns the positions of at most `per_class` examples of every class, ascending. They depend on the rows alone."""
-    order_n = np.argsort(rng.bits(examples.rows_n, 0x5EED), kind="stable")
-    parts = [order_n[examples.labels_n[order_n] == label][:per_class] for label in np.unique(examples.labels_n)]
-    return np.sort(np.concatenate([order_n[:0], *parts]))
 
 
 def packed(examples: Examples) -> dict[str, Tensor]:
@@ -61,6 +55,12 @@ def packed(examples: Examples) -> dict[str, Tensor]:
         "ids": torch.from_numpy(np.concatenate([np.zeros(0, np.int32), *ids])),
         "padding": torch.tensor([table.pad_id, table.max_length]),
     }
+
+
+def facts_of(tensors: Mapping[str, Tensor]) -> Kept:
+    """Returns how many examples these are, and their bytes."""
+    size = sum(value.numel() * value.element_size() for value in tensors.values())
+    return Kept(examples=len(tensors["labels_n"]), bytes=size)
 
 
 def unpacked(tensors: Mapping[str, Tensor] | None, transform: ImageTransform | None) -> Examples:

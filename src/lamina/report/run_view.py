@@ -70,6 +70,9 @@ def sentences(run: Record) -> str:
         start += f" ({scaled(backbone.parameters)} parameters)" if backbone.parameters else ""
     order = " one after the other" if len(tasks) > 1 else ""
     text = f"{run.method.name} learns {count(len(tasks), 'task')}{order}, {within}{source}{start}."
+    if run.cost.kept_examples:
+        kept = count(run.cost.kept_examples, "training example")
+        text += f" It keeps {kept} of the tasks it has learnt and trains on them again."
     return f"{text} {result(run, len(tasks))}"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from lamina import __version__
 from lamina.engine import device
 from lamina.engine.loop import Loop
+from lamina.engine.rehearsal import keep
 from lamina.engine.state import Clock, now
 from lamina.methods.base import describe
 from lamina.record import (
@@ -33,7 +34,7 @@ def record_of(setup: Setup, loop: Loop) -> Record:
     facts = describe(setup.method)
     steps_before = [sum(entry.steps for entry in state.lineage[:task]) for task in range(len(state.lineage))]
     return Record(
-        name=config.method["name"] + ("-joint" if config.stream.joint else ""),
+        name=config.name,
         created=now(),
         seed=config.seed,
         split=config.evaluation.split,
@@ -88,6 +89,7 @@ def _cost(setup: Setup, loop: Loop) -> CostRecord:
     state, clock = loop.state, loop.state.clock
     seconds = {phase: round(value, 3) for phase, value in clock.seconds.items()}
     total, train = sum(seconds.values()), seconds.get("train", 0.0)
+    per_class = setup.config.rehearsal.per_class or None
     return CostRecord(
         seconds=seconds | {"total": round(total, 3)},
         steps=sum(entry.steps for entry in state.lineage),
@@ -99,6 +101,8 @@ def _cost(setup: Setup, loop: Loop) -> CostRecord:
         trainable_parameters=state.lineage[-1].trainable_parameters,
         stored_parameters=loop.learner.stored_parameters(),
         memory_bytes=loop.method.memory_bytes + loop.consolidation.memory_bytes,
+        kept_examples=per_class and sum(len(keep(task.train, per_class)) for task in setup.stream),
+        kept_per_class=per_class,
     )
 
 

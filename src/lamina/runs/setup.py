@@ -100,6 +100,12 @@ class Setup:
                 f"tasks cannot be trained in parallel. Leave jobs at 1, or choose a method that learns every task from the "
                 f"pre-trained model: {independent}."
             )
+        if self.config.jobs > 1 and self.config.rehearsal.per_class:
+            raise ConfigError(
+                f"jobs = {self.config.jobs}: with rehearsal.per_class = {self.config.rehearsal.per_class} each task is also "
+                f"trained on examples of the tasks before it, so tasks cannot be trained in parallel. Leave jobs at 1, or "
+                f"rehearsal.per_class at 0."
+            )
 
     def _check_validation(self, stream: Stream) -> None:
         without = [task.name for task in stream if not len(task.val)]
@@ -124,6 +130,7 @@ class Setup:
                 training=config.training,
                 evaluation=config.evaluation,
                 consolidation=config.consolidation,
+                rehearsal=config.rehearsal,
                 seed=config.seed,
                 checkpoints=out / "checkpoints",
                 checkpoint_seconds=config.checkpoint_seconds,

@@ -7,6 +7,7 @@ import pytest
 from tests.conformance.cases import EVALUATION, TRAINING, make_method
 from tests.tiny import tiny_images, tiny_vit
 
+from lamina.config import RehearsalConfig
 from lamina.data.streams import class_plan, make_stream
 from lamina.engine.loop import Event, Interrupted, Loop
 from lamina.learner import Learner
@@ -42,6 +43,14 @@ def test_a_task_with_a_single_class_teaches_adapters_nothing_and_that_is_said(
     for number, text in enumerate(said, 1):
         assert f"task 'task-0{number}' has a single class" in text
         assert "fewer tasks" in text
+
+
+def test_with_rehearsal_only_the_first_task_teaches_adapters_nothing(tmp_path: Path):
+    loop = loop_over(4, tmp_path, rehearsal=RehearsalConfig(per_class=1))
+    loop.run()
+    (note,) = loop.state.notes
+    assert "task 'task-01' has a single class" in note
+    assert {loss.task for loss in loop.state.losses if loss.value == 0.0} == {0}
 
 
 def test_with_a_single_class_the_loss_is_zero_indeed(tmp_path: Path):
