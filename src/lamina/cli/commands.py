@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from lamina import __version__
-from lamina.cli import compare, data, demo, methods, model, predict, report, run
+from lamina.cli import compare, data, demo, export, methods, model, predict, report, run
 from lamina.errors import ConfigError, LaminaError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.command("gate", rich_help_panel=LIVING)(model.gate)
 app.command("rollback", rich_help_panel=LIVING)(model.rollback)
 app.command("configure", rich_help_panel=LIVING)(model.configure)
 app.command("forget", rich_help_panel=LIVING)(model.forget)
+app.command("export", rich_help_panel=LIVING)(export.export)
 app.command("run", rich_help_panel=RUNS)(run.run)
 app.command("resume", rich_help_panel=RUNS)(run.resume)
 app.command("report", rich_help_panel=RUNS)(report.report)
