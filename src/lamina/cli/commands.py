@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from lamina import __version__
-from lamina.cli import compare, data, demo, methods, model, report, run
+from lamina.cli import compare, data, demo, methods, model, report, run, serve
 from lamina.errors import ConfigError, LaminaError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.command("history", rich_help_panel=LIVING)(model.history)
 app.command("gate", rich_help_panel=LIVING)(model.gate)
 app.command("rollback", rich_help_panel=LIVING)(model.rollback)
 app.command("configure", rich_help_panel=LIVING)(model.configure)
+app.command("serve", rich_help_panel=LIVING)(serve.serve)
 app.command("forget", rich_help_panel=LIVING)(model.forget)
 app.command("run", rich_help_panel=RUNS)(run.run)
 app.command("resume", rich_help_panel=RUNS)(run.resume)
