@@ -50,7 +50,7 @@ class Incoming:
         return message
 
     async def discard(self) -> None:
-        """Read the rest, and keep nothing. A client that is still sending would not see the response to a refusal, since closing
+        """Read the rest, and keep nothing. A client that is still sending would not see a refusal, since closing
         a connection with unread bytes resets it."""
         count = 0
         with contextlib.suppress(TimeoutError):
