@@ -193,6 +193,8 @@ def checked(uploads: list[Upload], limits: Limits) -> list[Upload]:
             raise beyond("megapixels", too_many) from None
         except DAMAGE as error:
             told = (str(error) or type(error).__name__).splitlines()[0][:300]
+            if not isinstance(error, OSError | ValueError):  # of the standard library, about bytes and offsets
+                told = f"the image is damaged ({told})"
             raise Refusal(415, f"{where}: {told}", "image") from None
         if height * width > limits.pixels:
             raise beyond("megapixels", too_many)

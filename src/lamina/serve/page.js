@@ -4,8 +4,8 @@ const POLL = 3000, TOP = 5, PARALLEL = 4, KEPT = 60, CLASSES = 60, COLOURS = 6;
 const MARKERS = ["M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0", "M-3-3h6v6h-6z", "M0-4.2L4.2 3.2h-8.4z", "M0-4.6L4.6 0L0 4.6L-4.6 0z",
   "M0 4.2L4.2-3.2h-8.4z", "M-1.3-4h2.6v2.7h2.7v2.6h-2.7v2.7h-2.6v-2.7h-2.7v-2.6h2.7z"];
 const DASHES = ["", "7 3", "2 3", "9 3 2 3", "4 2", "13 4"];
-const EVENTS = { created: "made", learnt: "learnt", refused: "refused by the gate", "rolled back": "rolled back",
-  configured: "settings changed", "opened a run": "opened from a run", "deleted kept examples": "kept examples deleted" };
+const EVENTS = { created: "made", learnt: "learnt", refused: "the gate refused", "rolled back": "rolled back to",
+  configured: "settings changed", "opened a run": "made from a run:", "deleted kept examples": "kept examples deleted" };
 const kind = document.body.dataset.kind, mostFiles = Number(document.body.dataset.files);
 const by = (id) => document.getElementById(id);
 let token = null, version = null, lost = false, waiting = [], running = 0, done = 0, asked = 0;
@@ -26,6 +26,7 @@ function draw(tag, attributes = {}, ...children) {
   return element;
 }
 const percent = (share) => share === null || share === undefined ? "–" : `${(100 * share).toFixed(1)} %`;
+const chance = (share) => share > 0 && share < 0.001 ? "< 0.1 %" : share < 1 && share > 0.999 ? "> 99.9 %" : percent(share);
 const moment = (text) => text ? text.slice(0, 16).replace("T", " ") : "–";
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : word.endsWith("s") ? "es" : "s"}`;
 
@@ -51,10 +52,10 @@ function show(entry, content) {
     const bar = make("span", { class: "bar" });
     bar.style.width = `${(100 * guess.probability).toFixed(1)}%`;
     return make("li", {}, make("span", { class: "of", title: `${guess.class}, learnt in ${guess.task}` }, guess.class),
-      make("span", { class: "share" }, percent(guess.probability)), make("span", { class: "groove", "aria-hidden": "true" }, bar));
+      make("span", { class: "share" }, chance(guess.probability)), make("span", { class: "groove", "aria-hidden": "true" }, bar));
   });
   entry.said.replaceChildren(make("p", { class: "best" }, best.class),
-    make("p", { class: "said" }, `${percent(best.probability)}, learnt in task ${best.task}`),
+    make("p", { class: "said" }, `${chance(best.probability)}, learnt in task ${best.task}`),
     make("ul", { class: "bars", "aria-label": "Best classes" }, ...bars));
   notice(content.version);
 }
@@ -64,10 +65,10 @@ function add(name, picture) {
   const item = make("li", picture ? {} : { class: "text" });
   if (picture) {
     const image = make("img", { alt: "", src: picture });
-    image.addEventListener("error", () => { image.removeAttribute("src"); });
+    image.addEventListener("error", () => { image.replaceWith(make("div", { class: "blank" })); });
     item.append(image);
   }
-  item.append(make("div", {}, said, make("p", { class: "said" }, name)));
+  item.append(make("div", {}, said, make("p", { class: "said file" }, name)));
   item.picture = picture;
   const list = by("results");
   list.prepend(item);
@@ -222,16 +223,17 @@ function tell(model, about) {
     const name = make("th", { scope: "row", class: "name" }, task.name, make("span", { class: "def" }, task.classes.slice(0, 6).join(", ")
       + (task.classes.length > 6 ? ` and ${task.classes.length - 6} more` : "")));
     return make("tr", {}, make("td", { class: "num" }, `${k + 1}`), name,
-      make("td", { class: "num" }, `${task.examples.train ?? "–"}`), make("td", { class: "num" }, `${percent(first)} → ${percent(newest ?? first)}`));
+      make("td", { class: "num" }, `${task.examples.train ?? "–"}`), make("td", { class: "num" }, `${percent(first).replace(" %", "")} → ${percent(newest ?? first)}`));
   }));
   classes(about.classes, about.classes.length > CLASSES);
   by("history").replaceChildren(...[...about.history].reverse().map((event) => {
     const words = [EVENTS[event.event] ?? event.event];
-    if (event.task) words.push(`task ${event.task}`);
+    if (event.event === "rolled back" && !event.task) words.push("before the first task");
+    if (event.task) words.push(event.task);
     if (event.tasks) words.push(event.tasks.join(", "));
-    if (event.forced) words.push("forced");
-    if (event.version) words.push(`version ${event.version}`);
-    const text = words.join(", ") + (event.problems ? `: ${event.problems.join("; ")}` : "");
+    let text = words.join(" ") + (event.forced ? ", though the gate refused it" : "");
+    if (event.version && event.event !== "refused") text += ` (version ${event.version})`;
+    if (event.problems) text += `: ${event.problems.join("; ")}`;
     return make("li", {}, make("time", {}, moment(event.time)), make("span", {}, text));
   }));
   const gate = model.gate === null ? "nothing to compare with" : model.gate.accepted ? "accepted" : "refused, and forced";
