@@ -129,7 +129,7 @@ class Server:
                 if end:
                     line.shutdown(socket.SHUT_WR)
                 while part := line.recv(65536):
-                    found += part
+                    found = (found + part).removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
                     if b"\r\n\r\n" in found and _whole(found):
                         break
             except OSError:

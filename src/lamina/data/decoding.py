@@ -80,8 +80,8 @@ def full_size(payload: bytes) -> tuple[int, int]:
 
 @contextmanager
 def at_most(pixels: int) -> Iterator[None]:
-    """Within it, Pillow itself refuses every image of more pixels, also one that lies inside another, and does not warn. It holds
-    for all threads of the process."""
+    """Within it, Pillow itself refuses an image of more pixels, also one that lies inside another, and gives no warnings. It
+    holds for all threads of the process."""
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max(1, pixels // 2)  # Pillow refuses twice as many
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
