@@ -7,7 +7,7 @@
 Four ratios, each within one process or one pair of processes on the same data:
 
     merged inference   features of a model with three tasks, relative to the bare backbone
-    predict            `Model.predict` on image files, decoding included, relative to `transformers.pipeline` with the same weights
+    predict            `Model.predict` on image files, decoding included, and `transformers.pipeline` with the same weights
     first result       seconds from `lamina predict` to its output, imports included, and the share of importing lamina itself
     learn              `Model.learn` of the last task, relative to that task within `runs.create` over the same stream
 """
@@ -95,7 +95,6 @@ def merged_inference(model: Model, repeats: int) -> list[float]:
     pixels = torch.randn(64, 3, 64, 64)
     batch = Batch(inputs={"pixel_values": pixels}, labels_b=torch.zeros(64, dtype=torch.int64))
     inputs = {"pixel_values": pixels.to(predictor.learner.dtype)}
-    plain = bare.module
 
     def ours() -> None:
         predictor.learner.features(batch)
@@ -103,7 +102,6 @@ def merged_inference(model: Model, repeats: int) -> list[float]:
     def theirs() -> None:
         bare.features(inputs)
 
-    del plain
     with torch.no_grad():
         return paired(ours, theirs, repeats)
 
@@ -124,11 +122,12 @@ def paired(ours: Callable[[], None], theirs: Callable[[], None], repeats: int) -
 
 def predict(model: Model, folder: Path, data: Path, count: int) -> dict[str, float]:
     """Returns images per second of `Model.predict` and of transformers' pipeline on the same files."""
-    from lamina.export import export_merged
     from transformers import pipeline
 
+    from lamina.export import export_merged
+
     merged = folder / "merged"
-    export_merged(model, merged)
+    export_merged(model.path, merged)
     files = sorted(data.rglob("*.jpg"))
     files = [files[k % len(files)] for k in range(count)]
     other = pipeline("image-classification", model=str(merged), batch_size=64, use_fast=True)
