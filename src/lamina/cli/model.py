@@ -12,7 +12,7 @@ import typer
 from lamina.cli.predict import Where
 from lamina.cli.progress import Watcher
 from lamina.cli.run import Settings, stoppable
-from lamina.cli.tables import print_table
+from lamina.cli.tables import print_table, size_of
 from lamina.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def status(model: Where, as_json: Annotated[bool, typer.Option("--json", help="P
         print()
         print_table(("task", "classes", "new", "accuracy when learnt", "examples kept", "gate"), rows)
     kept = sum(part.bytes for card in cards for part in opened.store.kept_now(card).values())
-    print(f"\n{file_bytes(model) / 2**20:,.1f} MB on disk, of them {kept / 2**20:,.2f} MB kept examples")
+    print(f"\n{size_of(file_bytes(model))} on disk, of them {size_of(kept)} kept examples")
     name = shlex.quote(str(model))
     if (model / WORK / "gate.json").is_file():
         print(f"A task waits that the gate refused: `lamina gate {name}` shows why.")
@@ -290,7 +290,7 @@ def forget(
     from lamina.model import Model
 
     size = Model(model).forget_kept(task)
-    print(f"deleted {size / 2**20:,.2f} MB of kept examples")
+    print(f"deleted {size_of(size)} of kept examples")
 
 
 # ---------------------------------------------------------------------------------------------------------------- inputs
@@ -345,7 +345,7 @@ def _print_gate(found: "GateResult", as_json: bool) -> None:
 
 def _print_learnt(model: Path, card: "Card", known: int) -> None:
     name, task = shlex.quote(str(model)), card.tasks[-1]
-    kept = ", ".join(f"{part.examples} {what} ({part.bytes / 2**20:.2f} MB)" for what, part in card.kept.items())
+    kept = ", ".join(f"{part.examples} {what} ({size_of(part.bytes)})" for what, part in card.kept.items())
     print(
         f"\nlearnt {task.name!r}{' (forced)' if card.forced else ''}: version {card.version} knows "
         f"{known} classes; {card.seconds['total']:.1f} s; kept: {kept or 'no examples'}"

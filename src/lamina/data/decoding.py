@@ -2,7 +2,10 @@
 
 import io
 import struct
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -25,6 +28,8 @@ DAMAGE = (
     zlib.error,
 )
 """What `decode` raises for files that are not what they claim to be."""
+BOMB = Image.DecompressionBombError
+"""The one of them that says that an image has more pixels than are allowed."""
 _BROKEN = (LookupError, ArithmeticError, TypeError, AttributeError, RuntimeError, MemoryError)
 """What Pillow raises besides, for headers and tags that do not fit together."""
 _ROTATED = frozenset({5, 6, 7, 8})
@@ -62,6 +67,29 @@ def header_size(payload: Payload, store_px: int) -> tuple[int, int]:
             return stored_size(*_upright_size(image), store_px)
     except _BROKEN as error:
         raise ValueError(f"the image is damaged ({type(error).__name__}: {error})") from error
+
+
+def full_size(payload: bytes) -> tuple[int, int]:
+    """Height and width of an encoded image as stored, from its header. Raises one of DAMAGE if that cannot be read."""
+    try:
+        with _opened(payload) as image:
+            return image.height, image.width
+    except _BROKEN as error:
+        raise ValueError(f"the image is damaged ({type(error).__name__}: {error})") from error
+
+
+@contextmanager
+def at_most(pixels: int) -> Iterator[None]:
+    """Within it, Pillow itself refuses an image of more pixels, also one that lies inside another, and gives no warnings. It
+    holds for all threads of the process."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, max(1, pixels // 2)  # Pillow refuses twice as many
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 def nearly_black(payload: Payload, pixels: NDArray[np.uint8]) -> bool:

@@ -20,7 +20,7 @@ Item = Payload | DataError
 def payloads(inputs: Input | Iterable[Input], kind: Kind) -> Iterator[Item]:
     """Yields the contents of files, and what is wrong with those that cannot be read. A folder stands for all images below it.
     For texts, a string is the text. Raises DataError for a file that does not exist."""
-    for item in [inputs] if isinstance(inputs, Input) else inputs:
+    for item in [inputs] if isinstance(inputs, Path | str | bytes | np.ndarray | Image.Image) else inputs:
         if kind == "text":
             yield item if isinstance(item, str | bytes) else str(item)
         elif isinstance(item, Path | str):

@@ -1,0 +1,130 @@
+"""`lamina serve`: predictions of a model over HTTP."""
+
+import contextlib
+import logging
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lamina.errors import ConfigError, LaminaError
+
+NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+LIMITS = "Limits"
+
+
+def serve(
+    model: Annotated[Path, typer.Argument(help="Directory of a model that has learnt a task.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen at. 0.0.0.0: all networks; then set a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with the token that requests must carry. Default: no token.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name by which the server is reached, for example through a proxy. Repeatable."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda. Default: as the model is configured.")] = None,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, rich_help_panel=LIMITS, help="Body with images.")] = 16,
+    max_json_mb: Annotated[float, typer.Option(min=0.001, rich_help_panel=LIMITS, help="Body with texts.")] = 2,
+    max_inflight_mb: Annotated[
+        float, typer.Option(min=0.001, rich_help_panel=LIMITS, help="All bodies held at one time.")
+    ] = 256,
+    max_files: Annotated[int, typer.Option(min=1, rich_help_panel=LIMITS, help="Images per request.")] = 32,
+    max_megapixels: Annotated[
+        float, typer.Option(min=0.001, rich_help_panel=LIMITS, help="Pixels of an image, in millions.")
+    ] = 50,
+    max_texts: Annotated[int, typer.Option(min=1, rich_help_panel=LIMITS, help="Texts per request.")] = 256,
+    max_text_characters: Annotated[
+        int, typer.Option(min=1, rich_help_panel=LIMITS, help="Characters of a text.")
+    ] = 20_000,
+    max_header_kb: Annotated[int, typer.Option(min=1, rich_help_panel=LIMITS, help="Headers of a request.")] = 32,
+    max_header_seconds: Annotated[
+        float, typer.Option(min=0.1, rich_help_panel=LIMITS, help="Until the headers have come.")
+    ] = 10,
+    max_idle_seconds: Annotated[
+        float, typer.Option(min=0.1, rich_help_panel=LIMITS, help="Between two parts of a body.")
+    ] = 10,
+    max_request_seconds: Annotated[
+        float, typer.Option(min=0.1, rich_help_panel=LIMITS, help="Upload of a request.")
+    ] = 60,
+    max_deadline_seconds: Annotated[
+        float, typer.Option(min=0.1, rich_help_panel=LIMITS, help="From the upload to the prediction.")
+    ] = 10,
+    max_connections: Annotated[int, typer.Option(min=1, rich_help_panel=LIMITS, help="Open connections.")] = 256,
+    max_queue: Annotated[int, typer.Option(min=1, rich_help_panel=LIMITS, help="Inputs that wait.")] = 512,
+    max_batch: Annotated[int, typer.Option(min=1, rich_help_panel=LIMITS, help="Inputs computed together.")] = 32,
+    max_wait_ms: Annotated[
+        float, typer.Option(min=0, rich_help_panel=LIMITS, help="A batch waits for inputs being decoded.")
+    ] = 3,
+) -> None:
+    """Serve predictions over HTTP, with a page for the browser at /. New versions of the model are picked up while it runs.
+
+    Examples:
+
+        lamina serve shop
+
+        lamina serve shop --host 0.0.0.0 --token-file token.txt
+    """
+    given = dict(locals())
+    _check_installed()
+    from lamina import serve as serving
+
+    limits = serving.Limits(**{name: given[f"max_{name}"] for name in serving.Limits.__dataclass_fields__})
+    serving.check_limits(limits)
+    token = None if token_file is None else serving.read_token(token_file)
+    bound = serving.bind(host, port)
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=logging.WARNING)
+    logging.getLogger("lamina.serve").setLevel(logging.INFO)
+    hosts = serving.allowed_hosts(host, allow_host or [])
+    try:
+        app = serving.create_app(model, limits=limits, token=token, hosts=hosts, device=_device(device))
+    except LaminaError:
+        bound.close()
+        raise
+    print(_greeting(model, serving.url_of(bound), app, token_file), flush=True)
+    if hosts is None and token is None:
+        print(
+            "note: everyone who reaches this address may use it; --token-file FILE asks for a token.", file=sys.stderr
+        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with contextlib.suppress(KeyboardInterrupt):
+        serving.run(app, bound, limits)
+    print("stopped", file=sys.stderr)
+
+
+def _check_installed() -> None:
+    from importlib.util import find_spec
+
+    missing = [name.replace("_", "-") for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"`lamina serve` needs {', '.join(missing)}. Install: pip install 'lamina[serve]'.")
+
+
+def _device(name: str | None) -> str | None:
+    if name is None:
+        return None
+    from lamina.engine import device
+
+    for known in ("auto", "cpu", "cuda"):
+        if name == known:
+            return device.resolve(known)
+    raise ConfigError(f"--device {name!r}: choose auto, cpu or cuda.")
+
+
+def _greeting(model: Path, url: str, app: Any, token_file: Path | None) -> str:
+    about = app.about()
+    header = f' -H "Authorization: Bearer $(cat {shlex.quote(str(token_file))})"' if token_file else ""
+    what = "-F file=@photo.jpg" if about["kind"] == "image" else '--json \'{"texts": ["..."]}\''
+    return (
+        f"{model}: version {about['version']}, {about['classes']} classes from {about['tasks']} task"
+        f"{'' if about['tasks'] == 1 else 's'}\n"
+        f"page:    {url}\n"
+        f"predict: curl{header} {what} {url}/predict\n"
+        "Ctrl-C stops."
+    )

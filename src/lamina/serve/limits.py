@@ -1,0 +1,76 @@
+"""Limits of the server, and how a request beyond one is refused."""
+
+from dataclasses import dataclass
+
+MB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one request, and all requests together, may ask of the server."""
+
+    body_mb: float = 16
+    """Body of a request with images."""
+    json_mb: float = 2
+    """Body of a request with texts."""
+    inflight_mb: float = 256
+    """Bodies of all requests that are held at one time."""
+    files: int = 32
+    """Images of a request."""
+    megapixels: float = 50
+    """Pixels of an image, in millions."""
+    texts: int = 256
+    """Texts of a request."""
+    text_characters: int = 20_000
+    """Characters of a text."""
+    header_kb: int = 32
+    """Request line and headers together."""
+    header_seconds: float = 10
+    """From the connection, or the previous response, to the end of the headers."""
+    idle_seconds: float = 10
+    """Between two parts of a body."""
+    request_seconds: float = 60
+    """From the end of the headers to the response, upload included."""
+    deadline_seconds: float = 10
+    """From the end of the upload to the prediction."""
+    connections: int = 256
+    """Open at one time."""
+    queue: int = 512
+    """Images or texts that wait at one time."""
+    batch: int = 32
+    """Images or texts that are computed together."""
+    wait_ms: float = 3
+    """How long a batch waits for images that are being decoded."""
+
+    @property
+    def pixels(self) -> int:
+        return int(self.megapixels * 1e6)
+
+    @property
+    def body_bytes(self) -> int:
+        return int(self.body_mb * MB)
+
+    @property
+    def json_bytes(self) -> int:
+        return int(self.json_mb * MB)
+
+
+def flag(limit: str) -> str:
+    """Returns the option of `lamina serve` that sets a limit."""
+    return "--max-" + limit.replace("_", "-")
+
+
+class Refusal(Exception):
+    """A request that is not granted: the status of the response, its message, and what was wrong for the metrics."""
+
+    def __init__(self, status: int, message: str, reason: str, *, retry: bool = False) -> None:
+        super().__init__(message)
+        self.status, self.message, self.reason = status, message, reason
+        self.headers = {"Retry-After": "1"} if retry else {}
+        if status == 401:
+            self.headers["WWW-Authenticate"] = 'Bearer realm="lamina"'
+
+
+def beyond(limit: str, message: str, status: int = 413) -> Refusal:
+    """Returns the refusal of a request that is beyond a limit. It names the limit's option."""
+    return Refusal(status, f"{message} ({flag(limit)})", limit, retry=status == 503)

@@ -1,0 +1,30 @@
+"""The page at `/`: one document without a further request, and the policy that allows its own script and style only."""
+
+import base64
+import hashlib
+from importlib.resources import files
+
+from markupsafe import Markup
+
+from lamina.report.page import template
+from lamina.serve.limits import Limits
+
+
+def render(name: str, kind: str, limits: Limits, *, token: bool) -> tuple[str, str]:
+    """Returns the page of a model, and its Content-Security-Policy. token: whether the page must ask for one."""
+    here = files("lamina.serve")
+    script = here.joinpath("page.js").read_text(encoding="utf-8")
+    style = files("lamina.report").joinpath("style.css").read_text(encoding="utf-8")
+    style += here.joinpath("page.css").read_text(encoding="utf-8")
+    html = template("lamina.serve", "page.html.j2").render(
+        name=name, kind=kind, limits=limits, token=token, look=Markup(style), script=Markup(script)
+    )
+    policy = (
+        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src blob: data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return html, policy
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,0 +1,106 @@
+"""The server as a process: its socket, its token, and its end."""
+
+import ipaddress
+import socket
+import string
+from pathlib import Path
+
+import uvicorn
+
+from lamina.errors import ConfigError
+from lamina.serve.guard import LOOPBACK, Guard
+from lamina.serve.limits import Limits, flag
+from lamina.serve.protocol import limited
+
+SHORTEST_TOKEN = 16
+KEEP_ALIVE = 3600
+"""Seconds, for uvicorn. The limit on the time of headers also ends a connection that waits for its next request."""
+
+
+def read_token(file: Path) -> str:
+    """Returns the token in a file. Raises ConfigError for one that is too short, or holds anything but visible ASCII."""
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        told = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"--token-file {file} cannot be read: {told}.") from error
+    if len(token) < SHORTEST_TOKEN or set(token) - set(string.ascii_letters + string.digits + "-._~+/="):
+        raise ConfigError(
+            f"--token-file {file}: the token must have at least {SHORTEST_TOKEN} characters, of A-Z a-z 0-9 - . _ ~ + / =. "
+            "Make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'."
+        )
+    return token
+
+
+def check_limits(limits: Limits) -> None:
+    """Raises ConfigError for limits that exclude each other."""
+    if limits.queue < max(limits.files, limits.texts, limits.batch):
+        raise ConfigError(
+            f"{flag('queue')} {limits.queue}: it must be at least as large as {flag('files')}, {flag('texts')} and "
+            f"{flag('batch')} ({max(limits.files, limits.texts, limits.batch)})."
+        )
+    if limits.inflight_mb < max(limits.body_mb, limits.json_mb):
+        raise ConfigError(f"{flag('inflight_mb')} {limits.inflight_mb:g}: it must be at least {flag('body_mb')}.")
+
+
+def allowed_hosts(host: str, more: list[str]) -> frozenset[str] | None:
+    """Returns the names that a Host header may give; None for any.
+
+    A server for this machine only accepts its own names only. Otherwise a page on the web could reach it by a name of its own
+    that leads to 127.0.0.1 (DNS rebinding).
+    """
+    if host != "localhost":
+        try:
+            if not ipaddress.ip_address(host).is_loopback and not more:
+                return None
+        except ValueError:
+            if not more:
+                return None
+    own = f"[{host}]" if ":" in host else host
+    return LOOPBACK | {own.lower(), *(name.lower() for name in more)}
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Returns a bound socket. Raises ConfigError where the port is in use, or the address is not of this machine."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"--host {host}: it is no address of this machine ({error}).") from error
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(1)  # two servers may be bound to a port; only one may listen
+    except OSError as error:
+        bound.close()
+        raise ConfigError(
+            f"--host {host} --port {port} cannot be used: {error.strerror}. Another server may be running. Choose another "
+            "port, or 0 for any free one."
+        ) from error
+    return bound
+
+
+def url_of(bound: socket.socket) -> str:
+    """Returns the address of a server, for a browser."""
+    host, port = bound.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}"
+
+
+def run(app: Guard, bound: socket.socket, limits: Limits) -> None:
+    """Serve until Ctrl-C or SIGTERM. Requests under way are finished."""
+    config = uvicorn.Config(
+        app,
+        http=limited(limits, lambda reason: app.metrics.refusals.labels(reason).inc()),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=int(limits.deadline_seconds) + 1,
+        h11_max_incomplete_event_size=limits.header_kb * 1024,
+    )
+    uvicorn.Server(config).run(sockets=[bound])

@@ -1,0 +1,75 @@
+"""The shapes of requests and responses, for /openapi.json."""
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from lamina.serve.limits import Limits
+
+
+class Guess(BaseModel):
+    """A class with its probability, and the task that it was learnt in."""
+
+    class_: str = Field(alias="class")
+    probability: float
+    task: str
+
+
+class Predicted(Guess):
+    """The best class for one input, and the `top` best ones."""
+
+    name: str | None = None
+    """Name of the uploaded file; absent for texts."""
+    top: list[Guess]
+
+
+class Predictions(BaseModel):
+    """The predictions for all inputs of a request, in their order."""
+
+    version: int
+    """Of the model."""
+    predictions: list[Predicted]
+
+
+class Error(BaseModel):
+    """Why a request was refused."""
+
+    error: str
+
+
+def request_body(limits: Limits, kind: str) -> dict[str, Any]:
+    """Returns what OpenAPI says about the body of /predict."""
+    if kind == "text":
+        text = {"type": "string", "minLength": 1, "maxLength": limits.text_characters}
+        texts = {"type": "array", "items": text, "minItems": 1, "maxItems": limits.texts}
+        schema = {
+            "type": "object",
+            "properties": {"texts": texts},
+            "required": ["texts"],
+            "additionalProperties": False,
+        }
+        return {"required": True, "content": {"application/json": {"schema": schema}}}
+    file = {"type": "string", "format": "binary"}
+    form = {
+        "type": "object",
+        "properties": {"file": {"type": "array", "items": file, "minItems": 1, "maxItems": limits.files}},
+        "required": ["file"],
+        "additionalProperties": False,
+    }
+    raw = {media: {"schema": file} for media in ("image/jpeg", "image/png", "image/webp", "application/octet-stream")}
+    return {"required": True, "content": {"multipart/form-data": {"schema": form}, **raw}}
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Returns what OpenAPI says about refused requests."""
+    told = {
+        400: "The request, or an input, is malformed.",
+        401: "The token is missing or wrong.",
+        408: "The upload stalled.",
+        413: "The request is beyond a limit, which the message names.",
+        415: "The media type is not accepted, or a file is no image.",
+        421: "The Host header names another server.",
+        422: "An input cannot be read; the message says which.",
+        503: "The server is overloaded. Retry-After says when to try again.",
+    }
+    return {status: {"model": Error, "description": told[status]} for status in statuses}

@@ -1,0 +1,181 @@
+"""The version that is served, and its replacement by a newer one while requests go on.
+
+A newer version is loaded beside the old one, checked on the probes that the model keeps, and swapped by one reference. The old
+one is closed when its last request has ended. A version that cannot be loaded, or fails the check, is not served.
+"""
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lamina.errors import LaminaError, ModelError
+from lamina.model import Card, Facts, Model, Predictor, Store, kept
+from lamina.runs.setup import image_transform
+
+log = logging.getLogger("lamina.serve")
+ALLOWED_LOSS = 0.02
+"""Accuracy on the kept probes may be this much below the recorded one: another CPU rounds otherwise."""
+
+
+@dataclass(eq=False)
+class Version:
+    """One version in memory, and what the model says about it."""
+
+    predictor: Predictor
+    facts: Facts
+    lineage: list[Card]
+    checked: str
+    """What the check before the swap has found."""
+    since: float = field(default_factory=time.time)
+    users: int = 0
+    retired: bool = False
+
+    @property
+    def number(self) -> int:
+        return self.predictor.version
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A version that is not served, and why."""
+
+    version: int
+    reason: str
+
+
+def load(path: Path, device: str | None = None) -> Version:
+    """Returns the newest version of a model, checked. Raises LaminaError where it cannot be loaded, or fails the check."""
+    model = Model(path)
+    predictor = model.predictor(device)
+    try:
+        facts = model.facts
+        lineage = model.store.lineage(predictor.card.folder)
+        checked = check(model.store, predictor, lineage)
+    except BaseException:
+        predictor.close()
+        raise
+    return Version(predictor, facts, lineage, checked)
+
+
+def check(store: Store, predictor: Predictor, lineage: list[Card]) -> str:
+    """Returns what a check of a version on the model's probes has found; without probes, on noise. Raises ModelError where a
+    prediction is not finite, or the probes of earlier tasks are predicted worse than when the version was learnt."""
+    transform = image_transform(predictor.config, predictor.backbone) if predictor.kind == "image" else None
+    recorded = {} if predictor.card.gate is None else {change.name: change for change in predictor.card.gate.tasks}
+    examples, correct, expected, compared = 0, 0, 0.0, 0
+    for card in lineage:
+        probes = kept.unpacked(store.kept(card.folder, kept.PROBES), transform)
+        if not len(probes):
+            continue
+        found = predictor.outcomes(probes)
+        if not np.isfinite(found.confidence_n).all():
+            raise ModelError(
+                f"a prediction for the probes of task {card.name!r} is not finite: the weights are damaged."
+            )
+        examples += len(probes)
+        change = recorded.get(card.name)
+        if change is not None and change.examples == len(probes):
+            compared += len(probes)
+            correct += found.correct
+            expected += change.after * len(probes)
+    if not examples:
+        predictor.scores(_noise(predictor))
+        return "no probes are kept; predictions for noise are finite"
+    if compared and expected - correct > max(1.0, ALLOWED_LOSS * compared):
+        raise ModelError(
+            f"it predicts {correct} of {compared} probes of earlier tasks correctly, where {expected:.0f} were correct when it "
+            "was learnt: its weights are not those that were measured."
+        )
+    told = f"; {correct} of {compared} correct, as recorded" if compared else ""
+    return f"{examples} probes, all predictions finite{told}"
+
+
+def _noise(predictor: Predictor) -> Any:
+    size = 64
+    noise = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    batch, errors = predictor.read(["noise"] if predictor.kind == "text" else [noise])
+    if batch is None:
+        raise ModelError(f"it cannot read an input: {errors[0]}.")
+    return batch
+
+
+class Versions:
+    """Holds the version that is served. All its methods are called on the event loop.
+
+    seconds: between two looks at the model's directory.
+    """
+
+    def __init__(self, path: Path, *, device: str | None = None, seconds: float = 1.0) -> None:
+        self.path, self.device, self.seconds = path, device, seconds
+        self.store = Store(path)
+        self._seen = self._stamp()
+        self.current = load(path, device)
+        self.refused: Refused | None = None
+        self.refusals = 0
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="lamina-load")
+
+    def take(self) -> Version:
+        """Returns the version that is served, for one request. `give` hands it back."""
+        self.current.users += 1
+        return self.current
+
+    def give(self, version: Version) -> None:
+        version.users -= 1
+        self._close_unused(version)
+
+    async def watch(self) -> None:
+        """Look for a newer version, until cancelled."""
+        while True:
+            await asyncio.sleep(self.seconds)
+            stamp = self._stamp()
+            if stamp != self._seen:
+                self._seen = stamp
+                await self._follow()
+
+    async def _follow(self) -> None:
+        """Serve the newest version, if it is another and passes its check."""
+        loop = asyncio.get_running_loop()
+        number = None
+        try:
+            number = (await loop.run_in_executor(self._loader, self.store.facts)).version
+            if number == self.current.number:
+                self.refused = None
+                return
+            fresh = await loop.run_in_executor(self._loader, load, self.path, self.device)
+        except (LaminaError, OSError, RuntimeError, ValueError, MemoryError) as error:
+            self._refuse(number, error)
+            return
+        before, self.current = self.current, fresh
+        self.refused = None
+        before.retired = True
+        log.info("version %d is served now, in place of %d (%s)", fresh.number, before.number, fresh.checked)
+        self._close_unused(before)
+
+    def _refuse(self, number: int | None, error: BaseException) -> None:
+        # The message may name folders of this machine, which are nobody's business.
+        message = str(error).replace(f"{self.path.resolve()}", self.path.name).replace(f"{self.path}", self.path.name)
+        self.refused = Refused(-1 if number is None else number, message)
+        self.refusals += 1
+        told = "the newest version" if number is None else f"version {number}"
+        log.error("%s is refused, and version %d goes on being served: %s", told, self.current.number, error)
+
+    def _close_unused(self, version: Version) -> None:
+        if version.retired and not version.users:
+            self._loader.submit(version.predictor.close)
+
+    def _stamp(self) -> tuple[int, ...] | None:
+        try:
+            found = (self.path / "model.json").stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    def close(self) -> None:
+        self._loader.shutdown(wait=True)
+        self.current.predictor.close()
