@@ -114,7 +114,7 @@ EDGES = {
     "pyarrow": ("data/",),
     "sklearn": ("data/digits.py",),
     "PIL": ("data/", "export/merged.py"),
-    "safetensors": ("backbones", "engine/checkpoint.py", "model/store.py", "export/"),
+    "safetensors": ("backbones", "engine/checkpoint.py", "export/"),
     "typer": ("cli/",),
     "rich": ("cli/",),
     "jinja2": ("report/",),

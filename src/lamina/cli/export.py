@@ -1,5 +1,7 @@
 """`lamina export` and `lamina import`: a model in the formats of other libraries, and adapters that were trained elsewhere."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -60,6 +62,51 @@ def export(
     else:
         done = (export_merged if format == "merged" else export_onnx)(model, out, inputs=inputs)
     _tell(done)
+
+
+def import_(
+    model: Where,
+    adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT LoRA adapter.", metavar="ADAPTER")],
+    name: Annotated[str, typer.Option("--name", "-n", help="Name of the task.")],
+    classes: Annotated[
+        str, typer.Option("--classes", help="Its classes, in the order of the adapter's outputs: a,b,...")
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "-d", help="Labelled data of these classes, where the model needs their statistics."),
+    ] = None,
+    same_base: Annotated[
+        bool, typer.Option("--same-base", help="The adapter's base is that of the model, whatever its name.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Accept the adapter whatever the gate finds. It is recorded.")
+    ] = False,
+) -> None:
+    """Make a PEFT LoRA adapter that was trained elsewhere a task of a model.
+
+    It takes the place of that task's training; everything before and after it is as for any task, the gate included.
+
+    Exit code 0: imported. 1: the gate refused. 2: an error.
+
+    Example:
+
+        lamina import groceries adapters/tools --name tools --classes hammer,saw,drill --data tools/
+    """
+    from lamina.export import import_adapter
+    from lamina.model import GateRefused
+
+    try:
+        names = [one.strip() for one in classes.split(",")]
+        learnt = import_adapter(model, adapter, name=name, classes=names, data=data, same_base=same_base, force=force)
+    except GateRefused as refused:
+        print(f"refused: {refused}", file=sys.stderr)
+        sys.exit(1)
+    measured = learnt.card.figures.accuracy
+    told = "" if measured is None else f", accuracy {measured:.1%} on held-out examples"
+    print(f"{model}: version {learnt.card.version}, task {name!r} with {len(names)} classes from {adapter}{told}")
+    print(
+        f"Next: lamina predict {shlex.quote(str(model))} FILE, or lamina rollback {shlex.quote(str(model))} to undo it"
+    )
 
 
 def _tell(done: "Exported") -> None:

@@ -23,6 +23,17 @@ from lamina.export.updates import Factors, state_of, whole
 from lamina.export.written import Draft, Exported, drafted, finished, refuse_existing, write_json
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base"
+READ_BY_HEADS = (
+    *(
+        "image_size",
+        "classifier_pooling",
+        "classifier_bias",
+        "classifier_activation",
+        "pooler_hidden_act",
+        "use_mean_pooling",
+    ),
+)
+"""Settings of a base that decide how a class with a classifier reads it."""
 START = "base_model.model."
 """How PEFT's names of tensors begin."""
 
@@ -123,7 +134,7 @@ def base_of(opened: Opened, layout: Layout, draft: Draft, *, with_base: bool) ->
             f"transformers does not load the base from {name} ({type(error).__name__}: {reason}). {instead}"
         ) from error
     stored = found.state_dict()
-    same = getattr(found.config, "image_size", None) == getattr(layout.config, "image_size", None)
+    same = all(getattr(found.config, key, None) == getattr(layout.config, key, None) for key in READ_BY_HEADS)
     for key, value in pristine.items():
         theirs = stored.get(f"{layout.prefix}{key}")
         same = same and theirs is not None and theirs.shape == value.shape and torch.equal(theirs.float(), value)
@@ -131,8 +142,8 @@ def base_of(opened: Opened, layout: Layout, draft: Draft, *, with_base: bool) ->
         key.removeprefix(layout.prefix) in pristine and key.startswith(layout.prefix) for key in missing
     ):
         raise ModelError(
-            f"transformers loads other weights from {name} than lamina: they are in another layout, or for another image size. "
-            f"{instead}"
+            f"transformers loads other weights from {name} than lamina, or reads them otherwise: they are in another layout, "
+            f"for another image size, or for another head. {instead}"
         )
     return place
 

@@ -58,6 +58,8 @@ class Opened:
     """Whether their labels are known."""
     images: tuple[NDArray[np.uint8], ...] = ()
     """The first of them as decoded images (h, w, 3); none for texts."""
+    as_run: float | None = None
+    """Share of inputs with the same predicted class in the precision that the model runs in; None if that is float32."""
     scores: tuple[Tensor, ...] = ()
     """The scores (b, j) of all outputs, as deployed, for every batch."""
 
@@ -115,10 +117,25 @@ def open_model(path: str | os.PathLike[str], inputs: str | os.PathLike[str] | No
         elif not _probes(opened, model):
             _generate(opened)
         opened.scores = tuple(predictor.scores(batch) for batch in opened.batches)
+        if facts.config.precision == "bf16":
+            opened.as_run = _as_run(opened, open_version(model.store, facts, card, "cpu"))
     except BaseException:
         predictor.close()
         raise
     return opened
+
+
+def _as_run(opened: Opened, predictor: Predictor) -> float:
+    """Returns the share of inputs for which a predictor in another precision names the same class."""
+    try:
+        mine = torch.cat(opened.deployed_classes())
+        scores = [predictor.scores(batch) for batch in opened.batches]
+        ids = torch.tensor(predictor.classes)
+        outputs = predictor.learner.outputs
+        theirs = torch.cat([ids[class_scores(part, outputs, predictor.classes).argmax(1)] for part in scores])
+        return float((mine == theirs).double().mean())
+    finally:
+        predictor.close()
 
 
 def _probes(opened: Opened, model: Model) -> bool:

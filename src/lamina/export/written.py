@@ -118,6 +118,11 @@ def drafted(out: Path, format_: str, opened: Opened) -> Iterator[Draft]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         draft = Draft(out, temporary, format_, opened)
+        if opened.as_run is not None:
+            draft.notes.append(
+                f"The export is of float32. The model runs in bf16 here, and names the same class for {opened.as_run:.1%} of "
+                f"{opened.origin}."
+            )
         yield draft
         write_json(temporary / FACTS, _facts(draft))
         replace_text(temporary / "README.md", _readme(draft))
@@ -132,6 +137,7 @@ def drafted(out: Path, format_: str, opened: Opened) -> Iterator[Draft]:
 
 
 def finished(draft: Draft) -> Exported:
+    """Returns what a draft will be when it has its name."""
     return Exported(draft.out, draft.format, tuple(draft.differences), tuple(draft.notes), draft.code)
 
 
