@@ -289,6 +289,7 @@ function login(message) {
   by("summary").textContent = "";
   by("login-error").textContent = token === null ? "" : message;
   token = null;
+  by("token").value = "";
   by("token").focus();
 }
 
