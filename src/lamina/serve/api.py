@@ -26,6 +26,8 @@ from lamina.serve.versions import Version, Versions
 
 ROUTES = frozenset({"/", "/predict", "/tasks", "/model", "/health", "/ready", "/metrics", "/openapi.json"})
 MOST_TOP = 1000
+SMALL = 2**16
+"""Bytes of a body that is taken apart at once: handing it to a thread would take longer."""
 
 
 class Parts(NamedTuple):
@@ -138,8 +140,11 @@ def _add_predict(app: FastAPI, parts: Parts) -> None:
         try:
             body = await read_body(request, limits, share, "json_mb" if media == "application/json" else "body_mb")
             due = time.monotonic() + limits.deadline_seconds
-            share.keep()
-            inputs = await batcher.take_apart(partial(read, body), due, share.release)
+            if len(body) <= SMALL:
+                inputs = read(body)
+            else:
+                share.keep()
+                inputs = await batcher.take_apart(partial(read, body), due, share.release)
             batcher.refuse_if_full(len(inputs))
             version = versions.take()
             share.keep()

@@ -27,6 +27,7 @@ function draw(tag, attributes = {}, ...children) {
 }
 const percent = (share) => share === null || share === undefined ? "–" : `${(100 * share).toFixed(1)} %`;
 const chance = (share) => share > 0 && share < 0.001 ? "< 0.1 %" : share < 1 && share > 0.999 ? "> 99.9 %" : percent(share);
+const scaled = (count) => count >= 1e6 ? `${(count / 1e6).toFixed(1)} M` : count >= 1e3 ? `${(count / 1e3).toFixed(1)} k` : `${count}`;
 const moment = (text) => text ? text.slice(0, 16).replace("T", " ") : "–";
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : word.endsWith("s") ? "es" : "s"}`;
 
@@ -239,7 +240,7 @@ function tell(model, about) {
   const gate = model.gate === null ? "nothing to compare with" : model.gate.accepted ? "accepted" : "refused, and forced";
   const rows = { Version: `${model.version}, learnt ${moment(model.created)} with task ${model.task}`, Check: model.checked, Gate: gate,
     Forgetting: model.forgetting === null ? "–" : `${(100 * model.forgetting).toFixed(1)} points`,
-    Backbone: `${model.base.name}, ${(model.base.parameters / 1e6).toFixed(1)} M parameters`,
+    Backbone: `${model.base.name}, ${scaled(model.base.parameters)} parameters`,
     Licence: model.base.licence ?? "not stated", Method: model.method, Precision: model.precision };
   by("model").replaceChildren(...Object.entries(rows).map(([name, value]) =>
     make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, `${value}`))));
@@ -289,6 +290,7 @@ function login(message) {
   by("summary").textContent = "";
   by("login-error").textContent = token === null ? "" : message;
   token = null;
+  by("token").value = "";
   by("token").focus();
 }
 
