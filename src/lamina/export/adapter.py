@@ -218,7 +218,8 @@ def _code(out: Path, layout: Layout, outputs: LinearOutputs, base: str) -> str:
         return f'{told}python {out}/load.py "a text"'
     place = f'"{base}"' if base != "BASE" else "BASE"
     return (
-        f"from peft import PeftModel\nfrom transformers import {layout.auto}\n"
+        f"import json\nfrom peft import PeftModel\nfrom transformers import {layout.auto}\n"
         f'base = {layout.auto}.from_pretrained({place}, num_labels={len(outputs.labels)}, dtype="float32")\n'
-        f'model = PeftModel.from_pretrained(base, "{out}")'
+        f'model = PeftModel.from_pretrained(base, "{out}")\n'
+        f'labels = json.load(open("{out}/export.json"))["outputs"]'
     )

@@ -21,7 +21,7 @@ from lamina.data.names import listed
 from lamina.errors import ModelError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-MOST_JSON, MOST_HEADER, MOST_WEIGHTS = 2**20, 2**23, 2**32
+MOST_JSON, MOST_HEADER, MOST_WEIGHTS = 2**20, 2**23, 2**31
 """Bytes."""
 START, DOWN, UP = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 FREE = {

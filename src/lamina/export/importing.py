@@ -27,7 +27,7 @@ from lamina.backbones import Backbone
 from lamina.data.names import listed
 from lamina.engine.consolidate import Consolidation
 from lamina.engine.loop import restore
-from lamina.engine.rehearsal import chosen
+from lamina.engine.rehearsal import chosen, keep
 from lamina.engine.state import Clock, Position, RunState, TaskEntry, now
 from lamina.errors import BackboneError, MethodError, ModelError
 from lamina.export.adapter_files import MOST_JSON, ForeignAdapter, plain_file, read_adapter
@@ -132,13 +132,18 @@ def _import(
         unmeasured = [one for one in old if one not in measured]
         gate = judged(name, after, names, facts.config.gate, new=new, milliseconds=None, unmeasured=unmeasured)
         if not gate.accepted and not force:
+            store.note("refused", task=name, problems=list(gate.problems), version=facts.version)
             raise GateRefused(
                 f"{store.path}: the gate refused {path}, and the model is as it was before. {'. '.join(gate.problems)}. Give "
                 f"--force to accept it all the same.",
                 gate,
             )
     positions_n = chosen(task.test, facts.config.probes.per_class) if new is not None else np.zeros(0, np.int64)
-    packed = {kept.PROBES: kept.packed(task.test.select(positions_n))} if len(positions_n) else {}
+    sets = {
+        kept.PROBES: task.test.select(positions_n),
+        kept.REHEARSAL: keep(task.train, facts.config.rehearsal.per_class),
+    }
+    packed = {what: kept.packed(examples) for what, examples in sets.items() if len(examples)}
     state = _state(parts, len(old), name, new.select(positions_n) if new is not None else None)
     card = _card(model, lineage, task, names, classes).model_copy(
         update={

@@ -128,8 +128,8 @@ def _pipeline(draft: Draft, layout: Layout, outputs: LinearOutputs, loaded: Any)
             :, None, None
         ]
         told += (
-            f"; its processor rounds resized pixels to whole levels: {255 * float(away_nchw.max()):.2f} of 255 levels from "
-            f"lamina's at most, {255 * float(away_nchw.mean()):.2f} on average"
+            f"; AutoImageProcessor rounds resized pixels to whole levels: {255 * float(away_nchw.max()):.2f} of 255 levels "
+            f"from lamina's at most, {255 * float(away_nchw.mean()):.2f} on average"
         )
         draft.facts["pixels"] = {"largest": 255 * float(away_nchw.max()), "mean": 255 * float(away_nchw.mean())}
     draft.notes.append(told + ".")

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from lamina.errors import DataError
+from lamina.errors import DataError, ModelError
 from lamina.export.checking import silently
-from lamina.export.opened import Opened
+from lamina.export.opened import SENTENCES, Opened
 from lamina.export.outputs import LinearOutputs
 from lamina.export.written import Draft, write_json
 
@@ -19,7 +19,8 @@ def longest(opened: Opened) -> int:
 
 
 def write_tokenizer(draft: Draft, opened: Opened) -> None:
-    """Write the tokenizer, which cuts texts where lamina does if asked to truncate."""
+    """Write the tokenizer, which cuts texts where lamina does if asked to truncate. Raises ModelError where it makes other
+    tokens than lamina."""
     from transformers import AutoTokenizer
 
     folder = opened.learner.backbone.tokenizer
@@ -29,6 +30,14 @@ def write_tokenizer(draft: Draft, opened: Opened) -> None:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         tokenizer.model_max_length = longest(opened)
         tokenizer.save_pretrained(draft.folder)
+        written = AutoTokenizer.from_pretrained(draft.folder)
+    batch, _ = opened.predictor.read(SENTENCES)
+    assert batch is not None
+    for text, ids_t, mask_t in zip(SENTENCES, batch.inputs["input_ids"], batch.inputs["attention_mask"], strict=True):
+        if written(text, truncation=True)["input_ids"] != ids_t[mask_t.bool()].tolist():
+            raise ModelError(
+                f"the written tokenizer makes other tokens of {text!r} than lamina does, so nothing was written."
+            )
 
 
 def write_matrix(folder: Path, outputs: LinearOutputs, opened: Opened) -> None:
