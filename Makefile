@@ -27,6 +27,8 @@ lint: .stamps/dev         ## ruff and mypy
 
 bench: .stamps/bench      ## speed and memory against the bare backbone and against PEFT (QUICK=1: under five minutes)
 	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/model.py
+	$(BIN)/python benchmarks/serving.py
 
 growth: .stamps/bench     ## how the cost of every method grows over 200 tasks (an hour; goes on where it stopped)
 	$(BIN)/python benchmarks/growth.py

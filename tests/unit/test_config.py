@@ -18,11 +18,11 @@ SETTINGS = {name: method.config_type for name, method in METHODS.items()}
 def read(folder: Path, text: str, *overrides: str) -> RunConfig:
     file = folder / "run.yaml"
     file.write_text(text)
-    return load(file, [parse_override(text) for text in overrides], method_settings=SETTINGS)
+    return load(file, [parse_override(text) for text in overrides], method_settings=SETTINGS, schema=RunConfig)
 
 
 def given(*overrides: tuple[str, Any]) -> RunConfig:
-    return load(None, overrides, method_settings=SETTINGS)
+    return load(None, overrides, method_settings=SETTINGS, schema=RunConfig)
 
 
 def problems(folder: Path, text: str, *overrides: str) -> list[str]:
@@ -131,10 +131,10 @@ def test_what_is_no_configuration_at_all(text: str, message: str, tmp_path: Path
 
 def test_a_file_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"gone.yaml: cannot be read"):
-        load(tmp_path / "gone.yaml", method_settings=SETTINGS)
+        load(tmp_path / "gone.yaml", method_settings=SETTINGS, schema=RunConfig)
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00a")
     with pytest.raises(ConfigError, match=r"bytes.yaml: (cannot be read|not YAML)"):
-        load(tmp_path / "bytes.yaml", method_settings=SETTINGS)
+        load(tmp_path / "bytes.yaml", method_settings=SETTINGS, schema=RunConfig)
 
 
 # --------------------------------------------------------------------------------------------------------- limits
@@ -179,7 +179,7 @@ def test_a_long_value_is_cut_in_its_message(tmp_path: Path):
 
 def test_what_an_endless_file_holds_is_not_read(tmp_path: Path):
     with pytest.raises(ConfigError, match="/dev/zero: "):
-        load(Path("/dev/zero"), method_settings=SETTINGS)
+        load(Path("/dev/zero"), method_settings=SETTINGS, schema=RunConfig)
 
 
 @pytest.mark.parametrize("key", ["training.lr", "training.head_lr", "training.weight_decay", "training.later_lr"])

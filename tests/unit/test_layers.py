@@ -108,13 +108,13 @@ def test_the_engine_names_no_method(path: Path):
 
 
 EDGES = {
-    "transformers": ("backbones", "data/", "speed/attention.py"),
+    "transformers": ("backbones", "data/", "speed/attention.py", "export/"),
     "huggingface_hub": ("backbones", "data/"),
     "datasets": ("data/",),
     "pyarrow": ("data/",),
     "sklearn": ("data/digits.py",),
-    "PIL": ("data/",),
-    "safetensors": ("backbones", "engine/checkpoint.py"),
+    "PIL": ("data/", "export/merged.py"),
+    "safetensors": ("backbones", "engine/checkpoint.py", "export/"),
     "typer": ("cli/",),
     "rich": ("cli/",),
     "jinja2": ("report/",),
@@ -124,7 +124,9 @@ EDGES = {
     "python_multipart": ("serve/",),
     "prometheus_client": ("serve/",),
     "yaml": ("config/", "report/"),
-    "peft": (),
+    "peft": ("export/",),
+    "onnx": (),
+    "onnxruntime": ("export/graph.py",),
     "timm": (),
     "pickle": (),
     "shelve": (),

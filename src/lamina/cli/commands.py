@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from lamina import __version__
-from lamina.cli import compare, data, demo, methods, model, report, run, serve
+from lamina.cli import compare, data, demo, export, methods, model, predict, report, run, serve
 from lamina.errors import ConfigError, LaminaError
 
 app = typer.Typer(
@@ -25,14 +25,16 @@ LIVING, RUNS = "A model that keeps learning", "Runs: experiments on a whole stre
 app.command("demo")(demo.demo)
 app.command("create", rich_help_panel=LIVING)(model.create)
 app.command("learn", rich_help_panel=LIVING)(model.learn)
-app.command("predict", rich_help_panel=LIVING)(model.predict)
+app.command("predict", rich_help_panel=LIVING)(predict.predict)
 app.command("evaluate", rich_help_panel=LIVING)(run.evaluate)
+app.command("serve", rich_help_panel=LIVING)(serve.serve)
+app.command("export", rich_help_panel=LIVING)(export.export)
+app.command("import", rich_help_panel=LIVING)(export.import_)
 app.command("status", rich_help_panel=LIVING)(model.status)
 app.command("history", rich_help_panel=LIVING)(model.history)
 app.command("gate", rich_help_panel=LIVING)(model.gate)
 app.command("rollback", rich_help_panel=LIVING)(model.rollback)
 app.command("configure", rich_help_panel=LIVING)(model.configure)
-app.command("serve", rich_help_panel=LIVING)(serve.serve)
 app.command("forget", rich_help_panel=LIVING)(model.forget)
 app.command("run", rich_help_panel=RUNS)(run.run)
 app.command("resume", rich_help_panel=RUNS)(run.resume)

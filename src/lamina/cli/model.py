@@ -1,26 +1,22 @@
-"""`lamina create`, `learn`, `predict`, `status`, `history`, `rollback`, `gate`, `configure` and `forget`: a model that keeps
+"""`lamina create`, `learn`, `status`, `history`, `rollback`, `gate`, `configure` and `forget`: a model that keeps
 learning."""
 
-import csv
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lamina.cli.predict import Where
 from lamina.cli.progress import Watcher
 from lamina.cli.run import Settings, stoppable
-from lamina.cli.tables import print_table
-from lamina.errors import ConfigError, DataError
+from lamina.cli.tables import print_table, size_of
+from lamina.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lamina.model import Card, GateResult, Prediction
-
-Where = Annotated[Path, typer.Argument(help="Directory of the model.", metavar="MODEL")]
-Format = Literal["table", "json", "csv"]
+    from lamina.model import Card, GateResult
 
 
 def create(
@@ -168,54 +164,6 @@ def learn(
         _print_learnt(model, learnt.card, len(opened.classes))
 
 
-def predict(
-    model: Where,
-    files: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Image files, folders of them, or `-` for standard input (an image, or paths, one a line). For text "
-            "models: .txt files with a text on each line, .csv or .jsonl files with a column `text`, or `-`."
-        ),
-    ] = None,
-    text: Annotated[list[str] | None, typer.Option("--text", help="A text to classify. Repeatable.")] = None,
-    top: Annotated[int, typer.Option("--top", min=1, help="Number of classes shown for each input.")] = 1,
-    form: Annotated[
-        Format, typer.Option("--format", "-f", help="table, json (a line for each input) or csv.")
-    ] = "table",
-) -> None:
-    """Print class, probability, and the task that the class was learnt in.
-
-    An input that cannot be read is named in its place. Exit code 0: all predicted. 1: some could not be read. 2: an error.
-
-    Examples:
-
-        lamina predict groceries cat.jpg photos/ --top 5
-
-        lamina predict intents --text "what is my balance" --format json
-
-        find . -name '*.jpg' | lamina predict groceries - --format csv > labels.csv
-    """
-    from lamina.model import Model
-
-    opened = Model(model)
-    predictor = opened.predictor()
-    named = _texts(files or [], text or []) if predictor.kind == "text" else _images(files or [], text or [])
-    names: list[str] = []
-
-    def payloads() -> Iterator[Any]:
-        for shown, payload in named:
-            names.append(shown)
-            yield payload
-
-    found = predictor.stream(payloads(), top)
-    bad = _print_predictions(found, names, top, form)
-    if not names:
-        raise DataError("there is nothing to predict. Give files, a folder, --text, or `-` for standard input.")
-    if bad:
-        print(f"{bad} of {len(names)} inputs could not be read", file=sys.stderr)
-        raise typer.Exit(1)
-
-
 def status(model: Where, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show what a model has learnt, how well, what it keeps, and what may be done next."""
     from lamina.model import Model
@@ -245,7 +193,7 @@ def status(model: Where, as_json: Annotated[bool, typer.Option("--json", help="P
         print()
         print_table(("task", "classes", "new", "accuracy when learnt", "examples kept", "gate"), rows)
     kept = sum(part.bytes for card in cards for part in opened.store.kept_now(card).values())
-    print(f"\n{file_bytes(model) / 2**20:,.1f} MB on disk, of them {kept / 2**20:,.2f} MB kept examples")
+    print(f"\n{size_of(file_bytes(model))} on disk, of them {size_of(kept)} kept examples")
     name = shlex.quote(str(model))
     if (model / WORK / "gate.json").is_file():
         print(f"A task waits that the gate refused: `lamina gate {name}` shows why.")
@@ -342,7 +290,7 @@ def forget(
     from lamina.model import Model
 
     size = Model(model).forget_kept(task)
-    print(f"deleted {size / 2**20:,.2f} MB of kept examples")
+    print(f"deleted {size_of(size)} of kept examples")
 
 
 # ---------------------------------------------------------------------------------------------------------------- inputs
@@ -355,110 +303,7 @@ def _given(flags: dict[str, Any], settings: list[str] | None) -> dict[str, Any]:
     return given | dict(configuration.parse_override(text) for text in settings or [])
 
 
-def _images(files: list[str], texts: list[str]) -> Iterator[tuple[str, Any]]:
-    from lamina.model import image_files, read_file
-
-    if texts:
-        raise DataError("--text: this model takes images. Give image files, or a folder of them.")
-    paths: list[Path] = []
-    for name in files:
-        if name != "-":
-            paths += image_files(Path(name))
-            continue
-        content = sys.stdin.buffer.read()
-        try:
-            lines = [line for line in content.decode().splitlines() if line.strip()]
-            if "\0" in content.decode():
-                raise ValueError("no text")
-        except ValueError:
-            yield "-", content
-            continue
-        paths += [file for line in lines for file in image_files(Path(line))]
-    for path in paths:
-        try:
-            yield str(path), read_file(path)
-        except DataError as error:
-            yield str(path), error
-
-
-def _texts(files: list[str], texts: list[str]) -> Iterator[tuple[str, Any]]:
-    yield from ((text, text) for text in texts)
-    for name in files:
-        for text in _lines(name):
-            yield text, text
-
-
-def _lines(name: str) -> Iterable[str]:
-    """Yields the texts of a file."""
-    if name == "-":
-        return (line.rstrip("\n") for line in sys.stdin if line.strip())
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise DataError(f"{name} is no file. Give .txt, .csv or .jsonl files, --text TEXT, or `-` for standard input.")
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{name} cannot be read as UTF-8 text ({error}).") from error
-    if path.suffix.lower() == ".csv":
-        rows = list(csv.DictReader(content.splitlines()))
-        if rows and "text" not in rows[0]:
-            raise DataError(f"{name} has no column `text`; it has {', '.join(map(str, rows[0]))}.")
-        return [row["text"] or "" for row in rows]
-    if path.suffix.lower() == ".jsonl":
-        return [
-            _text_of(line, f"{name} line {number}")
-            for number, line in enumerate(content.splitlines(), 1)
-            if line.strip()
-        ]
-    return [line for line in content.splitlines() if line.strip()]
-
-
-def _text_of(line: str, where: str) -> str:
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON ({error}).") from error
-    text = found.get("text") if isinstance(found, dict) else found
-    if not isinstance(text, str):
-        raise DataError(f"{where} holds no text: it must be a text, or an object with the key `text`.")
-    return text
-
-
 # --------------------------------------------------------------------------------------------------------------- outputs
-
-
-def _print_predictions(found: "Iterable[Prediction]", names: list[str], top: int, form: Format) -> int:
-    """Print predictions as they come. Returns how many inputs could not be read."""
-    bad = 0
-    rows: list[tuple[str, ...]] = []
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    if form == "csv":
-        writer.writerow(("input", "rank", "class", "probability", "task", "error"))
-    for number, prediction in enumerate(found):
-        name = names[number]
-        bad += prediction.error is not None
-        if form == "json":
-            best = [
-                {"class": g.label, "probability": round(g.probability, 6), "task": g.task} for g in prediction.guesses
-            ]
-            line: dict[str, Any] = {"input": name}
-            if prediction.error is not None:
-                line["error"] = prediction.error
-            else:
-                line |= best[0] | ({"top": best} if top > 1 else {})
-            print(json.dumps(line, ensure_ascii=False), flush=True)
-            continue
-        lines = [
-            (name, str(rank), g.label, f"{g.probability:.4f}", g.task, "")
-            for rank, g in enumerate(prediction.guesses, 1)
-        ] or [(name, "", "", "", "", prediction.error or "")]
-        if form == "csv":
-            writer.writerows(lines)
-        else:
-            rows += [(one[0] if one[1] in ("1", "") else "", one[2] or one[5], one[3], one[4]) for one in lines]
-    if form == "table" and rows:
-        print_table(("input", "class", "probability", "task"), rows, left=2)
-    return bad
 
 
 def _print_gate(found: "GateResult", as_json: bool) -> None:
@@ -500,7 +345,7 @@ def _print_gate(found: "GateResult", as_json: bool) -> None:
 
 def _print_learnt(model: Path, card: "Card", known: int) -> None:
     name, task = shlex.quote(str(model)), card.tasks[-1]
-    kept = ", ".join(f"{part.examples} {what} ({part.bytes / 2**20:.2f} MB)" for what, part in card.kept.items())
+    kept = ", ".join(f"{part.examples} {what} ({size_of(part.bytes)})" for what, part in card.kept.items())
     print(
         f"\nlearnt {task.name!r}{' (forced)' if card.forced else ''}: version {card.version} knows "
         f"{known} classes; {card.seconds['total']:.1f} s; kept: {kept or 'no examples'}"

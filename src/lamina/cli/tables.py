@@ -60,6 +60,14 @@ def print_summary(record: "Record", where: Path) -> None:
     print(f"\nRecord: {where / 'results.json'}\nOpen the report: {(where / 'report.html').resolve()}")
 
 
+def size_of(count: int) -> str:
+    """Returns a number of bytes in the unit that suits it."""
+    for unit, factor in (("GB", 2**30), ("MB", 2**20), ("kB", 2**10)):
+        if count >= factor:
+            return f"{count / factor:,.1f} {unit}"
+    return f"{count} bytes"
+
+
 def print_evaluation(found: "Evaluation") -> None:
     """Print what a model predicts for labelled data, class by class."""
     from lamina.maths.metrics import wilson_interval

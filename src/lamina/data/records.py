@@ -87,6 +87,8 @@ class Source:
     """How the folder or table was understood: one sentence."""
     left_out: tuple[LeftOut, ...] = ()
     """What was found there and is no data."""
+    held_out: bool = False
+    """Whether it has no test split of its own, so that a share of each class was held out."""
 
     def __len__(self) -> int:
         return len(self.labels_n)
@@ -288,7 +290,8 @@ def build(
     if not (splits_n == 0).any():
         present = ", ".join(SPLITS[k] for k in np.unique(splits_n))
         raise DataError(f"{name} holds no training items, only {present}. Add items whose split is train")
-    if not (splits_n == 2).any():
+    held_out = not (splits_n == 2).any()
+    if held_out:
         splits_n = hold_out(labels_n, domains_n, splits_n, test_fraction)
         layout += f"; no test split, so a fixed {test_fraction:.0%} of each class is held out for testing"
     digest = hashlib.blake2b(digest_size=16)
@@ -311,6 +314,7 @@ def build(
         stamp=stamp,
         layout=layout,
         left_out=left_out,
+        held_out=held_out,
     )
 
 

@@ -52,7 +52,7 @@ def save(
     """
     number = max(_numbers(folder), default=0) + 1
     try:
-        final = write(folder / f"{number:06d}", documents, tensors, on_step)
+        final = _write(folder / f"{number:06d}", documents, tensors, on_step)
         for old in sorted(_numbers(folder))[:-KEEP]:
             shutil.rmtree(folder / f"{old:06d}")
         return final
@@ -69,8 +69,20 @@ def write(
     tensors: Mapping[str, Mapping[str, Tensor]],
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Path:
-    """Write a directory of documents and tensors that `load` reads; it is whole or absent. Returns it. Raises OSError or
-    SafetensorError where it cannot be written."""
+    """Write a directory of documents and tensors that `load` reads; it is whole or absent. Returns it. Raises CheckpointError
+    where it cannot be written, for example because the disk is full."""
+    try:
+        return _write(final, documents, tensors, on_step)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{final} cannot be written: {error}") from error
+
+
+def _write(
+    final: Path,
+    documents: Mapping[str, Any],
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    on_step: Callable[[str], None],
+) -> Path:
     folder = final.parent
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{final.name}.tmp"
@@ -151,11 +163,17 @@ def _load(directory: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]
         if name.endswith(".json"):
             documents[name.removesuffix(".json")] = read_json(directory / name)
         elif name.endswith(".safetensors"):
-            try:
-                tensors[name.removesuffix(".safetensors")] = load_file(directory / name)
-            except safetensors.SafetensorError as error:
-                raise CheckpointError(f"{directory / name} is damaged: {error}") from error
+            tensors[name.removesuffix(".safetensors")] = read_tensors(directory / name)
     return documents, tensors
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a file. Raises CheckpointError naming the file where it cannot be read."""
+    try:
+        found: dict[str, Tensor] = load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    return found
 
 
 def sha256(path: Path) -> str:

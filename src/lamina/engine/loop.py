@@ -101,11 +101,7 @@ class Loop:
                 f"{', '.join(method.scenarios)}. `lamina methods` shows which methods fit."
             )
         self.rehearsal = rehearsal or RehearsalConfig()
-        if self.rehearsal.per_class and not method.trains:
-            raise MethodError(
-                f"rehearsal.per_class = {self.rehearsal.per_class} does not go with method {method.name!r}: it trains nothing, "
-                f"so old examples would never be used. Leave it at 0."
-            )
+        check_rehearsal(self.rehearsal, type(method))
         self.learner, self.method, self.stream = learner, method, stream
         self.training, self.evaluation, self.seed = training, evaluation, seed
         self.checkpoints, self.checkpoint_seconds = checkpoints, checkpoint_seconds
@@ -443,6 +439,15 @@ class Loop:
 
     def _tell(self, phase: Phase, **facts: Any) -> None:
         self.on_event(Event(task=self.position.task, phase=phase, **facts))
+
+
+def check_rehearsal(rehearsal: RehearsalConfig, method: type[Method[Any]]) -> None:
+    """Raises MethodError where examples would be kept for a method that trains nothing."""
+    if rehearsal.per_class and not method.trains:
+        raise MethodError(
+            f"rehearsal.per_class = {rehearsal.per_class} does not go with method {method.name!r}: it trains nothing, so old "
+            f"examples would never be used. Leave it at 0."
+        )
 
 
 def restore(

@@ -3,7 +3,7 @@
 from lamina.model.card import Card, Facts
 from lamina.model.gate import GateResult
 from lamina.model.learning import GateRefused, Learnt
-from lamina.model.model import Evaluation, Model, image_files, read_file
+from lamina.model.model import Evaluation, Model
 from lamina.model.predictor import Guess, Prediction, Predictor
 from lamina.model.store import Store
 
@@ -19,6 +19,4 @@ __all__ = [
     "Prediction",
     "Predictor",
     "Store",
-    "image_files",
-    "read_file",
 ]

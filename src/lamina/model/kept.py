@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lamina import data
 from lamina.data import ImageTransform, PixelStore, PixelTable, TokenTable
+from lamina.model.card import Kept
 from lamina.types import Augment, Examples, Ints
 
 PROBES, REHEARSAL = "probes", "rehearsal"
@@ -54,6 +55,12 @@ def packed(examples: Examples) -> dict[str, Tensor]:
         "ids": torch.from_numpy(np.concatenate([np.zeros(0, np.int32), *ids])),
         "padding": torch.tensor([table.pad_id, table.max_length]),
     }
+
+
+def facts_of(tensors: Mapping[str, Tensor]) -> Kept:
+    """Returns how many examples these are, and their bytes."""
+    size = sum(value.numel() * value.element_size() for value in tensors.values())
+    return Kept(examples=len(tensors["labels_n"]), bytes=size)
 
 
 def unpacked(tensors: Mapping[str, Tensor] | None, transform: ImageTransform | None) -> Examples:

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 
 from lamina import __version__
-from lamina.config import ModelConfig, RunConfig, fingerprint
+from lamina.config import ModelConfig, fingerprint
 from lamina.data.names import listed
-from lamina.data.streams import PlannedTask, Scenario, Stream, make_stream
+from lamina.data.streams import Scenario, Stream
 from lamina.data.summary import count
 from lamina.engine import checkpoint
 from lamina.engine.loop import Event, Loop
@@ -29,15 +29,16 @@ from lamina.engine.rehearsal import chosen, keep
 from lamina.engine.state import Clock, Position, RunState, now
 from lamina.errors import CheckpointError, LaminaError, ModelError
 from lamina.files import replace_text, write_checked
-from lamina.maths.metrics import AccuracyMatrix, calibration_error
+from lamina.maths.metrics import AccuracyMatrix
 from lamina.model import kept
-from lamina.model.card import Card, ClassFigures, Facts, Figures, Kept, LearntTask
+from lamina.model.card import Card, Facts, LearntTask
 from lamina.model.gate import GateResult, Outcomes, Probes, judged
 from lamina.model.predictor import Predictor, load_backbone, milliseconds, outcomes
 from lamina.model.settings import load_model_config, refuse_fixed
 from lamina.model.store import WORK, Store
+from lamina.model.tasks import Request, figures_of, labelled_examples, new_task
 from lamina.record import CodeRecord, MachineRecord, SourceRecord
-from lamina.runs.setup import Setup, Watch, check_kind, decode, image_transform, open_source
+from lamina.runs.setup import Setup, Watch, image_transform
 from lamina.runs.signals import stop_on_signals
 from lamina.speed import keeping_memory
 from lamina.types import SPLITS, Examples, Ints, LabelledData, Task
@@ -59,25 +60,6 @@ class Learnt:
 
     card: Card
     gate: GateResult | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What is asked of `learn`."""
-
-    source: str
-    name: str
-    classes: tuple[str, ...] | None = None
-    """Learn these classes of the data only."""
-    domains: tuple[str, ...] | None = None
-    """Learn these domains of the data only."""
-    settings: tuple[tuple[str, Any], ...] = ()
-    """Settings for this task only, by dotted key."""
-    probe: str | None = None
-    """Labelled data to measure earlier classes on, besides the probes that are kept."""
-    force: bool = False
-    discard: bool = False
-    """Discard another task that was interrupted, or refused."""
 
 
 def learn(store: Store, request: Request, watch: Watch) -> Learnt:
@@ -103,7 +85,7 @@ class _Learning:
         settings = {"data.source": self.request.source, **dict(self.request.settings)}
         if self.facts.head is not None:
             refuse_fixed(self.request.settings, self.store.path)
-        return with_settings(self.facts.config, settings)
+        return load_model_config(None, list(settings.items()), base=self.facts.config)
 
     # -- what is learnt -----------------------------------------------------------------------------------------------
 
@@ -288,15 +270,17 @@ class _Learning:
 
     def _probe(self, setup: Setup) -> Examples:
         """Returns the examples of known classes of the data given as a probe. Others are named and left out."""
-        config = with_settings(self.config, {"data.source": self.request.probe})
-        examples, left = labelled_examples(config.run, setup, self.class_names, self.watch)
-        if left:
-            self.tell(f"probe {self.request.probe}: left out, since no earlier task has them: {listed(left, 10)}")
-        if not len(examples):
+        config = load_model_config(None, [("data.source", self.request.probe)], base=self.config)
+        found = labelled_examples(config.run, setup.backbone, self.class_names, self.watch)
+        if found.unknown:
+            self.tell(
+                f"probe {self.request.probe}: left out, since no earlier task has them: {listed(found.unknown, 10)}"
+            )
+        if not len(found.examples):
             raise ModelError(
                 f"--probe {self.request.probe} has no example of a class that the model knows: {listed(self.class_names, 10)}."
             )
-        return examples
+        return found.examples
 
     def _start(self, loop: Loop) -> None:
         """Set a loop to where this task's training is."""
@@ -340,17 +324,34 @@ class _Learning:
         )
 
     def _commit(self, setup: Setup, loop: Loop, task: Task, new: Outcomes, gate: GateResult | None) -> Learnt:
-        store, facts, config = self.store, self.facts, self.config
+        store, config = self.store, self.config
         positions_n = chosen(task.test, config.probes.per_class)
         sets = {kept.PROBES: task.test.select(positions_n)}
         sets[kept.REHEARSAL] = keep(task.train, config.rehearsal.per_class)
         packed = {what: kept.packed(examples) for what, examples in sets.items() if len(examples)}
         loop.state = self._state(loop, new, positions_n)
-        folder = store.new_folder(task.name)
-        card = Card(
-            folder=folder,
-            parent=facts.head,
-            version=facts.version + 1,
+        loop.last_predictions = {}
+        card = self._card(setup, loop, task).model_copy(
+            update={
+                "figures": figures_of(new, self.all_names),
+                "gate": gate,
+                "forced": gate is not None and not gate.accepted,
+                "kept": {what: kept.facts_of(tensors) for what, tensors in packed.items()},
+            }
+        )
+        documents, tensors = loop.content()
+        source = self.request.source
+        store.commit(card, documents, tensors, packed, "learnt", task=task.name, forced=card.forced, data=source)
+        shutil.rmtree(store.path / WORK, ignore_errors=True)
+        return Learnt(card, gate)
+
+    def _card(self, setup: Setup, loop: Loop, task: Task) -> Card:
+        """Returns the card of the new version, without what was measured and what is kept."""
+        entry, seconds = loop.state.lineage[-1], loop.state.clock.seconds
+        return Card(
+            folder=self.store.new_folder(task.name),
+            parent=self.facts.head,
+            version=self.facts.version + 1,
             created=now(),
             tasks=(
                 LearntTask(
@@ -366,32 +367,14 @@ class _Learning:
             fingerprint=setup.data.fingerprint,
             source=SourceRecord(**setup.source),
             settings=dict(self.request.settings),
-            figures=figures_of(new, self.all_names),
-            gate=gate,
-            forced=gate is not None and not gate.accepted,
-            kept={
-                what: Kept(examples=len(sets[what]), bytes=sum(v.numel() * v.element_size() for v in tensors.values()))
-                for what, tensors in packed.items()
-            },
-            seconds={phase: round(value, 3) for phase, value in loop.state.clock.seconds.items()}
+            seconds={phase: round(value, 3) for phase, value in seconds.items()}
             | {"total": round(time.perf_counter() - self.started, 3)},
-            steps=loop.state.lineage[-1].steps,
-            trainable_parameters=loop.state.lineage[-1].trainable_parameters,
-            stored_parameters=loop.learner.stored_parameters(),
+            steps=entry.steps,
+            trainable_parameters=entry.trainable_parameters,
+            stored_parameters=entry.stored_parameters,
             machine=MachineRecord(**setup.environment.to_json()),
             code=CodeRecord(version=__version__, commit=setup.environment.commit),
         )
-        loop.last_predictions, loop._optimizer_state = {}, {}
-        store.add(card, *loop.content(), packed)
-        changed = facts.model_copy(
-            update={"head": folder, "version": card.version, "versions": (*facts.versions, folder)}
-        )
-        store.write_facts(changed)
-        store.note(
-            "learnt", task=task.name, folder=folder, version=card.version, forced=card.forced, data=self.request.source
-        )
-        shutil.rmtree(store.path / WORK, ignore_errors=True)
-        return Learnt(card, gate)
 
     def _state(self, loop: Loop, new: Outcomes, positions_n: Ints) -> RunState:
         """Returns the state with the new task done. Its accuracies are those on the probes, or on the held-out examples of a
@@ -426,95 +409,10 @@ def _cell(matrix: AccuracyMatrix, row: int, column: int) -> tuple[int, int]:
     return int(matrix.correct_ij[row, column]), int(matrix.total_ij[row, column])
 
 
-def new_task(
-    request: Request, config: RunConfig, labelled: LabelledData, class_names: tuple[str, ...]
-) -> tuple[Task, tuple[str, ...], str]:
-    """Returns the task that is cut from the data, with class ids of the model; the names of all classes; and a fingerprint."""
-    domains: tuple[int, ...] | None = None
-    if request.domains is not None:
-        domains = tuple(_position(name, labelled.domain_names, "domain", labelled.name) for name in request.domains)
-    inside = np.ones(len(labelled.labels_n), np.bool_) if domains is None else np.isin(labelled.domains_n, domains)
-    if request.classes is not None:
-        classes = tuple(_position(name, labelled.class_names, "class", labelled.name) for name in request.classes)
-    else:
-        classes = tuple(np.unique(labelled.labels_n[inside]).tolist())
-    plan = [PlannedTask(name=request.name, classes=classes, domains=domains)]
-    stream = make_stream(
-        labelled,
-        plan,
-        "mixed",
-        per_class=config.data.per_class,
-        validation=config.stream.validation,
-        measured_per_class=config.evaluation.per_class,
-    )
-    names = list(class_names)
-    for label in classes:
-        if labelled.class_names[label] not in names:
-            names.append(labelled.class_names[label])
-    ids = np.array([names.index(name) if name in names else -1 for name in labelled.class_names], np.int64)
-    cut = stream[0]
-    parts = {
-        split: Examples(cut.split(split).table, cut.split(split).rows_n, ids[cut.split(split).labels_n])
-        for split in SPLITS
-    }
-    task = Task(name=request.name, classes=tuple(ids[list(classes)].tolist()), domain=cut.domain, **parts)
-    return task, tuple(names), stream.fingerprint
-
-
-def _position(name: str, names: Sequence[str], role: str, where: str) -> int:
-    if name not in names:
-        raise ModelError(f"{where} has no {role} {name!r}. It has: {listed(names, 20)}.")
-    return names.index(name)
-
-
-def labelled_examples(
-    config: RunConfig, setup: Setup, class_names: Sequence[str], watch: Watch
-) -> tuple[Examples, list[str]]:
-    """Returns the test examples of a configuration's data whose classes are known, with the model's class ids, and the names of
-    the classes that are not. Where the data has no test split, all of its examples are used."""
-    source = open_source(config)
-    check_kind(config, source, setup.backbone)
-    labelled = decode(config, source, setup.backbone, watch)
-    return test_examples(labelled, source.layout, class_names)
-
-
-def test_examples(labelled: LabelledData, layout: str, class_names: Sequence[str]) -> tuple[Examples, list[str]]:
-    """See `labelled_examples`."""
-    held_out = "is held out for testing" in layout
-    ids = np.array([class_names.index(name) if name in class_names else -1 for name in labelled.class_names], np.int64)
-    labels_n = ids[labelled.labels_n]
-    rows_n = np.flatnonzero((labels_n >= 0) & ((labelled.splits_n == 2) | held_out))
-    used = {labelled.class_names[k] for k in np.unique(labelled.labels_n).tolist()}
-    left = sorted(name for name in used if name not in class_names)
-    return Examples(labelled.table, rows_n, labels_n[rows_n]), left
-
-
-def figures_of(found: Outcomes, class_names: Sequence[str]) -> Figures:
-    """Returns what was measured, by class."""
-    if not len(found.labels_n):
-        return Figures()
-    right_n = found.predicted_n == found.labels_n
-    return Figures(
-        accuracy=found.accuracy,
-        calibration_error=calibration_error(found.confidence_n, right_n),
-        classes={
-            class_names[label]: ClassFigures(
-                correct=int(right_n[found.labels_n == label].sum()), total=int((found.labels_n == label).sum())
-            )
-            for label in np.unique(found.labels_n).tolist()
-        },
-    )
-
-
 def open_version(store: Store, facts: Facts, card: Card, device: str = "cpu") -> Predictor:
     """Returns one version of a model in memory."""
     documents, tensors = store.state(card.folder)
     return Predictor(facts, card, documents, tensors, load_backbone(facts, store.path), device)
-
-
-def with_settings(config: ModelConfig, settings: dict[str, Any]) -> ModelConfig:
-    """Returns a configuration with these settings changed. Raises ConfigError for one that is not allowed."""
-    return load_model_config(None, list(settings.items()), base=config)
 
 
 def write_plan(path: Path, content: Any) -> None:

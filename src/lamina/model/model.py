@@ -1,38 +1,36 @@
 """Model: a directory that keeps learning."""
 
-import io
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
 from lamina import backbones
 from lamina.backbones import Backbone
 from lamina.config import ModelConfig
+from lamina.data.inputs import Input, payloads
 from lamina.data.names import listed
-from lamina.data.tree import IMAGE_SUFFIXES
 from lamina.engine import device
+from lamina.engine.consolidate import Consolidation
+from lamina.engine.loop import check_rehearsal
 from lamina.engine.state import now
-from lamina.errors import DataError, ModelError
+from lamina.errors import ModelError
 from lamina.files import read_checked
+from lamina.learner import Learner
+from lamina.methods import METHODS
 from lamina.model import kept, learning, readme
 from lamina.model.card import Base, Card, Facts, Figures
 from lamina.model.from_run import version_of_run
-from lamina.model.gate import GateResult, Outcomes
-from lamina.model.learning import Learnt, Request, open_version, test_examples
-from lamina.model.predictor import Item, Prediction, Predictor, load_backbone
-from lamina.model.settings import FIXED, load_model_config, refuse_fixed
-from lamina.model.store import BASE, FILE, TASKS, WORK, Store
-from lamina.runs import directory
-from lamina.runs.setup import Watch, check_kind, decode, open_source
+from lamina.model.gate import GateResult
+from lamina.model.learning import Learnt, open_version
+from lamina.model.predictor import Prediction, Predictor, load_backbone
+from lamina.model.settings import load_model_config, refuse_fixed
+from lamina.model.store import BASE, FILE, WORK, Store
+from lamina.model.tasks import Request, figures_of, labelled_examples
+from lamina.runs import directory, limits
+from lamina.runs.setup import Watch
 from lamina.speed import precision
-
-Input = Path | str | bytes | NDArray[np.uint8] | Image.Image
 
 
 @dataclass(frozen=True)
@@ -105,13 +103,8 @@ class Model:
         with model.store.writing():
             folder = model.store.new_folder(found.card.tasks[-1].name)
             card = found.card.model_copy(update={"folder": folder})
-            model.store.add(card, found.documents, found.tensors, {})
-            facts = model.store.facts()
-            model.store.write_facts(
-                facts.model_copy(update={"head": folder, "version": card.version, "versions": (folder,)})
-            )
             names = [task.name for task in card.tasks]
-            model.store.note("opened a run", run=str(run), tasks=names, folder=folder, version=card.version)
+            model.store.commit(card, found.documents, found.tensors, {}, "opened a run", run=str(run), tasks=names)
             readme.write(model.store)
         return model
 
@@ -125,7 +118,7 @@ class Model:
         backbone = backbones.load(
             section.name, image_size=section.image_size, pooling=section.pooling, mean=section.mean, std=section.std
         )
-        backbone.check_layers(config.consolidation.layers)
+        check(config, backbone)
         where = device.resolve(config.device)
         config = config.model_copy(
             update={
@@ -279,27 +272,21 @@ class Model:
         """Returns a prediction for each input: for images a file, a folder of files, encoded bytes, an array (h, w, 3) uint8 or
         a PIL image; for texts a string. An input that cannot be read gets an error in its place."""
         predictor = self.predictor()
-        several = [inputs] if isinstance(inputs, Path | str | bytes | np.ndarray | Image.Image) else inputs
-        return predictor.predict(payloads(several, predictor.kind), top)
+        return predictor.predict(payloads(inputs, predictor.kind), top)
 
     def evaluate(self, data: str | os.PathLike[str], watch: Watch = lambda *_: None) -> Evaluation:
         """Measure the newest version on labelled data: on its test split, or on all of it where it has none. Classes are
         matched by name. Raises ModelError where the model knows none of them."""
         predictor, facts = self.predictor(), self.store.facts()
         config = load_model_config(None, [("data.source", os.fspath(data))], base=facts.config).run
-        source = open_source(config)
-        check_kind(config, source, predictor.backbone)
-        labelled = decode(config, source, predictor.backbone, watch)
         names = [name if k in predictor.classes else "" for k, name in enumerate(predictor.class_names)]
-        examples, unknown = test_examples(labelled, source.layout, names)
-        if not len(examples):
+        found = labelled_examples(config, predictor.backbone, names, watch)
+        if not len(found.examples):
             raise ModelError(
                 f"{data} has no example of a class that {self.path} knows: {listed(predictor.labels, 20)}."
             )
-        found: Outcomes = predictor.outcomes(examples)
-        return Evaluation(
-            os.fspath(data), learning.figures_of(found, predictor.class_names), tuple(unknown), tuple(labelled.skipped)
-        )
+        figures = figures_of(predictor.outcomes(found.examples), predictor.class_names)
+        return Evaluation(os.fspath(data), figures, tuple(found.unknown), found.skipped)
 
     def gate(self) -> GateResult | None:
         """Returns what the gate found for the newest task: of one that waits because it was refused, else of the newest
@@ -337,58 +324,19 @@ class Model:
         return self.store.events()
 
 
+def check(config: ModelConfig, backbone: Backbone) -> None:
+    """Raises ConfigError, BackboneError or MethodError for settings that do not go together, or with the backbone."""
+    method = METHODS[config.method["name"]]
+    settings = method.config_type(**{key: value for key, value in config.method.items() if key != "name"})
+    limits.check_machine(config)
+    limits.check_backbone(config, settings, backbone)
+    check_rehearsal(config.rehearsal, method)
+    learner = Learner(backbone, config.backbone.targets, config.backbone.blocks)
+    Consolidation(config.consolidation, method(settings)).check(learner)
+
+
 def task_name(source: str) -> str:
     """Returns the name of a task for which none is given: that of its data."""
     path = Path(source).expanduser()
     name = path.resolve().name if path.is_dir() else path.stem
     return name.removeprefix("hf:") or "task"
-
-
-def payloads(inputs: Iterable[Input], kind: str) -> Iterator[Item]:
-    """Yields what a predictor takes: contents of files, and what is wrong with those that cannot be read."""
-    for item in inputs:
-        if kind == "text":
-            yield item if isinstance(item, str | bytes) else str(item)
-        elif isinstance(item, Path | str):
-            for file in image_files(Path(item)):
-                try:
-                    yield read_file(file)
-                except DataError as error:
-                    yield error
-        elif isinstance(item, Image.Image):
-            stream = io.BytesIO()
-            item.save(stream, "PNG")
-            yield stream.getvalue()
-        else:
-            yield item
-
-
-def image_files(path: Path) -> list[Path]:
-    """Returns a file, or all images below a folder in the order of their names. Raises DataError where there is none."""
-    path = path.expanduser()
-    if not path.is_dir():
-        if not path.exists():
-            raise DataError(f"{path} does not exist. Give image files, or a folder of them.")
-        return [path]
-    found = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
-    if not found:
-        raise DataError(f"{path} holds no image. Images end in {', '.join(sorted(IMAGE_SUFFIXES))}.")
-    return found
-
-
-def read_file(file: Path) -> bytes:
-    """Returns the content of a file. Raises DataError for what is no regular file, or cannot be read."""
-    if not file.is_file():
-        raise DataError(f"{file} is no regular file.")
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}.") from error
-
-
-__all__ = ["FIXED", "TASKS", "Evaluation", "Model", "image_files", "payloads", "read_file", "task_name"]

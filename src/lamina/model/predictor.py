@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from lamina.config import RunConfig
 from lamina.data import ImageTransform, PixelStore, PixelTable
 from lamina.data.arrays import ArrayItems
 from lamina.data.decoding import DAMAGE, decode
-from lamina.data.records import Payload, Source
+from lamina.data.inputs import Item
+from lamina.data.records import Source
 from lamina.engine.consolidate import Consolidation
 from lamina.engine.loop import restore
 from lamina.errors import DataError, ModelError, TrainingError
@@ -37,10 +38,6 @@ from lamina.types import Batch, Examples
 
 DECODERS = 4
 """Threads that decode images while others compute."""
-
-
-Item = Payload | DataError
-"""What is predicted: an encoded or decoded image, a text, or why it could not be read."""
 
 
 class Guess(NamedTuple):
@@ -103,7 +100,13 @@ class Predictor:
         settings = {key: value for key, value in config.method.items() if key != "name"}
         self.method = method(method.config_type(**settings), facts.task_count)
         self.consolidation = Consolidation(config.consolidation, self.method)
-        restore(self.learner, self.method, self.consolidation, documents["state"]["outline"], tensors)
+        try:
+            restore(self.learner, self.method, self.consolidation, documents["state"]["outline"], tensors)
+        except (LookupError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise ModelError(
+                f"version {card.folder} does not fit its settings or its backbone ({type(error).__name__}: {error}). It was "
+                f"edited, or is of another model."
+            ) from error
         self.classes = tuple(dict.fromkeys(output.label for output in self.learner.outputs))
         if not self.classes:
             raise ModelError("the model has learnt no task yet, so it cannot predict. `lamina learn` teaches it one.")
@@ -113,7 +116,7 @@ class Predictor:
             layer.fold_live()
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Literal["image", "text"]:
         return self.backbone.kind
 
     @property

@@ -28,10 +28,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lamina.engine import checkpoint
@@ -120,7 +118,8 @@ class Store:
         for name in ("state", "clock"):
             self._verify(directory, f"{name}.json", manifest)
             documents[name] = self._json(directory / f"{name}.json")
-        stored: Mapping[str, Mapping[str, str]] = documents["state"].pop("stored")
+        stored = self._stored(directory, documents["state"])
+        del documents["state"]["stored"]
         files: dict[tuple[str, str], dict[str, Tensor]] = {}
         tensors: dict[str, dict[str, Tensor]] = {
             group: {} for group in ("learner", "optimizer", "predictions", *GROUPS)
@@ -205,11 +204,27 @@ class Store:
         content = {"state": state, "clock": documents["clock"], CARD: card.model_dump(mode="json")}
         try:
             checkpoint.write(self.path / TASKS / card.folder, content, {f: g for f, g in {**own, **kept}.items() if g})
-        except (OSError, safetensors.SafetensorError) as error:
+        except CheckpointError as error:
             raise ModelError(
-                f"the new version cannot be written to {self.path / TASKS / card.folder}: {error}. The model is as it was "
-                f"before. Make room or correct the rights, then give the command again: it goes on from the trained task."
+                f"the new version {error}. The model is as it was before. Make room or correct the rights, then give the "
+                f"command again: it goes on from the trained task."
             ) from error
+
+    def commit(
+        self,
+        card: Card,
+        documents: Mapping[str, Any],
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        kept: Mapping[str, Mapping[str, Tensor]],
+        event: str,
+        **details: Any,
+    ) -> None:
+        """Make a version the newest: write its folder, let model.json name it, and note the event. Raises what `add` raises."""
+        facts = self.facts()
+        self.add(card, documents, tensors, kept)
+        versions = (*facts.versions, card.folder)
+        self.write_facts(facts.model_copy(update={"head": card.folder, "version": card.version, "versions": versions}))
+        self.note(event, folder=card.folder, version=card.version, **details)
 
     def note(self, event: str, **details: Any) -> None:
         """Append a line to events.jsonl."""
@@ -256,11 +271,28 @@ class Store:
         file.unlink(missing_ok=True)
         return size
 
+    def _stored(self, directory: Path, state: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+        """Returns in which folder every tensor lies, by file and name."""
+        stored = state.get("stored")
+        known = {*OF_LEARNER, *GROUPS.values()}
+        if (
+            not isinstance(stored, dict)
+            or not stored.keys() <= known
+            or not all(
+                isinstance(places, dict) and all(isinstance(place, str) for place in places.values())
+                for places in stored.values()
+            )
+        ):
+            raise ModelError(
+                f"{directory}/state.json is damaged: it must say where each tensor is stored. {self._remedy()}"
+            )
+        return stored
+
     def _parent_tensors(self, parent: str | None) -> dict[tuple[str, str], tuple[str, Tensor]]:
         """Returns folder and value of every tensor of a version, by its file and name."""
         if parent is None:
             return {}
-        stored = self._json(self.path / TASKS / parent / "state.json")["stored"]
+        stored = self._stored(self.path / TASKS / parent, self._json(self.path / TASKS / parent / "state.json"))
         found, files = {}, dict[tuple[str, str], dict[str, Tensor]]()
         for file, places in stored.items():
             for name, place in places.items():
@@ -275,10 +307,9 @@ class Store:
         directory = self.path / TASKS / folder
         self._verify(directory, f"{file}.safetensors", self._manifest(directory))
         try:
-            found: dict[str, Tensor] = load_file(directory / f"{file}.safetensors")
-            return found
-        except (OSError, safetensors.SafetensorError) as error:
-            raise ModelError(f"{directory / file}.safetensors is damaged: {error}.") from error
+            return checkpoint.read_tensors(directory / f"{file}.safetensors")
+        except CheckpointError as error:
+            raise ModelError(f"{error}. {self._remedy()}") from error
 
     def _manifest(self, directory: Path) -> dict[str, Any]:
         found = self._json(directory / checkpoint.MANIFEST)

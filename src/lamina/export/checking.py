@@ -1,0 +1,80 @@
+"""Compares what was written with the model: files are read again by plain peft, transformers, or a page of plain code."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lamina.backbones.files import quiet
+from lamina.errors import ModelError
+from lamina.types import Batch
+
+LOADER, PAGE_SECONDS = "load.py", 600
+
+
+def need(module: str, extra: str, what: str) -> None:
+    """Raises ModelError where an optional library is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise ModelError(
+            f"{what} needs the library {module}, which is not installed. Install it: pip install 'lamina[{extra}]'."
+        )
+
+
+@contextmanager
+def silently() -> Iterator[None]:
+    """Silences load reports of transformers, and warnings of libraries, while it is open."""
+    import warnings
+
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def logits_of(model: Any, batches: Sequence[Batch]) -> list[Tensor]:
+    """Returns the logits that a model of transformers computes for every batch."""
+    with torch.no_grad():
+        return [model(**dict(batch.inputs)).logits.float() for batch in batches]
+
+
+def write_page(folder: Path, name: str) -> None:
+    """Write `load.py`."""
+    text = (resources.files("lamina.export") / "pages" / f"{name}.txt").read_text(encoding="utf-8")
+    (folder / LOADER).write_text(text, encoding="utf-8")
+
+
+def by_page(folder: Path, batches: Sequence[Batch], **environment: str) -> list[Tensor]:
+    """Returns the scores that `load.py` of a folder computes in a process of its own."""
+    given, told = folder / ".inputs.safetensors", folder / ".scores.safetensors"
+    tensors = {
+        f"{n}.{key}": value.contiguous() for n, batch in enumerate(batches) for key, value in batch.inputs.items()
+    }
+    save_file(tensors, given)
+    own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | environment
+    try:
+        done = subprocess.run(
+            [sys.executable, LOADER, given.name, told.name],
+            cwd=folder,
+            env=own,
+            capture_output=True,
+            text=True,
+            timeout=PAGE_SECONDS,
+            check=False,
+        )
+        if done.returncode:
+            raise ModelError(f"{LOADER} fails, so nothing was written: {done.stderr.strip().splitlines()[-1:]}.")
+        found = load_file(told)
+        return [found[str(n)] for n in range(len(batches))]
+    except subprocess.TimeoutExpired as error:
+        raise ModelError(f"{LOADER} takes more than {PAGE_SECONDS} seconds, so nothing was written.") from error
+    finally:
+        given.unlink(missing_ok=True)
+        told.unlink(missing_ok=True)
