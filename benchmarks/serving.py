@@ -8,12 +8,14 @@ moment of the machine strikes all. LitServe is left out where it is not installe
 """
 
 import argparse
+import contextlib
 import http.client
 import importlib.util
 import io
 import json
 import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +23,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -78,59 +79,36 @@ def serve_plain(model: Path, port: int) -> None:
     uvicorn.run(app, port=port, log_level="error")
 
 
-def serve_litserve(model: Path, port: int) -> None:
-    import litserve
-
-    from lamina.model import Model
-
-    class Api(litserve.LitAPI):
-        def setup(self, device: str) -> None:
-            del device
-            self.predictor = Model(model).predictor()
-
-        def decode_request(self, request: object) -> bytes:
-            return bytes(request["file"].file.read())  # type: ignore[index]
-
-        def batch(self, inputs: list[bytes]) -> list[bytes]:
-            return inputs
-
-        def predict(self, x: list[bytes]) -> list[object]:
-            return list(self.predictor.predict(x, 5))
-
-        def unbatch(self, output: list[object]) -> list[object]:
-            return output
-
-        def encode_response(self, output: object) -> dict[str, object]:
-            return {"class": output.label, "probability": output.probability}  # type: ignore[attr-defined]
-
-    server = litserve.LitServer(Api(max_batch_size=BATCH, batch_timeout=WAIT), accelerator="cpu")
-    server.run(port=port, generate_client_file=False, log_level="error")
-
-
-@contextmanager
+@contextlib.contextmanager
 def served(name: str, model: Path) -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    command = [sys.executable, str(HERE), "--serve", name, "--model", str(model), "--port", str(port)]
-    if name == "lamina":
-        command = [sys.executable, "-m", "lamina.cli", "serve", str(model), "--port", str(port)]
+    command = [
+        sys.executable,
+        *{
+            "lamina": ["-m", "lamina.cli", "serve", str(model), "--port", str(port)],
+            "plain": [str(HERE), "--serve", "--model", str(model), "--port", str(port)],
+            "litserve": [str(HERE.with_name("serving_litserve.py")), str(model), str(port), str(BATCH), str(WAIT)],
+        }[name],
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + 90
-        while not answers(port):
+        while not responds(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"{SERVERS[name]} did not start")
             time.sleep(0.1)
         yield port
     finally:
-        os.killpg(process.pid, 15)
-        try:
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
+        with contextlib.suppress(ProcessLookupError):  # LitServe's workers may outlive it
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def answers(port: int) -> bool:
+def responds(port: int) -> bool:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
         connection.request("GET", "/health")
@@ -150,6 +128,7 @@ def load(port: int, clients: int, seconds: float) -> None:
     bodies = [head.encode() + picture(seed) + f"\r\n--{BOUNDARY}--\r\n".encode() for seed in range(16)]
     headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
     found: list[float] = []
+    failed: list[int] = []
     until = time.monotonic() + seconds
 
     def client(first: int) -> None:
@@ -161,7 +140,8 @@ def load(port: int, clients: int, seconds: float) -> None:
             response = connection.getresponse()
             response.read()
             if response.status != 200:
-                raise SystemExit(f"status {response.status}")
+                failed.append(response.status)
+                return
             found.append(time.monotonic() - started)
             number += 1
 
@@ -170,12 +150,14 @@ def load(port: int, clients: int, seconds: float) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    if failed:
+        raise SystemExit(f"a request failed with status {failed[0]}")
     print(json.dumps(found))
 
 
 def measure(port: int, clients: int, seconds: float) -> list[float]:
     command = [sys.executable, str(HERE), "--load", str(clients), "--port", str(port), "--seconds", str(seconds)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return [float(value) for value in json.loads(done.stdout)]
 
 
@@ -211,12 +193,12 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--page", default=str(HERE.parents[1] / "docs/results/serving.md"))
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--serve", choices=("plain", "litserve"), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--load", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
-        {"plain": serve_plain, "litserve": serve_litserve}[given.serve](given.model, given.port)
+        serve_plain(given.model, given.port)
         return
     if given.load:
         load(given.port, given.load, given.seconds)

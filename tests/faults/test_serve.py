@@ -358,6 +358,22 @@ def test_a_bomb_is_refused_without_memory(server: Server) -> None:
     assert server.megabytes - before < 20
 
 
+def test_the_memory_of_large_images_is_returned(model: Path) -> None:
+    server = Server(model)
+    stream = io.BytesIO()
+    Image.new("RGBA", (4000, 4000), (1, 2, 3, 99)).save(stream, "PNG")
+    assert server.predict(("a", photo()))[0] == 200
+    before = server.megabytes
+    threads = [threading.Thread(target=server.predict, args=(("a", stream.getvalue()),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert server.predict(("a", photo()))[0] == 200
+    assert server.megabytes - before < MOST_GROWTH, "one alone takes 300 MB while it is decoded"
+    server.stop()
+
+
 def test_a_slow_client_is_cut_and_others_do_not_notice(server: Server) -> None:
     lines = [server.connect(20) for _ in range(30)]
     heads = (

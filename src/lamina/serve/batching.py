@@ -5,10 +5,13 @@ server starts at once: it waits, for a few milliseconds, only for inputs that ar
 """
 
 import asyncio
+import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -16,6 +19,7 @@ from typing import TypeVar
 
 import torch
 
+from lamina.data.decoding import DAMAGE, full_size
 from lamina.data.records import Payload
 from lamina.errors import DataError
 from lamina.model import Prediction
@@ -25,7 +29,9 @@ from lamina.types import Batch
 
 T = TypeVar("T")
 DECODERS = 2
-"""Threads that decode. Each may hold one image of the most pixels."""
+"""Threads that decode."""
+LARGE = 12_000_000
+"""Pixels from which images are decoded one at a time, since one of 50 million pixels may take 1 GB meanwhile."""
 
 
 @dataclass(eq=False)
@@ -56,6 +62,7 @@ class Batcher:
         self._queue: deque[Job] = deque()
         self._arrived = asyncio.Event()
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="lamina-decode")
+        self._large = threading.Lock()
         self._computer = ThreadPoolExecutor(1, thread_name_prefix="lamina-compute")
 
     @property
@@ -121,12 +128,16 @@ class Batcher:
         loop = asyncio.get_running_loop()
         if version.predictor.kind == "text":
             return await self._put(Job(version, [str(text) for text in payloads], top, due, loop.create_future()))
-        read = [self._unless_late(partial(version.predictor.read, [payload]), due) for payload in payloads]
+        read = [self._unless_late(partial(self._read, version, payload), due) for payload in payloads]
         parts = await loop.run_in_executor(self._decoders, lambda: [one() for one in read])
         errors = [error for _, part in parts for error in part]
         batches = [batch for batch, _ in parts if batch is not None]
         found = iter(await self._put(Job(version, joint(batches), top, due, loop.create_future())) if batches else ())
         return [Prediction(error=error) if error is not None else next(found) for error in errors]
+
+    def _read(self, version: Version, payload: Payload) -> tuple[Batch | None, list[str | None]]:
+        with self._large if is_large(payload) else nullcontext():
+            return version.predictor.read([payload])
 
     async def _put(self, job: Job) -> list[Prediction]:
         self._queue.append(job)
@@ -208,6 +219,14 @@ def compute(version: Version, inputs: Sequence[Batch | Sequence[str]], top: int,
             found += _predict_texts(version, texts[start : start + size], top)
     starts = [sum(map(len, inputs[:k])) for k in range(len(inputs) + 1)]
     return [found[start:end] for start, end in pairwise(starts)]
+
+
+def is_large(payload: Payload) -> bool:
+    """Whether an encoded image has so many pixels that no other such image should be decoded meanwhile."""
+    try:
+        return isinstance(payload, bytes) and math.prod(full_size(payload)) > LARGE
+    except DAMAGE:
+        return False
 
 
 def cut(prediction: Prediction, top: int) -> Prediction:

@@ -11,6 +11,7 @@ from lamina.errors import ConfigError
 from lamina.serve.guard import LOOPBACK, Guard
 from lamina.serve.limits import Limits, flag
 from lamina.serve.protocol import limited
+from lamina.speed import return_large_blocks
 
 SHORTEST_TOKEN = 16
 KEEP_ALIVE = 3600
@@ -103,4 +104,5 @@ def run(app: Guard, bound: socket.socket, limits: Limits) -> None:
         timeout_graceful_shutdown=int(limits.deadline_seconds) + 1,
         h11_max_incomplete_event_size=limits.header_kb * 1024,
     )
+    return_large_blocks()
     uvicorn.Server(config).run(sockets=[bound])

@@ -4,6 +4,6 @@
 """
 
 from lamina.speed.around import Accelerated, accelerate
-from lamina.speed.memory import keeping_memory
+from lamina.speed.memory import keeping_memory, return_large_blocks
 
-__all__ = ["Accelerated", "accelerate", "keeping_memory"]
+__all__ = ["Accelerated", "accelerate", "keeping_memory", "return_large_blocks"]

@@ -32,6 +32,16 @@ def keeping_memory() -> Iterator[None]:
         trim(0)
 
 
+def return_large_blocks(size: int = 2**23) -> None:
+    """From now on, blocks of at least `size` bytes return to the system when they are freed, as those of a decoded image.
+
+    glibc would raise its threshold by itself, and keep what a few large images took. With another C library nothing happens.
+    """
+    mallopt = _of_libc("mallopt")
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, size)
+
+
 def _of_libc(name: str) -> Any:
     """Returns a function of the C library, or None where it has none of this name or cannot be found."""
     try:

@@ -12,7 +12,7 @@ from tests.serving import photo
 from tests.unit.serve.conftest import Client, error
 
 from lamina.model import Model, Predictor
-from lamina.serve import Limits, Refusal
+from lamina.serve import Limits, Refusal, batching
 from lamina.serve.batching import Batcher
 from lamina.serve.versions import Version, load
 
@@ -129,6 +129,30 @@ def test_a_deadline_that_passes_refuses_and_frees_its_place_when_the_thread_ends
     started = time.monotonic()
     running(version, work)
     assert time.monotonic() - started < 1, "the other four were not decoded"
+
+
+@pytest.mark.parametrize(("large", "most"), [(10, 1), (10**9, 2)])
+def test_large_images_are_decoded_one_at_a_time(
+    version: Version, monkeypatch: pytest.MonkeyPatch, large: int, most: int
+) -> None:
+    real, active, seen = Predictor.read, [0], [0]
+
+    def slow(self: Predictor, inputs: Any) -> Any:
+        active[0] += 1
+        seen[0] = max(seen[0], active[0])
+        time.sleep(0.05)
+        active[0] -= 1
+        return real(self, inputs)
+
+    monkeypatch.setattr(Predictor, "read", slow)
+    monkeypatch.setattr(batching, "LARGE", large)
+
+    async def work(batcher: Batcher) -> None:
+        jobs = [batcher.predict(version, [photo(k)], 1, soon(), lambda: None) for k in range(6)]
+        await asyncio.gather(*jobs)
+
+    running(version, work)
+    assert seen[0] == most
 
 
 def test_a_failure_reaches_the_requests_of_its_batch_only(version: Version, monkeypatch: pytest.MonkeyPatch) -> None:
