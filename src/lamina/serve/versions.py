@@ -148,7 +148,7 @@ class Versions:
                 self.refused = None
                 return
             fresh = await loop.run_in_executor(self._loader, load, self.path, self.device)
-        except (LaminaError, OSError, RuntimeError, ValueError, MemoryError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with a new version, the old one goes on
             self._refuse(number, error)
             return
         before, self.current = self.current, fresh
@@ -159,7 +159,8 @@ class Versions:
 
     def _refuse(self, number: int | None, error: BaseException) -> None:
         # The message may name folders of this machine, which are nobody's business.
-        message = str(error).replace(f"{self.path.resolve()}", self.path.name).replace(f"{self.path}", self.path.name)
+        message = str(error) if isinstance(error, LaminaError) else f"{type(error).__name__}: {error}"
+        message = message.replace(f"{self.path.resolve()}", self.path.name).replace(f"{self.path}", self.path.name)
         self.refused = Refused(-1 if number is None else number, message)
         self.refusals += 1
         told = "the newest version" if number is None else f"version {number}"
