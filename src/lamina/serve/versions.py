@@ -6,6 +6,7 @@ one is closed when its last request has ended. A version that cannot be loaded, 
 
 import asyncio
 import logging
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -105,6 +106,11 @@ def _noise(predictor: Predictor) -> Any:
     return batch
 
 
+def without_folders(message: str) -> str:
+    """Returns a message in which every absolute path has lost its folders."""
+    return re.sub(r"(?<![\w.~-])(?:/[^\s/:'\"]+)+/(?=[^\s/])", "", message)
+
+
 class Versions:
     """Holds the version that is served. All its methods are called on the event loop.
 
@@ -148,7 +154,7 @@ class Versions:
                 self.refused = None
                 return
             fresh = await loop.run_in_executor(self._loader, load, self.path, self.device)
-        except (LaminaError, OSError, RuntimeError, ValueError, MemoryError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with a new version, the old one goes on
             self._refuse(number, error)
             return
         before, self.current = self.current, fresh
@@ -159,8 +165,8 @@ class Versions:
 
     def _refuse(self, number: int | None, error: BaseException) -> None:
         # The message may name folders of this machine, which are nobody's business.
-        message = str(error).replace(f"{self.path.resolve()}", self.path.name).replace(f"{self.path}", self.path.name)
-        self.refused = Refused(-1 if number is None else number, message)
+        message = str(error) if isinstance(error, LaminaError) else f"{type(error).__name__}: {error}"
+        self.refused = Refused(-1 if number is None else number, without_folders(message))
         self.refusals += 1
         told = "the newest version" if number is None else f"version {number}"
         log.error("%s is refused, and version %d goes on being served: %s", told, self.current.number, error)

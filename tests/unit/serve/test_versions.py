@@ -12,7 +12,7 @@ from tests.unit.serve.conftest import Client
 
 from lamina.errors import ModelError
 from lamina.model import Model, Predictor
-from lamina.serve.versions import load
+from lamina.serve.versions import load, without_folders
 
 
 @pytest.fixture
@@ -77,6 +77,24 @@ def test_a_version_that_cannot_be_loaded_is_refused_and_the_old_one_goes_on(
     Model(model).rollback("task-1")
     until(lambda: client.get("/ready").json()["version"] == 4)
     assert client.get("/ready").json()["refused"] is None
+
+
+def test_messages_lose_the_folders_of_the_machine() -> None:
+    told = "/srv/models/shop/tasks/0001-a/card.json is damaged: 1/2 of it; use 'lamina rollback /srv/models/shop TASK', see a/b"
+    shown = "card.json is damaged: 1/2 of it; use 'lamina rollback shop TASK', see a/b"
+    assert without_folders(told) == shown
+
+
+def test_a_new_version_may_fail_in_any_way(serve: Client, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = serve(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(Predictor, "outcomes", lambda *_: {}["missing"])
+        Model(model).rollback("task-0")
+        until(lambda: client.get("/ready").json()["refused"] is not None)
+    assert client.get("/ready").json()["refused"] == {"version": 3, "reason": "KeyError: 'missing'"}
+    assert client.post("/predict", files={"file": photo()}).json()["version"] == 2
+    Model(model).rollback("task-1")
+    until(lambda: client.get("/ready").json()["version"] == 4)
 
 
 def test_a_model_rolled_back_to_nothing_is_refused(serve: Client, model: Path) -> None:
