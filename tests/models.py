@@ -38,6 +38,7 @@ def images(
     train: int = 8,
     test: int = 4,
     seed: int = 0,
+    noise: float = 25,
     swapped: bool = False,
 ) -> Path:
     """A Parquet file of images whose colours tell their class. swapped: every label is that of the next class."""
@@ -46,7 +47,7 @@ def images(
     for label in classes:
         colour = np.random.default_rng(CLASSES.index(label)).integers(0, 256, (4, 4, 3))
         for number in range(train + test):
-            pixels = np.kron(colour, np.ones((5, 5, 1))) + draws.normal(0, 25, (20, 20, 3))
+            pixels = np.kron(colour, np.ones((5, 5, 1))) + draws.normal(0, noise, (20, 20, 3))
             shown = classes[(classes.index(label) + 1) % len(classes)] if swapped else label
             rows["image"].append(png(np.clip(pixels, 0, 255).astype(np.uint8)))
             rows["label"].append(shown)

@@ -187,6 +187,22 @@ def test_texts(lamina: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert json.loads(said.out)["tasks"][0]["examples"] == 3
 
 
+def test_probabilities_of_lda_are_tempered(lamina: Command, base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    data = images(tmp_path / "a.parquet", CLASSES[:3], train=5, noise=90)
+    lamina("create", path, "--backbone", base, *SETTINGS)
+    assert lamina("learn", path, data).code == 0
+    model = Model(path)
+    assert model.cards[-1].temperature > 1.2
+    predictor = model.predictor()
+    batch, _ = predictor.read([photo(tmp_path / "p").read_bytes()])
+    assert batch is not None
+    plain = predictor.scores(batch).softmax(1)
+    tempered = predictor.class_probabilities(batch)
+    assert tempered.argmax() == plain.argmax()
+    assert tempered.max() < plain.max()
+
+
 def test_an_embedded_backbone_moves_with_the_model(lamina: Command, base: Path, model: Path, tmp_path: Path) -> None:
     path = tmp_path / "whole"
     assert lamina("create", path, "--backbone", base, "--embed-base", "--method=finetune", *SETTINGS).code == 0

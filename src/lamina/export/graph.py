@@ -80,7 +80,7 @@ class Deployed(nn.Module):
         self.method: Method[Any] = opened.predictor.method
         fitted = under(opened.predictor.consolidation.memory, "classifier")
         self.classifier = classifiers.classifier_of(fitted) if fitted else None
-        self.layers = opened.facts.config.consolidation.layers
+        self.layers, self.temperature = opened.facts.config.consolidation.layers, opened.predictor.temperature
         self.module = plain_module(self.learner)
         self.head = self.learner.head
         columns = [
@@ -93,7 +93,7 @@ class Deployed(nn.Module):
         inputs = dict(zip(NAMES[self.kind], given, strict=True))
         scores_bj = self.scores(self.learner, inputs)
         logits_bc = scores_bj[:, self.index_cm].amax(2)
-        return logits_bc, logits_bc.softmax(1)
+        return logits_bc, (logits_bc / self.temperature).softmax(1)
 
     def scores(self, learner: Learner, inputs: Mapping[str, Tensor]) -> Tensor:
         """Returns the scores (b, j), float32."""
@@ -154,8 +154,9 @@ def _check(draft: Draft, reference: Sequence[Tensor], labels: Sequence[str]) -> 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         logits, probabilities = session.run(None, {name: inputs[name].numpy() for name in names})
         found_bc = torch.from_numpy(logits)
-        if not torch.allclose(torch.from_numpy(probabilities), found_bc.softmax(1), atol=1e-5):
-            raise ModelError("the probabilities of the graph are not the softmax of its logits. Nothing was written.")
+        wanted_bc = (found_bc / draft.opened.predictor.temperature).softmax(1)
+        if not torch.allclose(torch.from_numpy(probabilities), wanted_bc, atol=1e-5):
+            raise ModelError("the probabilities of the graph are not those of its logits. Nothing was written.")
         return found_bc
 
     batches = draft.opened.batches

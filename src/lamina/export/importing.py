@@ -40,7 +40,7 @@ from lamina.methods.base import Method
 from lamina.model import Card, Facts, GateRefused, Learnt, Model, kept, readme
 from lamina.model.card import Figures, LearntTask
 from lamina.model.gate import Outcomes, Probes, judged
-from lamina.model.predictor import load_backbone, outcomes
+from lamina.model.predictor import load_backbone, outcomes, temperature_of
 from lamina.model.settings import load_model_config
 from lamina.model.tasks import Request, figures_of, new_task
 from lamina.rng import seed_of
@@ -117,12 +117,17 @@ def _import(
     task, names, mark = _task(facts, backbone, lineage[-1].class_names if lineage else (), name, classes, data, watch)
     probes = _probes(model, facts, lineage, backbone)
     size = facts.config.evaluation.batch_size
-    before = [(one, examples, outcomes(parts.learner, parts.consolidation, examples, size)) for one, examples in probes]
+    earlier = lineage[-1].temperature if lineage else 1.0
+    before = [
+        (one, examples, outcomes(parts.learner, parts.consolidation, examples, size, earlier))
+        for one, examples in probes
+    ]
     torch.manual_seed(seed_of(facts.config.seed, "import", name))
     _add(parts, task, spread, weight_jd, bias_j, size)
-    new = outcomes(parts.learner, parts.consolidation, task.test, size) if len(task.test) else None
+    tau = temperature_of(parts.learner, parts.consolidation, task, size)
+    new = outcomes(parts.learner, parts.consolidation, task.test, size, tau) if len(task.test) else None
     after = [
-        Probes(one, then, outcomes(parts.learner, parts.consolidation, examples, size))
+        Probes(one, then, outcomes(parts.learner, parts.consolidation, examples, size, tau))
         for one, examples, then in before
     ]
     measured = {one for one, _ in probes}
@@ -149,6 +154,7 @@ def _import(
         update={
             "data": None if data is None else os.fspath(data),
             "fingerprint": mark,
+            "temperature": tau,
             "figures": Figures() if new is None else figures_of(new, names),
             "gate": gate,
             "forced": gate is not None and not gate.accepted,

@@ -97,6 +97,8 @@ class Card(Part):
     source: SourceRecord | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings given for this task only, by dotted key."""
+    temperature: float = Field(1.0, gt=0)
+    """Scores are divided by it before their softmax."""
     figures: Figures = Figures()
     gate: GateResult | None = None
     """What was compared with the version before; None for the first."""

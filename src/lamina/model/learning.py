@@ -33,7 +33,7 @@ from lamina.maths.metrics import AccuracyMatrix
 from lamina.model import kept
 from lamina.model.card import Card, Facts, LearntTask
 from lamina.model.gate import GateResult, Outcomes, Probes, judged
-from lamina.model.predictor import Predictor, load_backbone, milliseconds, outcomes
+from lamina.model.predictor import Predictor, load_backbone, milliseconds, outcomes, temperature_of
 from lamina.model.settings import load_model_config, refuse_fixed
 from lamina.model.store import WORK, Store
 from lamina.model.tasks import Request, figures_of, labelled_examples, new_task
@@ -156,8 +156,9 @@ class _Learning:
             loop.on_event, loop.should_stop = partial(self.watch, setup.stream), should_stop
             self._start(loop)
             loop.run(until="evaluate")
-            new = outcomes(loop.learner, loop.consolidation, task.test, config.evaluation.batch_size)
-            gate = self._judge(loop, before, new)
+            temperature = temperature_of(loop.learner, loop.consolidation, task, config.evaluation.batch_size)
+            new = outcomes(loop.learner, loop.consolidation, task.test, config.evaluation.batch_size, temperature)
+            gate = self._judge(loop, before, new, temperature)
         self._report(task, new)
         if gate is not None and not gate.accepted and not self.request.force:
             write_checked(store.path / WORK / "gate.json", gate.model_dump(mode="json"))
@@ -169,7 +170,7 @@ class _Learning:
                 "go on with other data and --discard.",
                 gate,
             )
-        return self._commit(setup, loop, task, new, gate)
+        return self._commit(setup, loop, task, new, gate, temperature)
 
     def _earlier(self) -> tuple[Task, ...]:
         """Returns the tasks learnt before, with their probes as test and their kept training examples as train."""
@@ -293,12 +294,14 @@ class _Learning:
         loop.last_predictions = {}
         loop.state = replace(loop.state, position=Position(number, "begin"), clock=Clock())
 
-    def _judge(self, loop: Loop, before: Sequence[tuple[str, Examples, Outcomes]], new: Outcomes) -> GateResult | None:
+    def _judge(
+        self, loop: Loop, before: Sequence[tuple[str, Examples, Outcomes]], new: Outcomes, temperature: float
+    ) -> GateResult | None:
         if self.facts.head is None:
             return None
         size = self.config.evaluation.batch_size
         probes = [
-            Probes(name, then, outcomes(loop.learner, loop.consolidation, examples, size))
+            Probes(name, then, outcomes(loop.learner, loop.consolidation, examples, size, temperature))
             for name, examples, then in before
         ]
         one = loop.stream[-1].test
@@ -323,7 +326,9 @@ class _Learning:
             ),
         )
 
-    def _commit(self, setup: Setup, loop: Loop, task: Task, new: Outcomes, gate: GateResult | None) -> Learnt:
+    def _commit(
+        self, setup: Setup, loop: Loop, task: Task, new: Outcomes, gate: GateResult | None, temperature: float
+    ) -> Learnt:
         store, config = self.store, self.config
         positions_n = chosen(task.test, config.probes.per_class)
         sets = {kept.PROBES: task.test.select(positions_n)}
@@ -333,6 +338,7 @@ class _Learning:
         loop.last_predictions = {}
         card = self._card(setup, loop, task).model_copy(
             update={
+                "temperature": temperature,
                 "figures": figures_of(new, self.all_names),
                 "gate": gate,
                 "forced": gate is not None and not gate.accepted,

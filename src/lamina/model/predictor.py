@@ -25,19 +25,25 @@ from lamina.data.arrays import ArrayItems
 from lamina.data.decoding import DAMAGE, decode
 from lamina.data.inputs import Item
 from lamina.data.records import Source
-from lamina.engine.consolidate import Consolidation
+from lamina.engine.consolidate import Consolidation, under
 from lamina.engine.loop import restore
 from lamina.errors import DataError, ModelError, TrainingError
 from lamina.learner import Learner, class_scores
+from lamina.maths import classifiers
+from lamina.maths.calibration import left_out_scores
+from lamina.maths.class_statistics import Statistics
 from lamina.methods import METHODS
+from lamina.methods.base import hashed_order
 from lamina.model.card import Card, Facts
 from lamina.model.gate import Outcomes
 from lamina.runs.setup import image_transform
 from lamina.speed import accelerate, precision
-from lamina.types import Batch, Examples
+from lamina.types import Batch, Examples, Task
 
 DECODERS = 4
 """Threads that decode images while others compute."""
+CALIBRATION = 512
+"""Most training examples that the temperature is fitted on."""
 
 
 class Guess(NamedTuple):
@@ -91,7 +97,7 @@ class Predictor:
     ) -> None:
         config = facts.config.run
         self.version, self.card, self.config, self.backbone = card.version, card, config, backbone
-        self.class_names = card.class_names
+        self.class_names, self.temperature = card.class_names, card.temperature
         self._lock, self._open = threading.Lock(), ExitStack()
         dtype = precision.DTYPES["bf16" if config.precision == "bf16" else "fp32"]
         where = torch.device(device)
@@ -143,7 +149,7 @@ class Predictor:
     def predictions(self, batch: Batch, top: int = 1) -> list[Prediction]:
         """Returns a prediction for every example of a batch."""
         scores_bj = self.scores(batch)
-        probabilities_bc = class_scores(scores_bj, self.learner.outputs, self.classes).softmax(1)
+        probabilities_bc = self._probabilities(scores_bj)
         best_bk = probabilities_bc.topk(min(top, len(self.classes)), 1)
         tasks = [output.task for output in self.learner.outputs]
         label_j = torch.tensor([output.label for output in self.learner.outputs])
@@ -159,7 +165,10 @@ class Predictor:
 
     def class_probabilities(self, batch: Batch) -> Tensor:
         """Returns the probability of each class in `labels`, (b, c) float32."""
-        return class_scores(self.scores(batch), self.learner.outputs, self.classes).softmax(1).float()
+        return self._probabilities(self.scores(batch)).float()
+
+    def _probabilities(self, scores_bj: Tensor) -> Tensor:
+        return (class_scores(scores_bj, self.learner.outputs, self.classes) / self.temperature).softmax(1)
 
     def scores(self, batch: Batch) -> Tensor:
         """Returns the scores of all outputs, (b, j), on the CPU. Raises TrainingError for scores that are not finite."""
@@ -173,7 +182,8 @@ class Predictor:
 
     def outcomes(self, examples: Examples) -> Outcomes:
         """Returns the predictions for labelled examples, whose labels are class ids of the model."""
-        return outcomes(self.learner, self.consolidation, examples, self.config.evaluation.batch_size)
+        size = self.config.evaluation.batch_size
+        return outcomes(self.learner, self.consolidation, examples, size, self.temperature)
 
     def milliseconds(self, examples: Examples, repeats: int = 7) -> float:
         """Returns the least time of one prediction, for the first of these examples."""
@@ -284,7 +294,9 @@ class Reader:
         return Batch(inputs=table.inputs(rows_n, None), labels_b=torch.zeros(len(texts), dtype=torch.int64)), errors
 
 
-def outcomes(learner: Learner, deployed: Consolidation, examples: Examples, batch_size: int) -> Outcomes:
+def outcomes(
+    learner: Learner, deployed: Consolidation, examples: Examples, batch_size: int, temperature: float = 1.0
+) -> Outcomes:
     """Returns the predictions of what is deployed for labelled examples, in their order."""
     classes = tuple(dict.fromkeys(output.label for output in learner.outputs))
     class_c = np.array(classes)
@@ -295,10 +307,37 @@ def outcomes(learner: Learner, deployed: Consolidation, examples: Examples, batc
             positions_b = order_n[start : start + batch_size]
             batch = examples.batch(positions_b).to(learner.device)
             scores_bj = deployed.predict(learner, batch).cpu()
-            best = class_scores(scores_bj, learner.outputs, classes).softmax(1).max(1)
+            best = (class_scores(scores_bj, learner.outputs, classes) / temperature).softmax(1).max(1)
             predicted_n[positions_b] = class_c[best.indices.numpy()]
             confidence_n[positions_b] = best.values.double().numpy()
     return Outcomes(examples.labels_n, predicted_n, confidence_n)
+
+
+def temperature_of(learner: Learner, deployed: Consolidation, task: Task, batch_size: int) -> float:
+    """Returns the temperature of the newest task's classifier: at least 1, and 1 for classifiers that are not LDA.
+
+    It is fitted on training examples, each left out of the statistics it is scored with: see `maths/calibration.py`.
+    """
+    if deployed.config.classifier != "lda":
+        return 1.0
+    statistics = Statistics.of_tensors(under(deployed.memory, "statistics"))
+    outputs = {output.label: place for place, output in enumerate(learner.outputs) if output.task == task.name}
+    places_n = np.array([outputs[label] for label in task.train.labels_n.tolist()], np.int64)
+    several_n = statistics.counts_j.numpy()[places_n] > 1
+    order_n = hashed_order(task.train, 0)
+    examples = task.train.select(order_n[several_n[order_n]][:CALIBRATION])
+    if not len(examples):
+        return 1.0
+    output_n = torch.tensor([outputs[label] for label in examples.labels_n.tolist()])
+    found = []
+    with learner.folded():
+        for start in range(0, len(examples), batch_size):
+            batch = examples.batch(np.arange(start, min(start + batch_size, len(examples))))
+            found.append(deployed.features(learner, batch.to(learner.device)).cpu())
+    scores_nj = left_out_scores(statistics, torch.cat(found), output_n)
+    classes = tuple(dict.fromkeys(output.label for output in learner.outputs))
+    class_n = torch.tensor([classes.index(label) for label in examples.labels_n.tolist()])
+    return max(1.0, classifiers.temperature(class_scores(scores_nj, learner.outputs, classes), class_n))
 
 
 def milliseconds(learner: Learner, deployed: Consolidation, examples: Examples, repeats: int = 7) -> float:
