@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.end_to_end.conftest import Command
 from tests.models import CLASSES, SMALL, backbone, images, png
-from tests.tiny import raw_bert
+from tests.tiny import raw_bert, raw_vit
 
 from lamina.model import Model
 
@@ -29,6 +29,7 @@ def model(lamina: Command, base: Path, tmp_path: Path) -> Path:
     said = lamina("create", path, "--backbone", base, "--method=finetune", "--probes=3", *SETTINGS)
     assert said.code == 0, said
     assert f"Next: lamina learn {path} FOLDER" in said.out
+    assert Model(path).facts.base.parameters == sum(p.numel() for p in raw_vit(blocks=2).parameters())
     said = lamina("learn", path, data)
     assert said.code == 0, said
     assert "3 new classes (ant, bee, cat)" in said.err

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tests.models import CLASSES, backbone, images, small
+from tests.models import CLASSES, backbone, content, images, small
 
 from lamina.engine import checkpoint
 from lamina.errors import ModelError
+from lamina.export import export_merged, export_peft
 from lamina.model import GateRefused, Model, store
 
 HOME = Path(tempfile.mkdtemp(prefix="lamina-states-"))
@@ -112,6 +114,16 @@ class States(RuleBasedStateMachine):
         Model(self.path).rollback(name)
         self.learnt = self.ever[name] if name is not None else []
         self.version += 1
+
+    @precondition(lambda self: bool(self.learnt))
+    @rule(out=st.sampled_from(("whole", "adapter")))
+    def export(self, out: str) -> None:
+        """It reads the model, and what it writes was compared with it."""
+        where = Path(tempfile.mkdtemp(dir=HOME)) / out
+        before = content(self.path)
+        (export_merged if out == "whole" else partial(export_peft, with_base=True))(self.path, where)
+        assert (where / "export.json").is_file()
+        assert content(self.path) == before
 
     @rule()
     def forget_kept(self) -> None:

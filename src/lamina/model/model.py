@@ -118,6 +118,7 @@ class Model:
         backbone = backbones.load(
             section.name, image_size=section.image_size, pooling=section.pooling, mean=section.mean, std=section.std
         )
+        parameters = sum(p.numel() for p in backbone.module.parameters())
         check(config, backbone)
         where = device.resolve(config.device)
         config = config.model_copy(
@@ -139,7 +140,7 @@ class Model:
                 name=whole.backbone.name,
                 hash=backbone.hash,
                 embedded=embed_base,
-                parameters=sum(p.numel() for p in backbone.module.parameters()),
+                parameters=parameters,
                 licence=backbones.licence(section.name),
             ),
             config=config,
@@ -325,7 +326,8 @@ class Model:
 
 
 def check(config: ModelConfig, backbone: Backbone) -> None:
-    """Raises ConfigError, BackboneError or MethodError for settings that do not go together, or with the backbone."""
+    """Raises ConfigError, BackboneError or MethodError for settings that do not go together, or with the backbone, which is
+    used up by it."""
     method = METHODS[config.method["name"]]
     settings = method.config_type(**{key: value for key, value in config.method.items() if key != "name"})
     limits.check_machine(config)
