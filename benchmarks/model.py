@@ -1,4 +1,4 @@
-"""What a living model costs beside what it is made of. `make bench` runs it.
+"""The cost of a model that keeps learning, relative to its parts. `make bench` runs it.
 
     python benchmarks/model.py            about three minutes; writes docs/results/records/model.json and the page
     python benchmarks/model.py --quick    smaller counts, records nothing
@@ -169,7 +169,7 @@ def measure(quick: bool) -> dict[str, Any]:
         folder = Path(name)
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
         data = images(folder / "data", 30 if quick else 120)
-        learnt_alone(folder / "warm", data, "fp32") if quick else None
+        learnt_alone(folder / "warm", data, "fp32")  # images are decoded, and libraries loaded
         _, within = learnt_in_a_run(folder, data, "fp32")
         model, alone = learnt_alone(folder, data, "fp32")
         return {
@@ -202,7 +202,7 @@ def page(found: dict[str, Any]) -> str:
     ]
     where = f"{found['machine']['cpu']}, {found['machine']['cores']} cores"
     lines = [
-        "# A living model: what it costs",
+        "# A model that keeps learning: its cost",
         "",
         f"`python benchmarks/model.py`, on {where}. Ratios are taken within one run.",
         "",

@@ -78,9 +78,16 @@ class Examples:
     table: Table
     rows_n: Ints
     labels_n: Ints
+    names_n: Ints | None = None
+    """The number by which each example is known to random draws; its row by default."""
 
     def __len__(self) -> int:
         return len(self.rows_n)
+
+    @property
+    def known_as_n(self) -> Ints:
+        """The number by which each example is known to random draws, (n,)."""
+        return self.rows_n if self.names_n is None else self.names_n
 
     def batch(self, positions: Ints, augment: Augment | None = None) -> Batch:
         return Batch(
@@ -93,7 +100,8 @@ class Examples:
         return self.table.lengths(self.rows_n)
 
     def select(self, keep: Ints | NDArray[np.bool_]) -> "Examples":
-        return Examples(self.table, self.rows_n[keep], self.labels_n[keep])
+        names_n = None if self.names_n is None else self.names_n[keep]
+        return Examples(self.table, self.rows_n[keep], self.labels_n[keep], names_n)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -234,8 +234,9 @@ def test_what_is_wrong_is_named(lamina: Command, model: Path, base: Path, tmp_pa
     assert "already" in lamina.refused("learn", model, data, "--name=first")
     assert "no class 'yak'" in lamina.refused("learn", model, data, "--class=yak")
     assert "no domain 'sea'" in lamina.refused("learn", model, data, "--domain=sea")
-    assert "weights depend on it" in lamina.refused("configure", model, "--set=consolidation.classifier=lda")
-    assert "weights depend on it" in lamina.refused("learn", model, data, "--set=method.rank=3")
+    told = lamina.refused("configure", model, "--set=consolidation.classifier=lda")
+    assert "consolidation.classifier = 'lda': the weights" in told
+    assert "method.rank = 3: the weights" in lamina.refused("learn", model, data, "--set=method.rank=3")
     assert "no such setting" in lamina.refused("learn", model, data, "--set=gate.tusk_drop=3")
     assert "never learnt a task 'spring'" in lamina.refused("rollback", model, "spring")
     assert "--all" in lamina.refused("rollback", model)

@@ -96,11 +96,18 @@ class States(RuleBasedStateMachine):
             def crash(*_: Any, **__: Any) -> None:
                 raise Crash
 
+            add = store.Store.add
+
+            def add_half(*arguments: Any) -> None:
+                patch.setattr(checkpoint, "fsync", crash)
+                add(*arguments)
+
             if at == "training":
                 patch.setattr("lamina.engine.loop.Loop.descend", crash)
+            elif at == "write":
+                patch.setattr(store.Store, "add", add_half)
             else:
-                where = (checkpoint, "fsync") if at == "write" else (store.Store, "write_facts")
-                patch.setattr(*where, crash)
+                patch.setattr(store.Store, "write_facts", crash)
             with pytest.raises(Crash):
                 Model(self.path).learn(self.data, name=name, classes=classes, discard=True)
         self.holds()

@@ -32,7 +32,7 @@ def create(
         int | None,
         typer.Option(
             help="Held-out examples of each class that the model may keep (downscaled images, or token ids), to measure "
-            "what later tasks make of it. Default: none."
+            "how later tasks change its accuracy. Default: none."
         ),
     ] = None,
     rehearsal: Annotated[
@@ -110,7 +110,7 @@ def learn(
     lr: Annotated[float | None, typer.Option(help="Learning rate of the adapters.")] = None,
     settings: Settings = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Accept the task whatever the gate finds. It is recorded.")
+        bool, typer.Option("--force", help="Accept the task whatever the gate finds. This is recorded.")
     ] = False,
     discard: Annotated[
         bool, typer.Option("--discard", help="Drop another task that was interrupted, or that the gate refused.")
@@ -119,9 +119,9 @@ def learn(
 ) -> None:
     """Learn the next task: new classes, known classes from a new domain, or both.
 
-    What is new is found out and printed before training. Afterwards the gate compares the model with the one before, and the
-    task is added if no limit is broken (`lamina configure` sets them). Until then, and after any crash, the model stays as it
-    was; the same command goes on from the last checkpoint.
+    Before training, lamina prints which classes are new. Afterwards the gate compares the model with the version before, and
+    adds the task if no limit is broken (`lamina configure` sets limits). Until then, and after any crash, the model is as it was
+    before; the same command goes on from the last checkpoint.
 
     Exit code 0: learnt. 1: the gate refused. 2: an error. 130: stopped.
 
@@ -135,7 +135,7 @@ def learn(
 
     opened = Model(model)
     given = _given({"training.epochs": epochs, "training.lr": lr}, settings)
-    again = f"lamina learn {shlex.quote(str(model))} {shlex.quote(data)}"
+    again = f"{shlex.join(['lamina', *sys.argv[1:]])}"
     try:
         with Watcher(model.resolve().name, listing=False) as watch:
             learnt = stoppable(
@@ -195,7 +195,7 @@ def status(model: Where, as_json: Annotated[bool, typer.Option("--json", help="P
     kept = sum(part.bytes for card in cards for part in opened.store.kept_now(card).values())
     print(f"\n{size_of(file_bytes(model))} on disk, of them {size_of(kept)} kept examples")
     name = shlex.quote(str(model))
-    if (model / WORK / "gate.json").is_file():
+    if opened.waiting() is not None:
         print(f"A task waits that the gate refused: `lamina gate {name}` shows why.")
     elif (model / WORK / "plan.json").is_file():
         print("A task was interrupted: `lamina learn` with the same data goes on with it.")

@@ -161,6 +161,10 @@ def evaluate(
             raise RunError(
                 f"{directory} is a model: name the data to measure it on, `lamina evaluate {directory} DATA`."
             )
+        if split != "test" or data is not None or fall_back:
+            raise RunError(
+                "--split, --data and --fall-back are for runs; a model is measured on the data that is named. Leave them out."
+            )
         with Watcher(directory.resolve().name, brief=True) as watch:
             print_evaluation(model.Model(directory).evaluate(labelled, watch))
         return

@@ -240,11 +240,11 @@ class RunConfig(Section):
 
 class ProbesConfig(Section):
     per_class: int = Field(0, ge=0)
-    """Held-out examples of each class of a task that the model keeps, to measure what later tasks make of it. 0: none."""
+    """Held-out examples of each class of a task that the model keeps, to measure how later tasks change its accuracy. 0: none."""
 
 
 class GateConfig(Section):
-    """Limits that a new task must keep to. Shares are between 0 and 1; null: no limit."""
+    """Limits that a new task must meet. Shares are between 0 and 1; null: no limit."""
 
     task_drop: float | None = Field(0.05, ge=0, le=1)
     """Largest loss of accuracy on any earlier task."""
@@ -266,9 +266,9 @@ class ModelConfig(RunConfig):
     probes: ProbesConfig = ProbesConfig()
     """Held-out examples that the model keeps."""
     gate: GateConfig = GateConfig()
-    """What a new task must keep to before it is accepted."""
+    """Limits that a new task must meet."""
 
     @property
     def run(self) -> RunConfig:
-        """What decides the result of learning a task."""
+        """The settings of a run of one task."""
         return RunConfig(**{name: getattr(self, name) for name in RunConfig.model_fields})

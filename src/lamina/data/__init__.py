@@ -68,7 +68,7 @@ def load_images(
     store, keep = decode_once(
         source, store_px=store_px, cache=cache or default_cache(), on_damaged=on_damaged, progress=progress
     )
-    if not (source.splits_n[keep] == 0).any():
+    if (source.splits_n == 0).any() and not (source.splits_n[keep] == 0).any():
         raise DataError(f"no training image of {source.name} can be decoded; `lamina data check SOURCE` lists them")
     return _labelled(source, PixelTable(store, transform), keep, store.skipped)
 

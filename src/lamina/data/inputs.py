@@ -1,12 +1,11 @@
 """What is predicted: files, folders, encoded bytes, arrays, images and texts, without labels."""
 
-import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lamina.data.records import Kind, Payload
 from lamina.data.tree import IMAGE_SUFFIXES
@@ -23,7 +22,7 @@ def payloads(inputs: Input | Iterable[Input], kind: Kind) -> Iterator[Item]:
     several = [inputs] if isinstance(inputs, Path | str | bytes | np.ndarray | Image.Image) else inputs
     for item in several:
         if kind == "text":
-            yield item if isinstance(item, str | bytes) else str(item)
+            yield item if isinstance(item, str) else DataError(f"{type(item).__name__}, where the model takes texts")
         elif isinstance(item, Path | str):
             for file in image_files(Path(item)):
                 try:
@@ -31,9 +30,10 @@ def payloads(inputs: Input | Iterable[Input], kind: Kind) -> Iterator[Item]:
                 except DataError as error:
                     yield error
         elif isinstance(item, Image.Image):
-            stream = io.BytesIO()
-            item.save(stream, "PNG")
-            yield stream.getvalue()
+            try:
+                yield np.asarray(ImageOps.exif_transpose(item).convert("RGB"))
+            except (OSError, ValueError) as error:
+                yield DataError(f"the image cannot be read ({error})")
         else:
             yield item
 

@@ -102,6 +102,15 @@ class Source:
         return escaped(self.items.where(i))
 
 
+class NothingToTrainOn(DataError):
+    """A source has no training items. It can still be measured on."""
+
+    def __init__(self, source: Source) -> None:
+        present = ", ".join(SPLITS[k] for k in np.unique(source.splits_n))
+        super().__init__(f"{source.name} holds no training items, only {present}. Add items whose split is train")
+        self.source = source
+
+
 def escaped(text: str) -> str:
     """The whole text on one line, with what a terminal cannot show escaped."""
     return shown(text, len(text))
@@ -287,10 +296,8 @@ def build(
         raise DataError(f"{name} holds no items. Point at a source with at least one labelled item in each class")
     domains_n = np.zeros(n, np.int64) if domains_n is None else domains_n
     splits_n = np.zeros(n, np.int64) if splits_n is None else splits_n
-    if not (splits_n == 0).any():
-        present = ", ".join(SPLITS[k] for k in np.unique(splits_n))
-        raise DataError(f"{name} holds no training items, only {present}. Add items whose split is train")
-    held_out = not (splits_n == 2).any()
+    trainable = bool((splits_n == 0).any())
+    held_out = trainable and not (splits_n == 2).any()
     if held_out:
         splits_n = hold_out(labels_n, domains_n, splits_n, test_fraction)
         layout += f"; no test split, so a fixed {test_fraction:.0%} of each class is held out for testing"
@@ -301,7 +308,7 @@ def build(
         _feed(digest, ids_n.astype("<i8").tobytes())
     for content in contents:
         _feed(digest, content)
-    return Source(
+    source = Source(
         kind=kind,
         name=name,
         items=items,
@@ -316,6 +323,9 @@ def build(
         left_out=left_out,
         held_out=held_out,
     )
+    if not trainable:
+        raise NothingToTrainOn(source)
+    return source
 
 
 def _feed(digest: "hashlib.blake2b", content: bytes | memoryview) -> None:

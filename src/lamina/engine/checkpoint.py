@@ -59,7 +59,7 @@ def save(
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"checkpoint {number} cannot be written to {folder}: {error}. The checkpoint before it is intact. Make room or "
-            f"correct the rights, then continue with `lamina resume`."
+            f"correct the rights, then give the command again (for a run, `lamina resume`)."
         ) from error
 
 

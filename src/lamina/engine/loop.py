@@ -239,7 +239,7 @@ class Loop:
         if not math.isfinite(value):
             raise TrainingError(
                 f"the loss is {value} in task {task.name!r} at step {step.done + 1}. The last good state is in "
-                f"{self.checkpoints}. Start a new run with a smaller training.lr (now {self.training.lr}) or training.clip=1."
+                f"{self.checkpoints}. Start again with a smaller training.lr (now {self.training.lr}) or training.clip=1."
             )
         self.method.after_backward(self.learner)
         if self.training.clip is not None:

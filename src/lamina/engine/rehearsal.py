@@ -59,12 +59,15 @@ class Kept:
             return new
         keys = (rng.seed_of("rehearsal", seed, task), step)
         positions_b = drawn(self.labels_n, len(new), *keys)
-        batches, end = [new], 0
+        batches, places, end = [new], [np.arange(len(new))], 0
         for part in self.parts:
             start, end = end, end + len(part)
-            own_b = positions_b[(start <= positions_b) & (positions_b < end)] - start
-            batches += [part.batch(own_b, Augment(*keys))] if len(own_b) else []
-        return concatenated(batches)
+            own = np.flatnonzero((start <= positions_b) & (positions_b < end))
+            if len(own):
+                batches.append(part.batch(positions_b[own] - start, Augment(*keys)))
+                places.append(len(new) + own)
+        # In the order of the draw, whichever table an example lies in.
+        return concatenated(batches).select(torch.from_numpy(np.argsort(np.concatenate(places))))
 
     def loss(self, learner: Learner, own: Loss) -> Loss:
         """Returns the loss of a mixed batch, given that of the task's method."""
@@ -109,5 +112,5 @@ def concatenated(batches: Sequence[Batch]) -> Batch:
 
 def _union(parts: Sequence[Examples]) -> Examples:
     """Returns the examples of several parts of one table."""
-    rows_n, labels_n = (np.concatenate([getattr(part, name) for part in parts]) for name in ("rows_n", "labels_n"))
-    return Examples(parts[0].table, rows_n, labels_n)
+    fields = ("rows_n", "labels_n", "known_as_n")
+    return Examples(parts[0].table, *(np.concatenate([getattr(part, name) for part in parts]) for name in fields))

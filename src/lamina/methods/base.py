@@ -213,7 +213,7 @@ def growing_threshold(epsilon: float, learnt: int, task_count: int | None) -> fl
 
 def hashed_order(examples: Examples, seed: int) -> Ints:
     """Returns positions of all examples in an order that depends on the seed and on their rows in the data only."""
-    return np.argsort(rng.bits(examples.rows_n, seed), kind="stable")
+    return np.argsort(rng.bits(examples.known_as_n, seed), kind="stable")
 
 
 def local_labels(task: Task, labels_b: Tensor) -> Tensor:

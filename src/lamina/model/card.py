@@ -59,6 +59,8 @@ class LearntTask(Part):
     domains: tuple[str, ...] = ()
     examples: dict[str, int] = Field(default_factory=dict)
     """Number of examples by split."""
+    accuracy: float | None = None
+    """When it was learnt, on its held-out examples."""
 
 
 class ClassFigures(Part):

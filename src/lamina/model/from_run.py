@@ -5,11 +5,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lamina import record
 from lamina.config import ModelConfig
 from lamina.engine import checkpoint
 from lamina.errors import CheckpointError, ModelError
 from lamina.model.card import Card, ClassFigures, Figures, LearntTask
-from lamina.model.settings import load_model_config
+from lamina.model.settings import load_model_config, refuse_fixed
 from lamina.runs.directory import begun, read_record
 
 
@@ -21,6 +22,8 @@ class RunVersion(NamedTuple):
     documents: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
     task_count: int
+    backbone: str
+    """Hash of the weights that it was learnt with."""
 
 
 def version_of_run(run: Path, settings: dict[str, Any]) -> RunVersion:
@@ -42,11 +45,16 @@ def version_of_run(run: Path, settings: dict[str, Any]) -> RunVersion:
         else:
             given[section] = {key: value for key, value in given[section].items() if key not in keys}
     given["precision"] = start.environment.precision
-    config = load_model_config(None, [*given.items(), *settings.items()])
-    assert found.source is not None
+    plain = load_model_config(None, list(given.items()))
+    config = load_model_config(None, list(settings.items()), base=plain)
+    refuse_fixed(plain, config, run)
+    if found.source is None:
+        raise ModelError(
+            f"{run / record.FILE} does not say which classes the data has. `lamina resume {run}` writes it anew."
+        )
     names, known = tuple(found.source.classes), set[str]()
     tasks = []
-    for task in found.stream.tasks:
+    for number, task in enumerate(found.stream.tasks):
         counts = {"train": task.train or 0, "val": task.val or 0, "test": task.test or 0}
         new = tuple(name for name in task.classes if name not in known)
         known |= set(new)
@@ -57,6 +65,7 @@ def version_of_run(run: Path, settings: dict[str, Any]) -> RunVersion:
                 new_classes=new,
                 domains=(task.domain,) if task.domain else (),
                 examples=counts,
+                accuracy=float(found.matrix.accuracy_ij[number, number]),
             )
         )
     card = Card(
@@ -80,4 +89,5 @@ def version_of_run(run: Path, settings: dict[str, Any]) -> RunVersion:
         code=found.code,
     )
     tensors = {**loaded.tensors, "predictions": {}, "optimizer": {}}
-    return RunVersion(config, card, loaded.documents, tensors, len(found.stream.tasks))
+    backbone = loaded.documents["state"]["identity"]["backbone"]
+    return RunVersion(config, card, loaded.documents, tensors, len(found.stream.tasks), backbone)

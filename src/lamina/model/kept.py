@@ -38,12 +38,13 @@ def nothing() -> Examples:
 def packed(examples: Examples) -> dict[str, Tensor]:
     """Returns these examples as tensors. `unpacked` is the inverse."""
     table, rows_n = examples.table, examples.rows_n
-    found = {"labels_n": torch.from_numpy(examples.labels_n.copy())}
+    found = {
+        "labels_n": torch.from_numpy(examples.labels_n.copy()),
+        "names_n": torch.from_numpy(examples.known_as_n.copy()),
+    }
     if isinstance(table, PixelTable):
-        names_n = rows_n if table.names_n is None else table.names_n[rows_n]
         pixels = [table.store.image(row).reshape(-1) for row in rows_n.tolist()]
         return found | {
-            "names_n": torch.from_numpy(names_n.copy()),
             "sizes_n2": torch.from_numpy(table.store.sizes_n2[rows_n].copy()),
             "pixels": torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *pixels])),
         }
@@ -67,11 +68,11 @@ def unpacked(tensors: Mapping[str, Tensor] | None, transform: ImageTransform | N
     """Returns the examples that `packed` returned; none for None. transform: for images."""
     if tensors is None:
         return nothing()
-    labels_n = tensors["labels_n"].numpy()
+    labels_n, names_n = tensors["labels_n"].numpy(), tensors["names_n"].numpy()
     rows_n = np.arange(len(labels_n))
     if transform is not None:
         store = PixelStore(tensors["pixels"].numpy(), tensors["sizes_n2"].numpy())
-        return Examples(data.PixelTable(store, transform, tensors["names_n"].numpy()), rows_n, labels_n)
+        return Examples(data.PixelTable(store, transform, names_n), rows_n, labels_n, names_n)
     starts = np.cumsum([0, *tensors["lengths_n"].tolist()], dtype=np.int64)
     pad_id, max_length = tensors["padding"].tolist()
-    return Examples(TokenTable(tensors["ids"].numpy(), starts, pad_id, max_length), rows_n, labels_n)
+    return Examples(TokenTable(tensors["ids"].numpy(), starts, pad_id, max_length), rows_n, labels_n, names_n)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lamina import __version__
+from lamina.backbones import Backbone
 from lamina.config import ModelConfig, fingerprint
 from lamina.data.names import listed
 from lamina.data.streams import Scenario, Stream
@@ -27,23 +28,22 @@ from lamina.engine import checkpoint
 from lamina.engine.loop import Event, Loop
 from lamina.engine.rehearsal import chosen, keep
 from lamina.engine.state import Clock, Position, RunState, now
-from lamina.errors import CheckpointError, LaminaError, ModelError
+from lamina.errors import LaminaError, ModelError
 from lamina.files import replace_text, write_checked
-from lamina.maths.metrics import AccuracyMatrix
 from lamina.model import kept
 from lamina.model.card import Card, Facts, LearntTask
 from lamina.model.gate import GateResult, Outcomes, Probes, judged
-from lamina.model.predictor import Predictor, load_backbone, milliseconds, outcomes, temperature_of
+from lamina.model.predictor import Predictor, check_hash, load_backbone, milliseconds, outcomes, temperature_of
 from lamina.model.settings import load_model_config, refuse_fixed
-from lamina.model.store import WORK, Store
-from lamina.model.tasks import Request, figures_of, labelled_examples, new_task
+from lamina.model.store import BASE, PLAN, WORK, Store
+from lamina.model.tasks import Labelled, Request, figures_of, labelled_examples, new_task
 from lamina.record import CodeRecord, MachineRecord, SourceRecord
 from lamina.runs.setup import Setup, Watch, image_transform
 from lamina.runs.signals import stop_on_signals
 from lamina.speed import keeping_memory
-from lamina.types import SPLITS, Examples, Ints, LabelledData, Task
+from lamina.types import SPLITS, Examples, LabelledData, Task
 
-PLAN, BEFORE = "plan.json", "before"
+BEFORE = "before.json"
 
 
 class GateRefused(LaminaError):
@@ -71,9 +71,12 @@ def learn(store: Store, request: Request, watch: Watch) -> Learnt:
 class _Learning:
     def __init__(self, store: Store, request: Request, watch: Watch) -> None:
         self.store, self.request, self.watch = store, request, watch
+        self.earlier: tuple[Task, ...] = ()
+        self.new_classes: tuple[str, ...] = ()
+        self.all_names: tuple[str, ...] = ()
+        self.milliseconds = 0.0
         self.facts = store.facts()
         self.lineage = store.lineage(self.facts.head)
-        self.started = time.perf_counter()
         self.config = self._config()
         names = [task.name for card in self.lineage for task in card.tasks]
         if request.name in names:
@@ -83,9 +86,14 @@ class _Learning:
 
     def _config(self) -> ModelConfig:
         settings = {"data.source": self.request.source, **dict(self.request.settings)}
-        if self.facts.head is not None:
-            refuse_fixed(self.request.settings, self.store.path)
-        return load_model_config(None, list(settings.items()), base=self.facts.config)
+        config = load_model_config(None, list(settings.items()), base=self.facts.config)
+        refuse_fixed(self.facts.config, config, self.store.path)
+        if config.backbone.name != self.facts.config.backbone.name:
+            raise ModelError(
+                f"backbone.name = {config.backbone.name!r}: {self.store.path} has a backbone of its own. Leave it out; if its "
+                f"files were moved, say where they are: `lamina configure {self.store.path} --backbone PLACE`."
+            )
+        return config
 
     # -- what is learnt -----------------------------------------------------------------------------------------------
 
@@ -93,8 +101,10 @@ class _Learning:
     def class_names(self) -> tuple[str, ...]:
         return self.lineage[-1].class_names if self.lineage else ()
 
-    def cut(self, labelled: LabelledData) -> Stream:
+    def cut(self, labelled: LabelledData, backbone: Backbone) -> Stream:
         """Returns the tasks learnt before, with the examples that are kept of them, and the new one."""
+        if not self.earlier:
+            self.earlier = self._earlier(backbone)
         task, names, mark = new_task(self.request, self.config.run, labelled, self.class_names)
         known = {name for card in self.lineage for part in card.tasks for name in part.classes}
         theirs = [names[label] for label in task.classes]
@@ -111,8 +121,6 @@ class _Learning:
             class_names=names,
             fingerprint=f"{mark}/{self.facts.head or 'none'}/{self.request.name}",
         )
-
-    earlier: tuple[Task, ...] = ()
 
     def _describe(self, task: Task) -> None:
         new = [name for name in (self.all_names[label] for label in task.classes) if name in self.new_classes]
@@ -140,12 +148,10 @@ class _Learning:
         store, facts, config = self.store, self.facts, self.config
         backbone_config = config.run
         if facts.base.embedded:
-            section = config.backbone.model_copy(update={"name": str(store.path / "base")})
+            section = config.backbone.model_copy(update={"name": str(store.path / BASE)})
             backbone_config = backbone_config.model_copy(update={"backbone": section})
-        self.earlier = self._earlier()
         setup = Setup(backbone_config, None, self.watch, cut=self.cut)
-        if setup.backbone.hash != facts.base.hash:
-            load_backbone(facts, store.path)  # says what is wrong
+        check_hash(setup.backbone, facts, store.path)
         setup.task_count = facts.task_count
         task = setup.stream[-1]
         self._describe(task)
@@ -155,29 +161,28 @@ class _Learning:
         with stop_on_signals() as should_stop, keeping_memory(), closing(setup.accelerated):
             loop.on_event, loop.should_stop = partial(self.watch, setup.stream), should_stop
             self._start(loop)
+            loop.spend("load", time.perf_counter() - setup.started)
             loop.run(until="evaluate")
             temperature = temperature_of(loop.learner, loop.consolidation, task, config.evaluation.batch_size)
             new = outcomes(loop.learner, loop.consolidation, task.test, config.evaluation.batch_size, temperature)
             gate = self._judge(loop, before, new, temperature)
-        self._report(task, new)
+        self.tell(f"accuracy on {len(task.test)} held-out examples of {task.name!r}: {new.accuracy:.1%}")
         if gate is not None and not gate.accepted and not self.request.force:
             write_checked(store.path / WORK / "gate.json", gate.model_dump(mode="json"))
             store.note("refused", task=task.name, problems=list(gate.problems), version=facts.version)
             raise GateRefused(
                 f"{store.path}: the gate refused task {task.name!r}, and the model is as it was before. "
                 + ". ".join(f"{problem[0].upper()}{problem[1:]}" for problem in gate.problems)
-                + ". Check the data; give the command again with --force to accept it all the same (it is trained already), or "
+                + ". Check the data; give the command again with --force to accept it anyway (it is trained already), or "
                 "go on with other data and --discard.",
                 gate,
             )
         return self._commit(setup, loop, task, new, gate, temperature)
 
-    def _earlier(self) -> tuple[Task, ...]:
+    def _earlier(self, backbone: Backbone) -> tuple[Task, ...]:
         """Returns the tasks learnt before, with their probes as test and their kept training examples as train."""
-        transform = None
+        transform = image_transform(self.config.run, backbone) if backbone.image is not None else None
         found: list[Task] = []
-        if self.facts.kind == "image" and self.lineage:
-            transform = image_transform(self.config.run, load_backbone(self.facts, self.store.path))
         ids = {name: label for label, name in enumerate(self.class_names)}
         for card in self.lineage:
             sets = {
@@ -186,7 +191,7 @@ class _Learning:
             }
             for part in card.tasks:
                 classes = tuple(ids[name] for name in part.classes)
-                last = part == card.tasks[-1]
+                last = part is card.tasks[-1]
                 found.append(
                     Task(
                         name=part.name,
@@ -206,21 +211,18 @@ class _Learning:
             "source": self.request.source,
             "stream": setup.stream.fingerprint,
             "configuration": fingerprint(setup.config, setup.method.config_type),
-            "settings": dict(self.request.settings),
+            "command": self.request.command(self.store.path),
         }
-        if (work / PLAN).is_file():
-            try:
-                found = checkpoint.read_json(work / PLAN)
-            except CheckpointError:
-                found = None
-            if found == plan:
+        found = self.store.plan()
+        if found is not None and not self.request.discard:
+            if {**found, "command": None} == {**plan, "command": None}:
                 self.tell(f"going on with {self.request.name!r}, which was interrupted or refused before")
                 return
-            if not self.request.discard and isinstance(found, dict) and checkpoint.load_newest(work / "checkpoints"):
+            if (work / "checkpoints").is_dir():
                 raise ModelError(self._waiting(found, plan))
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
-        write_plan(work / PLAN, plan)
+        replace_text(work / PLAN, json.dumps(plan) + "\n")
 
     def _waiting(self, found: dict[str, Any], plan: dict[str, Any]) -> str:
         """Returns what to say where the training in MODEL/work is not the one asked for."""
@@ -229,34 +231,34 @@ class _Learning:
             same = found.get("stream") == plan["stream"]
             what = "with other settings" if same else "and the data or the model has changed since"
             return f"{where}, {what}. Restore what changed to go on with it, or give --discard to train it anew."
-        again = f"lamina learn {self.store.path} {found.get('source')}"
-        return f"{where}. `{again}` goes on with it; give --discard to drop it and learn {plan['name']!r} instead."
+        drop = f"give --discard to drop it and learn {plan['name']!r} instead"
+        return f"{where}. `{found.get('command')}` goes on with it; {drop}."
 
     def _before(self, setup: Setup) -> list[tuple[str, Examples, Outcomes]]:
         """Returns the probes of earlier tasks, and what the newest version predicts for them."""
+        self.milliseconds = 0.0
         if self.facts.head is None:
             return []
-        sets = [(task.name, task.test) for task in self.earlier if len(task.test)]
+        sets = [(task.name, task.test, self.facts.head) for task in self.earlier if len(task.test)]
         if self.request.probe is not None:
-            sets.append((f"probe {Path(self.request.probe).name}", self._probe(setup)))
-        file = self.store.path / WORK / f"{BEFORE}.json"
-        mark = [[name, len(examples), int(examples.labels_n.sum())] for name, examples in sets]
+            found = self._probe(setup)
+            sets.append((f"probe {Path(self.request.probe).name}", found.examples, found.fingerprint))
+        file = self.store.path / WORK / BEFORE
+        mark = [[name, len(examples), data] for name, examples, data in sets]
         saved = checkpoint.read_json(file) if file.is_file() else None
-        self.milliseconds = 0.0
         if saved is None or saved["sets"] != mark:
             predictor = open_version(self.store, self.facts, self.lineage[-1], setup.device)
             try:
-                found = [predictor.outcomes(examples) for _, examples in sets]
-                one = setup.stream[-1].test
+                told = [predictor.outcomes(examples) for _, examples, _ in sets]
                 saved = {
                     "sets": mark,
-                    "predicted": [outcome.predicted_n.tolist() for outcome in found],
-                    "confidence": [outcome.confidence_n.tolist() for outcome in found],
-                    "milliseconds": predictor.milliseconds(one) if len(one) else 0.0,
+                    "predicted": [outcome.predicted_n.tolist() for outcome in told],
+                    "confidence": [outcome.confidence_n.tolist() for outcome in told],
+                    "milliseconds": predictor.milliseconds(setup.stream[-1].test),
                 }
             finally:
                 predictor.close()
-            write_plan(file, saved)
+            replace_text(file, json.dumps(saved) + "\n")
         self.milliseconds = float(saved["milliseconds"])
         return [
             (
@@ -264,24 +266,27 @@ class _Learning:
                 examples,
                 Outcomes(examples.labels_n, np.array(predicted, np.int64), np.array(confidence, np.float64)),
             )
-            for (name, examples), predicted, confidence in zip(
+            for (name, examples, _), predicted, confidence in zip(
                 sets, saved["predicted"], saved["confidence"], strict=True
             )
         ]
 
-    def _probe(self, setup: Setup) -> Examples:
+    def _probe(self, setup: Setup) -> Labelled:
         """Returns the examples of known classes of the data given as a probe. Others are named and left out."""
         config = load_model_config(None, [("data.source", self.request.probe)], base=self.config)
-        found = labelled_examples(config.run, setup.backbone, self.class_names, self.watch)
+        known = {name for card in self.lineage for part in card.tasks for name in part.classes}
+        names = [name if name in known else "" for name in self.class_names]
+        learnt_from = [card.fingerprint for card in self.lineage]
+        found = labelled_examples(config.run, setup.backbone, names, learnt_from, self.watch)
         if found.unknown:
             self.tell(
                 f"probe {self.request.probe}: left out, since no earlier task has them: {listed(found.unknown, 10)}"
             )
         if not len(found.examples):
             raise ModelError(
-                f"--probe {self.request.probe} has no example of a class that the model knows: {listed(self.class_names, 10)}."
+                f"--probe {self.request.probe} has no example of a class that the model knows: {listed(sorted(known), 10)}."
             )
-        return found.examples
+        return found
 
     def _start(self, loop: Loop) -> None:
         """Set a loop to where this task's training is."""
@@ -297,33 +302,23 @@ class _Learning:
     def _judge(
         self, loop: Loop, before: Sequence[tuple[str, Examples, Outcomes]], new: Outcomes, temperature: float
     ) -> GateResult | None:
-        if self.facts.head is None:
+        if self.facts.head is None and self.config.gate.new_accuracy is None:
             return None
-        size = self.config.evaluation.batch_size
+        size, one = self.config.evaluation.batch_size, loop.stream[-1].test
         probes = [
             Probes(name, then, outcomes(loop.learner, loop.consolidation, examples, size, temperature))
             for name, examples, then in before
         ]
-        one = loop.stream[-1].test
-        times = (self.milliseconds, milliseconds(loop.learner, loop.consolidation, one)) if len(one) else None
+        measured = {label for _, examples, _ in before for label in np.unique(examples.labels_n).tolist()}
+        after = milliseconds(loop.learner, loop.consolidation, one)
         return judged(
             self.request.name,
             probes,
             self.all_names,
             self.config.gate,
             new=new,
-            milliseconds=times,
-            unmeasured=[task.name for task in self.earlier if not len(task.test)] if self.request.probe is None else (),
-        )
-
-    def _report(self, task: Task, new: Outcomes) -> None:
-        self.watch(
-            None,
-            Event(
-                task=len(self.earlier),
-                phase="load",
-                note=f"accuracy on {len(task.test)} held-out examples of {task.name!r}: {new.accuracy:.1%}",
-            ),
+            milliseconds=(self.milliseconds, after) if self.milliseconds else None,
+            unmeasured=[task.name for task in self.earlier if not measured & set(task.classes)],
         )
 
     def _commit(
@@ -334,9 +329,8 @@ class _Learning:
         sets = {kept.PROBES: task.test.select(positions_n)}
         sets[kept.REHEARSAL] = keep(task.train, config.rehearsal.per_class)
         packed = {what: kept.packed(examples) for what, examples in sets.items() if len(examples)}
-        loop.state = self._state(loop, new, positions_n)
-        loop.last_predictions = {}
-        card = self._card(setup, loop, task).model_copy(
+        loop.state, loop.last_predictions = self._state(loop), {}
+        card = self._card(setup, loop, task, new).model_copy(
             update={
                 "temperature": temperature,
                 "figures": figures_of(new, self.all_names),
@@ -351,9 +345,9 @@ class _Learning:
         shutil.rmtree(store.path / WORK, ignore_errors=True)
         return Learnt(card, gate)
 
-    def _card(self, setup: Setup, loop: Loop, task: Task) -> Card:
+    def _card(self, setup: Setup, loop: Loop, task: Task, new: Outcomes) -> Card:
         """Returns the card of the new version, without what was measured and what is kept."""
-        entry, seconds = loop.state.lineage[-1], loop.state.clock.seconds
+        entry, seconds = loop.state.lineage[-1], dict(loop.state.clock.seconds)
         return Card(
             folder=self.store.new_folder(task.name),
             parent=self.facts.head,
@@ -366,6 +360,7 @@ class _Learning:
                     new_classes=self.new_classes,
                     domains=self._domains(setup, task),
                     examples={split: len(task.split(split)) for split in SPLITS},
+                    accuracy=new.accuracy,
                 ),
             ),
             class_names=self.all_names,
@@ -373,8 +368,7 @@ class _Learning:
             fingerprint=setup.data.fingerprint,
             source=SourceRecord(**setup.source),
             settings=dict(self.request.settings),
-            seconds={phase: round(value, 3) for phase, value in seconds.items()}
-            | {"total": round(time.perf_counter() - self.started, 3)},
+            seconds={phase: round(value, 3) for phase, value in (seconds | {"total": sum(seconds.values())}).items()},
             steps=entry.steps,
             trainable_parameters=entry.trainable_parameters,
             stored_parameters=entry.stored_parameters,
@@ -382,25 +376,14 @@ class _Learning:
             code=CodeRecord(version=__version__, commit=setup.environment.commit),
         )
 
-    def _state(self, loop: Loop, new: Outcomes, positions_n: Ints) -> RunState:
-        """Returns the state with the new task done. Its accuracies are those on the probes, or on the held-out examples of a
-        task without any."""
+    def _state(self, loop: Loop) -> RunState:
+        """Returns what the next task needs to know: where the model is, and a line for every task."""
         number = len(self.earlier)
-        subset = new.select(positions_n) if len(positions_n) else new
         state = loop.state.with_entry(
-            accuracy_when_learnt=new.accuracy if len(new.labels_n) else None,
             stored_parameters=loop.learner.stored_parameters(),
             memory_bytes=loop.method.memory_bytes + loop.consolidation.memory_bytes,
         )
-        rows = AccuracyMatrix.empty()
-        for row in range(number):  # an older matrix may have been measured otherwise
-            rows = rows.with_row({j: _cell(state.matrix, row, j) for j in range(row + 1)})
-        return replace(
-            state,
-            matrix=rows.with_row({number: (subset.correct, len(subset.labels_n))}),
-            position=Position(number, "done"),
-            clock=replace(state.clock, finished={str(number): now()}),
-        )
+        return RunState(lineage=state.lineage, position=Position(number, "done"), clock=state.clock)
 
     def _domains(self, setup: Setup, task: Task) -> tuple[str, ...]:
         if len(setup.data.domain_names) < 2:
@@ -409,18 +392,7 @@ class _Learning:
         return tuple(setup.data.domain_names[domain] for domain in found.tolist())
 
 
-def _cell(matrix: AccuracyMatrix, row: int, column: int) -> tuple[int, int]:
-    if row >= matrix.tasks or column >= matrix.correct_ij.shape[1]:
-        return 0, 0
-    return int(matrix.correct_ij[row, column]), int(matrix.total_ij[row, column])
-
-
 def open_version(store: Store, facts: Facts, card: Card, device: str = "cpu") -> Predictor:
     """Returns one version of a model in memory."""
     documents, tensors = store.state(card.folder)
     return Predictor(facts, card, documents, tensors, load_backbone(facts, store.path), device)
-
-
-def write_plan(path: Path, content: Any) -> None:
-    """Write JSON as a whole."""
-    replace_text(path, json.dumps(content) + "\n")

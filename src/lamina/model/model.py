@@ -56,6 +56,7 @@ class Model:
         self.store = Store(self.path)
         self.store.facts()
         self._predictor: Predictor | None = None
+        self._loaded: tuple[Facts, str] | None = None
 
     # -- making one ---------------------------------------------------------------------------------------------------
 
@@ -99,7 +100,9 @@ class Model:
         """Make a model of a finished run: it has learnt the run's tasks. Returns it. Raises RunError where it is not
         finished."""
         found = version_of_run(Path(run), dict(settings or {}))
-        model = cls._begin(Path(path), found.config, embed_base=embed_base, task_count=found.task_count)
+        model = cls._begin(
+            Path(path), found.config, embed_base=embed_base, task_count=found.task_count, weights=found.backbone
+        )
         with model.store.writing():
             folder = model.store.new_folder(found.card.tasks[-1].name)
             card = found.card.model_copy(update={"folder": folder})
@@ -109,7 +112,16 @@ class Model:
         return model
 
     @classmethod
-    def _begin(cls, path: Path, config: ModelConfig, *, embed_base: bool, task_count: int | None = None) -> "Model":
+    def _begin(
+        cls,
+        path: Path,
+        config: ModelConfig,
+        *,
+        embed_base: bool,
+        task_count: int | None = None,
+        weights: str | None = None,
+    ) -> "Model":
+        """weights: the hash that the backbone must have."""
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             what = "is a model already" if (path / FILE).is_file() else "exists and is not an empty directory"
             raise ModelError(f"{path} {what}. Choose another path, or remove it.")
@@ -118,6 +130,11 @@ class Model:
         backbone = backbones.load(
             section.name, image_size=section.image_size, pooling=section.pooling, mean=section.mean, std=section.std
         )
+        if weights is not None and backbone.hash != weights:
+            raise ModelError(
+                f"the weights at {section.name} are not those of the run: their hash is {backbone.hash[:12]}, and it used "
+                f"{weights[:12]}. Put the right ones there."
+            )
         parameters = sum(p.numel() for p in backbone.module.parameters())
         check(config, backbone)
         where = device.resolve(config.device)
@@ -212,12 +229,24 @@ class Model:
         return card
 
     def _find(self, task: str) -> Card:
-        """Returns the newest version that ends with this task, or has this folder."""
-        found = [self.store.card(folder) for folder in self.store.versions()]
+        """Returns the newest version that ends with this task, or has this folder. Damaged versions are passed over."""
+        if task in self.store.versions():
+            return self.store.card(task)
+        found: list[Card] = []
+        for folder in self.store.versions():
+            try:
+                found.append(self.store.card(folder))
+            except ModelError:
+                continue
         for card in reversed(found):
-            if task in (card.name, card.folder):
+            if task == card.name:
                 return card
-        names = [card.name for card in found]
+            if task in [part.name for part in card.tasks]:
+                raise ModelError(
+                    f"{self.path} has no version for task {task!r} alone: it came with the run that ends with {card.name!r}. "
+                    f"Name {card.name!r}."
+                )
+        names = [part.name for card in found for part in card.tasks]
         raise ModelError(f"{self.path} never learnt a task {task!r}. It has learnt: {listed(names, 30) or 'nothing'}.")
 
     def configure(self, settings: Mapping[str, Any]) -> ModelConfig:
@@ -225,23 +254,20 @@ class Model:
         Returns them all. Raises ConfigError for what the weights depend on, once a task is learnt."""
         with self.store.writing():
             facts = self.store.facts()
-            if facts.head is not None:
-                refuse_fixed(list(settings.items()), self.path)
             config = load_model_config(None, list(settings.items()), base=facts.config)
+            if facts.versions:
+                refuse_fixed(facts.config, config, self.path)
             base = facts.base
-            if "backbone.name" in settings:
-                whole = directory.with_whole_paths(config.run)
-                config = config.model_copy(update={"backbone": whole.backbone})
-                base = base.model_copy(update={"embedded": False, "name": whole.backbone.name})
+            if config.backbone.name != facts.config.backbone.name:
+                config = config.model_copy(update={"backbone": directory.with_whole_paths(config.run).backbone})
+                base = base.model_copy(update={"embedded": False, "name": config.backbone.name})
             changed = facts.model_copy(update={"config": config, "base": base})
-            if "backbone.name" in settings:
-                self._check_backbone(changed)
+            if base != facts.base:
+                load_backbone(changed, self.path)
             self.store.write_facts(changed)
             self.store.note("configured", settings=dict(settings))
+            readme.write(self.store)
             return config
-
-    def _check_backbone(self, facts: Facts) -> Backbone:
-        return load_backbone(facts, self.path)
 
     def forget_kept(self, task: str | None = None) -> int:
         """Delete the examples that the model keeps, of one task or of all. Returns how many bytes they took."""
@@ -254,19 +280,20 @@ class Model:
     # -- using it -----------------------------------------------------------------------------------------------------
 
     def predictor(self, where: str | None = None) -> Predictor:
-        """Returns the newest version in memory. It is loaded again when there is a newer one. where: cpu or cuda; by default as
-        configured."""
+        """Returns the newest version in memory. It is loaded again when the model has changed.
+
+        where: cpu or cuda; by default as configured.
+        """
         facts = self.store.facts()
-        if self._predictor is None or self._predictor.version != facts.version:
+        wanted = (facts, where or device.resolve(facts.config.device))
+        if self._predictor is None or self._loaded != wanted:
             if facts.head is None:
                 raise ModelError(f"{self.path} has learnt no task yet. `lamina learn {self.path} DATA` teaches it one.")
-            fresh = open_version(
-                self.store, facts, self.store.card(facts.head), where or device.resolve(facts.config.device)
-            )
+            fresh = open_version(self.store, facts, self.store.card(facts.head), wanted[1])
             fresh.version = facts.version
             if self._predictor is not None:
                 self._predictor.close()
-            self._predictor = fresh
+            self._predictor, self._loaded = fresh, wanted
         return self._predictor
 
     def predict(self, inputs: Input | Iterable[Input], top: int = 1) -> list[Prediction]:
@@ -281,7 +308,8 @@ class Model:
         predictor, facts = self.predictor(), self.store.facts()
         config = load_model_config(None, [("data.source", os.fspath(data))], base=facts.config).run
         names = [name if k in predictor.classes else "" for k, name in enumerate(predictor.class_names)]
-        found = labelled_examples(config, predictor.backbone, names, watch)
+        learnt_from = [card.fingerprint for card in self.cards]
+        found = labelled_examples(config, predictor.backbone, names, learnt_from, watch)
         if not len(found.examples):
             raise ModelError(
                 f"{data} has no example of a class that {self.path} knows: {listed(predictor.labels, 20)}."
@@ -292,11 +320,22 @@ class Model:
     def gate(self) -> GateResult | None:
         """Returns what the gate found for the newest task: of one that waits because it was refused, else of the newest
         version; None where there was nothing to compare."""
-        waiting = self.path / WORK / "gate.json"
-        if waiting.is_file():
-            return GateResult.model_validate(read_checked(waiting))
+        waiting = self.waiting()
+        if waiting is not None:
+            return waiting
         facts = self.store.facts()
         return None if facts.head is None else self.store.card(facts.head).gate
+
+    def waiting(self) -> GateResult | None:
+        """Returns what the gate found for a task that it refused and that can still be accepted; None if there is none."""
+        file, plan = self.path / WORK / "gate.json", self.store.plan()
+        if (
+            plan is None
+            or not file.is_file()
+            or f"/{self.store.facts().head or 'none'}/" not in str(plan.get("stream"))
+        ):
+            return None
+        return GateResult.model_validate(read_checked(file))
 
     # -- what it says about itself ------------------------------------------------------------------------------------
 

@@ -116,6 +116,10 @@ class Predictor:
         self.classes = tuple(dict.fromkeys(output.label for output in self.learner.outputs))
         if not self.classes:
             raise ModelError("the model has learnt no task yet, so it cannot predict. `lamina learn` teaches it one.")
+        columns = [[j for j, o in enumerate(self.learner.outputs) if o.label == label] for label in self.classes]
+        most = max(map(len, columns))
+        self._outputs_cm = torch.tensor([own + own[:1] * (most - len(own)) for own in columns])
+        """The outputs of every class; the first one again where a class has fewer than others."""
         self._reader = Reader(config, backbone)
         self._open.callback(accelerate(self.learner).close)
         for layer in self.learner.layers.values():
@@ -151,17 +155,13 @@ class Predictor:
         scores_bj = self.scores(batch)
         probabilities_bc = self._probabilities(scores_bj)
         best_bk = probabilities_bc.topk(min(top, len(self.classes)), 1)
-        tasks = [output.task for output in self.learner.outputs]
-        label_j = torch.tensor([output.label for output in self.learner.outputs])
-        found = []
-        for scores_j, chances_k, classes_k in zip(scores_bj, *(part.tolist() for part in best_bk), strict=True):
-            guesses = []
-            for chance, column in zip(chances_k, classes_k, strict=True):
-                label = self.classes[column]
-                winner = int(scores_j.masked_fill(label_j != label, -torch.inf).argmax())
-                guesses.append(Guess(self.class_names[label], chance, tasks[winner]))
-            found.append(Prediction(tuple(guesses)))
-        return found
+        winners_bk = scores_bj[:, self._outputs_cm].argmax(2).gather(1, best_bk.indices)
+        winners_bk = self._outputs_cm[best_bk.indices, winners_bk]
+        tasks, labels = [output.task for output in self.learner.outputs], self.labels
+        return [
+            Prediction(tuple(Guess(labels[c], chance, tasks[j]) for chance, c, j in zip(*row, strict=True)))
+            for row in zip(best_bk.values.tolist(), best_bk.indices.tolist(), winners_bk.tolist(), strict=True)
+        ]
 
     def class_probabilities(self, batch: Batch) -> Tensor:
         """Returns the probability of each class in `labels`, (b, c) float32."""
@@ -183,11 +183,13 @@ class Predictor:
     def outcomes(self, examples: Examples) -> Outcomes:
         """Returns the predictions for labelled examples, whose labels are class ids of the model."""
         size = self.config.evaluation.batch_size
-        return outcomes(self.learner, self.consolidation, examples, size, self.temperature)
+        with self._lock:
+            return outcomes(self.learner, self.consolidation, examples, size, self.temperature)
 
     def milliseconds(self, examples: Examples, repeats: int = 7) -> float:
         """Returns the least time of one prediction, for the first of these examples."""
-        return milliseconds(self.learner, self.consolidation, examples, repeats)
+        with self._lock:
+            return milliseconds(self.learner, self.consolidation, examples, repeats)
 
     def batches(self, inputs: Iterable[Item]) -> Iterator[tuple[Batch | None, list[str | None]]]:
         """Yields inputs as batches, and for each input None or why it cannot be read."""
@@ -355,17 +357,23 @@ def milliseconds(learner: Learner, deployed: Consolidation, examples: Examples, 
 def load_backbone(facts: Facts, path: Path) -> Backbone:
     """Returns the backbone of a model. path: its directory. Raises ModelError where other weights are in its place, and
     BackboneError where there are none."""
-    section, base = facts.config.backbone, facts.base
-    name = str(path / "base") if base.embedded else section.name
+    section = facts.config.backbone
+    name = str(path / "base") if facts.base.embedded else section.name
     backbone = backbones.load(
         name, image_size=section.image_size, pooling=section.pooling, mean=section.mean, std=section.std
     )
-    if backbone.hash != base.hash:
-        raise ModelError(
-            f"the weights at {name} are not those of this model: their hash is {backbone.hash[:12]}, and it was made with "
-            f"{base.hash[:12]}. Put the right ones there, or say where they are: `lamina configure {path} --backbone PLACE`."
-        )
+    check_hash(backbone, facts, path)
     return backbone
+
+
+def check_hash(backbone: Backbone, facts: Facts, path: Path) -> None:
+    """Raises ModelError for weights that are not those of the model in the directory `path`."""
+    if backbone.hash != facts.base.hash:
+        raise ModelError(
+            f"the weights at {backbone.name} are not those of this model: their hash is {backbone.hash[:12]}, and it was made "
+            f"with {facts.base.hash[:12]}. Put the right ones there, or say where they are: "
+            f"`lamina configure {path} --backbone PLACE`."
+        )
 
 
 def _parts(inputs: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -76,7 +76,7 @@ def _metadata(name: str, facts: Facts, cards: Sequence[Card]) -> str:
 
 def _tasks(cards: Sequence[Card]) -> str:
     lines = [
-        "| task | learnt | classes | of them new | training examples | accuracy when learnt | calibration error | gate |",
+        "| task | learnt | classes | new | training examples | accuracy when learnt | calibration error | gate |",
         "|---|---|---:|---:|---:|---:|---:|---|",
     ]
     for card in cards:
@@ -84,7 +84,7 @@ def _tasks(cards: Sequence[Card]) -> str:
             gate = "forced" if card.forced else "imported" if card.imported_from else "passed" if card.gate else "-"
             lines.append(
                 f"| {_plain(task.name)} | {card.created[:10]} | {len(task.classes)} | {len(task.new_classes)} | "
-                f"{task.examples.get('train', 0)} | {_share(card.figures.accuracy)} | "
+                f"{task.examples.get('train', 0)} | {_share(task.accuracy)} | "
                 f"{_number(card.figures.calibration_error)} | {gate} |"
             )
     lines.append("\nAccuracy when learnt: on held-out examples of the task, among all classes known then.\n")

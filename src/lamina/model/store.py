@@ -43,6 +43,7 @@ FORMAT = 1
 """It changes whenever an older or newer lamina could not read a model."""
 FILE, EVENTS, README = "model.json", "events.jsonl", "README.md"
 TASKS, WORK, BASE = "tasks", "work", "base"
+PLAN = "plan.json"
 CARD = "card"
 OF_LEARNER = {"classifier": ("head/",), "adapters": ("finished/", "live/")}
 """Files that share the learner's tensors, and how the names of each one's tensors begin."""
@@ -81,8 +82,9 @@ class Store:
         except ValidationError as error:
             first = error.errors()[0]
             raise ModelError(f"{file} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
-        if facts.head is not None and not _FOLDER.fullmatch(facts.head):
-            raise ModelError(f"{file} is damaged: head = {facts.head!r} is not the name of a folder in {TASKS}.")
+        for folder in (*facts.versions, *([] if facts.head is None else [facts.head])):
+            if not _FOLDER.fullmatch(folder):
+                raise ModelError(f"{file} is damaged: {folder!r} is not the name of a folder in {TASKS}.")
         return facts
 
     def card(self, folder: str) -> Card:
@@ -91,12 +93,15 @@ class Store:
         manifest = self._manifest(directory)
         self._verify(directory, f"{CARD}.json", manifest)
         content = self._json(directory / f"{CARD}.json")
+        where = directory / f"{CARD}.json"
         try:
-            return Card.model_validate(content)
+            card = Card.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
-            where = directory / f"{CARD}.json"
             raise ModelError(f"{where} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+        if card.folder != folder:
+            raise ModelError(f"{where} is damaged: it is that of {card.folder!r}. {self._remedy()}")
+        return card
 
     def lineage(self, head: str | None) -> list[Card]:
         """Returns the cards of a version and of all versions before it, the oldest first."""
@@ -142,10 +147,10 @@ class Store:
         """Returns everything that happened, the oldest first. A line that a crash cut off is left out."""
         file = self.path / EVENTS
         found = []
-        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        for line in file.read_bytes().split(b"\n") if file.is_file() else []:
             try:
                 found.append(json.loads(line))
-            except ValueError:
+            except ValueError:  # UnicodeDecodeError is one
                 continue
         return [event for event in found if isinstance(event, dict)]
 
@@ -223,8 +228,18 @@ class Store:
         facts = self.facts()
         self.add(card, documents, tensors, kept)
         versions = (*facts.versions, card.folder)
-        self.write_facts(facts.model_copy(update={"head": card.folder, "version": card.version, "versions": versions}))
-        self.note(event, folder=card.folder, version=card.version, **details)
+        changed = facts.model_copy(update={"head": card.folder, "version": card.version, "versions": versions})
+        try:
+            self.write_facts(changed)
+        except OSError as error:
+            raise ModelError(
+                f"{self.path / FILE} cannot be written: {error}. The model is as it was before. Make room or correct the "
+                f"rights, then give the command again: it goes on from the trained task."
+            ) from error
+        try:
+            self.note(event, folder=card.folder, version=card.version, **details)
+        except OSError:  # the version counts; the next command that changes the model notes it
+            return
 
     def note(self, event: str, **details: Any) -> None:
         """Append a line to events.jsonl."""
@@ -241,14 +256,34 @@ class Store:
             os.fsync(log.fileno())
 
     def _clean(self) -> None:
-        """Remove what a crash has left of a version that never counted."""
-        folder = self.path / TASKS
+        """Put right what a crash has left: half-written folders, a version that never counted, the work of a task that is
+        learnt, and a version without an event. Other folders of versions that model.json does not name are renamed."""
+        facts, folder = self.facts(), self.path / TASKS
         for path in folder.glob(".*.tmp") if folder.is_dir() else ():
             shutil.rmtree(path, ignore_errors=True)
-        counted = self.versions()
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if _FOLDER.fullmatch(path.name) and path.name not in counted:
-                shutil.rmtree(path)
+        plan = self.plan()
+        try:
+            learnt = [task.name for card in self.lineage(facts.head) for task in card.tasks]
+        except ModelError:  # a rollback to another version must be possible
+            learnt = []
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if _FOLDER.fullmatch(path.name) and path.name not in facts.versions:
+                if plan is not None and path.name == self.new_folder(str(plan["name"])):
+                    shutil.rmtree(path)  # what is in work makes it again
+                else:
+                    path.rename(_free(folder / f"unclaimed-{path.name}"))
+        if plan is not None and plan["name"] in learnt:
+            shutil.rmtree(self.path / WORK)
+        if facts.version and not any(event.get("version") == facts.version for event in self.events()):
+            self.note("recovered", folder=facts.head, version=facts.version)
+
+    def plan(self) -> dict[str, Any] | None:
+        """Returns what is being learnt in MODEL/work; None if nothing is, or it cannot be read."""
+        try:
+            found = checkpoint.read_json(self.path / WORK / PLAN)
+        except CheckpointError:
+            return None
+        return found if isinstance(found, dict) and "name" in found else None
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -257,7 +292,12 @@ class Store:
         directory = self.path / TASKS / folder
         if not (directory / f"{what}.safetensors").is_file():
             return None
-        return self._tensors(folder, what)
+        try:
+            return self._tensors(folder, what)
+        except ModelError as error:
+            raise ModelError(
+                f"{str(error).partition(' Restore it')[0]} Restore it from a backup, or delete it: `lamina forget {self.path}`."
+            ) from error
 
     def kept_now(self, card: Card) -> dict[str, Kept]:
         """Returns what is still kept of a version's examples."""
@@ -347,5 +387,19 @@ class Store:
 
 
 def file_bytes(folder: Path) -> int:
-    """Returns the bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Returns the bytes of all files below a folder. Files that vanish meanwhile are not counted."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def _free(path: Path) -> Path:
+    """Returns this path, with a number behind it if something is there."""
+    number, found = 1, path
+    while found.exists():
+        number, found = number + 1, path.with_name(f"{path.name}-{number}")
+    return found

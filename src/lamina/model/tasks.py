@@ -1,7 +1,10 @@
 """Tasks: what is asked of `learn`, and how labelled data becomes examples with a model's class ids."""
 
-from collections.abc import Sequence
+import json
+import shlex
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +12,7 @@ import numpy as np
 from lamina.backbones import Backbone
 from lamina.config import RunConfig
 from lamina.data.names import listed
+from lamina.data.records import NothingToTrainOn
 from lamina.data.streams import PlannedTask, make_stream
 from lamina.errors import ModelError
 from lamina.maths.metrics import calibration_error
@@ -36,11 +40,24 @@ class Request:
     discard: bool = False
     """Discard another task that was interrupted, or refused."""
 
+    def command(self, model: Path) -> str:
+        """Returns the command that asks for the same task."""
+        parts = ["lamina", "learn", str(model), self.source, "--name", self.name]
+        for flag, values in (("--class", self.classes), ("--domain", self.domains)):
+            parts += [part for value in values or () for part in (flag, value)]
+        parts += [part for key, value in self.settings for part in ("--set", f"{key}={json.dumps(value)}")]
+        parts += ["--probe", self.probe] if self.probe is not None else []
+        return shlex.join(parts)
+
 
 def new_task(
     request: Request, config: RunConfig, labelled: LabelledData, class_names: tuple[str, ...]
 ) -> tuple[Task, tuple[str, ...], str]:
     """Returns the task that is cut from the data, with class ids of the model; the names of all classes; and a fingerprint."""
+    for role, given in (("class", request.classes), ("domain", request.domains)):
+        twice = [name for name in given or () if (given or ()).count(name) > 1]
+        if twice:
+            raise ModelError(f"--{role} {twice[0]!r} is given more than once. Give every {role} once.")
     domains: tuple[int, ...] | None = None
     if request.domains is not None:
         domains = tuple(_position(name, labelled.domain_names, "domain", labelled.name) for name in request.domains)
@@ -85,22 +102,37 @@ class Labelled(NamedTuple):
     """Those of known classes, with the model's class ids."""
     unknown: list[str]
     """The names of the other classes."""
+    fingerprint: str
+    """Of the data."""
     skipped: tuple[str, ...]
     """Damaged images that were left out."""
 
 
-def labelled_examples(config: RunConfig, backbone: Backbone, class_names: Sequence[str], watch: Watch) -> Labelled:
-    """Returns the test examples of a configuration's data, or all of them where it has no test split of its own. class_names:
-    by class id; empty for a class that is not known."""
-    source = open_source(config)
+def labelled_examples(
+    config: RunConfig, backbone: Backbone, class_names: Sequence[str], learnt_from: Collection[str | None], watch: Watch
+) -> Labelled:
+    """Returns the test examples of a configuration's data. Where it has no test split of its own, all of it is used; but of
+    data that a task was learnt from, only what was held out then.
+
+    class_names: by class id; empty for a class that is not known. learnt_from: fingerprints of the data of all tasks.
+    """
+    try:
+        source = open_source(config)
+    except NothingToTrainOn as error:
+        source = error.source
     check_kind(config, source, backbone)
     labelled = decode(config, source, backbone, watch)
     ids = np.array([class_names.index(name) if name in class_names else -1 for name in labelled.class_names], np.int64)
     labels_n = ids[labelled.labels_n]
-    rows_n = np.flatnonzero((labels_n >= 0) & ((labelled.splits_n == 2) | source.held_out))
+    measured = (
+        (2,) if (labelled.splits_n == 2).any() else (1,)
+    )  # a source without training items may have validation items
+    whole = source.held_out and labelled.fingerprint not in learnt_from
+    rows_n = np.flatnonzero((labels_n >= 0) & (np.isin(labelled.splits_n, measured) | whole))
     used = {labelled.class_names[k] for k in np.unique(labelled.labels_n).tolist()}
     unknown = sorted(name for name in used if name not in class_names)
-    return Labelled(Examples(labelled.table, rows_n, labels_n[rows_n]), unknown, tuple(labelled.skipped))
+    examples = Examples(labelled.table, rows_n, labels_n[rows_n])
+    return Labelled(examples, unknown, labelled.fingerprint, tuple(labelled.skipped))
 
 
 def figures_of(found: Outcomes, class_names: Sequence[str]) -> Figures:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ class Setup:
     """Everything a run needs, made from its configuration.
 
     environment: that of the run if it has begun before. watch: is told what was found in the data, and the progress of loading.
-    cut: makes the stream of the data, decoded or not; by default as the configuration describes it.
+    cut: makes the stream of the data, decoded or not, for a backbone; by default as the configuration describes it.
     Raises ConfigError, DataError, BackboneError or MethodError for what cannot be run.
     """
 
@@ -55,11 +54,11 @@ class Setup:
         environment: Environment | None,
         watch: Watch = lambda *_: None,
         *,
-        cut: Callable[[LabelledData], Stream] | None = None,
+        cut: Callable[[LabelledData, Backbone], Stream] | None = None,
     ) -> None:
         self.started = time.perf_counter()
         self.config = config
-        cut = cut or partial(make_stream, config)
+        cut = cut or (lambda labelled, _: make_stream(config, labelled))
         self.method = METHODS[config.method["name"]]
         self._check_jobs()
         settings = {key: value for key, value in config.method.items() if key != "name"}
@@ -83,9 +82,9 @@ class Setup:
             for line in data.describe_source(source):
                 watch(None, Event(task=0, phase="load", note=line))
         check_kind(config, source, self.backbone)
-        self._check_validation(cut(data.undecoded(source)))  # before anything is decoded
+        self._check_validation(cut(data.undecoded(source), self.backbone))  # before anything is decoded
         self.data = decode(config, source, self.backbone, watch)
-        self.stream = cut(self.data)
+        self.stream = cut(self.data, self.backbone)
         self.task_count: int | None = len(self.stream)
         self._check_validation(self.stream)  # damaged images may have been left out
         device.prepare(self.device)
