@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tests.models import CLASSES, backbone, content, images, small
 
 from lamina.engine import checkpoint
-from lamina.errors import ModelError
+from lamina.errors import MethodError, ModelError
 from lamina.export import export_merged, export_peft
 from lamina.model import GateRefused, Model, store
 
@@ -128,8 +128,13 @@ class States(RuleBasedStateMachine):
         """It reads the model, and what it writes was compared with it."""
         where = Path(tempfile.mkdtemp(dir=HOME)) / out
         before = content(self.path)
-        (export_merged if out == "whole" else partial(export_peft, with_base=True))(self.path, where)
-        assert (where / "export.json").is_file()
+        try:
+            (export_merged if out == "whole" else partial(export_peft, with_base=True))(self.path, where)
+        except MethodError as error:  # tasks of one class move no weight
+            assert "has changed no weight" in str(error)
+            assert all(len(classes) == 1 for _, classes in self.learnt)
+        else:
+            assert (where / "export.json").is_file()
         assert content(self.path) == before
 
     @rule()
@@ -163,6 +168,12 @@ class States(RuleBasedStateMachine):
         predictor.close()
 
 
-quick = settings(max_examples=8, stateful_step_count=7, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(
+    max_examples=8,
+    stateful_step_count=7,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),  # a shorter sequence takes minutes to find
+)
 TestStates = States.TestCase
 TestStates.settings = quick

@@ -120,8 +120,8 @@ def learn(
     """Learn the next task: new classes, known classes from a new domain, or both.
 
     Before training, lamina prints which classes are new. Afterwards the gate compares the model with the version before, and
-    adds the task if no limit is broken (`lamina configure` sets limits). Until then, and after any crash, the model is as it was
-    before; the same command goes on from the last checkpoint.
+    adds the task if no limit is broken (`lamina configure` sets limits). Until then, and after any crash, the model is as it
+    was before; the same command goes on from the last checkpoint.
 
     Exit code 0: learnt. 1: the gate refused. 2: an error. 130: stopped.
 

@@ -240,7 +240,7 @@ class RunConfig(Section):
 
 class ProbesConfig(Section):
     per_class: int = Field(0, ge=0)
-    """Held-out examples of each class of a task that the model keeps, to measure how later tasks change its accuracy. 0: none."""
+    """Held-out examples of each class of a task that the model keeps, to measure how later tasks change its accuracy."""
 
 
 class GateConfig(Section):

@@ -48,8 +48,8 @@ def refuse_fixed(old: ModelConfig, new: ModelConfig, where: Path) -> None:
         if changed := _difference(fixed, _at(before, fixed), _at(after, fixed)):
             key, then, now = changed
             raise ConfigError(
-                f"{key} = {now!r}: the weights of {where} depend on it, and it is {then!r} there. Leave it out; it can be chosen "
-                "when a model is made (`lamina create`)."
+                f"{key} = {now!r}: the weights of {where} depend on it, and it is {then!r} there. Leave it out; it can be "
+                "chosen when a model is made (`lamina create`)."
             )
 
 
