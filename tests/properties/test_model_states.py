@@ -1,5 +1,6 @@
 """Random sequences of learning, refusing, rolling back, crashing and reopening keep a model's invariants."""
 
+import contextlib
 import shutil
 import tempfile
 from functools import partial
@@ -128,12 +129,12 @@ class States(RuleBasedStateMachine):
         """It reads the model, and what it writes was compared with it."""
         where = Path(tempfile.mkdtemp(dir=HOME)) / out
         before = content(self.path)
-        try:
-            (export_merged if out == "whole" else partial(export_peft, with_base=True))(self.path, where)
-        except MethodError as error:  # tasks of one class move no weight
-            assert "has changed no weight" in str(error)
-            assert all(len(classes) == 1 for _, classes in self.learnt)
+        write = export_merged if out == "whole" else partial(export_peft, with_base=True)
+        if out == "adapter" and all(len(classes) == 1 for _, classes in self.learnt):
+            with contextlib.suppress(MethodError):  # tasks of one class may move no weight
+                write(self.path, where)
         else:
+            write(self.path, where)
             assert (where / "export.json").is_file()
         assert content(self.path) == before
 
