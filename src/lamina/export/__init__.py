@@ -1,5 +1,5 @@
-"""Exports: what a model has learnt, in the formats of other libraries. Each is compared with the model before it is written;
-and adapters that were trained elsewhere."""
+"""Exports and imports. A model is written in the formats of other libraries, each compared with the model before it gets its
+name; an adapter that was trained elsewhere becomes a task of a model."""
 
 from lamina.export.adapter import export_peft
 from lamina.export.graph import export_onnx

@@ -13,29 +13,23 @@ import torch
 from safetensors.torch import save_file
 
 from lamina.backbones.files import locate
-from lamina.errors import LaminaError, MethodError, ModelError
-from lamina.export.checking import by_page, logits_of, need, silently, write_page
+from lamina.errors import MethodError, ModelError
+from lamina.export.adapter_files import CONFIG, START, WEIGHTS
+from lamina.export.checking import by_library, by_page, logits_of, need, silently, write_page
 from lamina.export.heads import ENCODER, MEANS, TEXTS, Layout, layout_of
 from lamina.export.opened import Opened, open_model
 from lamina.export.outputs import LinearOutputs, linear_outputs, refuse_routed
-from lamina.export.texts import write_matrix, write_tokenizer
+from lamina.export.texts import write_labels, write_matrix, write_tokenizer
 from lamina.export.updates import Factors, state_of, whole
-from lamina.export.written import Draft, Exported, drafted, finished, refuse_existing, write_json
+from lamina.export.written import Draft, Exported, drafted, finished, refuse_existing, told, write_json
 
-CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base"
+BASE = "base"
+"""Folder of an export with its base, and what the files of the export call it: so the folder may be moved."""
 READ_BY_HEADS = (
-    *(
-        "image_size",
-        "classifier_pooling",
-        "classifier_bias",
-        "classifier_activation",
-        "pooler_hidden_act",
-        "use_mean_pooling",
-    ),
+    *("image_size", "classifier_pooling", "classifier_bias", "classifier_activation"),
+    *("pooler_hidden_act", "use_mean_pooling"),
 )
 """Settings of a base that decide how a class with a classifier reads it."""
-START = "base_model.model."
-"""How PEFT's names of tensors begin."""
 
 
 def export_peft(
@@ -67,12 +61,11 @@ def export_peft(
             )
         place = base_of(opened, layout, draft, with_base=with_base)
         task_type = {ENCODER: "FEATURE_EXTRACTION", TEXTS: "SEQ_CLS"}.get(layout.auto)
-        named = str(target / BASE) if with_base else place
-        write_adapter(draft.folder, layout, factors, named, task_type)
-        draft.facts |= {"outputs": list(outputs.labels), "ranks": {path: one.rank for path, one in factors.items()}}
+        write_adapter(draft.folder, layout, factors, BASE if with_base else place, task_type)
+        draft.facts["outputs"] = list(outputs.labels)
         tell_outputs(draft, outputs)
         _check(draft, layout, outputs, place)
-        draft.code = _code(target, layout, outputs, "BASE" if not with_base else str(target / BASE))
+        draft.code = _code(target, layout, outputs, str(target / BASE) if with_base else "BASE")
         if not with_base:
             draft.notes.append(f"BASE is the base model that it was trained on: {place}")
         return finished(draft)
@@ -83,7 +76,7 @@ def write_adapter(
 ) -> None:
     """Write the two files of a PEFT adapter. Its scaling is 1: alpha is the rank."""
     ranks = {f"{layout.prefix}{path}": one.rank for path, one in factors.items()}
-    usual = Counter(ranks.values()).most_common(1)[0][0]
+    usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     patterns = {path: rank for path, rank in ranks.items() if rank != usual}
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -117,22 +110,20 @@ def base_of(opened: Opened, layout: Layout, draft: Draft, *, with_base: bool) ->
     pristine = state_of(opened.learner, folded=False)
     if with_base:
         made = layout.build(pristine, layout.empty_head())
-        with silently():
+        with by_library("writing the base with transformers"):
             made.save_pretrained(draft.folder / BASE)
         return str(draft.folder / BASE)
     name = str(opened.path / "base") if opened.facts.base.embedded else opened.facts.config.backbone.name
     where = locate(name)
-    place = name if where.hub_name is not None else str(where.folder)
+    place = name if where.hub_name is not None else str(where.folder.absolute())
     instead = "Give --with-base to write the base beside the adapter."
     if where.file is not None and where.file.name != "model.safetensors":
         raise ModelError(f"transformers does not load the base from the file {name}. {instead}")
     try:
-        found, missing = plain(layout, place)
+        with silently():
+            found, missing = plain(layout, place)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"transformers does not load the base from {name} ({type(error).__name__}: {reason}). {instead}"
-        ) from error
+        raise ModelError(f"transformers does not load the base from {name} ({told(error)}). {instead}") from error
     stored = found.state_dict()
     same = all(getattr(found.config, key, None) == getattr(layout.config, key, None) for key in READ_BY_HEADS)
     for key, value in pristine.items():
@@ -158,10 +149,9 @@ def plain(layout: Layout, place: str, **more: Any) -> tuple[Any, set[str]]:
             "label2id": layout.config.label2id,
             "ignore_mismatched_sizes": True,
         }
-    with silently():
-        model, info = getattr(transformers, layout.auto).from_pretrained(
-            place, dtype=torch.float32, output_loading_info=True, **more
-        )
+    model, info = getattr(transformers, layout.auto).from_pretrained(
+        place, dtype=torch.float32, output_loading_info=True, **more
+    )
     return model.eval(), set(info["missing_keys"])
 
 
@@ -172,23 +162,17 @@ def _check(draft: Draft, layout: Layout, outputs: LinearOutputs, place: str) -> 
         write_tokenizer(draft, opened)
     if layout.auto == ENCODER:
         draft.notes.append(MEANS + " So the adapter is for AutoModel, with the matrix and `load.py` beside it.")
-        write_matrix(draft.folder, outputs, opened)
+        write_matrix(draft.folder, outputs)
+        write_labels(draft.folder, outputs, opened)
         write_page(draft.folder, "encoder")
         found = by_page(draft.folder, opened.batches, BASE=place)
         draft.compare("load.py with plain peft", reference, found, outputs.labels)
         return
     from peft import PeftModel
 
-    try:
-        with silently():
-            made = PeftModel.from_pretrained(plain(layout, place)[0], str(draft.folder)).eval()
-            found = logits_of(made, opened.batches)
-    except LaminaError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"plain peft does not load the adapter ({type(error).__name__}: {error}). Nothing was written."
-        ) from error
+    with by_library("loading the adapter with plain peft"):
+        made = PeftModel.from_pretrained(plain(layout, place)[0], str(draft.folder)).eval()
+        found = logits_of(made, opened.batches)
     draft.compare(f"plain peft, {layout.model}", reference, found, outputs.labels)
 
 
@@ -214,8 +198,8 @@ def tell_outputs(draft: Draft, outputs: LinearOutputs) -> None:
 
 def _code(out: Path, layout: Layout, outputs: LinearOutputs, base: str) -> str:
     if layout.auto == ENCODER:
-        told = "" if base != "BASE" else "BASE=... "
-        return f'{told}python {out}/load.py "a text"'
+        before = "" if base != "BASE" else "BASE=... "
+        return f'{before}python {out}/load.py "a text"'
     place = f'"{base}"' if base != "BASE" else "BASE"
     return (
         f"import json\nfrom peft import PeftModel\nfrom transformers import {layout.auto}\n"

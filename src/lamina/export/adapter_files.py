@@ -1,6 +1,6 @@
 """A PEFT adapter from elsewhere: read without running code, and refused by name where it is damaged or not what lamina adds.
 
-Nothing but plain files in the folder itself is opened, and the header of the weights is checked before they are read.
+It opens nothing but plain files in the folder itself, and checks the header of the weights before they are read.
 
 Shape letters: o outputs, i inputs of a linear layer, r rank.
 """
@@ -38,8 +38,8 @@ FREE = {
     *("lora_dropout", "use_rslora", "init_lora_weights", "megatron_core", "qalora_group_size"),
 }
 """Fields of the configuration that are read here, or change nothing once training has ended."""
-CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that change the weights of the base as well."""
+KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+"""Initialisations that leave the weights of the base as they are."""
 DTYPES = ("F32", "F16", "BF16", "F64")
 
 
@@ -66,21 +66,32 @@ def read_adapter(path: Path, layers: Mapping[str, tuple[int, int]], prefixes: Se
     for key, value in tensors.items():
         name = key.removeprefix(START)
         if name == key:
-            raise ModelError(f"{path}: tensor {key!r} does not begin with {START!r}, as PEFT's names do.")
-        if not bool(torch.isfinite(value).all()):
-            raise ModelError(f"{path}: {key} holds NaN or infinity. Its training diverged, or the file is damaged.")
+            raise ModelError(
+                f"{path}: tensor {key!r} does not begin with {START!r}, as PEFT's names do. Save it with peft's "
+                f"save_pretrained."
+            )
+        plain = value.float()
+        if not bool(torch.isfinite(plain).all()):
+            raise ModelError(
+                f"{path}: {key} holds NaN or infinity, or a number that is too large for float32. Its training diverged, or "
+                f"the file is damaged: save it again from a healthy checkpoint."
+            )
         for end in (DOWN, UP):
             if name.endswith(end):
                 where = _layer(name.removesuffix(end), layers, prefixes, path)
-                factors.setdefault(where, {})[end] = value.float()
+                factors.setdefault(where, {})[end] = plain
                 break
         else:
             if "lora_" in name:
-                raise ModelError(f"{path}: left-over tensor {key!r}; only {DOWN[1:]} and {UP[1:]} are known.")
-            saved[name] = value.float()
+                raise ModelError(
+                    f"{path}: left-over tensor {key!r}; only {DOWN[1:]} and {UP[1:]} are known. Train a plain LoRA."
+                )
+            saved[name] = plain
     _missing(config, factors, layers, prefixes, path)
     if not factors:
-        raise ModelError(f"{path} holds no {DOWN[1:]}: there is no adapter in it.")
+        raise ModelError(
+            f"{path} holds no {DOWN[1:]}: there is no adapter in it. Give the folder that peft's save_pretrained wrote."
+        )
     updates = {}
     for where, parts in factors.items():
         updates[where] = _update(where, parts, layers[where], config, path)
@@ -115,10 +126,11 @@ def _config(path: Path) -> dict[str, Any]:
         raise ModelError(
             f"{file}: bias is {_short(config['bias'])}; an update of biases cannot be imported, only none."
         )
-    if str(config.get("init_lora_weights")).lower().startswith(CHANGES_THE_BASE):
+    if config.get("init_lora_weights", True) not in KEEP_THE_BASE:
         raise ModelError(
-            f"{file}: init_lora_weights is {_short(config['init_lora_weights'])}, which changes the weights of the base too. "
-            f"Save the adapter anew as a plain LoRA (peft's path_initial_model_for_weight_conversion)."
+            f"{file}: init_lora_weights is {_short(config['init_lora_weights'])}, which changes the weights of the base too, "
+            f"or is unknown; allowed are {', '.join(map(repr, KEEP_THE_BASE))}. Save the adapter anew as a plain LoRA (peft's "
+            f"path_initial_model_for_weight_conversion)."
         )
     for key, value in config.items():
         if key not in FREE and key != "bias" and value not in (None, False, [], {}, 0, 0.0):
@@ -179,18 +191,32 @@ def _missing(
     """Raises ModelError for a layer that the configuration names and the weights lack, and for half an update."""
     half = [where for where, parts in factors.items() if len(parts) < 2]
     if half:
-        raise ModelError(f"{path}: the update of {half[0]!r} lacks {DOWN[1:]} or {UP[1:]}. The file is incomplete.")
-    targets = config.get("target_modules")
-    if not isinstance(targets, list):
-        return
-    excluded = config.get("exclude_modules") or []
-    for target in targets:
-        names = [str(target).removeprefix(prefix) for prefix in prefixes]
-        wanted = [where for where in layers if any(where == name or where.endswith(f".{name}") for name in names)]
-        lacking = [where for where in wanted if where not in factors] if not excluded else []
+        have, lack = sorted((DOWN[1:], UP[1:]), key=lambda end: f".{end}" not in factors[half[0]])
+        raise ModelError(
+            f"{path}: the update of {half[0]!r} has {have} and lacks {lack}. The file is incomplete: copy or save it again."
+        )
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
+    for field, names in (("target_modules", targets), ("exclude_modules", excluded)):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ModelError(
+                f"{path}: {field} is {_short(names)}; only a list of names is read, no regular expression, since it says which "
+                f"layers must be there. Name the layers."
+            )
+
+    def named(name: str) -> list[str]:
+        ends = [name.removeprefix(prefix) for prefix in prefixes]
+        return [where for where in layers if any(where == end or where.endswith(f".{end}") for end in ends)]
+
+    without = {where for name in excluded for where in named(name)}
+    for target in targets or []:
+        wanted = named(target)
+        lacking = [where for where in wanted if where not in factors and where not in without]
         if not wanted or lacking:
             told = f"the update of {lacking[0]!r}" if lacking else "any layer of that name in this base"
-            raise ModelError(f"{path}: target_modules names {_short(target)}, and the weights lack {told}.")
+            raise ModelError(
+                f"{path}: target_modules names {_short(target)}, and the weights lack {told}. The file is incomplete, or of "
+                f"another base."
+            )
 
 
 def _update(
@@ -214,7 +240,13 @@ def _update(
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < abs(alpha) < 1e6:
         raise ModelError(f"{path}: lora_alpha of {where!r} is {_short(alpha)}; a number other than 0 is needed.")
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-    return (scale * up_or).contiguous(), down_ri.contiguous()
+    scaled_or = scale * up_or
+    if not bool(torch.isfinite(scaled_or @ down_ri).all()):
+        raise ModelError(
+            f"{path}: the update of {where!r}, scaled by {scale:g}, is larger than float32 can hold. Its training diverged, or "
+            f"the file is damaged: save it again from a healthy checkpoint."
+        )
+    return scaled_or.contiguous(), down_ri.contiguous()
 
 
 def _pattern(config: Mapping[str, Any], pattern: str, usual: str, where: str, path: Path) -> Any:

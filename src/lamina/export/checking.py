@@ -15,10 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lamina.backbones.files import quiet
-from lamina.errors import ModelError
+from lamina.errors import LaminaError, ModelError
+from lamina.export.written import told
 from lamina.types import Batch
 
 LOADER, PAGE_SECONDS = "load.py", 600
+INSTEAD = "Other versions of transformers or peft may help; `--format onnx` depends on neither."
+"""What to do where these libraries fail."""
 
 
 def need(module: str, extra: str, what: str) -> None:
@@ -27,6 +30,19 @@ def need(module: str, extra: str, what: str) -> None:
         raise ModelError(
             f"{what} needs the library {module}, which is not installed. Install it: pip install 'lamina[{extra}]'."
         )
+
+
+@contextmanager
+def by_library(what: str, instead: str = INSTEAD) -> Iterator[None]:
+    """Turns whatever another library raises while it is open into ModelError, and silences it. what: it is asked for. instead:
+    what else there is."""
+    try:
+        with silently():
+            yield
+    except LaminaError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{what} fails ({told(error)}), so nothing was written. {instead}") from error
 
 
 @contextmanager
@@ -53,7 +69,7 @@ def write_page(folder: Path, name: str) -> None:
 
 def by_page(folder: Path, batches: Sequence[Batch], **environment: str) -> list[Tensor]:
     """Returns the scores that `load.py` of a folder computes in a process of its own."""
-    given, told = folder / ".inputs.safetensors", folder / ".scores.safetensors"
+    given, scores = folder / ".inputs.safetensors", folder / ".scores.safetensors"
     tensors = {
         f"{n}.{key}": value.contiguous() for n, batch in enumerate(batches) for key, value in batch.inputs.items()
     }
@@ -61,7 +77,7 @@ def by_page(folder: Path, batches: Sequence[Batch], **environment: str) -> list[
     own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | environment
     try:
         done = subprocess.run(
-            [sys.executable, LOADER, given.name, told.name],
+            [sys.executable, LOADER, given.name, scores.name],
             cwd=folder,
             env=own,
             capture_output=True,
@@ -70,11 +86,14 @@ def by_page(folder: Path, batches: Sequence[Batch], **environment: str) -> list[
             check=False,
         )
         if done.returncode:
-            raise ModelError(f"{LOADER} fails, so nothing was written: {done.stderr.strip().splitlines()[-1:]}.")
-        found = load_file(told)
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise ModelError(f"{LOADER} of the export fails, so nothing was written: {last[:300]}. {INSTEAD}")
+        found = load_file(scores)
         return [found[str(n)] for n in range(len(batches))]
     except subprocess.TimeoutExpired as error:
-        raise ModelError(f"{LOADER} takes more than {PAGE_SECONDS} seconds, so nothing was written.") from error
+        raise ModelError(
+            f"{LOADER} of the export takes more than {PAGE_SECONDS} seconds, so nothing was written. Give fewer --inputs."
+        ) from error
     finally:
         given.unlink(missing_ok=True)
-        told.unlink(missing_ok=True)
+        scores.unlink(missing_ok=True)

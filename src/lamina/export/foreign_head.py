@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lamina.backbones import Backbone
+from lamina.data.names import listed
 from lamina.errors import ModelError
 from lamina.export.adapter_files import ForeignAdapter
 from lamina.export.heads import CUBIC, IMAGE_HEADS, TEXT_HEADS
@@ -46,10 +47,19 @@ def head_of(found: ForeignAdapter, backbone: Backbone, outputs: int, *, needed: 
         )
     if not needed:
         return nothing
+    dense = (TEXT_HEADS[config.model_type].dense,) if config.model_type in TEXT_HEADS else ()
+    known = {f"{one}.{part}" for one in (name, *dense) for part in ("weight", "bias")}
+    if left := sorted(found.saved.keys() - known):
+        raise ModelError(
+            f"{found.path}: its classifier has {listed(left, 3)} besides {listed(sorted(known), 4)}, so it computes something "
+            f"else than a matrix. A model with a unified classifier needs none: give --data there."
+        )
     if backbone.kind == "text":
         return _of_text(found, backbone, weight_jd), bias_j
-    reads = IMAGE_HEADS[config.model_type].reads if config.model_type in IMAGE_HEADS else {}
-    position, parts = reads.get(backbone.pooling, (0, 0))
+    head = IMAGE_HEADS.get(config.model_type)
+    means = getattr(config, head.pooling_is) if head is not None and head.pooling_is is not None else None
+    read = head is not None and (means is None or means == (backbone.pooling == "mean"))
+    position, parts = head.reads.get(backbone.pooling, (0, 0)) if head is not None and read else (0, 0)
     own_jd = weight_jd[:, position * width : (position + 1) * width]
     others = torch.cat([weight_jd[:, : position * width], weight_jd[:, (position + 1) * width :]], 1)
     if weight_jd.shape[1] != parts * width or bool(others.any()):
@@ -81,7 +91,8 @@ def _refuse_others(found: ForeignAdapter, kind: str) -> None:
     for name in found.saved:
         if not any(name.startswith(f"{start}.") for start in starts):
             raise ModelError(
-                f"{found.path}: left-over tensor {name!r}, which is neither an update nor of a classifier."
+                f"{found.path}: left-over tensor {name!r}, which is neither an update nor of a classifier. Save the adapter "
+                f"with no modules_to_save but the classifier."
             )
 
 

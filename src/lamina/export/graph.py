@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from lamina.engine.consolidate import under
 from lamina.errors import ModelError
-from lamina.export.checking import need, silently
+from lamina.export.checking import by_library, need, silently
 from lamina.export.opened import Opened, open_model
 from lamina.export.outputs import refuse_routed
 from lamina.export.texts import longest, write_tokenizer
 from lamina.export.updates import plain_module
-from lamina.export.written import Draft, Exported, drafted, finished, refuse_existing, write_json
+from lamina.export.written import Draft, Exported, drafted, finished, refuse_existing, told, write_json
 from lamina.learner import Learner, class_scores
 from lamina.maths import classifiers
 from lamina.methods.base import Method
@@ -27,6 +27,7 @@ from lamina.types import Batch
 FILE = "model.onnx"
 SIZES = (1, 2, 5)
 """Batch sizes that it is run with, besides those of the inputs to compare on."""
+INSTEAD = "Other versions of torch, onnxscript or onnxruntime may help; `--format merged` needs none of them."
 NAMES = {"image": ("pixel_values",), "text": ("input_ids", "attention_mask")}
 
 
@@ -53,9 +54,13 @@ def export_onnx(
         image = opened.learner.backbone.image
         write_json(draft.folder / "labels.json", {"labels": list(labels)})
         if image is not None:
-            told = {"size": image.size, "mean": list(image.mean), "std": list(image.std), "channels": "RGB"}
-            told |= {"evaluate": opened.facts.config.data.evaluate, "resize": "bilinear, antialiased", "scale": 1 / 255}
-            write_json(draft.folder / "preprocess.json", told)
+            pixels = {"size": image.size, "mean": list(image.mean), "std": list(image.std), "channels": "RGB"}
+            pixels |= {
+                "evaluate": opened.facts.config.data.evaluate,
+                "resize": "bilinear, antialiased",
+                "scale": 1 / 255,
+            }
+            write_json(draft.folder / "preprocess.json", pixels)
         else:
             write_tokenizer(draft, opened)
             write_json(draft.folder / "preprocess.json", {"max_length": longest(opened), "padding": "longest"})
@@ -69,7 +74,7 @@ def export_onnx(
 
 
 class Deployed(nn.Module):
-    """What is deployed as a plain module: from inputs to logits and probabilities (b, c)."""
+    """The deployed computation as a plain module: from inputs to logits and probabilities (b, c)."""
 
     index_cm: Tensor
 
@@ -136,8 +141,9 @@ def _write(draft: Draft, graph: Deployed) -> None:
             assert program is not None
             program.save(str(draft.folder / FILE), external_data=True)
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"PyTorch cannot write this model as a graph ({type(error).__name__}: {reason}).") from error
+        raise ModelError(
+            f"PyTorch cannot write this model as a graph ({told(error)}), so nothing was written. {INSTEAD}"
+        ) from error
     finally:
         log.setLevel(level)
 
@@ -148,7 +154,8 @@ def _check(draft: Draft, reference: Sequence[Tensor], labels: Sequence[str]) -> 
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(draft.folder / FILE), options, providers=["CPUExecutionProvider"])
+    with by_library("loading the graph with onnxruntime", INSTEAD):
+        session = onnxruntime.InferenceSession(str(draft.folder / FILE), options, providers=["CPUExecutionProvider"])
     names = NAMES[draft.opened.predictor.kind]
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -156,7 +163,11 @@ def _check(draft: Draft, reference: Sequence[Tensor], labels: Sequence[str]) -> 
         found_bc = torch.from_numpy(logits)
         wanted_bc = (found_bc / draft.opened.predictor.temperature).softmax(1)
         if not torch.allclose(torch.from_numpy(probabilities), wanted_bc, atol=1e-5):
-            raise ModelError("the probabilities of the graph are not those of its logits. Nothing was written.")
+            away = float((torch.from_numpy(probabilities) - wanted_bc).abs().max())
+            raise ModelError(
+                f"the probabilities of the graph differ by {away:.1e} from those of its logits, and 1e-5 is allowed, so "
+                f"nothing was written. {INSTEAD}"
+            )
         return found_bc
 
     batches = draft.opened.batches
@@ -168,4 +179,3 @@ def _check(draft: Draft, reference: Sequence[Tensor], labels: Sequence[str]) -> 
         found.append(run({name: first[name][rows] for name in names}))
     sizes = ", ".join(map(str, SIZES))
     draft.compare(f"onnxruntime in batches of {sizes}", wanted, found, labels, f"{sum(SIZES)} of them")
-    draft.facts["batch_sizes"] = list(SIZES)

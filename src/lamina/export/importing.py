@@ -109,10 +109,16 @@ def _import(
     _check_request(facts, lineage, name, classes, given=data is not None)
     backbone = load_backbone(facts, store.path)
     found = read_adapter(path, _layers(backbone), prefixes_of(backbone))
-    _check_base(found, facts, same_base)
+    exported = _exported(found)
+    _check_base(found, facts, exported, same_base)
     parts = _open(facts, backbone, store.state(facts.head) if facts.head is not None else None)
     spread = _spread(found, parts.learner, everywhere=facts.config.method["name"] == "color")
     own = facts.config.consolidation.classifier == "own"
+    if own and exported is not None and list(classes) != exported.get("outputs", list(classes)):
+        raise ModelError(
+            f"{path / FACTS} says that the adapter's outputs are {','.join(map(str, exported['outputs']))}, and --classes "
+            f"names {','.join(classes)}. Give them as they are, in that order."
+        )
     weight_jd, bias_j = head_of(found, backbone, len(classes), needed=own)
     task, names, mark = _task(facts, backbone, lineage[-1].class_names if lineage else (), name, classes, data, watch)
     probes = _probes(model, facts, lineage, backbone)
@@ -227,18 +233,28 @@ def _check_request(facts: Facts, lineage: Sequence[Card], name: str, classes: tu
         raise ModelError(f"{why}: give labelled data of {listed(classes, 10)} with --data.")
 
 
-def _check_base(found: ForeignAdapter, facts: Facts, same_base: bool) -> None:
-    """Raises ModelError where the adapter belongs to other weights, as far as its files say: by the hash that an export of
-    lamina brings along, by the weights at the place that it names, or by that name."""
+def _exported(found: ForeignAdapter) -> dict[str, Any] | None:
+    """Returns what an export of lamina says of itself; None for an adapter that is none. Raises ModelError where that is
+    damaged."""
     told = found.path / FACTS
-    if told.exists() or told.is_symlink():
-        try:
-            content = json.loads(plain_file(told, MOST_JSON).read_text(encoding="utf-8"))
-            theirs = str(content["base"]["sha256"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ModelError(
-                f"{told} is damaged ({type(error).__name__}). Remove it to judge the base by its name."
-            ) from error
+    if not (told.exists() or told.is_symlink()):
+        return None
+    try:
+        content: dict[str, Any] = json.loads(plain_file(told, MOST_JSON).read_text(encoding="utf-8"))
+        if not isinstance(content["base"]["sha256"], str) or not isinstance(content.get("outputs", []), list):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(
+            f"{told} is damaged ({type(error).__name__}). Remove it to judge the base by its name."
+        ) from error
+    return content
+
+
+def _check_base(found: ForeignAdapter, facts: Facts, exported: Mapping[str, Any] | None, same_base: bool) -> None:
+    """Raises ModelError where the adapter belongs to other weights, as far as it is known: by the hash that an export of lamina
+    brings along, by the weights in the folder that the adapter names, which are loaded, or by that name as a whole."""
+    if exported is not None:
+        theirs = exported["base"]["sha256"]
         if theirs != facts.base.hash:
             raise ModelError(
                 f"{found.path} belongs to a base with the hash {theirs[:12]}, and that of the model is {facts.base.hash[:12]}: "
@@ -248,7 +264,7 @@ def _check_base(found: ForeignAdapter, facts: Facts, same_base: bool) -> None:
     if same_base:
         return
     place = found.base
-    if place and Path(place).is_dir():
+    if place and os.path.isdir(place):  # of any string
         try:
             theirs = backbones.load(place).hash
         except BackboneError:
@@ -257,7 +273,7 @@ def _check_base(found: ForeignAdapter, facts: Facts, same_base: bool) -> None:
             return
         if theirs:
             raise ModelError(f"{found.path} was trained on {place}, whose weights are not those of {facts.base.name}.")
-    if not place or Path(place).name.casefold() != Path(facts.base.name).name.casefold():
+    if not place or "\0" in place or os.path.realpath(place) != os.path.realpath(facts.base.name):
         raise ModelError(
             f"{found.path} says that its base is {place!r}, and the model's is {facts.base.name!r}. If they are the same "
             f"weights, give --same-base."

@@ -11,18 +11,23 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lamina.data.names import listed
 from lamina.errors import ModelError
 from lamina.export.adapter import plain, tell_outputs
-from lamina.export.checking import by_page, logits_of, silently, write_page
+from lamina.export.checking import INSTEAD, by_library, by_page, logits_of, write_page
 from lamina.export.heads import ENCODER, IMAGES, MEANS, Layout, layout_of
 from lamina.export.opened import Opened, open_model
 from lamina.export.outputs import LinearOutputs, linear_outputs, refuse_routed
-from lamina.export.texts import write_matrix, write_pooling, write_tokenizer
+from lamina.export.texts import write_labels, write_matrix, write_tokenizer
 from lamina.export.updates import state_of
 from lamina.export.written import Draft, Exported, drafted, finished, refuse_existing, write_json
 
 BILINEAR = 2
 """Of Pillow."""
+MOST_LEVELS = 2.0
+"""Of 255, by which a processor's pixels may differ from lamina's: it rounds them to whole levels."""
+CLEAR = 0.1
+"""Margin of the predicted class, in units of the spread of all scores, that such rounding does not overcome."""
 
 
 def export_merged(
@@ -41,7 +46,7 @@ def export_merged(
         outputs = linear_outputs(opened)
         layout = layout_of(opened.learner.backbone, outputs)
         made = layout.build(state_of(opened.learner, folded=True))
-        with silently():
+        with by_library("writing the checkpoint with transformers"):
             made.save_pretrained(draft.folder)
         reference = [outputs.scores(features_bd) for features_bd in opened.features()]
         draft.facts["outputs"] = list(outputs.labels)
@@ -50,22 +55,23 @@ def export_merged(
             write_tokenizer(draft, opened)
         if layout.auto == ENCODER:
             draft.notes.append(MEANS + " So this is the encoder, with the matrix and `load.py` beside it.")
-            write_matrix(draft.folder, outputs, opened)
-            write_pooling(draft.folder, opened)
+            write_matrix(draft.folder, outputs)
+            write_labels(draft.folder, outputs, opened)
             write_page(draft.folder, "encoder")
             found = by_page(draft.folder, opened.batches)
             draft.compare("load.py with plain transformers", reference, found, outputs.labels)
-            draft.notes.append("sentence-transformers can load the folder for its features; that was not tried here.")
             draft.code = f'python {target}/load.py "a text"'
             return finished(draft)
         if layout.auto == IMAGES:
             write_json(draft.folder / "preprocessor_config.json", processor_of(opened))
-        loaded, missing = plain(layout, str(draft.folder))
+        with by_library("loading the checkpoint with plain transformers"):
+            loaded, missing = plain(layout, str(draft.folder))
+            found = logits_of(loaded, opened.batches)
         if missing:
-            raise ModelError(f"plain transformers lacks {sorted(missing)[:3]} in what was written, so nothing was.")
-        draft.compare(
-            f"plain transformers, {layout.model}", reference, logits_of(loaded, opened.batches), outputs.labels
-        )
+            raise ModelError(
+                f"plain transformers lacks {listed(sorted(missing), 3)} in what was written, so nothing was. {INSTEAD}"
+            )
+        draft.compare(f"plain transformers, {layout.model}", reference, found, outputs.labels)
         _pipeline(draft, layout, outputs, loaded)
         task = "image-classification" if layout.auto == IMAGES else "text-classification"
         what = '"photo.jpg"' if layout.auto == IMAGES else '"a text", truncation=True'
@@ -104,7 +110,7 @@ def _pipeline(draft: Draft, layout: Layout, outputs: LinearOutputs, loaded: Any)
     from transformers import AutoImageProcessor, AutoTokenizer, pipeline
 
     opened = draft.opened
-    with silently():
+    with by_library("pipeline() of plain transformers"):
         if layout.auto == IMAGES:
             pictures = [Image.fromarray(pixels_hwc) for pixels_hwc in opened.images]
             processor = AutoImageProcessor.from_pretrained(draft.folder)
@@ -120,17 +126,31 @@ def _pipeline(draft: Draft, layout: Layout, outputs: LinearOutputs, loaded: Any)
             batch, _ = opened.predictor.read(texts)
     assert batch is not None
     with opened.learner.folded():
-        best_b = outputs.scores(opened.learner.features(batch)).argmax(1)
-    same = np.mean([outputs.labels[best] == label for best, label in zip(best_b.tolist(), theirs, strict=True)])
-    told = f"pipeline(): the same class as lamina for {same:.1%} of {len(theirs)} inputs"
+        scores_nj = outputs.scores(opened.learner.features(batch))
+    same, margin = [], CLEAR * float(scores_nj.std(correction=0))
+    for number, (scores_j, label) in enumerate(zip(scores_nj, theirs, strict=True), 1):
+        best = outputs.labels[int(scores_j.argmax())]
+        others = [float(score) for score, one in zip(scores_j, outputs.labels, strict=True) if one == label]
+        same.append(best == label)
+        if best != label and float(scores_j.max()) - max(others) > margin:
+            raise ModelError(
+                f"pipeline() of transformers names {label!r} for input {number}, and lamina clearly {best!r}, so nothing was "
+                f"written. Its processor or tokenizer does something else; `--format onnx` depends on none."
+            )
+    told = f"pipeline(): the same class as lamina for {np.mean(same):.1%} of {len(theirs)} inputs"
     if layout.auto == IMAGES:
-        away_nchw = (given_nchw - batch.inputs["pixel_values"]).abs() * torch.tensor(processor_of(opened)["image_std"])[
-            :, None, None
-        ]
+        std_c = torch.tensor(processor_of(opened)["image_std"])
+        levels_nchw = 255 * (given_nchw - batch.inputs["pixel_values"]).abs() * std_c[:, None, None]
+        most = float(levels_nchw.max())
+        if most > MOST_LEVELS:
+            raise ModelError(
+                f"AutoImageProcessor gives pixels that differ from lamina's by {most:.1f} of 255 levels, and {MOST_LEVELS:g} "
+                f"are allowed, so nothing was written. data.evaluate is {opened.facts.config.data.evaluate!r}, and "
+                f"transformers crops an image that is not square at whole pixels. `--format onnx` and `--format peft` write no "
+                f"processor."
+            )
         told += (
-            f"; AutoImageProcessor rounds resized pixels to whole levels: {255 * float(away_nchw.max()):.2f} of 255 levels "
-            f"from lamina's at most, {255 * float(away_nchw.mean()):.2f} on average"
+            f"; AutoImageProcessor rounds resized pixels to whole levels: {most:.2f} of 255 levels from lamina's at most, "
+            f"{float(levels_nchw.mean()):.2f} on average"
         )
-        draft.facts["pixels"] = {"largest": 255 * float(away_nchw.max()), "mean": 255 * float(away_nchw.mean())}
     draft.notes.append(told + ".")
-    draft.facts["pipeline_agreement"] = float(same)

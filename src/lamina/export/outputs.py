@@ -69,11 +69,7 @@ def linear_outputs(opened: Opened) -> LinearOutputs:
     tasks = tuple(output.task for output in outputs)
     fitted, config = under(memory, "classifier"), opened.facts.config.consolidation
     if not fitted:
-        blocks = list(opened.learner.head.blocks)
-        weight_jd, bias_j = (
-            torch.cat([getattr(block, part).detach() for block in blocks]) for part in ("weight", "bias")
-        )
-        return _own(opened, LinearOutputs(weight_jd, bias_j, labels, tasks))
+        return _own(opened, own_outputs(opened))
     deployed, width = classifiers.classifier_of(fitted), opened.learner.backbone.width
     if isinstance(deployed, LinearClassifier) and deployed.weight_jd.shape[1] == width:
         return LinearOutputs(*_centred(deployed), labels, tasks)
@@ -92,6 +88,14 @@ def linear_outputs(opened: Opened) -> LinearOutputs:
     mine = opened.accuracy([ids[found.scores(features_bd).argmax(1)] for features_bd in opened.features()])
     before = opened.accuracy(opened.deployed_classes())
     return found if mine is None or before is None else replace(found, accuracy=(before, mine))
+
+
+def own_outputs(opened: Opened) -> LinearOutputs:
+    """Returns the blocks of the method's own head as one matrix."""
+    blocks, outputs = list(opened.learner.head.blocks), opened.learner.outputs
+    weight_jd, bias_j = (torch.cat([getattr(block, part).detach() for block in blocks]) for part in ("weight", "bias"))
+    labels = tuple(opened.predictor.class_names[output.label] for output in outputs)
+    return LinearOutputs(weight_jd, bias_j, labels, tuple(output.task for output in outputs))
 
 
 def last_block(statistics: Statistics, width: int) -> Statistics:
@@ -115,7 +119,7 @@ def _own(opened: Opened, found: LinearOutputs) -> LinearOutputs:
     block."""
     features, method = torch.cat(opened.features()), opened.predictor.method
     mine_nj, scores_nj = found.scores(features), torch.cat(opened.scores).double()
-    limit = 1e-3 * float(mine_nj.std() + 1e-9)
+    limit = 1e-3 * float(mine_nj.std(correction=0)) + 1e-5 * float(mine_nj.abs().max())
     if float((mine_nj - scores_nj).abs().max()) <= limit:
         return found
     cosine_nj = scores_nj * features.double().norm(dim=1, keepdim=True)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from lamina.backbones.families import FAMILIES
 from lamina.errors import MethodError, ModelError
-from lamina.export.adapter import base_of, tell_outputs, write_adapter
-from lamina.export.checking import by_page, need, silently, write_page
+from lamina.export.adapter import BASE, base_of, tell_outputs, write_adapter
+from lamina.export.checking import by_library, by_page, need, silently, write_page
 from lamina.export.heads import ENCODER, Layout
 from lamina.export.opened import Opened, open_model
-from lamina.export.outputs import LinearOutputs, linear_outputs
-from lamina.export.texts import write_tokenizer
+from lamina.export.outputs import LinearOutputs, linear_outputs, own_outputs
+from lamina.export.texts import write_matrix, write_tokenizer
 from lamina.export.updates import Factors, of_branch
 from lamina.export.written import Draft, Exported, drafted, finished, refuse_existing, write_json
 from lamina.methods.color import CoLoR
@@ -51,15 +51,12 @@ def export_tasks(
         parts = branches(opened, names)
         layout = encoder_layout(opened)
         place = base_of(opened, layout, draft, with_base=with_base)
-        named = str(target / "base") if with_base else place
+        named = BASE if with_base else place
         folders = [f"{n:03d}-{_plain(name)}" for n, name in enumerate(names, 1)]
         for folder, name in zip(folders, names, strict=True):
             _write(draft.folder / TASKS / folder, layout, of_branch(opened.learner, parts[name]), named)
         outputs = _outputs(opened)
-        save_file(
-            {"weight": outputs.weight_jd.contiguous(), "bias": outputs.bias_j.contiguous()},
-            draft.folder / "classifier.safetensors",
-        )
+        write_matrix(draft.folder, outputs)
         told: dict[str, Any] = {
             "mode": "sum",
             "base": named,
@@ -140,10 +137,7 @@ def _outputs(opened: Opened) -> LinearOutputs:
             f"a unified classifier on routed features ({opened.facts.config.consolidation.classifier}) is not exported. Its "
             f"own classifier is: `lamina create --set consolidation.classifier=own`."
         )
-    blocks, outputs = list(opened.learner.head.blocks), opened.learner.outputs
-    weight_jd, bias_j = (torch.cat([getattr(block, part).detach() for block in blocks]) for part in ("weight", "bias"))
-    labels = tuple(opened.predictor.class_names[output.label] for output in outputs)
-    return LinearOutputs(weight_jd, bias_j, labels, tuple(output.task for output in outputs))
+    return own_outputs(opened)
 
 
 def _pooling(opened: Opened) -> dict[str, Any]:
@@ -213,10 +207,10 @@ def _check_adapters(draft: Draft, place: str, folders: Sequence[str], names: Seq
     learner, batch = opened.learner, opened.batches[0]
     for folder, name in zip(folders, names, strict=True):
         wanted = of_branch(learner, orthogonal(name) if isinstance(method, DualLoRA) else name)
-        with silently(), torch.no_grad():
+        if not wanted:
+            continue
+        with by_library(f"loading the adapter of task {name!r} with plain peft"), torch.no_grad():
             base = transformers.AutoModel.from_pretrained(place, dtype=torch.float32).eval()
-            if not wanted:
-                continue
             tuned = PeftModel.from_pretrained(base, str(draft.folder / TASKS / folder)).eval()
             merged = tuned.merge_and_unload()
             found_btd = merged(**dict(batch.inputs)).last_hidden_state[:, 0]

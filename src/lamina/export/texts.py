@@ -1,11 +1,11 @@
-"""What belongs to an export of texts: tokenizer, matrix, and the folders of sentence-transformers."""
+"""What belongs to an export of texts: the tokenizer, and a matrix with its labels."""
 
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from lamina.errors import DataError, ModelError
-from lamina.export.checking import silently
+from lamina.export.checking import by_library
 from lamina.export.opened import SENTENCES, Opened
 from lamina.export.outputs import LinearOutputs
 from lamina.export.written import Draft, write_json
@@ -25,8 +25,11 @@ def write_tokenizer(draft: Draft, opened: Opened) -> None:
 
     folder = opened.learner.backbone.tokenizer
     if folder is None:
-        raise DataError(f"backbone {opened.learner.backbone.name!r} has no tokenizer beside its weights")
-    with silently():
+        raise DataError(
+            f"backbone {opened.learner.backbone.name!r} has no tokenizer beside its weights. Put tokenizer.json or vocab.txt "
+            f"there."
+        )
+    with by_library("writing the tokenizer with transformers"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         tokenizer.model_max_length = longest(opened)
         tokenizer.save_pretrained(draft.folder)
@@ -36,35 +39,20 @@ def write_tokenizer(draft: Draft, opened: Opened) -> None:
     for text, ids_t, mask_t in zip(SENTENCES, batch.inputs["input_ids"], batch.inputs["attention_mask"], strict=True):
         if written(text, truncation=True)["input_ids"] != ids_t[mask_t.bool()].tolist():
             raise ModelError(
-                f"the written tokenizer makes other tokens of {text!r} than lamina does, so nothing was written."
+                f"the written tokenizer makes other tokens of {text!r} than lamina does, so nothing was written. Install the "
+                f"transformers that the tokenizer was saved with."
             )
 
 
-def write_matrix(folder: Path, outputs: LinearOutputs, opened: Opened) -> None:
-    """Write the classifier as a matrix, and its labels."""
-    save_file(
-        {"weight": outputs.weight_jd.contiguous(), "bias": outputs.bias_j.contiguous()},
-        folder / "classifier.safetensors",
-    )
+def write_matrix(folder: Path, outputs: LinearOutputs) -> None:
+    """Write the classifier as a matrix."""
+    tensors = {"weight": outputs.weight_jd.contiguous(), "bias": outputs.bias_j.contiguous()}
+    save_file(tensors, folder / "classifier.safetensors")
+
+
+def write_labels(folder: Path, outputs: LinearOutputs, opened: Opened) -> None:
+    """Write the labels of a matrix, and the longest text in tokens."""
     write_json(
         folder / "labels.json",
         {"labels": list(outputs.labels), "tasks": list(outputs.tasks), "max_length": longest(opened)},
-    )
-
-
-def write_pooling(folder: Path, opened: Opened) -> None:
-    """Write what sentence-transformers reads beside an encoder: the mean over tokens, without normalisation."""
-    kinds = ("sentence_transformers.models.Transformer", "sentence_transformers.models.Pooling")
-    paths = ("", "1_Pooling")
-    modules = [
-        {"idx": n, "name": str(n), "path": path, "type": kind}
-        for n, (path, kind) in enumerate(zip(paths, kinds, strict=True))
-    ]
-    write_json(folder / "modules.json", modules)
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": longest(opened), "do_lower_case": False})
-    (folder / "1_Pooling").mkdir()
-    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
-    pooling = {f"pooling_mode_{mode}": mode == "mean_tokens" for mode in modes}
-    write_json(
-        folder / "1_Pooling" / "config.json", {"word_embedding_dimension": opened.learner.backbone.width, **pooling}
     )

@@ -21,7 +21,9 @@ from lamina.export.opened import Opened
 from lamina.files import fsync, replace_text
 
 TOLERANCE = 1e-3
-"""Largest difference of two scores, in units of the spread of all scores (their standard deviation)."""
+"""Largest difference of two scores, in units of how far the scores of an output spread over the inputs (standard deviation)."""
+ROUNDING = 1e-5
+"""And on top, of the score itself: a network in float32 is computed to no more than that."""
 FACTS = "export.json"
 
 
@@ -83,37 +85,69 @@ class Draft:
         inputs: str | None = None,
     ) -> None:
         """Compare scores (b, j) of every batch. labels: the class of every output. inputs: what they are, if they are not those
-        of the model as opened. Raises ModelError where the scores differ by more than TOLERANCE, or are not finite."""
+        of the model as opened. Minus infinity says that an output is not used. Raises ModelError where a score differs by more
+        than TOLERANCE, is NaN or infinite, or the predicted class differs though the model's scores are clearly apart."""
         wanted_nj, got_nj = torch.cat([part.double() for part in reference]), torch.cat([p.double() for p in found])
         if wanted_nj.shape != got_nj.shape:
             raise ModelError(
-                f"{by} computes scores of shape {tuple(got_nj.shape)}, and the model {tuple(wanted_nj.shape)}."
+                f"{by} computes scores of shape {tuple(got_nj.shape)}, and the model {tuple(wanted_nj.shape)}, so nothing was "
+                f"written. The installed versions of the libraries may compute this architecture differently; try another "
+                f"--format."
             )
-        both = torch.isfinite(wanted_nj)
-        if not torch.equal(both, torch.isfinite(got_nj)):
-            raise ModelError(f"{by} computes scores that are not finite. Nothing was written.")
-        largest = float((wanted_nj - got_nj)[both].abs().max())
-        spread = float(wanted_nj[both].std(correction=0))
+        used = wanted_nj > -torch.inf
+        for whose, scores_nj in (("the model", wanted_nj), (by, got_nj)):
+            wrong = int((~(scores_nj < torch.inf)).sum())
+            if wrong:
+                raise ModelError(
+                    f"{whose} computes {wrong} of {scores_nj.numel()} scores as NaN or infinity, so nothing was written. Go "
+                    f"back with `lamina rollback`, or give other --inputs."
+                )
+        if not torch.equal(used, got_nj > -torch.inf):
+            wrong = int((used != (got_nj > -torch.inf)).sum())
+            raise ModelError(
+                f"{by} uses other outputs than the model for an input ({wrong} of {used.numel()} scores), so nothing was "
+                f"written. `--format onnx` writes models without a router."
+            )
+        zero = wanted_nj.new_zeros(())
+        difference_nj = torch.where(used, wanted_nj - got_nj, zero).abs()
+        limit_nj = torch.where(used, TOLERANCE * _spread(wanted_nj, used) + ROUNDING * wanted_nj.abs(), zero)
         name = {label: number for number, label in enumerate(dict.fromkeys(labels))}
         class_j = torch.tensor([name[label] for label in labels])
-        same = class_j[wanted_nj.argmax(1)] == class_j[got_nj.argmax(1)]
-        one = Difference(by, inputs or self.opened.origin, largest, spread, float(same.double().mean()))
-        if not largest <= TOLERANCE * max(spread, 1e-6):
+        best_n = wanted_nj.argmax(1, keepdim=True)
+        same = class_j[best_n[:, 0]] == class_j[got_nj.argmax(1)]
+        others_nj = wanted_nj.masked_fill(class_j == class_j[best_n], -torch.inf)
+        clear = wanted_nj.amax(1) - others_nj.amax(1) > limit_nj.amax(1)
+        spread = float(wanted_nj[used].std(correction=0))
+        agreement = float(same.double().mean())
+        one = Difference(by, inputs or self.opened.origin, float(difference_nj.max()), spread, agreement)
+        if bool((difference_nj > limit_nj).any()) or bool((~same & clear).any()):
+            row, column = divmod(int((difference_nj - limit_nj).argmax()), len(labels))
             raise ModelError(
-                f"{one}. That is more than {TOLERANCE:g} of their spread, so nothing was written. The installed versions of "
-                f"the libraries may compute this architecture differently; `--format onnx` depends on none of them."
+                f"{one}. A score of {labels[column]!r} differs by {float(difference_nj[row, column]):.1e}, and "
+                f"{float(limit_nj[row, column]):.1e} is allowed, so nothing was written. The installed versions of the "
+                f"libraries may compute this architecture differently; `--format onnx` depends on none of them."
             )
         self.differences.append(one)
 
 
+def _spread(scores_nj: Tensor, used: Tensor) -> float:
+    """Returns how far the scores of an output spread over the inputs. An output's own mean, its bias among it, has no part in
+    that. Where there is one input only, it is the spread over the outputs."""
+    kept_nj = torch.where(used, scores_nj, scores_nj.new_zeros(()))
+    along = 0 if len(scores_nj) > 1 else 1
+    mean_nj = kept_nj.sum(along, keepdim=True) / used.sum(along, keepdim=True).clamp(min=1)
+    return float((kept_nj - mean_nj)[used].square().mean().sqrt())
+
+
 @contextmanager
 def drafted(out: Path, format_: str, opened: Opened) -> Iterator[Draft]:
-    """Yields a draft in a temporary folder. When the context ends without an error, it gets its name; else it is removed.
+    """Yields a draft in a temporary folder. When the context ends without an error, it gets its name; else it is removed. The
+    next export to the same place removes what a crash has left.
 
-    Raises ModelError where something is at `out` already, or it cannot be written.
+    Raises ModelError where it cannot be written.
     """
-    refuse_existing(out)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    place = out.absolute()
+    temporary = place.with_name(f".{out.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -128,9 +162,11 @@ def drafted(out: Path, format_: str, opened: Opened) -> Iterator[Draft]:
         replace_text(temporary / "README.md", _readme(draft))
         for path in sorted(temporary.rglob("*")):
             fsync(path)
-        os.rename(temporary, out)
-        fsync(out.parent)
+        os.rename(temporary, place)
+        fsync(place.parent)
     except OSError as error:
+        if error.errno is None:  # of a library, about something else
+            raise ModelError(f"the export to {out} failed: {told(error)}. Nothing was written.") from error
         raise ModelError(f"{out} cannot be written: {error}. Make room or choose another path.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -145,6 +181,11 @@ def refuse_existing(out: Path) -> None:
     """Raises ModelError where something is at this path."""
     if out.exists() or out.is_symlink():
         raise ModelError(f"{out} exists already. Choose another path, or remove it.")
+
+
+def told(error: BaseException) -> str:
+    """Returns type and message of another library's error on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,17 +1,28 @@
 """Every method, exported from split and fused layers, for images and texts; or refused by name."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.models import CLASSES, images, small
 from tests.unit.backbones.test_families import ROWS
 from tests.unit.export.worlds import taught, with_tokenizer
 
+from lamina.adapters import AdaptedLinear
 from lamina.errors import MethodError, ModelError
-from lamina.export import export_merged, export_onnx, export_peft, export_tasks
+from lamina.export import Exported, export_merged, export_onnx, export_peft, export_tasks
+from lamina.export.checking import by_page
+from lamina.export.opened import Opened, open_model
+from lamina.export.outputs import linear_outputs
+from lamina.export.written import Draft
+from lamina.learner import Learner
 from lamina.methods import METHODS
 
 ROUTED = ("color", "duallora")
@@ -119,6 +130,13 @@ def test_unified_classifiers(classifier: str, tmp_path: Path):
     refitted = classifier in ("ridge", "lda+ridge")
     assert any(f"{classifier} on 1 block, replaced by lda" in note for note in done.notes) == refitted
     assert any("accuracy on the probes" in note for note in done.notes) == refitted
+    if not refitted:  # the matrix computes what is deployed, but for what all outputs share
+        with open_model(model) as opened:
+            outputs = linear_outputs(opened)
+            mine_nj = torch.cat([outputs.scores(features_bd) for features_bd in opened.features()])
+            deployed_nj = torch.cat(opened.scores).double()
+        apart_nj = (mine_nj - mine_nj.mean(1, keepdim=True)) - (deployed_nj - deployed_nj.mean(1, keepdim=True))
+        assert apart_nj.abs().max() < 1e-4 * mine_nj.std(0).mean()
 
 
 def test_the_mean_over_tokens_gives_encoder_matrix_and_page(tmp_path: Path):
@@ -130,9 +148,6 @@ def test_the_mean_over_tokens_gives_encoder_matrix_and_page(tmp_path: Path):
         assert {"load.py", "classifier.safetensors", "labels.json", "tokenizer.json"} <= {
             path.name for path in (tmp_path / out).iterdir()
         }
-    from lamina import backbones
-
-    assert backbones.load(str(tmp_path / "merged")).pooling == "mean"  # by 1_Pooling, as sentence-transformers has it
 
 
 def test_without_probes_inputs_are_given_or_generated(tmp_path: Path):
@@ -158,26 +173,188 @@ def test_without_probes_inputs_are_given_or_generated(tmp_path: Path):
     )
 
 
+def scaled_files(by: float, patch: pytest.MonkeyPatch) -> None:
+    """Every update is written with another size, whatever the format."""
+    from lamina.export import adapter, merged, updates
+
+    save, state, linear = adapter.save_file, merged.state_of, updates.plain_linear
+
+    def save_scaled(tensors: dict[str, torch.Tensor], *more: object) -> None:
+        save({name: by * value if "lora_B" in name else value for name, value in tensors.items()}, *more)
+
+    def state_scaled(learner: Learner, *, folded: bool) -> dict[str, torch.Tensor]:
+        before, after = state(learner, folded=False), state(learner, folded=folded)
+        return {name: torch.lerp(before[name].float(), after[name].float(), by) for name in before}
+
+    def linear_scaled(layer: AdaptedLinear) -> torch.nn.Linear:
+        made = linear(layer)
+        made.weight.copy_(torch.lerp(layer.base_oi.float(), made.weight, by))
+        return made
+
+    patch.setattr(adapter, "save_file", save_scaled)
+    patch.setattr(merged, "state_of", state_scaled)
+    patch.setattr(updates, "plain_linear", linear_scaled)
+
+
+@pytest.mark.parametrize("by", [0.0, 0.5, 0.98, 1.0])
 @pytest.mark.parametrize("export", [export_peft, export_merged, export_onnx, export_tasks])
-def test_what_differs_is_not_written(export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The weights in use are changed after the scores of the model were computed."""
-    from lamina.export import opened
-
-    model = model_of("split", "olora", tmp_path)
-    right = opened.Opened.features
-
-    def wrong(self: opened.Opened, layers: int = 1) -> list[torch.Tensor]:
-        return [features_bd * 1.05 for features_bd in right(self, layers)]
-
-    if export is export_onnx:
-        scores = opened.Predictor.scores
-        monkeypatch.setattr(opened.Predictor, "scores", lambda self, batch: scores(self, batch) * 1.05)
-    else:
-        monkeypatch.setattr("lamina.export.outputs._own", lambda _, found: found)
-        monkeypatch.setattr(opened.Opened, "features", wrong)
+def test_what_differs_is_not_written(
+    export: Callable[..., Exported], by: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of("split", "olora", tmp_path, **{"training.epochs": 4})
+    scaled_files(by, monkeypatch)
+    if by == 1:
+        assert export(model, tmp_path / "out").differences[0].agreement == 1
+        return
     with pytest.raises(ModelError, match="nothing was written"):
         export(model, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["base", "m"]
+
+
+INF, NAN = float("inf"), float("nan")
+WANTED = [[0.0, 1.0, 9.0], [1.0, 0.0, 9.0], [0.5, 0.2, 9.0]]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found", "told"),
+    [
+        ([[0, 1, 1e4], [1, 0, 1e4]], [[1, 0, 1e4], [0, 1, 1e4]], "A score of 'a' differs by 1.0e"),
+        (WANTED, [[0.0, 1.0, 9.0], [1.0, 0.0, NAN], [0.5, 0.2, 9.0]], "1 of 9 scores as NaN or infinity"),
+        ([[NAN, 1.0]] * 2, [[NAN, 1.0]] * 2, "the model computes 2 of 4 scores as NaN or infinity"),
+        ([[INF, 1.0]] * 2, [[INF, 1.0]] * 2, "the model computes 2 of 4 scores as NaN or infinity"),
+        ([[NAN, NAN]], [[NAN, NAN]], "the model computes 2 of 2 scores as NaN or infinity"),
+        ([[-INF, 1.0], [0.0, -INF]], [[INF, 1.0], [0.0, -INF]], "1 of 4 scores as NaN or infinity"),
+        ([[-INF, 1.0], [0.0, -INF]], [[1.0, -INF], [0.0, -INF]], "uses other outputs than the model"),
+        ([[-INF, 1.0], [0.0, -INF]], [[-INF, 1.0], [0.0, -INF]], None),
+        ([[3.0]], [[3.0]], None),
+        ([[3.0]], [[3.00001]], None),
+        ([[3.0]], [[3.1]], "A score of 'a' differs by 1.0e-01"),
+        ([[0.0, 0.0]] * 3, [[0.0, 0.0]] * 3, None),
+        (WANTED, WANTED, None),
+        ([[1.0, 2.0]], [[1.0, 2.0, 3.0]], r"scores of shape \(1, 3\), and the model \(1, 2\)"),
+    ],
+)
+def test_scores_are_compared_one_by_one(
+    wanted: list[list[float]], found: list[list[float]], told: str | None, tmp_path: Path
+) -> None:
+    opened: Any = SimpleNamespace(origin="inputs", as_run=None)
+    draft = Draft(tmp_path / "out", tmp_path, "none", opened)
+    labels = ["a", "b", "c"][: len(wanted[0])]
+    if told is None:
+        draft.compare("it", [torch.tensor(wanted)], [torch.tensor(found)], labels)
+        assert draft.differences[0].agreement == 1
+        return
+    with pytest.raises(ModelError, match=told):
+        draft.compare("it", [torch.tensor(wanted)], [torch.tensor(found)], labels)
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+@pytest.mark.parametrize("probes", [1, 3])
+@pytest.mark.parametrize("method", ["finetune", "olora", "lamina"])
+def test_one_class_and_two_are_enough(method: str, probes: int, classes: int, tmp_path: Path) -> None:
+    ROWS["vit"].raw().save_pretrained(tmp_path / "base")
+    model = small(tmp_path / "m", tmp_path / "base", method, {"training.epochs": 1, "probes.per_class": probes})
+    model.learn(images(tmp_path / "a.parquet", CLASSES[:classes]), name="only")
+    for export in (export_merged, export_onnx, *([export_tasks] if method == "olora" else [])):
+        assert export(tmp_path / "m", tmp_path / export.__name__).differences[0].agreement == 1
+    if classes == 1:  # nothing distinguishes it, so nothing was learnt
+        with pytest.raises(MethodError, match="has changed no weight of the backbone"):
+            export_peft(tmp_path / "m", tmp_path / "peft")
+    else:
+        assert export_peft(tmp_path / "m", tmp_path / "peft").differences[0].agreement == 1
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+@pytest.mark.parametrize("world", ["split", "bert"])
+def test_relative_paths(world: str, with_base: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the base, the model and the export; and the export may be moved."""
+    monkeypatch.chdir(tmp_path)
+    model = model_of(world, "olora", Path(), **({"backbone.pooling": "mean"} if world == "bert" else {}))
+    with open_model(model) as opened:
+        batches = opened.batches
+    for export in (export_tasks, export_peft):
+        out = Path(export.__name__)
+        assert export(model, out, with_base=with_base).differences[0].agreement == 1
+        configs = [json.loads(file.read_text()) for file in out.rglob("adapter_config.json")]
+        bases = {config["base_model_name_or_path"] for config in configs}
+        assert bases == {"base"} if with_base else bases == {str(tmp_path / "base")}
+        if with_base and (out / "load.py").exists():
+            out.rename("moved")
+            (tmp_path / "base").rename("hidden")
+            assert len(by_page(tmp_path / "moved", batches)) == len(batches)
+            (tmp_path / "hidden").rename("base")
+            shutil.rmtree("moved")
+
+
+def test_what_a_library_raises_is_told_and_no_lack_of_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    def failing(*_: object, **__: object) -> None:
+        raise OSError("there is no file named model.safetensors")
+
+    model = model_of("split", "olora", tmp_path)
+    monkeypatch.setattr(transformers.AutoModelForImageClassification, "from_pretrained", failing)
+    with pytest.raises(ModelError, match=r"loading the checkpoint .* fails \(OSError: there is no file") as refused:
+        export_merged(model, tmp_path / "out")
+    assert "Make room" not in str(refused.value)
+    with pytest.raises(ModelError, match=r"does not load the base .*\(OSError: there is no file") as refused:
+        export_peft(model, tmp_path / "out")
+    assert "Make room" not in str(refused.value)
+
+
+def test_a_disk_that_is_full_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lamina.export import written
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    model = model_of("split", "olora", tmp_path)
+    monkeypatch.setattr(written, "fsync", full)
+    with pytest.raises(ModelError, match=r"out cannot be written: .*No space left on device. Make room"):
+        export_merged(model, tmp_path / "out")
+
+
+def test_the_next_export_removes_what_a_crash_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lamina.export import written
+
+    model = model_of("split", "olora", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(written.shutil, "rmtree", lambda *_, **__: None)  # as if the process had ended
+        patch.setattr(written.os, "rename", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            export_merged(model, tmp_path / "out")
+    left = [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")]
+    assert left
+    export_merged(model, tmp_path / "out")
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")]
+
+
+def test_a_processor_with_other_pixels_is_refused(tmp_path: Path) -> None:
+    """The crop of an image that is not square begins between two pixels in lamina, and at one in transformers."""
+    from PIL import Image
+
+    model = model_of("split", "olora", tmp_path, **{"data.evaluate": "resize-crop"})
+    (tmp_path / "photos").mkdir()
+    for number, shape in enumerate(((30, 20, 3), (20, 31, 3))):
+        pixels = np.random.default_rng(number).integers(0, 256, shape, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+    with pytest.raises(ModelError, match=r"differ from lamina's by [\d.]+ of 255 levels, and 2 are allowed"):
+        export_merged(model, tmp_path / "out", inputs=tmp_path / "photos")
+    assert export_merged(model, tmp_path / "out").differences[0].agreement == 1
+
+
+def test_a_pipeline_with_another_class_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lamina.export import merged
+
+    model = model_of("split", "olora", tmp_path, **{"training.epochs": 4})
+    right = merged.processor_of
+
+    def other(opened: Opened) -> dict[str, Any]:
+        return {**right(opened), "image_mean": [-9.0, 9.0, 0.5]}
+
+    monkeypatch.setattr(merged, "processor_of", other)
+    with pytest.raises(ModelError, match=r"pipeline\(\) of transformers names .* clearly"):
+        export_merged(model, tmp_path / "out")
 
 
 def test_an_existing_place_is_refused(tmp_path: Path):

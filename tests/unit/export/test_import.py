@@ -20,7 +20,8 @@ from lamina.export import export_merged, export_peft, import_adapter
 from lamina.export.checking import silently
 from lamina.export.importing import ADDED, BY_END, REFUSED
 from lamina.methods import METHODS
-from lamina.model import GateRefused, Model
+from lamina.model import GateRefused, Model, kept
+from lamina.runs.setup import image_transform
 
 NEW = ("eel", "fox")
 
@@ -94,10 +95,36 @@ def test_the_first_task_predicts_as_plain_peft_does(world: dict[str, Path], tmp_
     assert "new" in (tmp_path / "m" / "README.md").read_text()
 
 
+def weights_in_use(model: Path) -> dict[str, torch.Tensor]:
+    """The weight of every adapted layer, with all updates that act on any input."""
+    layers = Model(model).predictor().learner.layers
+    return {path: layer.effective().clone() for path, layer in layers.items()}
+
+
+def updates_in(adapter: Path) -> dict[str, torch.Tensor]:
+    """What peft adds to a layer, from the files: alpha is twice the rank."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    start = "base_model.model.vit."
+    return {
+        name.removeprefix(start).removesuffix(".lora_A.weight"): 2 * tensors[name.replace("_A.", "_B.")] @ down_ri
+        for name, down_ri in tensors.items()
+        if name.endswith("lora_A.weight")
+    }
+
+
+def acts(model: Path, before: dict[str, torch.Tensor], adapter: Path) -> bool:
+    """Whether the model's weights have changed by what peft adds, and by nothing else."""
+    after, updates = weights_in_use(model), updates_in(adapter)
+    assert updates.keys() <= before.keys()
+    none = torch.zeros(())
+    return all(torch.allclose(after[path] - before[path], updates.get(path, none), atol=1e-6) for path in before)
+
+
 @pytest.mark.parametrize("method", [*BY_END, *ADDED])
 def test_every_such_method_goes_on_learning(method: str, world: dict[str, Path], tmp_path: Path):
     needed = BY_END.get(method)
     taught(tmp_path / "m", world["base"], method=method)
+    before = weights_in_use(tmp_path / "m")
     if needed:
         with pytest.raises(ModelError, match="--data"):
             import_adapter(tmp_path / "m", world["adapter"], name="new", classes=NEW)
@@ -107,6 +134,12 @@ def test_every_such_method_goes_on_learning(method: str, world: dict[str, Path],
     assert model.version == 3
     assert model.classes == (*CLASSES[:4], *NEW)
     assert (learnt.card.figures.accuracy is not None) == bool(needed)
+    if method != "color":
+        assert acts(tmp_path / "m", before, world["adapter"])
+    saved = load_file(world["adapter"] / "adapter_model.safetensors")
+    block = list(model.predictor().learner.head.blocks)[-1]
+    assert torch.equal(block.weight, saved["base_model.model.classifier.weight"])
+    assert torch.equal(block.bias, saved["base_model.model.classifier.bias"])
     model.learn(images(tmp_path / "more.parquet", CLASSES[:2], seed=7), name="more", force=True)
     assert [card.name for card in model.cards] == ["task 0", "task 1", "new", "more"]
     assert model.rollback("task 1").name == "task 1"
@@ -115,31 +148,50 @@ def test_every_such_method_goes_on_learning(method: str, world: dict[str, Path],
 def test_a_routed_adapter_acts_alone(world: dict[str, Path], tmp_path: Path):
     taught(tmp_path / "m", world["base"], method="color")
     import_adapter(tmp_path / "m", world["adapter"], name="new", classes=NEW, data=world["data"], force=True)
+    from peft import PeftModel
+
     predictor = Model(tmp_path / "m").predictor()
-    assert "centroids/new" in predictor.method.memory
+    colours = [np.random.default_rng(CLASSES.index(name)).integers(0, 256, (4, 4, 3)) for name in (*NEW, *CLASSES[:4])]
+    batch, _ = predictor.read([np.kron(colour, np.ones((5, 5, 1))).astype(np.uint8) for colour in colours])
+    scores_bj = predictor.scores(batch)
+    routed_b = scores_bj[:, -2] > -torch.inf
+    assert 0 < int(routed_b.sum()) < len(colours), "some are routed to it, and some are not"
+    with silently(), torch.no_grad():
+        base = transformers.AutoModelForImageClassification.from_pretrained(world["base"], num_labels=2)
+        wanted_bj = PeftModel.from_pretrained(base, world["adapter"]).eval()(batch.inputs["pixel_values"]).logits
+    assert torch.allclose(scores_bj[routed_b, -2:], wanted_bj[routed_b], atol=1e-5)
+    assert (scores_bj[routed_b, :-2] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("classifier", ["ncm", "lda", "lda+ridge"])
-def test_a_unified_classifier_is_fitted_with_the_new_classes(classifier: str, world: dict[str, Path], tmp_path: Path):
+@pytest.mark.parametrize(("classifier", "merging"), [("ncm", "none"), ("lda", "ema"), ("lda+ridge", "none")])
+def test_a_unified_classifier_is_fitted_with_the_new_classes(
+    classifier: str, merging: str, world: dict[str, Path], tmp_path: Path
+):
     settings = {
         "consolidation.classifier": classifier,
         "consolidation.layers": 2,
-        "consolidation.merging": "ema",
+        "consolidation.merging": merging,
         "consolidation.drift": "linear+local",
         "consolidation.random_features": 32,
     }
     taught(tmp_path / "m", world["base"], method="lamina", settings=settings)
+    before = weights_in_use(tmp_path / "m")
     with pytest.raises(ModelError, match=f"the {classifier.replace('+', '.')} classifier needs the statistics.*--data"):
         import_adapter(tmp_path / "m", world["adapter"], name="new", classes=NEW)
     adapter = trained_by_peft(world["base"], tmp_path / "headless", modules_to_save=None)
     learnt = import_adapter(tmp_path / "m", adapter, name="new", classes=NEW, data=world["data"], force=True)
     assert learnt.card.figures.accuracy is not None
     assert learnt.card.kept["probes"].examples == 6
-    assert Model(tmp_path / "m").predictor().labels == (*CLASSES[:4], *NEW)
+    assert acts(tmp_path / "m", before, adapter) == (merging == "none"), "a merged weight is an average"
+    predictor = Model(tmp_path / "m").predictor()
+    assert predictor.labels == (*CLASSES[:4], *NEW)
+    found = predictor.outcomes(kept.unpacked(Model(tmp_path / "m").store.kept(learnt.card.folder, "probes"),
+                                             image_transform(predictor.config, predictor.backbone)))  # fmt: skip
+    assert found.correct == 6, "the new classes differ in colour"
 
 
 def test_what_lamina_exports_it_imports(world: dict[str, Path], tmp_path: Path):
-    """The exported adapter as the only task of another model: the same scores, also for texts and fused layers."""
+    """The exported adapter as the only task of another model: the same scores, also for texts."""
     for family, kind, pooling in (("vit", "image", "auto"), ("bert", "text", "cls")):
         here = tmp_path / family
         here.mkdir()
@@ -156,6 +208,11 @@ def test_what_lamina_exports_it_imports(world: dict[str, Path], tmp_path: Path):
         )
         first, second = (Model(here / name).evaluate(file).figures for name in ("m", "other"))
         assert first.accuracy == second.accuracy
+        inputs = [np.random.default_rng(n).integers(0, 256, (20, 20, 3), np.uint8) for n in range(4)]
+        given = inputs if kind == "image" else ["sun rain", "soup", "goal team ball", "bread and salt"]
+        predictors = [Model(here / name).predictor() for name in ("m", "other")]
+        wanted_bj, found_bj = (one.scores(one.read(given)[0]) for one in predictors)
+        assert torch.allclose(wanted_bj, found_bj, atol=1e-3 * float(wanted_bj.std(0).mean()))
         merged = export_merged(here / "other", here / "merged")
         assert merged.differences[0].agreement == 1
 
@@ -244,7 +301,23 @@ A, B = "lora_A.weight", "lora_B.weight"
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "another base by name": (config(base_model_name_or_path="google/other"), "its base is 'google/other'.*--same-base"),
     "no base": (config(base_model_name_or_path=None), "its base is None"),
-    "missing half": (weights(lambda t: t.pop(first(t, B))), "lacks lora_A.weight or lora_B.weight"),
+    "another base of the same last name": (
+        config(base_model_name_or_path="/nowhere/other-project/base"),
+        "its base is '/nowhere/other-project/base'.*--same-base",
+    ),
+    "a base that is no name": (config(base_model_name_or_path="\0"), "its base is"),
+    "a base with a name that is too long": (config(base_model_name_or_path="x" * 10_000), "its base is"),
+    "missing half": (weights(lambda t: t.pop(first(t, B))), "has lora_A.weight and lacks lora_B.weight"),
+    "missing layer, and another one excluded": (
+        lambda path: (
+            weights(lambda t: [t.pop(first(t, A)), t.pop(first(t, B))])(path),
+            config(exclude_modules=["layers.1.attention.k_proj"])(path),
+        ),
+        "the weights lack the update of 'layers.0.attention.k_proj'",
+    ),
+    "target_modules as a regular expression": (config(target_modules=r".*\.k_proj"), "only a list of names is read"),
+    "no target_modules": (config(target_modules=None), "target_modules is None"),
+    "exclude_modules as a regular expression": (config(exclude_modules=".*"), "exclude_modules is '..'"),
     "missing layer": (weights(lambda t: [t.pop(first(t, A)), t.pop(first(t, B))]), "the weights lack the update of"),
     "no such target": (
         config(target_modules=["k_proj", "v_proj", "w_proj"]),
@@ -275,6 +348,14 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no matrix": (weights(lambda t: t.update({first(t, B): torch.ones(3)})), "belongs to another base"),
     "NaN": (weights(lambda t: t[first(t, A)].fill_(float("nan"))), "NaN or infinity"),
     "infinity": (weights(lambda t: t["base_model.model.classifier.bias"].fill_(float("inf"))), "NaN or infinity"),
+    "a number beyond float32": (
+        weights(lambda t: t.update({first(t, A): torch.full((3, 32), 1e300, dtype=torch.float64)})),
+        "too large for float32",
+    ),
+    "a product beyond float32": (
+        weights(lambda t: t.update({first(t, A): torch.full((3, 32), 1e30), first(t, B): torch.full((32, 3), 1e30)})),
+        "larger than float32 can hold",
+    ),
     "rank 0": (
         weights(lambda t: t.update({first(t, A): torch.ones(0, 32), first(t, B): torch.ones(32, 0)})),
         "has rank 0",
@@ -293,6 +374,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "layers_to_transform": (config(layers_to_transform=[0]), "layers_to_transform"),
     "unknown field": (config(use_tomorrows_lora=True), "use_tomorrows_lora"),
     "pissa": (config(init_lora_weights="pissa_niter_4"), "changes the weights of the base"),
+    "unknown initialisation": (config(init_lora_weights="tomorrow"), "or is unknown; allowed are True, False"),
+    "initialisation of no kind": (config(init_lora_weights={"a": 1}), "init_lora_weights is"),
     "regular expression": (config(rank_pattern={"(a+)+$": 3}), "no regular expressions"),
     "another type": (config(peft_type="IA3"), "peft_type is 'IA3'; only LORA"),
     "no type": (config(peft_type=["LORA"]), "only LORA"),
@@ -323,6 +406,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         weights(lambda t: t.update({"base_model.model.classifier.weight": torch.ones(2, 64)})),
         "reads other features",
     ),
+    "a norm in the classifier": (
+        weights(lambda t: t.update({"base_model.model.classifier.norm.weight": torch.ones(32)})),
+        "its classifier has classifier.norm.weight besides",
+    ),
     "no classifier": (
         weights(lambda t: [t.pop(k) for k in list(t) if "classifier" in k]),
         "holds no classifier.weight.*modules_to_save",
@@ -339,6 +426,39 @@ def test_an_adapter_that_cannot_be_imported_is_refused_by_name(case: str, world:
     with pytest.raises(ModelError, match=told):
         import_adapter(world["m"], adapter, name="new", classes=NEW)
     assert content(world["m"]) == before
+
+
+def test_layers_may_be_excluded(world: dict[str, Path], tmp_path: Path):
+    without = {"exclude_modules": ["layers.1.attention.v_proj"]}
+    adapter = trained_by_peft(world["base"], tmp_path / "adapter", **without)
+    taught(tmp_path / "m", world["base"])
+    before = weights_in_use(tmp_path / "m")
+    import_adapter(tmp_path / "m", adapter, name="new", classes=NEW, force=True)
+    assert "layers.1.attention.v_proj" not in updates_in(adapter)
+    assert acts(tmp_path / "m", before, adapter)
+
+
+def test_a_head_that_reads_the_mean_is_not_for_a_class_token(tmp_path: Path):
+    """BEiT's setting says what its classifier reads, and both features have the same width."""
+    ROWS["beit"].raw().save_pretrained(tmp_path / "base")
+    adapter = trained_by_peft(tmp_path / "base", tmp_path / "adapter")
+    for pooling in ("cls", "mean"):
+        settings = {"backbone.pooling": pooling, "backbone.targets": ["k", "v"], "precision": "fp32"}
+        Model.create(tmp_path / pooling, backbone=str(tmp_path / "base"), method="olora", settings=settings)
+    assert import_adapter(tmp_path / "mean", adapter, name="new", classes=NEW).card.version == 1
+    with pytest.raises(ModelError, match="reads other features than the model's, of width 32 by pooling 'cls'"):
+        import_adapter(tmp_path / "cls", adapter, name="new", classes=NEW)
+
+
+def test_classes_of_an_export_keep_their_names_and_order(world: dict[str, Path], tmp_path: Path):
+    taught(tmp_path / "m", world["base"], again=False)
+    export_peft(tmp_path / "m", tmp_path / "peft")
+    settings = {"precision": "fp32", "device": "cpu"}
+    Model.create(tmp_path / "other", backbone=str(world["base"]), method="olora", settings=settings)
+    for wrong in (CLASSES[3::-1], (*CLASSES[:3], "eel")):
+        with pytest.raises(ModelError, match=f"outputs are ant,bee,cat,dog, and --classes names {','.join(wrong)}"):
+            import_adapter(tmp_path / "other", tmp_path / "peft", name="all", classes=wrong)
+    import_adapter(tmp_path / "other", tmp_path / "peft", name="all", classes=CLASSES[:4])
 
 
 def test_other_weights_at_the_place_that_an_adapter_names_are_found(world: dict[str, Path], tmp_path: Path):
