@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: demo test test-slow lint bench growth results lattice tables clean
+.PHONY: demo test test-slow lint wheel bench growth results lattice tables clean
 
 demo: .stamps/demo        ## learn five tasks of handwritten digits four ways and write a report
 	$(BIN)/lamina demo
@@ -24,6 +24,12 @@ lint: .stamps/dev         ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+wheel: .stamps/dev        ## build a wheel, install it into an environment of its own, and follow the README there
+	rm -rf dist .wheel && $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+	$(PYTHON) -m venv .wheel
+	.wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[serve,onnx,peft]"
+	LAMINA_BIN=$(CURDIR)/.wheel/bin $(BIN)/python -m pytest -n 0 tests/end_to_end/test_transcript.py
 
 bench: .stamps/bench      ## speed and memory against the bare backbone and against PEFT (QUICK=1: under five minutes)
 	$(BIN)/python benchmarks/bench.py
@@ -66,4 +72,4 @@ runs/minilm: .stamps/bench
 	@mkdir -p .stamps && touch $@
 
 clean:                    ## remove everything these commands made
-	rm -rf $(VENV) .stamps runs demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .wheel .stamps runs demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

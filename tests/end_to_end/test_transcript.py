@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 REFUSED = "2026-12/  "
 """In the line that the gate refuses."""
 CLIENTS = 8
+BIN = Path(os.environ.get("LAMINA_BIN", Path(sys.executable).parent))
+"""Where `lamina` and its Python lie. `make wheel` names an environment into which a wheel was installed."""
 
 pytestmark = [
     pytest.mark.shared,
@@ -106,7 +108,7 @@ def world(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
     """A folder with the months of photographs, and an environment in which `lamina` is this one."""
     photos.months(tmp_path)
     environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
         "XDG_CACHE_HOME": str(tmp_path / ".cache"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
@@ -117,7 +119,7 @@ def world(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
 def test_the_transcript_of_the_readme(world: tuple[Path, dict[str, str]]) -> None:
     folder, environment = world
     lines, pieces = transcript()
-    python = [sys.executable, "-W", "ignore", "-c"]
+    python = [str(BIN / "python"), "-W", "ignore", "-c"]
     said: dict[str, str] = {}
     for line in lines[:-1]:
         done = subprocess.run(line, shell=True, cwd=folder, env=environment, capture_output=True, text=True)
