@@ -307,3 +307,19 @@ def tiny_branch(key: str, o: int = 6, i: int = 5, rank: int = 2, trained: tuple[
         trained={name: factors[name] for name in trained},
         frozen={name: factor for name, factor in factors.items() if name not in trained},
     )
+
+
+class Watched:
+    """A table that notes the rows that are asked for."""
+
+    augments = True
+
+    def __init__(self, table: ImageTable | TextTable) -> None:
+        self.table, self.rows = table, set[int]()
+
+    def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:
+        self.rows |= set(map(int, rows))
+        return self.table.inputs(rows, augment)
+
+    def lengths(self, rows: Ints) -> Ints:
+        return self.table.lengths(rows)

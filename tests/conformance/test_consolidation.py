@@ -19,7 +19,7 @@ from tests.conformance.cases import (
     run_in_pieces,
     state,
 )
-from tests.tiny import ImageTable, TextTable
+from tests.tiny import Watched
 from torch import Tensor
 
 from lamina.config import ConsolidationConfig
@@ -29,7 +29,6 @@ from lamina.engine.loop import Loop
 from lamina.errors import BackboneError, MethodError
 from lamina.maths.merging import weighted
 from lamina.methods import METHODS
-from lamina.types import Augment, Ints
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "weighted": {"merging": "weighted"},
@@ -100,22 +99,6 @@ def test_killed_at_any_phase_it_ends_in_the_same_bits(way: str, tmp_path: Path):
     _, processes = run_in_pieces(start)
     assert processes > 6
     assert state(newest(tmp_path / "pieces")) == state(newest(tmp_path / "whole"))
-
-
-class Watched:
-    """A table that notes the rows that are asked for."""
-
-    augments = True
-
-    def __init__(self, table: ImageTable | TextTable) -> None:
-        self.table, self.rows = table, set[int]()
-
-    def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:
-        self.rows |= set(map(int, rows))
-        return self.table.inputs(rows, augment)
-
-    def lengths(self, rows: Ints) -> Ints:
-        return self.table.lengths(rows)
 
 
 @pytest.mark.parametrize("way", ["both", "weighted"])

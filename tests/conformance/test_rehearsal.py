@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.conformance.cases import CASES, HOME, Killed, World, make_loop, may_be_idle, newest, run_in_pieces, state
-from tests.tiny import ImageTable
-from torch import Tensor
+from tests.tiny import ImageTable, Watched
 
 from lamina.config import RehearsalConfig
 from lamina.engine import checkpoint
@@ -18,7 +17,6 @@ from lamina.engine.loop import Interrupted, Loop
 from lamina.engine.rehearsal import keep
 from lamina.errors import MethodError
 from lamina.methods import METHODS
-from lamina.types import Augment, Ints
 
 ON = RehearsalConfig(per_class=2)
 TRAINED = sorted(name for name, method in METHODS.items() if method.trains)
@@ -111,22 +109,6 @@ def test_it_changes_training_from_the_second_task_on(name: str, tmp_path: Path):
         for loop in loops:
             loop.run(until="begin")
     assert len(loops[0].state.losses) == len(loops[1].state.losses), "as many steps"
-
-
-class Watched:
-    """A table that notes the rows that are asked for."""
-
-    augments = True
-
-    def __init__(self, table: ImageTable) -> None:
-        self.table, self.rows = table, set[int]()
-
-    def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:
-        self.rows |= set(map(int, rows))
-        return self.table.inputs(rows, augment)
-
-    def lengths(self, rows: Ints) -> Ints:
-        return self.table.lengths(rows)
 
 
 def test_of_old_tasks_nothing_but_the_kept_examples_is_seen(tmp_path: Path):
