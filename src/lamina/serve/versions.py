@@ -1,7 +1,7 @@
 """The version that is served, and its replacement by a newer one while requests go on.
 
 A newer version is loaded beside the old one, checked on the probes that the model keeps, and swapped by one reference. The old
-one is closed when its last request has ended. A version that cannot be loaded, fails the check, or takes other inputs is refused.
+one is closed when its last request has ended. Whatever cannot be loaded, fails the check, or takes other inputs is not served.
 """
 
 import asyncio
