@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -12,6 +13,7 @@ from tests.serving import bomb, form, photo
 from tests.unit.serve.conftest import Client, error
 
 from lamina.errors import ConfigError
+from lamina.model import Predictor
 from lamina.serve import Limits, Refusal, allowed_hosts, check_limits, create_app, read_token
 from lamina.serve.body import Held, Share, shown_name, texts_of, uploads_of
 from lamina.serve.limits import flag
@@ -47,6 +49,41 @@ def test_a_share_is_given_back_by_its_last_user() -> None:
     assert held.bytes == 0
     with pytest.raises(Refusal):
         Share(held).take(2**20 + 1)
+
+
+def test_a_form_is_held_once_while_it_waits(animals: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gc
+    import tracemalloc
+
+    from tests.unit.serve.direct import call
+
+    held: list[int] = []
+    real = Predictor.read
+
+    def measured(self: Predictor, inputs: Any) -> Any:
+        held.append(tracemalloc.get_traced_memory()[0])
+        return real(self, inputs)
+
+    stream = io.BytesIO()
+    Image.new("RGB", (1600, 1600)).save(stream, "BMP")
+    size = len(stream.getvalue())
+    app = create_app(animals)
+
+    async def sent() -> dict[str, object]:
+        return {"type": "http.request", "body": form(("a", stream.getvalue()))[0], "more_body": False}
+
+    async def main() -> None:
+        async with app.app.router.lifespan_context(app.app):  # type: ignore[attr-defined]
+            gc.collect()
+            tracemalloc.start()
+            try:
+                assert (await call(app, [sent], kind=form()[1]))[0] == 200
+            finally:
+                tracemalloc.stop()
+
+    monkeypatch.setattr(Predictor, "read", measured)
+    asyncio.run(main())
+    assert size < held[0] < 1.5 * size
 
 
 def test_pixels_are_counted_before_decoding(serve: Client) -> None:
