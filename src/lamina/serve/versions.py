@@ -95,7 +95,8 @@ def check(store: Store, predictor: Predictor, lineage: list[Card]) -> str:
             f"it predicts {correct} of {compared} probes of earlier tasks correctly, where {expected:.0f} were correct when it "
             "was learnt: its weights are not those that were measured."
         )
-    told = f"; {correct} of {compared} correct, as recorded" if compared else ""
+    recorded_as = "as recorded" if round(expected) == correct else f"{expected:.0f} as recorded"
+    told = f"; {correct} of {compared} correct, {recorded_as}" if compared else ""
     return f"{examples} probes, all predictions finite{told}"
 
 
