@@ -16,9 +16,13 @@ from typing import Any
 import numpy as np
 import psutil
 from tests.faults.processes import Lamina, start
-from tests.models import CLASSES, images, png, small
+from tests.models import CLASSES, SMALL, images, png, small
+from tests.tiny import raw_bert
+
+from lamina.model import Model
 
 BOUNDARY = "a-boundary"
+WORDS = ("sun", "rain", "snow", "goal", "team", "ball")
 
 
 def learnt(folder: Path, base: Path, tasks: int = 2) -> Path:
@@ -29,6 +33,31 @@ def learnt(folder: Path, base: Path, tasks: int = 2) -> Path:
     for number in range(tasks):
         model.learn(data, name=f"task-{number}", classes=CLASSES[3 * number : 3 * number + 3])
     return folder / "animals"
+
+
+def learnt_texts(folder: Path) -> Path:
+    """A text model of two classes."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate(("[PAD]", "[UNK]", *WORDS))}
+    raw_bert(vocabulary=len(words)).save_pretrained(folder / "bert")
+    inner = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    inner.normalizer = normalizers.Replace("\u200b", "")  # of such a text, no token is left
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
+    ).save_pretrained(folder / "bert")
+    rows = ["text,label,split"]
+    for number in range(24):
+        pair = WORDS[:3] if number % 2 else WORDS[3:]
+        label, split = "weather" if number % 2 else "sport", "test" if number > 15 else "train"
+        rows.append(f"{pair[number % 3]} {pair[(number + 1) % 3]},{label},{split}")
+    (folder / "news.csv").write_text("\n".join(rows) + "\n")
+    settings = {key: value for key, value in SMALL.items() if key != "backbone.image_size"} | {"data.max_length": 16}
+    model = Model.create(folder / "news", backbone=str(folder / "bert"), method="finetune", settings=settings)
+    model.learn(folder / "news.csv", name="first")
+    return folder / "news"
 
 
 def photo(seed: int = 0, size: int = 20) -> bytes:

@@ -33,7 +33,11 @@ def test_what_is_exported_is_imported_into_another_model(lamina: Command, model:
     assert lamina("export", model, tmp_path / "adapter", "--format", "peft").code == 0
     small(tmp_path / "other", tmp_path / "base", "olora")
     asked = ("import", tmp_path / "other", tmp_path / "adapter", "--name", "taken over")
-    assert "--classes names 2 classes" in lamina.refused(*asked, "--classes", "ant,bee")
+    assert "outputs are ant,bee,cat, and --classes names ant,bee." in lamina.refused(*asked, "--classes", "ant,bee")
+    (tmp_path / "adapter" / "export.json").rename(tmp_path / "export.json")
+    asked_too = lamina.refused(*asked, "--classes", "ant,bee", "--same-base")
+    assert "--classes names 2 classes" in asked_too
+    (tmp_path / "export.json").rename(tmp_path / "adapter" / "export.json")
     said = lamina(*asked, "--classes", "ant,bee,cat")
     assert said.code == 0, said
     assert "version 1, task 'taken over' with 3 classes" in said.out

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from tests.faults.processes import kill_all
-from tests.models import CLASSES, backbone
+from tests.models import CLASSES, backbone, images
 from tests.serving import Server, copied, learnt, photo
 
 from lamina.model import Model
@@ -107,6 +108,72 @@ def test_dropped_files_get_their_class_and_damaged_ones_a_message(browser: Any, 
     assert page.locator("#tasks tr").count() == 2
     assert page.locator("#chart svg path.l").count() >= 2
     assert page.locator("#history li").count() == 3
+    visit.close()
+
+
+def test_names_of_tasks_and_classes_are_text(browser: Any, made: Path, tmp_path: Path) -> None:
+    table = pq.read_table(images(tmp_path / "plain.parquet", CLASSES[:2], seed=7))
+    labels = [f"{EVIL} {label}" for label in table["label"].to_pylist()]
+    pq.write_table(table.set_column(1, "label", [labels]), tmp_path / "evil.parquet")
+    Model(copied(made, tmp_path / EVIL)).learn(tmp_path / "evil.parquet", name=f"task {EVIL}", force=True)
+    server = Server(tmp_path / EVIL)
+    visit = Visit(browser, server)
+    page = visit.page
+    page.locator("#content").wait_for()
+    assert page.locator("h1").inner_text() == EVIL
+    visit.drop(("a.png", table["image"][0].as_py()))
+    page.locator(".results .best").wait_for()
+    shown = page.locator("#classes li").all_inner_texts()
+    assert shown == [*CLASSES, f"{EVIL} ant", f"{EVIL} bee"]
+    assert f"task {EVIL}" in page.locator("#tasks").inner_text()
+    assert f"task {EVIL}" in page.locator("#history").inner_text()
+    assert f"task {EVIL}" in page.locator("#model").inner_text()
+    assert f"task {EVIL}" in page.locator("#chart").inner_text()
+    assert page.locator("main img:not([src^='blob:'])").count() == 0
+    visit.close()
+    server.stop()
+
+
+def test_progress_counts_from_the_last_clear(browser: Any, server: Server) -> None:
+    visit = Visit(browser, server)
+    page = visit.page
+    page.locator("#content").wait_for()
+    held: list[Any] = []
+    page.route("**/predict?*", lambda route: held.append(route))
+    visit.drop(("a.png", photo(1)), ("b.png", photo(2)))
+    page.get_by_text("0 of 2 predicted").wait_for()
+    page.locator("#clear").click()
+    visit.drop(("c.png", photo(3)))
+    page.get_by_text("0 of 3 predicted").wait_for()
+    for route in held:
+        route.continue_()
+    page.get_by_text("3 inputs predicted").wait_for()
+    visit.close()
+
+
+def test_the_server_that_was_gone_is_back(browser: Any, made: Path, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("a-token-of-some-length")
+    server = Server(made, "--token-file", tmp_path / "token")
+    visit = Visit(browser, server)
+    page = visit.page
+    page.locator("#login").wait_for()
+    page.route("**/ready", lambda route: route.abort())
+    page.get_by_text("The server does not respond.").wait_for(timeout=20_000)
+    page.unroute("**/ready")
+    page.wait_for_function("() => !document.getElementById('summary').textContent", timeout=20_000)
+    assert page.locator("#login").is_visible()
+    visit.close()
+    server.stop()
+
+
+def test_a_version_that_is_refused_is_told_with_its_reason(browser: Any, server: Server, tmp_path: Path) -> None:
+    visit = Visit(browser, server)
+    visit.page.locator("#content").wait_for()
+    Model(tmp_path / "animals").rollback()
+    told = "A newer version is not served: the model has learnt no task yet"
+    visit.page.get_by_text(told).or_(visit.page.get_by_text("A newer version is not served: animals")).wait_for(
+        timeout=20_000
+    )
     visit.close()
 
 

@@ -79,10 +79,9 @@ def serve(
     serving.check_limits(limits)
     token = None if token_file is None else serving.read_token(token_file)
     bound = serving.bind(host, port)
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", level=logging.WARNING)
-    logging.getLogger("lamina.serve").setLevel(logging.INFO)
-    hosts = serving.allowed_hosts(host, allow_host or [])
+    _log()
     try:
+        hosts = serving.allowed_hosts(bound, host, allow_host or [])
         app = serving.create_app(model, limits=limits, token=token, hosts=hosts, device=_device(device))
     except LaminaError:
         bound.close()
@@ -96,6 +95,17 @@ def serve(
     with contextlib.suppress(KeyboardInterrupt):
         serving.run(app, bound, limits)
     print("stopped", file=sys.stderr)
+
+
+def _log() -> None:
+    """Write the server's own log to stderr. Libraries log every malformed form and image, by which anyone could fill it."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log = logging.getLogger("lamina.serve")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    logging.getLogger().addHandler(logging.NullHandler())  # else warnings would go to stderr
 
 
 def _check_installed() -> None:

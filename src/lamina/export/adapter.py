@@ -109,8 +109,8 @@ def base_of(opened: Opened, layout: Layout, draft: Draft, *, with_base: bool) ->
     where transformers alone does not load the same weights from there."""
     pristine = state_of(opened.learner, folded=False)
     if with_base:
-        made = layout.build(pristine, layout.empty_head())
         with by_library("writing the base with transformers"):
+            made = layout.build(pristine, layout.empty_head())
             made.save_pretrained(draft.folder / BASE)
         return str(draft.folder / BASE)
     name = str(opened.path / "base") if opened.facts.base.embedded else opened.facts.config.backbone.name

@@ -45,8 +45,8 @@ def export_merged(
         refuse_routed(opened, "one checkpoint")
         outputs = linear_outputs(opened)
         layout = layout_of(opened.learner.backbone, outputs)
-        made = layout.build(state_of(opened.learner, folded=True))
         with by_library("writing the checkpoint with transformers"):
+            made = layout.build(state_of(opened.learner, folded=True))
             made.save_pretrained(draft.folder)
         reference = [outputs.scores(features_bd) for features_bd in opened.features()]
         draft.facts["outputs"] = list(outputs.labels)

@@ -4,16 +4,29 @@ from pathlib import PurePath
 from typing import Any
 
 from lamina.model import Card, GateResult
+from lamina.model.store import EVENTS
 from lamina.serve.versions import Refused, Version, Versions
 
-EVENTS = 200
+MOST_EVENTS = 200
 """Newest events of the history that are shown."""
 TOLD = ("time", "event", "task", "tasks", "version", "forced", "problems")
 """Of an event. The rest may name folders of this machine."""
 
 
 def tasks(versions: Versions) -> dict[str, Any]:
-    """Returns the tasks that the served version has learnt, with their figures and how those changed; and the history."""
+    """Returns the tasks that the served version has learnt, with their figures and how those changed; and the history. They are
+    put together once for a version and a history."""
+    try:
+        found = (versions.path / EVENTS).stat()
+        told: object = versions.current, found.st_ino, found.st_size, found.st_mtime_ns
+    except OSError:
+        told = versions.current
+    if versions.told[0] != told:
+        versions.told = told, _tasks(versions)
+    return versions.told[1]
+
+
+def _tasks(versions: Versions) -> dict[str, Any]:
     version = versions.current
     lineage = version.lineage
     curves = accuracies(lineage)
@@ -85,7 +98,7 @@ def history(versions: Versions) -> list[dict[str, Any]]:
         events = versions.store.events()
     except (OSError, ValueError):
         return []
-    return [{key: event[key] for key in TOLD if key in event} for event in events[-EVENTS:]]
+    return [{key: event[key] for key in TOLD if key in event} for event in events[-MOST_EVENTS:]]
 
 
 def card(versions: Versions) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The HTTP interface: the routes, and what holds them together while the server runs."""
+"""The HTTP interface: the routes, and the parts that they share while the server runs."""
 
 import asyncio
 import time
@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from lamina import __version__
 from lamina.data.decoding import BOMB, DAMAGE, at_most, full_size
+from lamina.errors import ConfigError
 from lamina.model import Prediction
 from lamina.serve import about, page, schemas
 from lamina.serve.batching import Batcher
@@ -25,7 +26,8 @@ from lamina.serve.metrics import CONTENT_TYPE, Metrics
 from lamina.serve.versions import Version, Versions
 
 ROUTES = frozenset({"/", "/predict", "/tasks", "/model", "/health", "/ready", "/metrics", "/openapi.json"})
-MOST_TOP = 1000
+MOST_TOP = 20
+"""Best classes of an input, since all inputs of a batch pay for it."""
 SMALL = 2**16
 """Bytes of a body that is taken apart at once: handing it to a thread would take longer."""
 
@@ -53,8 +55,10 @@ def create_app(
 
     token: that requests must carry. hosts: names that the Host header may give; None for any. device: cpu or cuda; by default
     as the model is configured. seconds: between two looks at the model's directory.
-    Raises ModelError for what is no model, or has learnt no task.
+    Raises ModelError for what is no model, or has learnt no task; ConfigError for an empty token.
     """
+    if token is not None and not token.strip():
+        raise ConfigError("the token is empty, so every request would carry it. Give one, or None for no token.")
     limits = limits or Limits()
     metrics = Metrics()
     versions = Versions(path, device=device, seconds=seconds)
@@ -110,7 +114,9 @@ def _add_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(_: Request, error: HTTPException) -> JSONResponse:
-        return failed(error.status_code, str(error.detail), "route", error.headers)
+        allowed = (error.headers or {}).get("Allow")
+        told = f"{error.detail}; allowed is {allowed}" if allowed else str(error.detail)
+        return failed(error.status_code, told, "route", error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
@@ -126,11 +132,14 @@ def _add_predict(app: FastAPI, parts: Parts) -> None:
         "/predict",
         summary="Predict the class of images or texts",
         response_model=None,
-        responses={200: {"model": schemas.Predictions}, **schemas.refusals(400, 401, 408, 413, 415, 421, 422, 503)},
+        responses={
+            200: {"model": schemas.Predictions},
+            **schemas.refusals(400, 401, 403, 408, 413, 415, 421, 422, 503),
+        },
         openapi_extra={"requestBody": schemas.request_body(limits, kind)},
     )
     async def predict(
-        request: Request, top: Annotated[int, Query(ge=1, le=MOST_TOP, description="Number of classes.")] = 5
+        request: Request, top: Annotated[int, Query(ge=1, le=MOST_TOP, description="Number of best classes.")] = 5
     ) -> JSONResponse:
         _only_known(request, "top")
         batcher.refuse_if_full()
@@ -140,11 +149,15 @@ def _add_predict(app: FastAPI, parts: Parts) -> None:
         try:
             body = await read_body(request, limits, share, "json_mb" if media == "application/json" else "body_mb")
             due = time.monotonic() + limits.deadline_seconds
-            if len(body) <= SMALL:
-                inputs = read(body)
+            work = partial(read, body)
+            small = len(body) <= SMALL
+            del body  # the inputs hold copies of its parts
+            if small:
+                inputs = work()
             else:
                 share.keep()
-                inputs = await batcher.take_apart(partial(read, body), due, share.release)
+                inputs = await batcher.take_apart(work, due, share.release)
+            del work
             batcher.refuse_if_full(len(inputs))
             version = versions.take()
             share.keep()
@@ -240,7 +253,8 @@ def _add_information(app: FastAPI, parts: Parts, token: bool) -> None:
 
     @app.get("/ready", summary="Whether a version is loaded")
     async def ready() -> dict[str, Any]:
-        return {"ready": True, "version": versions.current.number, "refused": about.refused(versions.refused)}
+        refused = versions.refused
+        return {"ready": True, "version": versions.current.number, "refused": refused and {"version": refused.version}}
 
     @app.get("/metrics", summary="Figures for Prometheus", response_class=Response, responses=closed)
     async def metrics() -> Response:
@@ -252,4 +266,4 @@ def _add_information(app: FastAPI, parts: Parts, token: bool) -> None:
         return Response(found.text(), media_type=CONTENT_TYPE)
 
 
-__all__ = ["Version", "create_app"]
+__all__ = ["create_app"]

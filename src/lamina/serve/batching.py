@@ -39,7 +39,7 @@ class Job:
     """The inputs of one request, on their way to the predictions."""
 
     version: Version
-    inputs: Batch | Sequence[str]
+    inputs: Batch | Sequence[Payload]
     """Decoded images, or texts, which the computing thread tokenises."""
     top: int
     due: float
@@ -127,7 +127,7 @@ class Batcher:
     async def _predict(self, version: Version, payloads: Sequence[Payload], top: int, due: float) -> list[Prediction]:
         loop = asyncio.get_running_loop()
         if version.predictor.kind == "text":
-            return await self._put(Job(version, [str(text) for text in payloads], top, due, loop.create_future()))
+            return await self._put(Job(version, payloads, top, due, loop.create_future()))
         read = [self._unless_late(partial(self._read, version, payload), due) for payload in payloads]
         parts = await loop.run_in_executor(self._decoders, lambda: [one() for one in read])
         errors = [error for _, part in parts for error in part]
@@ -207,7 +207,9 @@ class Batcher:
         self._computer.shutdown(wait=True, cancel_futures=True)
 
 
-def compute(version: Version, inputs: Sequence[Batch | Sequence[str]], top: int, size: int) -> list[list[Prediction]]:
+def compute(
+    version: Version, inputs: Sequence[Batch | Sequence[Payload]], top: int, size: int
+) -> list[list[Prediction]]:
     """Returns the predictions for each request's inputs, computed in batches of at most `size`."""
     if isinstance(inputs[0], Batch):
         whole = joint([part for part in inputs if isinstance(part, Batch)])
@@ -252,7 +254,7 @@ def _pieces(whole: Batch, size: int) -> list[Batch]:
     ]
 
 
-def _predict_texts(version: Version, texts: Sequence[str], top: int) -> list[Prediction]:
+def _predict_texts(version: Version, texts: Sequence[Payload], top: int) -> list[Prediction]:
     """Returns a prediction for each text. One that the tokenizer refuses has an error, and the others do not suffer."""
     predictor = version.predictor
     try:

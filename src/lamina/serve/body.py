@@ -71,7 +71,7 @@ async def read_body(request: Request, limits: Limits, share: Share, limit: str) 
         raise Refusal(415, "a body with Content-Encoding is not accepted; send it as it is", "media_type")
     declared = request.headers.get("content-length", "0")
     if not declared.isascii() or not declared.isdecimal():
-        raise Refusal(400, "Content-Length is not a number", "malformed")
+        raise Refusal(400, f"Content-Length is {declared[:40]!r}; it must be a number of bytes", "malformed")
     if int(declared[:20]) > most:
         raise beyond(limit, too_large)
     parts: list[bytes] = []
@@ -122,7 +122,8 @@ class _Parts:
     ended: bool = False
     header: list[bytes] = field(default_factory=lambda: [b"", b""])
     disposition: bytes = b""
-    pieces: list[bytes] = field(default_factory=list)
+    pieces: list[memoryview] = field(default_factory=list)
+    """Of the body, which is not copied before a part has ended."""
 
     def begin(self) -> None:
         if len(self.uploads) >= self.limits.files:
@@ -141,7 +142,7 @@ class _Parts:
         self.header = [b"", b""]
 
     def data(self, data: bytes, start: int, end: int) -> None:
-        self.pieces.append(data[start:end])
+        self.pieces.append(memoryview(data)[start:end])
 
     def end(self) -> None:
         number = len(self.uploads) + 1

@@ -120,15 +120,17 @@ class Guard:
             self.metrics.seconds.labels(route).observe(time.perf_counter() - started)
 
     def _check(self, scope: Scope) -> None:
-        """Raises Refusal for a wrong host, and for a missing or wrong token."""
+        """Raises Refusal for a wrong host, for predictions that a page of another site asks for, and for a wrong token."""
         headers = scope["headers"]
         if self.hosts is not None:
             host = next((value for name, value in headers if name == b"host"), b"").decode("latin-1").lower()
             name = host if host.endswith("]") else host.rpartition(":")[0] or host
             if name not in self.hosts:
                 raise Refusal(
-                    421, "the Host header names another server; --allow-host NAME accepts one more name", "host"
+                    421, f"the Host header names {name[:100]!r}; --allow-host NAME accepts one more name", "host"
                 )
+        if scope["path"] == "/predict" and (b"sec-fetch-site", b"cross-site") in headers:
+            raise Refusal(403, "a page of another site may not use this server from a browser", "site")
         if self._token is None or scope["path"] in OPEN:
             return
         given = [value for name, value in headers if name == b"authorization"]

@@ -6,9 +6,9 @@ const MARKERS = ["M-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0", "M-3-3h6v6h-6z", "M0-4.2L4
 const DASHES = ["", "7 3", "2 3", "9 3 2 3", "4 2", "13 4"];
 const EVENTS = { created: "made", learnt: "learnt", refused: "the gate refused", "rolled back": "rolled back to",
   configured: "settings changed", "opened a run": "made from a run:", "deleted kept examples": "kept examples deleted" };
-const kind = document.body.dataset.kind, mostFiles = Number(document.body.dataset.files);
+const kind = document.body.dataset.kind;
 const by = (id) => document.getElementById(id);
-let token = null, version = null, lost = false, waiting = [], running = 0, done = 0, asked = 0;
+let token = null, version = null, refused = null, lost = false, waiting = [], running = 0, done = 0, asked = 0;
 
 /* Every text goes in as text: names of classes, tasks and files are never read as HTML. */
 function make(tag, attributes = {}, ...children) {
@@ -120,7 +120,7 @@ function take(files) {
 
 function listen() {
   by("clear").addEventListener("click", () => {
-    waiting = []; done = asked = running;
+    waiting = []; done = 0; asked = running;
     for (const item of [...by("results").children]) drop(item);
     progress();
   });
@@ -274,11 +274,21 @@ async function refresh() {
   tell(model, about);
 }
 
+async function explain(number) {
+  const model = await call("model");
+  refused = number;
+  if (model.refused) by("notice").textContent = `A newer version is not served: ${model.refused.reason}`;
+}
+
 async function poll() {
   try {
     const ready = await call("ready");
-    if (lost) { lost = false; if (version !== null) refresh(); }
-    if (ready.refused) by("notice").textContent = `A newer version is not served: ${ready.refused.reason}`;
+    if (lost) {
+      lost = false;
+      if (!by("login").hidden) by("summary").textContent = ""; else start();
+    }
+    if (ready.refused && ready.refused.version !== refused && version !== null) await explain(ready.refused.version);
+    if (!ready.refused) refused = null;
     notice(ready.version);
   } catch { lost = true; by("summary").textContent = "The server does not respond."; }
   setTimeout(poll, POLL);

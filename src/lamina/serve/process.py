@@ -1,8 +1,11 @@
 """The server as a process: its socket, its token, and its end."""
 
 import ipaddress
+import math
+import re
 import socket
 import string
+from dataclasses import asdict
 from pathlib import Path
 
 import uvicorn
@@ -14,6 +17,8 @@ from lamina.serve.protocol import limited
 from lamina.speed import return_large_blocks
 
 SHORTEST_TOKEN = 16
+HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
+"""What --allow-host may give."""
 KEEP_ALIVE = 3600
 """Seconds, for uvicorn. The limit on the time of headers also ends a connection that waits for its next request."""
 
@@ -34,29 +39,38 @@ def read_token(file: Path) -> str:
 
 
 def check_limits(limits: Limits) -> None:
-    """Raises ConfigError for limits that exclude each other."""
+    """Raises ConfigError for limits that are not finite, or exclude each other."""
+    for limit, value in asdict(limits).items():
+        if not math.isfinite(value):
+            raise ConfigError(f"{flag(limit)} {value}: it must be a finite number.")
     if limits.queue < max(limits.files, limits.texts, limits.batch):
         raise ConfigError(
             f"{flag('queue')} {limits.queue}: it must be at least as large as {flag('files')}, {flag('texts')} and "
             f"{flag('batch')} ({max(limits.files, limits.texts, limits.batch)})."
         )
-    if limits.inflight_mb < max(limits.body_mb, limits.json_mb):
-        raise ConfigError(f"{flag('inflight_mb')} {limits.inflight_mb:g}: it must be at least {flag('body_mb')}.")
+    larger = max(("body_mb", "json_mb"), key=lambda limit: float(getattr(limits, limit)))
+    if limits.inflight_mb < getattr(limits, larger):
+        raise ConfigError(
+            f"{flag('inflight_mb')} {limits.inflight_mb:g}: it must be at least {flag(larger)} ({getattr(limits, larger):g})."
+        )
 
 
-def allowed_hosts(host: str, more: list[str]) -> frozenset[str] | None:
-    """Returns the names that a Host header may give; None for any.
+def allowed_hosts(bound: socket.socket, host: str, more: list[str]) -> frozenset[str] | None:
+    """Returns the names that a Host header may give; None for any. host: what the socket was bound to, as it was given.
 
     A server for this machine only accepts its own names only. Otherwise a page on the web could reach it by a name of its own
-    that leads to 127.0.0.1 (DNS rebinding).
+    that leads to 127.0.0.1 (DNS rebinding). Raises ConfigError for what is no name.
     """
-    if host != "localhost":
-        try:
-            if not ipaddress.ip_address(host).is_loopback and not more:
-                return None
-        except ValueError:
-            if not more:
-                return None
+    for name in more:
+        if not HOST.fullmatch(name):
+            raise ConfigError(
+                f"--allow-host {name!r}: give a name without a port, or an IPv6 address in brackets, as in shop.example or "
+                f"[2001:db8::1]."
+            )
+    address = ipaddress.ip_address(bound.getsockname()[0].partition("%")[0])
+    address = getattr(address, "ipv4_mapped", None) or address
+    if not address.is_loopback and not more:
+        return None
     own = f"[{host}]" if ":" in host else host
     return LOOPBACK | {own.lower(), *(name.lower() for name in more)}
 
@@ -89,7 +103,7 @@ def url_of(bound: socket.socket) -> str:
 
 
 def run(app: Guard, bound: socket.socket, limits: Limits) -> None:
-    """Serve until Ctrl-C or SIGTERM. Requests under way are finished."""
+    """Serve until Ctrl-C or SIGTERM. Then requests under way have a second more than their deadline to end."""
     config = uvicorn.Config(
         app,
         http=limited(limits, lambda reason: app.metrics.refusals.labels(reason).inc()),

@@ -65,6 +65,7 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     told = {
         400: "The request, or an input, is malformed.",
         401: "The token is missing or wrong.",
+        403: "A page of another site made a browser send the request.",
         408: "The upload stalled.",
         413: "The request is beyond a limit, which the message names.",
         415: "The media type is not accepted, or a file is no image.",

@@ -1,7 +1,7 @@
 """The version that is served, and its replacement by a newer one while requests go on.
 
 A newer version is loaded beside the old one, checked on the probes that the model keeps, and swapped by one reference. The old
-one is closed when its last request has ended. A version that cannot be loaded, or fails the check, is not served.
+one is closed when its last request has ended. Whatever cannot be loaded, fails the check, or takes other inputs is not served.
 """
 
 import asyncio
@@ -20,6 +20,8 @@ from lamina.model import Card, Facts, Model, Predictor, Store, kept
 from lamina.runs.setup import image_transform
 
 log = logging.getLogger("lamina.serve")
+RETRY = 10
+"""Looks at the model's directory until a version is tried again that failed for a passing reason, such as a lack of memory."""
 ALLOWED_LOSS = 0.02
 """Accuracy on the kept probes may be this much below the recorded one: another CPU rounds otherwise."""
 
@@ -93,7 +95,8 @@ def check(store: Store, predictor: Predictor, lineage: list[Card]) -> str:
             f"it predicts {correct} of {compared} probes of earlier tasks correctly, where {expected:.0f} were correct when it "
             "was learnt: its weights are not those that were measured."
         )
-    told = f"; {correct} of {compared} correct, as recorded" if compared else ""
+    recorded_as = "as recorded" if round(expected) == correct else f"{expected:.0f} as recorded"
+    told = f"; {correct} of {compared} correct, {recorded_as}" if compared else ""
     return f"{examples} probes, all predictions finite{told}"
 
 
@@ -106,8 +109,13 @@ def _noise(predictor: Predictor) -> Any:
     return batch
 
 
-def without_folders(message: str) -> str:
-    """Returns a message in which every absolute path has lost its folders."""
+def without_folders(message: str, root: Path) -> str:
+    """Returns a message in which the model's directory is called by its last name, and any other absolute path has lost its
+    folders."""
+    name = root.resolve().name
+    for folder in sorted({str(root.resolve()), str(root.absolute()), str(root)}, key=len, reverse=True):
+        if folder not in (".", "/"):
+            message = message.replace(folder, name)
     return re.sub(r"(?<![\w.~-])(?:/[^\s/:'\"]+)+/(?=[^\s/])", "", message)
 
 
@@ -124,6 +132,8 @@ class Versions:
         self.current = load(path, device)
         self.refused: Refused | None = None
         self.refusals = 0
+        self.told: tuple[object, dict[str, Any]] = (None, {})
+        """The newest response to /tasks, after the version and the history that it tells."""
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="lamina-load")
 
     def take(self) -> Version:
@@ -137,43 +147,59 @@ class Versions:
 
     async def watch(self) -> None:
         """Look for a newer version, until cancelled."""
+        left = 0
         while True:
             await asyncio.sleep(self.seconds)
-            stamp = self._stamp()
-            if stamp != self._seen:
+            stamp, left = self._stamp(), left - 1
+            if stamp != self._seen or left == 0:
                 self._seen = stamp
-                await self._follow()
+                left = 0 if await self._follow() else RETRY
 
-    async def _follow(self) -> None:
-        """Serve the newest version, if it is another and passes its check."""
+    async def _follow(self) -> bool:
+        """Serve the newest version, if it is another and passes its check. Returns False where another try may succeed."""
         loop = asyncio.get_running_loop()
         number = None
         try:
             number = (await loop.run_in_executor(self._loader, self.store.facts)).version
             if number == self.current.number:
                 self.refused = None
-                return
+                return True
             fresh = await loop.run_in_executor(self._loader, load, self.path, self.device)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with a new version, the old one goes on
             self._refuse(number, error)
-            return
+            return isinstance(error, LaminaError)
+        takes, took = fresh.predictor.kind, self.current.predictor.kind
+        if takes != took:
+            fresh.retired = True
+            self._close_unused(fresh)
+            self._refuse(
+                number, ModelError(f"it takes {takes}s, and the server was started for {took}s: start another.")
+            )
+            return True
         before, self.current = self.current, fresh
         self.refused = None
         before.retired = True
         log.info("version %d is served now, in place of %d (%s)", fresh.number, before.number, fresh.checked)
         self._close_unused(before)
+        return True
 
     def _refuse(self, number: int | None, error: BaseException) -> None:
         # The message may name folders of this machine, which are nobody's business.
         message = str(error) if isinstance(error, LaminaError) else f"{type(error).__name__}: {error}"
-        self.refused = Refused(-1 if number is None else number, without_folders(message))
+        refused = Refused(-1 if number is None else number, without_folders(message, self.path))
+        if refused == self.refused:
+            return
+        self.refused = refused
         self.refusals += 1
         told = "the newest version" if number is None else f"version {number}"
         log.error("%s is refused, and version %d goes on being served: %s", told, self.current.number, error)
 
     def _close_unused(self, version: Version) -> None:
         if version.retired and not version.users:
-            self._loader.submit(version.predictor.close)
+            try:
+                self._loader.submit(version.predictor.close)
+            except RuntimeError:  # the server ends
+                version.predictor.close()
 
     def _stamp(self) -> tuple[int, ...] | None:
         try:
@@ -183,5 +209,5 @@ class Versions:
         return found.st_ino, found.st_size, found.st_mtime_ns
 
     def close(self) -> None:
-        self._loader.shutdown(wait=True)
+        self._loader.shutdown(wait=False, cancel_futures=True)  # a version that is being loaded is not waited for
         self.current.predictor.close()

@@ -321,6 +321,7 @@ def test_the_next_export_removes_what_a_crash_has_left(tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(written.shutil, "rmtree", lambda *_, **__: None)  # as if the process had ended
         patch.setattr(written.os, "rename", lambda *_: 1 / 0)
+        patch.setattr(written.os, "getpid", lambda: 1)
         with pytest.raises(ZeroDivisionError):
             export_merged(model, tmp_path / "out")
     left = [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")]

@@ -7,7 +7,10 @@ from typing import Any
 
 
 async def call(
-    app: Any, messages: Sequence[Callable[[], Awaitable[dict[str, Any]]]], path: str = "/predict"
+    app: Any,
+    messages: Sequence[Callable[[], Awaitable[dict[str, Any]]]],
+    path: str = "/predict",
+    kind: str = "image/png",
 ) -> tuple[int, Any]:
     """Returns status and body of the response to a request whose body comes in these messages."""
     waiting, sent = list(messages), []
@@ -26,7 +29,7 @@ async def call(
         "path": path,
         "raw_path": path.encode(),
         "query_string": b"",
-        "headers": [(b"content-type", b"image/png"), (b"expect", b"100-continue")],
+        "headers": [(b"content-type", kind.encode()), (b"expect", b"100-continue")],
         "http_version": "1.1",
         "scheme": "http",
         "root_path": "",

@@ -92,6 +92,17 @@ def test_texts_of_several_requests_are_joint_and_a_bad_one_harms_nobody(news: Pa
     assert empty.error == "an empty text"
 
 
+def test_bytes_are_no_text(news: Path) -> None:
+    version = load(news)
+
+    async def work(batcher: Batcher) -> list[Any]:
+        return await batcher.predict(version, ["sun", photo()], 1, soon(), lambda: None)
+
+    sun, image = running(version, work)
+    assert sun.label
+    assert image.error == "an image, where the model takes texts"
+
+
 def test_a_full_queue_refuses_with_a_time_to_try_again(version: Version) -> None:
     async def work(batcher: Batcher) -> None:
         batcher.refuse_if_full(500)

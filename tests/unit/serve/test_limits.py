@@ -4,14 +4,17 @@ import asyncio
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 from PIL import Image
 from tests.serving import bomb, form, photo
 from tests.unit.serve.conftest import Client, error
 
 from lamina.errors import ConfigError
-from lamina.serve import Limits, Refusal, allowed_hosts, check_limits, read_token
+from lamina.model import Predictor
+from lamina.serve import Limits, Refusal, allowed_hosts, check_limits, create_app, read_token
 from lamina.serve.body import Held, Share, shown_name, texts_of, uploads_of
 from lamina.serve.limits import flag
 
@@ -46,6 +49,41 @@ def test_a_share_is_given_back_by_its_last_user() -> None:
     assert held.bytes == 0
     with pytest.raises(Refusal):
         Share(held).take(2**20 + 1)
+
+
+def test_a_form_is_held_once_while_it_waits(animals: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gc
+    import tracemalloc
+
+    from tests.unit.serve.direct import call
+
+    held: list[int] = []
+    real = Predictor.read
+
+    def measured(self: Predictor, inputs: Any) -> Any:
+        held.append(tracemalloc.get_traced_memory()[0])
+        return real(self, inputs)
+
+    stream = io.BytesIO()
+    Image.new("RGB", (1600, 1600)).save(stream, "BMP")
+    size = len(stream.getvalue())
+    app = create_app(animals)
+
+    async def sent() -> dict[str, object]:
+        return {"type": "http.request", "body": form(("a", stream.getvalue()))[0], "more_body": False}
+
+    async def main() -> None:
+        async with app.app.router.lifespan_context(app.app):  # type: ignore[attr-defined]
+            gc.collect()
+            tracemalloc.start()
+            try:
+                assert (await call(app, [sent], kind=form()[1]))[0] == 200
+            finally:
+                tracemalloc.stop()
+
+    monkeypatch.setattr(Predictor, "read", measured)
+    asyncio.run(main())
+    assert size < held[0] < 1.5 * size
 
 
 def test_pixels_are_counted_before_decoding(serve: Client) -> None:
@@ -195,18 +233,72 @@ def test_a_token_file(tmp_path: Path) -> None:
     assert read_token(file) == "abcdefgh-12345678"
 
 
+class Bound:
+    """A socket that is bound to an address."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def getsockname(self) -> tuple[str, int]:
+        return self.address, 8000
+
+
+def hosts(address: str, name: str, *more: str) -> frozenset[str] | None:
+    return allowed_hosts(Bound(address), name, list(more))  # type: ignore[arg-type]
+
+
 def test_hosts() -> None:
-    assert allowed_hosts("0.0.0.0", []) is None
-    assert allowed_hosts("some.name", []) is None
-    for local in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
-        assert allowed_hosts(local, []) is not None
-    found = allowed_hosts("0.0.0.0", ["Shop.example"])
+    assert hosts("0.0.0.0", "0.0.0.0") is None
+    assert hosts("::", "::") is None
+    assert hosts("192.0.2.7", "some.name") is None
+    for address in ("127.0.0.1", "::1", "127.0.0.2", "::ffff:127.0.0.1", "::1%lo"):
+        assert hosts(address, "localhost") is not None
+    found = hosts("::1", "ip6-localhost")
     assert found is not None
-    assert {"shop.example", "localhost"} <= found
+    assert {"ip6-localhost", "localhost"} <= found, "it is the bound address that says where it can be reached"
+    found = hosts("0.0.0.0", "0.0.0.0", "Shop.example", "[2001:DB8::1]")
+    assert found is not None
+    assert {"shop.example", "localhost", "[2001:db8::1]"} <= found
+    for wrong in ("shop.example:8000", "2001:db8::1", "[::1]:80", "http://shop.example", "", "a b"):
+        with pytest.raises(ConfigError, match=r"--allow-host .* without a port"):
+            hosts("127.0.0.1", "127.0.0.1", wrong)
+
+
+def test_another_host_is_named(animals: Path) -> None:
+    app = create_app(animals, hosts=frozenset({"localhost"}))
+    with TestClient(app, base_url="http://other.example:99") as client:
+        response = client.get("/tasks")
+    assert response.status_code == 421
+    assert "names 'other.example'; --allow-host" in error(response)
+
+
+def test_a_page_of_another_site_gets_no_prediction(serve: Client) -> None:
+    client = serve()
+    response = client.post("/predict", files={"file": photo()}, headers={"sec-fetch-site": "cross-site"})
+    assert response.status_code == 403
+    assert "another site" in error(response)
+    assert client.get("/", headers={"sec-fetch-site": "cross-site"}).status_code == 200, "a link may lead here"
+    for own in ("same-origin", "same-site", "none"):
+        response = client.post("/predict", files={"file": photo()}, headers={"sec-fetch-site": own})
+        assert response.status_code == 200
+
+
+def test_an_empty_token_is_refused(animals: Path) -> None:
+    for token in ("", " "):
+        with pytest.raises(ConfigError, match="the token is empty"):
+            create_app(animals, token=token)
 
 
 def test_limits_that_exclude_each_other() -> None:
     check_limits(Limits())
+    for limit in ("body_mb", "megapixels", "deadline_seconds", "wait_ms"):
+        for value in (float("inf"), float("nan")):
+            with pytest.raises(
+                ConfigError, match=rf"--max-{limit.replace('_', '-')} {value}: it must be a finite number"
+            ):
+                check_limits(Limits(**{limit: value}))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"--max-inflight-mb 256: it must be at least --max-json-mb \(300\)"):
+        check_limits(Limits(json_mb=300))
     with pytest.raises(ConfigError, match="--max-queue 10: it must be at least"):
         check_limits(Limits(queue=10))
     with pytest.raises(ConfigError, match="--max-inflight-mb 1: it must be at least --max-body-mb"):

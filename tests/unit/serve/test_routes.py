@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from tests.models import CLASSES
 from tests.serving import form, photo
 from tests.unit.serve.conftest import Client, error
 
-from lamina.model import Model
+from lamina.model import Model, Store
 
 
 def test_a_photo_gets_class_probability_and_task(serve: Client, animals: Path) -> None:
@@ -76,6 +77,21 @@ def test_tasks_say_what_was_learnt_and_how_it_changed(serve: Client, animals: Pa
     assert [event["event"] for event in found["history"]] == ["created", "learnt", "learnt"]
 
 
+def test_the_history_is_read_again_only_where_it_has_changed(
+    serve: Client, animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(animals, tmp_path / "model")
+    reads: list[int] = []
+    real = Store.events
+    monkeypatch.setattr(Store, "events", lambda self: (reads.append(1), real(self))[1])
+    client = serve(tmp_path / "model")
+    first = client.get("/tasks").json()
+    assert client.get("/tasks").json() == first
+    assert len(reads) == 1
+    Model(tmp_path / "model").configure({"gate.task_drop": 0.5})
+    assert client.get("/tasks").json()["history"][-1]["event"] == "configured"
+
+
 def test_the_model_is_described_without_folders_of_the_machine(serve: Client, animals: Path) -> None:
     client = serve()
     found = client.get("/model").json()
@@ -138,6 +154,9 @@ def test_an_unknown_route_method_or_query_is_refused_as_json(serve: Client) -> N
     error(client.get("/nothing"))
     error(client.get("/predict"))
     assert client.get("/tasks?x=1").status_code == 422
+    assert "allowed is POST" in error(client.get("/predict"))
+    response = client.post("/predict?top=21", files={"file": photo()})
+    assert (response.status_code, "top" in error(response), "20" in error(response)) == (422, True, True)
     for top in ("0", "-1", "x", "1e9", "99999999999"):
         response = client.post(f"/predict?top={top}", files={"file": photo()})
         assert response.status_code == 422

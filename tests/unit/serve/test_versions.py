@@ -64,11 +64,11 @@ def test_a_version_that_cannot_be_loaded_is_refused_and_the_old_one_goes_on(
     file.write_bytes(content[:-1] + b"x")
     Model(model).rollback("task-0")
     until(lambda: client.get("/ready").json()["refused"] is not None)
-    for path in ("/ready", "/model"):
-        refused = client.get(path).json()["refused"]
-        assert refused["version"] == 3
-        assert "adapters.safetensors is damaged" in refused["reason"]
-        assert str(model.parent) not in refused["reason"]
+    assert client.get("/ready").json()["refused"] == {"version": 3}, "anyone may ask, and the reason is not for anyone"
+    refused = client.get("/model").json()["refused"]
+    assert refused["version"] == 3
+    assert "adapters.safetensors is damaged" in refused["reason"]
+    assert str(model.parent) not in refused["reason"]
     assert client.get("/ready").json()["ready"]
     assert client.post("/predict", files={"file": photo()}).json()["version"] == 2
     assert "version 3 is refused, and version 2 goes on being served" in caplog.text
@@ -79,10 +79,77 @@ def test_a_version_that_cannot_be_loaded_is_refused_and_the_old_one_goes_on(
     assert client.get("/ready").json()["refused"] is None
 
 
+def test_a_version_of_another_kind_is_refused(serve: Client, model: Path, news: Path) -> None:
+    client = serve(model)
+    shutil.move(model, model.with_name("old"))
+    shutil.copytree(news, model.with_name("new"))
+    Model(model.with_name("new")).rollback("first")
+    Model(model.with_name("new")).rollback("first")
+    model.with_name("new").rename(model)
+    until(lambda: client.get("/ready").json()["refused"] is not None)
+    assert client.get("/ready").json()["refused"] == {"version": 3}
+    assert "it takes texts, and the server was started for images" in client.get("/model").json()["refused"]["reason"]
+    assert client.post("/predict", files={"file": photo()}).json()["version"] == 2
+
+
+def test_a_version_that_failed_for_want_of_memory_is_tried_again(
+    serve: Client, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = serve(model, seconds=0.02)
+    failures = [MemoryError("no memory")]
+    real = Predictor.outcomes
+
+    def failing(self: Predictor, examples: object) -> object:
+        if failures:
+            raise failures.pop()
+        return real(self, examples)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Predictor, "outcomes", failing)
+    Model(model).rollback("task-0")
+    until(lambda: client.get("/ready").json()["version"] == 3)
+    assert not failures
+    assert client.get("/ready").json()["refused"] is None
+    assert "lamina_refused_versions 1.0" in client.get("/metrics").text
+
+
+def test_the_end_does_not_wait_for_a_version_that_is_being_loaded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+    import threading
+
+    from lamina.serve import versions as module
+
+    found = module.Versions(model, seconds=0.02)
+    begun, end = threading.Event(), threading.Event()
+    monkeypatch.setattr(module, "load", lambda *_: (begun.set(), end.wait(30)))
+
+    async def main() -> None:
+        task = asyncio.create_task(found.watch())
+        used = found.take()
+        Model(model).rollback("task-0")
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
+        task.cancel()
+        started = time.monotonic()
+        found.close()
+        assert time.monotonic() - started < 1
+        used.retired = True
+        found.give(used)
+
+    try:
+        asyncio.run(main())
+    finally:
+        end.set()
+
+
 def test_messages_lose_the_folders_of_the_machine() -> None:
     told = "/srv/models/shop/tasks/0001-a/card.json is damaged: 1/2 of it; use 'lamina rollback /srv/models/shop TASK', see a/b"
-    shown = "card.json is damaged: 1/2 of it; use 'lamina rollback shop TASK', see a/b"
-    assert without_folders(told) == shown
+    shown = "shop/tasks/0001-a/card.json is damaged: 1/2 of it; use 'lamina rollback shop TASK', see a/b"
+    assert without_folders("/opt/base/w.safetensors is gone", Path("/srv/models/shop")) == "w.safetensors is gone"
+    assert without_folders(told, Path("/srv/models/shop")) == shown
+    told = "/srv/my models/a shop/tasks/0001-a/card.json is damaged; use 'lamina rollback /srv/my models/a shop TASK'"
+    shown = "a shop/tasks/0001-a/card.json is damaged; use 'lamina rollback a shop TASK'"
+    assert without_folders(told, Path("/srv/my models/a shop")) == shown
+    assert without_folders("my models/shop/x is damaged", Path("my models/shop")) == "shop/x is damaged"
 
 
 def test_a_new_version_may_fail_in_any_way(serve: Client, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,10 +158,12 @@ def test_a_new_version_may_fail_in_any_way(serve: Client, model: Path, monkeypat
         patch.setattr(Predictor, "outcomes", lambda *_: {}["missing"])
         Model(model).rollback("task-0")
         until(lambda: client.get("/ready").json()["refused"] is not None)
-    assert client.get("/ready").json()["refused"] == {"version": 3, "reason": "KeyError: 'missing'"}
-    assert client.post("/predict", files={"file": photo()}).json()["version"] == 2
-    Model(model).rollback("task-1")
+        assert client.get("/model").json()["refused"] == {"version": 3, "reason": "KeyError: 'missing'"}
+        assert client.get("/ready").json()["version"] == 2
+        Model(model).rollback("task-1")
+        until(lambda: (client.get("/model").json()["refused"] or {}).get("version") == 4)
     until(lambda: client.get("/ready").json()["version"] == 4)
+    assert client.post("/predict", files={"file": photo()}).json()["version"] == 4
 
 
 def test_a_model_rolled_back_to_nothing_is_refused(serve: Client, model: Path) -> None:
@@ -195,6 +264,8 @@ def test_the_old_version_is_closed_when_its_last_request_has_ended(
         assert not closed
         assert used.predictor.scores(used.predictor.read([photo()])[0]).isfinite().all()  # type: ignore[arg-type]
         versions.give(used)
+        while closed != [2]:
+            await asyncio.sleep(0.02)
         task.cancel()
         versions.close()
 
