@@ -28,7 +28,7 @@ def model(lamina: Command, base: Path, tmp_path: Path) -> Path:
     path = tmp_path / "animals"
     said = lamina("create", path, "--backbone", base, "--method=finetune", "--probes=3", *SETTINGS)
     assert said.code == 0, said
-    assert f"Next: lamina learn {path} FOLDER" in said.out
+    assert f"Next: lamina learn {path} DATA" in said.out
     assert Model(path).facts.base.parameters == sum(p.numel() for p in raw_vit(blocks=2).parameters())
     said = lamina("learn", path, data)
     assert said.code == 0, said
@@ -59,6 +59,10 @@ def test_learns_what_is_new_and_says_so(lamina: Command, model: Path, tmp_path: 
     assert lamina("status", model).out.count("autumn") == 1
     events = [json.loads(line)["event"] for line in lamina("history", model, "--json").out.splitlines()]
     assert events == ["created", "learnt", "learnt"]
+    assert "gate.task_drop: 0.05 -> 0.5" in lamina("configure", model, "--set=gate.task_drop=0.5").out
+    assert "task_drop: 0.5" in lamina("configure", model).out
+    assert "freed" in lamina("prune", model, "--keep=1").out
+    assert "was pruned" in lamina.refused("rollback", model, "first")
     card = (model / "README.md").read_text()
     assert "| autumn |" in card
     assert 'pipeline_tag: "image-classification"' in card

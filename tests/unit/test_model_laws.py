@@ -270,6 +270,25 @@ def test_events_in_any_script(model: Model) -> None:
     assert model.history[-1]["event"] == "after"
 
 
+@pytest.mark.parametrize("method", ["inflora", "lamina"])
+def test_pruned_versions_cannot_come_back_and_nothing_else_changes(
+    base: Path, data: Path, tmp_path: Path, method: str
+) -> None:
+    model = small(tmp_path / "m", base, method, {"method.rank": 3, **LOOSE})
+    for name, classes in (("a", CLASSES[:2]), ("b", CLASSES[2:4]), ("c", CLASSES[4:])):
+        model.learn(data, name=name, classes=classes)
+    before = model.evaluate(data)
+    assert model.prune(2) > 0
+    assert Model(model.path).evaluate(data) == before
+    model.rollback("b")
+    model.rollback("c")
+    with pytest.raises(ModelError, match="was pruned"):
+        model.rollback("a")
+    assert model.prune(2) == 0
+    model.learn(images(tmp_path / "more.parquet", CLASSES[:2], seed=4), name="d")
+    assert len(model.cards) == 4
+
+
 # -- use ------------------------------------------------------------------------------------------------------------------
 
 

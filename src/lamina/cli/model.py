@@ -16,6 +16,7 @@ from lamina.cli.tables import print_table, size_of
 from lamina.errors import ConfigError
 
 if TYPE_CHECKING:
+    from lamina.config import ModelConfig
     from lamina.model import Card, GateResult
 
 
@@ -85,7 +86,9 @@ def create(
             f"It keeps no examples, so earlier tasks are measured only on data that you give. `lamina configure {name} "
             "--probes 10` lets it keep 10 held-out examples of each class that it learns from then on."
         )
-    print(f"Next: lamina learn {name} FOLDER   (one folder of {_examples(facts.kind)})")
+    if said := _method_keeps(facts.config):
+        print(said)
+    print(f"Next: lamina learn {name} DATA   ({_examples(facts.kind)})")
 
 
 def learn(
@@ -154,7 +157,11 @@ def learn(
             )
     except GateRefused as refused:
         _print_gate(refused.gate, as_json)
-        print(f"refused: {refused}", file=sys.stderr)
+        print(
+            f"refused: {model} is as it was before. Check the data; the same command with --force accepts the task anyway "
+            "(it is trained already), and other data with --discard drops it.",
+            file=sys.stderr,
+        )
         raise typer.Exit(1) from None
     if learnt.gate is not None:
         _print_gate(learnt.gate, as_json)
@@ -162,6 +169,8 @@ def learn(
         print("null")
     if not as_json:
         _print_learnt(model, learnt.card, len(opened.classes))
+        if said := _method_keeps(opened.facts.config):
+            print(said)
 
 
 def status(model: Where, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -185,7 +194,7 @@ def status(model: Where, as_json: Annotated[bool, typer.Option("--json", help="P
                 str(len(task.new_classes)),
                 _share(card.figures.accuracy),
                 str(sum(kept.examples for kept in opened.store.kept_now(card).values())),
-                "forced" if card.forced else "",
+                "forced" if card.forced else "imported" if card.imported_from else "passed" if card.gate else "-",
             )
             for card in cards
             for task in card.tasks
@@ -193,12 +202,21 @@ def status(model: Where, as_json: Annotated[bool, typer.Option("--json", help="P
         print()
         print_table(("task", "classes", "new", "accuracy when learnt", "examples kept", "gate"), rows)
     kept = sum(part.bytes for card in cards for part in opened.store.kept_now(card).values())
-    print(f"\n{size_of(file_bytes(model))} on disk, of them {size_of(kept)} kept examples")
+    work = file_bytes(model / WORK) if (model / WORK).is_dir() else 0
+    waits = f" and {size_of(work)} work that waits" if work else ""
+    print(f"\n{size_of(file_bytes(model))} on disk, of them {size_of(kept)} kept examples{waits}")
+    if said := _method_keeps(facts.config):
+        print(said)
     name = shlex.quote(str(model))
+    plan = opened.store.plan()
     if opened.waiting() is not None:
         print(f"A task waits that the gate refused: `lamina gate {name}` shows why.")
-    elif (model / WORK / "plan.json").is_file():
-        print("A task was interrupted: `lamina learn` with the same data goes on with it.")
+    elif plan is not None and f"/{facts.head or 'none'}/" in str(plan.get("stream")):
+        print(f"A task was interrupted: `{plan.get('command')}` goes on with it.")
+    elif plan is not None:
+        print(
+            f"Task {plan['name']!r} was trained on another version, so it cannot be accepted now. --discard drops it."
+        )
     print(f"Next: lamina predict {name} FILE" if cards else f"Next: lamina learn {name} FOLDER")
 
 
@@ -210,10 +228,9 @@ def history(model: Where, as_json: Annotated[bool, typer.Option("--json", help="
         if as_json:
             print(json.dumps(event, ensure_ascii=False))
             continue
+        shown = {key: value for key, value in event.items() if key not in ("time", "event")}
         details = [
-            f"{key} {value}"
-            for key, value in event.items()
-            if key not in ("time", "event") and value not in (None, False)
+            f"{key} {_in_words(key, value)}" for key, value in shown.items() if value is not None and value is not False
         ]
         print(f"{event.get('time', '?')}  {event.get('event', '?')}: {', '.join(details)}")
 
@@ -235,6 +252,7 @@ def rollback(
     card = opened.rollback(task)
     known = f"{len(opened.classes)} classes" if card else "nothing learnt"
     print(f"{model}: version {opened.version}, as after {card.name!r} ({known})" if card else f"{model}: {known}")
+    print("Later versions stay on disk: a rollback to one of them brings it back.")
 
 
 def gate(
@@ -277,7 +295,29 @@ def configure(
     flags = {"backbone.name": backbone, "probes.per_class": probes, "rehearsal.per_class": rehearsal}
     given = _given(flags, settings)
     opened = Model(model)
-    print(configuration.to_yaml(opened.configure(given) if given else opened.facts.config), end="")
+    before = opened.facts.config
+    if given:
+        after = opened.configure(given)
+        for key, then, now in configuration.differences(before.model_dump(mode="json"), after.model_dump(mode="json")):
+            print(f"{key}: {then} -> {now}")
+        return
+    print(configuration.to_yaml(before, without=("stream", "jobs")), end="")  # which do not apply
+
+
+def prune(
+    model: Where,
+    keep: Annotated[
+        int, typer.Option("--keep", min=1, help="Number of newest versions that a rollback can return to.")
+    ],
+) -> None:
+    """Free the space of old versions. What the newest ones need stays, so the model predicts and learns as before.
+
+    A rollback to an older version, or to one that was rolled back, is then no longer possible.
+    """
+    from lamina.model import Model
+
+    size = Model(model).prune(keep)
+    print(f"freed {size_of(size)}; a rollback can return to the newest {keep} version{'s' if keep > 1 else ''}")
 
 
 def forget(
@@ -290,7 +330,9 @@ def forget(
     from lamina.model import Model
 
     size = Model(model).forget_kept(task)
-    print(f"deleted {size_of(size)} of kept examples")
+    print(f"deleted {size_of(size)} of kept examples; later tasks are no longer measured on them")
+    if said := _method_keeps(Model(model).facts.config):
+        print(said)
 
 
 # ---------------------------------------------------------------------------------------------------------------- inputs
@@ -348,9 +390,30 @@ def _print_learnt(model: Path, card: "Card", known: int) -> None:
     kept = ", ".join(f"{part.examples} {what} ({size_of(part.bytes)})" for what, part in card.kept.items())
     print(
         f"\nlearnt {task.name!r}{' (forced)' if card.forced else ''}: version {card.version} knows "
-        f"{known} classes; {card.seconds['total']:.1f} s; kept: {kept or 'no examples'}"
+        f"{known} class{'es' if known != 1 else ''}; {card.seconds['total']:.1f} s; kept: {kept or 'no examples'}"
     )
     print(f"Next: lamina predict {name} FILE, lamina serve {name}, or lamina learn {name} with the next data")
+
+
+def _method_keeps(config: "ModelConfig") -> str | None:
+    """Returns what to say of a method that stores training examples in its own memory."""
+    from lamina.methods import METHODS
+
+    method = METHODS[config.method["name"]]
+    if not method.needs.stored_examples:
+        return None
+    return (
+        f"Method {method.name} itself stores training examples of every class, as part of what it has learnt "
+        f"(`lamina methods {method.name}` says how many). `lamina forget` does not delete them."
+    )
+
+
+def _in_words(key: str, value: Any) -> str:
+    if isinstance(value, list):
+        return "; ".join(map(str, value))
+    if isinstance(value, dict):
+        return "; ".join(f"{name}={one}" for name, one in value.items())
+    return "yes" if value is True else size_of(value) if key == "bytes" else str(value)
 
 
 def _share(value: float | None) -> str:
@@ -358,6 +421,5 @@ def _share(value: float | None) -> str:
 
 
 def _examples(kind: str) -> str:
-    return (
-        "images for each class" if kind == "image" else "texts: a CSV or Parquet file with the columns text and label"
-    )
+    images = "a folder with one folder of images for each class, or a Parquet file"
+    return images if kind == "image" else "a CSV or Parquet file with the columns text and label"

@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -49,12 +50,15 @@ def predict(
     from lamina.model import Model
 
     opened = Model(model)
+    named = _texts(files or [], text or []) if opened.facts.kind == "text" else _images(files or [], text or [])
+    if not files and not text:
+        raise DataError("there is nothing to predict. Give files, a folder, --text, or `-` for standard input.")
+    first = next(named, None)  # what is missing is said before anything is loaded
     predictor = opened.predictor()
-    named = _texts(files or [], text or []) if predictor.kind == "text" else _images(files or [], text or [])
     names: list[str] = []
 
     def payloads() -> Iterator[Any]:
-        for shown, payload in named:
+        for shown, payload in chain([] if first is None else [first], named):
             names.append(shown)
             yield payload
 

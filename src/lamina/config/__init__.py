@@ -1,7 +1,18 @@
 """The configuration of a run: its settings, how they are read, and their fingerprint."""
 
 from lamina.config.fingerprint import fingerprint
-from lamina.config.reading import OF_A_CLASSIFIER, check, explain, listed, load, parse_override, put, unknown, with_line
+from lamina.config.reading import (
+    OF_A_CLASSIFIER,
+    check,
+    differences,
+    explain,
+    listed,
+    load,
+    parse_override,
+    put,
+    unknown,
+    with_line,
+)
 from lamina.config.schema import (
     BackboneConfig,
     Columns,
@@ -42,6 +53,7 @@ __all__ = [
     "StreamConfig",
     "TrainingConfig",
     "check",
+    "differences",
     "explain",
     "fingerprint",
     "listed",

@@ -119,6 +119,18 @@ def put(raw: dict[str, Any], key: str, value: Any) -> None:
     raw[leaf] = value
 
 
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Returns every setting that differs between two nested configurations: its `key.path`, and both values."""
+    found: list[tuple[str, Any, Any]] = []
+    for name in dict.fromkeys([*old, *new]):
+        then, now = old.get(name), new.get(name)
+        if isinstance(then, Mapping) and isinstance(now, Mapping):
+            found += differences(then, now, f"{prefix}{name}.")
+        elif then != now:
+            found.append((f"{prefix}{name}", then, now))
+    return found
+
+
 def unknown(where: str, value: object, allowed: Iterable[str], noun: str) -> str:
     """Returns the message about a name that is not one of the allowed ones."""
     names = list(allowed)

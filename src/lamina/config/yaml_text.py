@@ -1,6 +1,7 @@
 """YAML as configurations use it: numbers such as 1e-3, no aliases, no key twice, limited size and depth."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
     return content, lines
 
 
-def to_yaml(config: RunConfig) -> str:
-    """Returns every setting as YAML that `read_yaml` reads back."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+def to_yaml(config: RunConfig, without: Collection[str] = ()) -> str:
+    """Returns every setting as YAML that `read_yaml` reads back. without: sections that are left out."""
+    content = {key: value for key, value in config.model_dump(mode="json").items() if key not in without}
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

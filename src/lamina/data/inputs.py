@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from lamina.data.records import Kind, Payload
-from lamina.data.tree import IMAGE_SUFFIXES
+from lamina.data.tree import IMAGE_SUFFIXES, scan
 from lamina.errors import DataError
 
 Input = Path | str | bytes | NDArray[np.uint8] | Image.Image
@@ -45,12 +45,7 @@ def image_files(path: Path) -> list[Path]:
         if not path.exists():
             raise DataError(f"{path} does not exist. Give image files, or a folder of them.")
         return [path]
-    found = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
+    found = [path / name for name in sorted(image.path for image in scan(path)[0].all_images())]
     if not found:
         raise DataError(f"{path} holds no image. Images end in {', '.join(sorted(IMAGE_SUFFIXES))}.")
     return found

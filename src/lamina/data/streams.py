@@ -176,7 +176,8 @@ def make_stream(
         for split in SPLITS:
             if split != "val" and len(parts[split]) == 0:
                 raise DataError(
-                    f"task {planned.name!r} of {data.name!r} has no {split} example: nothing could be {split}ed on."
+                    f"task {planned.name!r} of {data.name!r} has no {split} example: nothing could be {split}ed on. Add "
+                    f"examples: where the data has no test split, a class needs two, one to train and one to test on."
                 )
         _check_classes(data, planned, parts)
         taken = owner[parts["train"]]

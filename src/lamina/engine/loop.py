@@ -172,7 +172,7 @@ class Loop:
         if self.method.trains and len(task.classes) == 1 and not len(self.kept()):
             self.note(
                 f"task {task.name!r} has a single class: the cross-entropy over its own outputs is 0, so adapters learn "
-                f"nothing from it. Use fewer tasks with more classes each, or a method without training (`prototype`)."
+                f"nothing from it. Learn two or more classes at a time, or use a method without training (`prototype`)."
             )
         per_epoch = steps_per_epoch(len(task.train), self.training.batch_size)
         self.method.total_rate = optim.total_rate(self.training, per_epoch, later=self.position.task > 0)

@@ -182,7 +182,11 @@ def tell_outputs(draft: Draft, outputs: LinearOutputs) -> None:
         cost = "its accuracy is not known, since the model keeps no probes"
         if outputs.accuracy is not None:
             cost = f"accuracy on the probes {outputs.accuracy[0]:.1%} before, {outputs.accuracy[1]:.1%} after"
-        draft.notes.append(f"The classifier is {outputs.refitted}: {cost}.")
+        draft.notes.append(
+            f"The classifier is {outputs.refitted}. So this is not quite the model: it names the same class as "
+            f"`lamina predict` for {outputs.same_class:.1%} of the compared inputs; {cost}. Its probabilities have no "
+            "temperature and are too sure. `--format onnx` keeps classifier and probabilities."
+        )
         draft.facts["refitted"] = {"what": outputs.refitted, "accuracy": outputs.accuracy}
     if outputs.scaled:
         draft.notes.append(

@@ -33,6 +33,8 @@ class LinearOutputs:
     """Whether the model divides the scores of an input by the length of its features, which changes no predicted class."""
     accuracy: tuple[float, float] | None = None
     """Of the deployed classifier and of this one, on the inputs of the comparison; None where it is the same or unknown."""
+    same_class: float = 1.0
+    """Share of the compared inputs for which it names the same class as the model."""
 
     def scores(self, features_bd: Tensor) -> Tensor:
         """Returns the scores (b, j), float64."""
@@ -85,9 +87,11 @@ def linear_outputs(opened: Opened) -> LinearOutputs:
     told = f"{config.classifier} on {config.layers} block{'s' if config.layers > 1 else ''}, replaced by {kind} on the last one"
     found = LinearOutputs(weight_jd, bias_j, labels, tasks, refitted=told)
     ids = torch.tensor([output.label for output in outputs])
-    mine = opened.accuracy([ids[found.scores(features_bd).argmax(1)] for features_bd in opened.features()])
-    before = opened.accuracy(opened.deployed_classes())
-    return found if mine is None or before is None else replace(found, accuracy=(before, mine))
+    mine = [ids[found.scores(features_bd).argmax(1)] for features_bd in opened.features()]
+    deployed_b = torch.cat(opened.deployed_classes())
+    found = replace(found, same_class=float((torch.cat(mine) == deployed_b).double().mean()))
+    after, before = opened.accuracy(mine), opened.accuracy(opened.deployed_classes())
+    return found if after is None or before is None else replace(found, accuracy=(before, after))
 
 
 def own_outputs(opened: Opened) -> LinearOutputs:

@@ -197,7 +197,7 @@ def _facts(draft: Draft) -> dict[str, Any]:
     return {
         "format": draft.format,
         "lamina": __version__,
-        "model_version": opened.card.version,
+        "model_version": opened.predictor.version,
         "method": opened.facts.config.method["name"],
         "base": {"name": opened.facts.base.name, "sha256": opened.facts.base.hash},
         "tasks": list(dict.fromkeys(output.task for output in opened.learner.outputs)),
@@ -213,7 +213,7 @@ def _readme(draft: Draft) -> str:
     lines = [
         f"# {draft.out.name}",
         "",
-        f"Exported by lamina {__version__} as `{draft.format}` from version {opened.card.version} of a model: method "
+        f"Exported by lamina {__version__} as `{draft.format}` from version {opened.predictor.version} of a model: method "
         f"`{opened.facts.config.method['name']}`, base `{opened.facts.base.name}`, {len(opened.predictor.labels)} classes.",
         "",
         "```python" if draft.code and not draft.code.startswith("python ") else "```",

@@ -124,8 +124,9 @@ def _problems(found: GateResult) -> list[str]:
         if limit is None:
             continue
         told += [
-            f"{role} {change.name!r} falls from {change.before:.1%} to {change.after:.1%} ({change.examples} probes); "
-            f"gate.{role}_drop allows a loss of {limit:.1%}"
+            f"{role} {change.name!r} falls from {change.before:.1%} to {change.after:.1%} "
+            f"({round(change.drop * change.examples)} of {change.examples} probes); gate.{role}_drop allows a loss of "
+            f"{limit:.1%}"
             for change in changes
             if change.drop > limit + 1e-12
         ]

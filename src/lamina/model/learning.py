@@ -139,6 +139,19 @@ class _Learning:
             if alike:
                 self.tell(f"note: new class {name!r} and known class {alike[0]!r} differ only in case or space")
 
+    def _warn(self, setup: Setup, task: Task) -> None:
+        """Say what a user may have overlooked in the data."""
+        for one in setup.data.skipped[:10]:
+            self.tell(f"left out, since it is damaged: {one}")
+        if len(setup.data.skipped) > 10:
+            self.tell(f"and {len(setup.data.skipped) - 10} more damaged images")
+        names = {self.all_names[label] for label in task.classes}
+        for card in self.lineage:
+            if card.fingerprint == setup.data.fingerprint and any(names & set(part.classes) for part in card.tasks):
+                self.tell(
+                    f"note: {card.name!r} was learnt from the same data, so its held-out examples are no new evidence"
+                )
+
     def tell(self, note: str) -> None:
         self.watch(None, Event(task=len(self.earlier), phase="load", note=note))
 
@@ -155,6 +168,7 @@ class _Learning:
         setup.task_count = facts.task_count
         task = setup.stream[-1]
         self._describe(task)
+        self._warn(setup, task)
         self._prepare(setup)
         before = self._before(setup)
         loop = setup.loop(store.path / WORK)
@@ -227,9 +241,11 @@ class _Learning:
     def _waiting(self, found: dict[str, Any], plan: dict[str, Any]) -> str:
         """Returns what to say where the training in MODEL/work is not the one asked for."""
         where = f"{self.store.path} holds the training of task {found.get('name')!r}, which was interrupted or refused"
+        if f"/{self.facts.head or 'none'}/" not in str(found.get("stream")):
+            return f"{where}, and the model has changed since, so it cannot be accepted now. Give --discard to drop it."
         if (found.get("name"), found.get("source")) == (plan["name"], plan["source"]):
             same = found.get("stream") == plan["stream"]
-            what = "with other settings" if same else "and the data or the model has changed since"
+            what = "with other settings" if same else "and the data has changed since"
             return f"{where}, {what}. Restore what changed to go on with it, or give --discard to train it anew."
         drop = f"give --discard to drop it and learn {plan['name']!r} instead"
         return f"{where}. `{found.get('command')}` goes on with it; {drop}."

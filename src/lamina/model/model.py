@@ -222,6 +222,8 @@ class Model:
             facts, card = self.store.facts(), None
             if task is not None:
                 card = self._find(task)
+                if self.store.pruned(card.folder):
+                    raise ModelError(f"the version of task {task!r} was pruned or is damaged, so it cannot come back.")
             changed = facts.model_copy(update={"head": card.folder if card else None, "version": facts.version + 1})
             self.store.write_facts(changed)
             self.store.note("rolled back", task=task, version=changed.version, folder=card.folder if card else None)
@@ -269,6 +271,16 @@ class Model:
             readme.write(self.store)
             return config
 
+    def prune(self, keep: int) -> int:
+        """Delete what only versions before the newest `keep` need, and versions that were rolled back. Returns how many bytes
+        that took. Raises ModelError for a number below 1."""
+        if keep < 1:
+            raise ModelError(f"keep = {keep}: at least the newest version must stay. Give 1 or more.")
+        with self.store.writing():
+            size = self.store.prune(keep)
+            self.store.note("pruned", keep=keep, bytes=size)
+            return size
+
     def forget_kept(self, task: str | None = None) -> int:
         """Delete the examples that the model keeps, of one task or of all. Returns how many bytes they took."""
         with self.store.writing():
@@ -290,7 +302,6 @@ class Model:
             if facts.head is None:
                 raise ModelError(f"{self.path} has learnt no task yet. `lamina learn {self.path} DATA` teaches it one.")
             fresh = open_version(self.store, facts, self.store.card(facts.head), wanted[1])
-            fresh.version = facts.version
             if self._predictor is not None:
                 self._predictor.close()
             self._predictor, self._loaded = fresh, wanted

@@ -96,7 +96,8 @@ class Predictor:
         device: str = "cpu",
     ) -> None:
         config = facts.config.run
-        self.version, self.card, self.config, self.backbone = card.version, card, config, backbone
+        self.version = facts.version if card.folder == facts.head else card.version
+        self.card, self.config, self.backbone = card, config, backbone
         self.class_names, self.temperature = card.class_names, card.temperature
         self._lock, self._open = threading.Lock(), ExitStack()
         dtype = precision.DTYPES["bf16" if config.precision == "bf16" else "fp32"]

@@ -43,28 +43,9 @@ def load_model_config(
 
 def refuse_fixed(old: ModelConfig, new: ModelConfig, where: Path) -> None:
     """Raises ConfigError where a setting differs that the weights of a model depend on."""
-    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
-    for fixed in FIXED:
-        if changed := _difference(fixed, _at(before, fixed), _at(after, fixed)):
-            key, then, now = changed
+    for key, then, now in configuration.differences(old.model_dump(mode="json"), new.model_dump(mode="json")):
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
             raise ConfigError(
                 f"{key} = {now!r}: the weights of {where} depend on it, and it is {then!r} there. Leave it out; it can be "
                 "chosen when a model is made (`lamina create`)."
             )
-
-
-def _at(content: Any, key: str) -> Any:
-    for part in key.split("."):
-        content = content[part]
-    return content
-
-
-def _difference(key: str, then: Any, now: Any) -> tuple[str, Any, Any] | None:
-    """Returns the first setting that differs, with both values; None if none does."""
-    if then == now:
-        return None
-    if isinstance(then, dict) and isinstance(now, dict):
-        names = [*now, *(name for name in then if name not in now)]
-        found = (_difference(f"{key}.{name}", then.get(name), now.get(name)) for name in names)
-        return next(one for one in found if one is not None)
-    return key, then, now

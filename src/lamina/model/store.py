@@ -328,6 +328,32 @@ class Store:
             )
         return stored
 
+    def prune(self, keep: int) -> int:
+        """Delete the tensors that none of the newest `keep` versions needs. Returns how many bytes they took."""
+        newest = [card.folder for card in self.lineage(self.facts().head)[-keep:]]
+        needed = {file for folder in newest for file in self._files_of(folder)}
+        freed = 0
+        for folder in self.versions():
+            for file in (*OF_LEARNER, *GROUPS.values()):
+                path = self.path / TASKS / folder / f"{file}.safetensors"
+                if path.is_file() and path not in needed:
+                    freed += path.stat().st_size
+                    path.unlink()
+        return freed
+
+    def pruned(self, folder: str) -> bool:
+        """Whether tensors of a version were deleted."""
+        return not all(path.is_file() for path in self._files_of(folder))
+
+    def _files_of(self, folder: str) -> set[Path]:
+        """Returns the files that the tensors of a version lie in."""
+        directory = self.path / TASKS / folder
+        stored = self._stored(directory, self._json(directory / "state.json"))
+        places = {
+            (place, file) for file, names in stored.items() for place in names.values() if _FOLDER.fullmatch(place)
+        }
+        return {self.path / TASKS / place / f"{file}.safetensors" for place, file in places}
+
     def _parent_tensors(self, parent: str | None) -> dict[tuple[str, str], tuple[str, Tensor]]:
         """Returns folder and value of every tensor of a version, by its file and name."""
         if parent is None:

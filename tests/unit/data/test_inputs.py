@@ -27,9 +27,18 @@ def test_one_input_and_several(folder: Path) -> None:
     assert list(payloads(str(folder), "image")) == [b"a.png", b"b/c.JPG"]
     assert list(payloads([folder / "a.png", b"raw"], "image")) == [b"a.png", b"raw"]
     assert np.array_equal(next(payloads(PIXELS, "image")), PIXELS)
-    assert next(payloads(image, "image")).startswith(b"\x89PNG")
+    assert np.array_equal(next(payloads(image, "image")), PIXELS)
     assert list(payloads("a text", "text")) == ["a text"]
     assert list(payloads(["one", "two"], "text")) == ["one", "two"]
+
+
+def test_an_image_lies_as_its_file_would(tmp_path: Path) -> None:
+    turned = Image.fromarray(PIXELS)
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    assert next(payloads(turned, "image")).shape == (6, 5, 3)
+    assert next(payloads(turned.convert("CMYK"), "image")).shape[2] == 3
+    assert isinstance(next(payloads(tmp_path, "text")), DataError)
 
 
 def test_what_cannot_be_read(folder: Path) -> None:
