@@ -37,6 +37,13 @@ UNIFIED = {
     }
 }
 """The settings that a method has by default are used for lamina only; others have their own classifier."""
+
+
+def slow(value: object) -> Any:
+    """A case that `make test` leaves to `make test-slow`."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 WORLDS = {
     "split": ("vit", "image", {}),
     "fused": ("modernbert", "text", {"backbone.pooling": "cls", "data.max_length": 16}),
@@ -55,7 +62,7 @@ def model_of(world: str, method: str, folder: Path, **more: object) -> Path:
     return folder / "m"
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", [slow(name) if name == "bert" else name for name in WORLDS])
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in ROUTED])
 def test_one_adapter_and_a_checkpoint(method: str, world: str, tmp_path: Path):
     model = model_of(world, method, tmp_path)
@@ -73,7 +80,7 @@ def test_one_adapter_and_a_checkpoint(method: str, world: str, tmp_path: Path):
     assert config["rank_pattern"] == config["alpha_pattern"]
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", [slow(name) if name == "bert" else name for name in WORLDS])
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_per_task(method: str, world: str, tmp_path: Path):
     if method == "duallora" and world == "fused":
@@ -196,7 +203,7 @@ def scaled_files(by: float, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(updates, "plain_linear", linear_scaled)
 
 
-@pytest.mark.parametrize("by", [0.0, 0.5, 0.98, 1.0])
+@pytest.mark.parametrize("by", [slow(0.0), slow(0.5), 0.98, slow(1.0)])
 @pytest.mark.parametrize("export", [export_peft, export_merged, export_onnx, export_tasks])
 def test_what_differs_is_not_written(
     export: Callable[..., Exported], by: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -250,7 +257,7 @@ def test_scores_are_compared_one_by_one(
 
 @pytest.mark.parametrize("classes", [1, 2])
 @pytest.mark.parametrize("probes", [1, 3])
-@pytest.mark.parametrize("method", ["finetune", "olora", "lamina"])
+@pytest.mark.parametrize("method", ["finetune", slow("olora"), "lamina"])
 def test_one_class_and_two_are_enough(method: str, probes: int, classes: int, tmp_path: Path) -> None:
     ROWS["vit"].raw().save_pretrained(tmp_path / "base")
     model = small(tmp_path / "m", tmp_path / "base", method, {"training.epochs": 1, "probes.per_class": probes})
@@ -265,7 +272,7 @@ def test_one_class_and_two_are_enough(method: str, probes: int, classes: int, tm
 
 
 @pytest.mark.parametrize("with_base", [False, True])
-@pytest.mark.parametrize("world", ["split", "bert"])
+@pytest.mark.parametrize("world", ["split", slow("bert")])
 def test_relative_paths(world: str, with_base: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the base, the model and the export; and the export may be moved."""
     monkeypatch.chdir(tmp_path)

@@ -12,6 +12,8 @@ from lamina.export import export_merged, export_onnx, export_peft
 from lamina.model import Model
 
 MINILM = Path(__file__).resolve().parents[3] / "runs" / "minilm"
+pytestmark = pytest.mark.slow
+
 QUICK: dict[str, Any] = {
     "training.epochs": 1,
     "probes.per_class": 4,
