@@ -39,9 +39,7 @@ AROUND: dict[str, dict[str, Any]] = {
 }
 SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "inflora random": ("inflora", {"design": "random", "spectrum": "paper", "criterion": "paper"}),
-    "merge ties": ("taskarithmetic", {"merge": "ties", "memory_per_class": 0, "head": "scaled", "kl": 0.5}),
-    "merge dare": ("taskarithmetic", {"merge": "dare", "memory_per_class": 0}),
-    "merge magnitude": ("taskarithmetic", {"merge": "magnitude", "memory_per_class": 0}),
+    "task arithmetic without memory": ("taskarithmetic", {"memory_per_class": 0}),
     "color++": ("color", {"identify": "first expert", "distance": "l1"}),
     "clora": ("clora", {"projection": 0.9, "sides": "two", "start": "lora"}),
     "duallora previous": ("duallora", {"residual": "previous"}),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lamina.cli.model import print_gate
 from lamina.cli.predict import Where
 from lamina.errors import ConfigError
 
@@ -99,8 +100,11 @@ def import_(
         names = [one.strip() for one in classes.split(",")]
         learnt = import_adapter(model, adapter, name=name, classes=names, data=data, same_base=same_base, force=force)
     except GateRefused as refused:
-        print(f"refused: {refused}", file=sys.stderr)
+        print_gate(refused.gate)
+        print(f"refused: {model} is as it was before. --force accepts the adapter anyway.", file=sys.stderr)
         sys.exit(1)
+    if learnt.gate is not None:
+        print_gate(learnt.gate)
     measured = learnt.card.figures.accuracy
     told = "" if measured is None else f", accuracy {measured:.1%} on held-out examples"
     print(f"{model}: version {learnt.card.version}, task {name!r} with {len(names)} classes from {adapter}{told}")

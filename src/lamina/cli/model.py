@@ -156,7 +156,7 @@ def learn(
                 ),
             )
     except GateRefused as refused:
-        _print_gate(refused.gate, as_json)
+        print_gate(refused.gate, as_json)
         print(
             f"refused: {model} is as it was before. Check the data; the same command with --force accepts the task anyway "
             "(it is trained already), and other data with --discard drops it.",
@@ -164,7 +164,7 @@ def learn(
         )
         raise typer.Exit(1) from None
     if learnt.gate is not None:
-        _print_gate(learnt.gate, as_json)
+        print_gate(learnt.gate, as_json)
     elif as_json:
         print("null")
     if not as_json:
@@ -268,7 +268,7 @@ def gate(
     if found is None:
         print("null" if as_json else "there was nothing to compare: fewer than two tasks are learnt")
         return
-    _print_gate(found, as_json)
+    print_gate(found, as_json)
     if not found.accepted:
         raise typer.Exit(1)
 
@@ -348,7 +348,8 @@ def _given(flags: dict[str, Any], settings: list[str] | None) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------- outputs
 
 
-def _print_gate(found: "GateResult", as_json: bool) -> None:
+def print_gate(found: "GateResult", as_json: bool = False) -> None:
+    """Print what the gate has found, as tables or as JSON."""
     if as_json:
         print(json.dumps(found.model_dump(mode="json") | {"accepted": found.accepted}, indent=1))
         return
