@@ -42,7 +42,7 @@ def test_a_task_with_a_single_class_teaches_adapters_nothing_and_that_is_said(
     assert list(loop.state.notes) == said
     for number, text in enumerate(said, 1):
         assert f"task 'task-0{number}' has a single class" in text
-        assert "fewer tasks" in text
+        assert "two or more classes" in text
 
 
 def test_with_rehearsal_only_the_first_task_teaches_adapters_nothing(tmp_path: Path):
