@@ -1,10 +1,14 @@
 """Every family that an export claims, reloaded by plain transformers, peft or onnxruntime; and those it refuses, by name."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import transformers
+from safetensors.torch import save_file
+from tests.models import CLASSES, images, small
+from tests.tiny import timm_vit
 from tests.unit.backbones.test_families import IMAGE, ROWS
 from tests.unit.export.worlds import taught, with_tokenizer
 
@@ -104,3 +108,24 @@ def test_onnx(name: str, tmp_path: Path):
     done = export_onnx(tmp_path / "m", tmp_path / "out")
     assert [one.agreement for one in done.differences] == [1, 1]
     assert json.loads((tmp_path / "out" / "labels.json").read_text())["labels"] == list(model.classes)
+
+
+@pytest.mark.parametrize("method", ["olora", "lamina"])
+def test_a_checkpoint_with_fused_queries_keys_and_values(method: str, tmp_path: Path):
+    """A ViT as timm stores it, q, k and v in one tensor: the exports are in the layout of transformers, base included."""
+    base = tmp_path / "timm"
+    base.mkdir()
+    save_file({name: value.contiguous() for name, value in timm_vit().state_dict().items()}, base / "model.safetensors")
+    (base / "config.json").write_text('{"architecture": "vit_tiny", "num_heads": 2, "global_pool": "token"}')
+    model = small(tmp_path / "m", base, method, {"method.rank": 2, "probes.per_class": 2})
+    model.learn(images(tmp_path / "a.parquet", CLASSES[:3]), name="a")
+    model.learn(images(tmp_path / "b.parquet", CLASSES[3:]), name="b", force=True)
+    with pytest.raises(ModelError, match="--with-base"):
+        export_peft(model.path, tmp_path / "bare")
+    for name, write in (
+        ("peft", partial(export_peft, with_base=True)),
+        ("merged", export_merged),
+        ("onnx", export_onnx),
+    ):
+        done = write(model.path, tmp_path / name)
+        assert [one.agreement for one in done.differences] == [1] * len(done.differences)
