@@ -132,7 +132,7 @@ class Predictor:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of the classes that it knows, in the order of `class_probabilities`."""
+        """The names of the classes that it knows, in the order in which they came."""
         return tuple(self.class_names[label] for label in self.classes)
 
     def close(self) -> None:
@@ -154,7 +154,7 @@ class Predictor:
     def predictions(self, batch: Batch, top: int = 1) -> list[Prediction]:
         """Returns a prediction for every example of a batch."""
         scores_bj = self.scores(batch)
-        probabilities_bc = self._probabilities(scores_bj)
+        probabilities_bc = (class_scores(scores_bj, self.learner.outputs, self.classes) / self.temperature).softmax(1)
         best_bk = probabilities_bc.topk(min(top, len(self.classes)), 1)
         winners_bk = scores_bj[:, self._outputs_cm].argmax(2).gather(1, best_bk.indices)
         winners_bk = self._outputs_cm[best_bk.indices, winners_bk]
@@ -163,13 +163,6 @@ class Predictor:
             Prediction(tuple(Guess(labels[c], chance, tasks[j]) for chance, c, j in zip(*row, strict=True)))
             for row in zip(best_bk.values.tolist(), best_bk.indices.tolist(), winners_bk.tolist(), strict=True)
         ]
-
-    def class_probabilities(self, batch: Batch) -> Tensor:
-        """Returns the probability of each class in `labels`, (b, c) float32."""
-        return self._probabilities(self.scores(batch)).float()
-
-    def _probabilities(self, scores_bj: Tensor) -> Tensor:
-        return (class_scores(scores_bj, self.learner.outputs, self.classes) / self.temperature).softmax(1)
 
     def scores(self, batch: Batch) -> Tensor:
         """Returns the scores of all outputs, (b, j), on the CPU. Raises TrainingError for scores that are not finite."""
@@ -191,10 +184,6 @@ class Predictor:
         """Returns the least time of one prediction, for the first of these examples."""
         with self._lock:
             return milliseconds(self.learner, self.consolidation, examples, repeats)
-
-    def batches(self, inputs: Iterable[Item]) -> Iterator[tuple[Batch | None, list[str | None]]]:
-        """Yields inputs as batches, and for each input None or why it cannot be read."""
-        return self._reader.batches(inputs, self.config.evaluation.batch_size)
 
     def read(self, inputs: Sequence[Item]) -> tuple[Batch | None, list[str | None]]:
         """Returns the inputs that can be read as one batch, and for each input None or why it cannot be read."""
