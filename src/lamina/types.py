@@ -1,11 +1,11 @@
-"""The data types that all parts share: Batch, Examples, LabelledData, Task. All are immutable.
+"""The data types that all parts share: Batch, Instruction, Examples, LabelledData, Task. All are immutable.
 
-Shape letters used here: n examples, b batch, c channels, h w pixels, t tokens.
+Shape letters used here: n examples, b batch, c channels, h w pixels, t tokens, m options, s tokens of an option.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -29,7 +29,10 @@ class Batch:
     """Examples ready for a backbone.
 
     `inputs` holds `pixel_values` (b, c, h, w) float32 already normalised for the backbone, or `input_ids` and
-    `attention_mask` (b, t) int64. `labels_b` are class ids: positions in the dataset's list of class names.
+    `attention_mask` (b, t) int64. Instructions also have `completion_mask` (b, t), which is 1 on the tokens of the
+    completion. Questions hold the prompts alone, and in `option_ids` and `option_mask` (b, m, s) the tokens of the options.
+    `labels_b` are class ids: positions in the dataset's list of class names; for questions, the position of the right
+    option, -1 where there are no options.
     """
 
     inputs: Mapping[str, Tensor]
@@ -58,6 +61,21 @@ class Batch:
         )
 
 
+Kind = Literal["image", "text", "instructions"]
+"""What the examples of a dataset are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instruction:
+    """A prompt and the completion that a language model is to give."""
+
+    prompt: str
+    """Whole: the messages of a chat as the tokenizer's chat template renders them."""
+    completion: str
+    options: tuple[str, ...] = ()
+    """The candidate completions. Empty: any text is allowed."""
+
+
 class Table(Protocol):
     """The inputs of a dataset, decoded once (images) or tokenised once (texts)."""
 
@@ -68,6 +86,20 @@ class Table(Protocol):
 
     def lengths(self, rows: Ints) -> Ints:
         """Returns the number of tokens of each row; all 1 for images."""
+        ...
+
+
+@runtime_checkable
+class Instructions(Table, Protocol):
+    """A table of instructions. `inputs` returns prompts with their completions, padded on the right."""
+
+    def questions(self, rows: Ints) -> tuple[dict[str, Tensor], Tensor]:
+        """Returns the prompts of these rows, padded on the right, with the tokens of their options (m = 0 where no row has
+        any), and the position (b,) of the right option, -1 where a row has no options."""
+        ...
+
+    def read(self, row: int) -> Instruction:
+        """Returns the instruction of a row, as text."""
         ...
 
 
@@ -95,6 +127,13 @@ class Examples:
             labels_b=torch.from_numpy(self.labels_n[positions]),
         )
 
+    def questions(self, positions: Ints) -> Batch:
+        """Returns the prompts of these examples with their options. Raises TypeError where these are no instructions."""
+        if not isinstance(self.table, Instructions):
+            raise TypeError("only instructions can be asked as questions")
+        inputs, right_b = self.table.questions(self.rows_n[positions])
+        return Batch(inputs=inputs, labels_b=right_b)
+
     def lengths(self) -> Ints:
         """Returns the number of tokens of each example, (n,); all 1 for images."""
         return self.table.lengths(self.rows_n)
@@ -112,7 +151,7 @@ class LabelledData:
     every row (all 0 where there is one domain). `fingerprint` changes with every file, label and split.
     """
 
-    kind: Literal["image", "text"]
+    kind: Kind
     name: str
     table: Table
     labels_n: Ints

@@ -6,12 +6,14 @@ supported families.
 
 from lamina.backbones.files import content_hash, copy_files, licence, tensors_hash
 from lamina.backbones.loading import from_module, load
-from lamina.backbones.roles import ROLES, Backbone, ImageInput, Site, class_token, make_site
+from lamina.backbones.roles import ROLES, Backbone, ImageInput, Kind, LanguageHead, Site, class_token, make_site
 
 __all__ = [
     "ROLES",
     "Backbone",
     "ImageInput",
+    "Kind",
+    "LanguageHead",
     "Site",
     "class_token",
     "content_hash",

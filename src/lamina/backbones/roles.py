@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lamina.errors import BackboneError
 
-Kind = Literal["image", "text"]
+Kind = Literal["image", "text", "language"]
+"""What a backbone takes: images, texts (an encoder), or instructions (a causal language model)."""
 Pooling = Literal["cls", "mean"]
 Triple = tuple[float, float, float]
 Features = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
@@ -21,6 +22,18 @@ Pool = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 ROLES = ("q", "k", "v", "out", "fc1", "fc2")
 """Queries, keys, values and output of the attention; first and second layer of the MLP."""
+LANGUAGE_ROLES = ("q", "k", "v", "out", "gate", "up", "down")
+"""The same of causal language models, whose MLP is `down(act(gate) * up)`, or `down(act(up))` without a gate."""
+
+
+@dataclass(frozen=True)
+class LanguageHead:
+    """How a causal language model goes from tokens to scores of the next token."""
+
+    body: str
+    """Path in `Backbone.module` of the model without its head. It returns `last_hidden_state` (b, t, d)."""
+    head: str
+    """Path of the linear layer from hidden states (d) to the scores of all tokens."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +110,8 @@ class Backbone:
     """Text: number of token ids; None if unknown."""
     fusible: bool = False
     """Whether a fused block can compute its blocks: those of transformers' `ViTLayer` with exact GELU."""
+    language: LanguageHead | None = None
+    """For causal language models only."""
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Returns features (b, d) of `pixel_values` (b, c, h, w), or of `input_ids` and `attention_mask` (b, t).

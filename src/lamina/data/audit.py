@@ -11,9 +11,9 @@ import numpy as np
 from lamina.data.decoding import decode, has_more_frames, nearly_black
 from lamina.data.names import listed
 from lamina.data.pixels import Damage, Progress, each
-from lamina.data.records import Kind, Payload, Source, escaped
+from lamina.data.records import Payload, Source, escaped
 from lamina.data.summary import count, counts, describe_source, notes
-from lamina.types import SPLITS, Ints
+from lamina.types import SPLITS, Ints, Kind
 
 _EXAMPLES = 5
 

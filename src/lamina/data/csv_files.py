@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from lamina.data.records import Columns, Kind, Source
+from lamina.data.records import Columns, Source
 from lamina.data.tables import PROVENANCE, Part, check_once, from_parts, line_of
 from lamina.errors import DataError
+from lamina.types import Kind
 
 _LONGEST_CELL = 2**28
 _MISSING = ("", "na", "n/a", "#n/a", "nan", "null", "none")

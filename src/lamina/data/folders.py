@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from lamina.data.names import clean, listed, refuse_likely_splits, shown, split_of, split_words
-from lamina.data.records import Kind, Source, build
+from lamina.data.records import Source, build
 from lamina.data.tree import IMAGE_SUFFIXES, Folder, Leftovers, scan
 from lamina.errors import DataError
-from lamina.types import SPLITS
+from lamina.types import SPLITS, Kind
 
 _FEW = 10
 """Images beside folders of images are strays if there are ten times as many in the folders."""

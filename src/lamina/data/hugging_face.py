@@ -9,10 +9,11 @@ from typing import Any
 import pyarrow as pa
 
 from lamina.data.names import SPLIT_NAMES, shown, split_of
-from lamina.data.records import Columns, Kind, LeftOut, Source
+from lamina.data.records import Columns, LeftOut, Source
 from lamina.data.tables import Part, check_once, from_parts, line_of, one_list_of_names
 from lamina.data.tree import Leftovers, is_hidden
 from lamina.errors import DataError
+from lamina.types import Kind
 
 _BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, pa.ArrowException)
 """What the library raises for files that are not what they claim to be."""

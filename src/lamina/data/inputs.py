@@ -7,9 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from lamina.data.records import Kind, Payload
+from lamina.data.records import Payload
 from lamina.data.tree import IMAGE_SUFFIXES, scan
 from lamina.errors import DataError
+from lamina.types import Kind
 
 Input = Path | str | bytes | NDArray[np.uint8] | Image.Image
 Item = Payload | DataError

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from lamina import rng
 from lamina.data.names import SPLIT_NAMES, clean, listed, shown, split_of
 from lamina.errors import ConfigError, DataError
-from lamina.types import SPLITS, Ints
+from lamina.types import SPLITS, Ints, Kind
 
-Kind = Literal["image", "text"]
 Payload: TypeAlias = bytes | NDArray[np.uint8] | str
 
 

@@ -8,10 +8,11 @@ from lamina.data.csv_files import open_csv
 from lamina.data.digits import open_digits
 from lamina.data.folders import open_folder
 from lamina.data.hugging_face import open_hub, open_saved
-from lamina.data.records import Columns, Kind, LeftOut, Source
+from lamina.data.records import Columns, LeftOut, Source
 from lamina.data.tables import open_parquet
 from lamina.data.tree import Leftovers, is_hidden
 from lamina.errors import ConfigError, DataError
+from lamina.types import Kind
 
 __all__ = ["Columns", "Source", "from_arrays", "open_source"]
 

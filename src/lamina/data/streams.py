@@ -18,7 +18,7 @@ import numpy as np
 
 from lamina import rng
 from lamina.errors import DataError
-from lamina.types import SPLITS, Examples, Ints, LabelledData, Split, Task
+from lamina.types import SPLITS, Examples, Ints, Kind, LabelledData, Split, Task
 
 Scenario = Literal["class", "domain", "task", "mixed"]
 
@@ -39,7 +39,7 @@ class Stream:
     tasks: tuple[Task, ...]
     scenario: Scenario
     data_name: str
-    kind: Literal["image", "text"]
+    kind: Kind
     class_names: tuple[str, ...]
     fingerprint: str
     """Of the data, the plan, and every choice of rows: two streams with one fingerprint hold the same examples."""

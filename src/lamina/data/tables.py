@@ -13,9 +13,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from lamina.data.names import listed, refuse_likely_splits, shown, split_of, split_words
-from lamina.data.records import Columns, Kind, LeftOut, Payload, Source, build, domain_ids, label_ids, split_ids
+from lamina.data.records import Columns, LeftOut, Payload, Source, build, domain_ids, label_ids, split_ids
 from lamina.errors import DataError
-from lamina.types import SPLITS, Ints
+from lamina.types import SPLITS, Ints, Kind
 
 PROVENANCE = "source"
 """An optional column that says where each row came from; it makes messages clearer."""
@@ -168,7 +168,7 @@ def from_parts(
     kind = kind or _kind(parts[0], columns)
     payload = columns.image if kind == "image" else columns.text
     for part in parts:
-        _require(part, payload, kind)
+        _require(part, payload, "image" if kind == "image" else "text")
         _require(part, columns.label, "label")
     parts = [
         replace(part, table=_plain(part, (payload, columns.label, columns.domain, columns.split))) for part in parts

@@ -1,9 +1,10 @@
 """What a model says about itself: the facts of the whole, and the card of each version."""
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
+from lamina.backbones import Kind
 from lamina.config import ModelConfig
 from lamina.model.gate import GateResult
 from lamina.record import CodeRecord, MachineRecord, Part, SourceRecord
@@ -34,7 +35,7 @@ class Facts(Part):
     """Folder of the newest version; None before the first task."""
     versions: tuple[str, ...] = ()
     """Folders of all versions, in the order they were learnt in. Those that are not before `head` were rolled back."""
-    kind: Literal["image", "text"]
+    kind: Kind
     base: Base
     config: ModelConfig
     task_count: int | None = None

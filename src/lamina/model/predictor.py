@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lamina import backbones, data
-from lamina.backbones import Backbone
+from lamina.backbones import Backbone, Kind
 from lamina.config import RunConfig
 from lamina.data import ImageTransform, PixelStore, PixelTable
 from lamina.data.arrays import ArrayItems
@@ -127,7 +127,7 @@ class Predictor:
             layer.fold_live()
 
     @property
-    def kind(self) -> Literal["image", "text"]:
+    def kind(self) -> Kind:
         return self.backbone.kind
 
     @property
