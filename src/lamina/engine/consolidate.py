@@ -23,10 +23,10 @@ from torch import Tensor
 from lamina.adapters import LowRank
 from lamina.config import ConsolidationConfig
 from lamina.errors import MethodError, TrainingError
-from lamina.learner import AdapterSite, Learner
+from lamina.learner import AdapterSite, Learner, local_labels
 from lamina.maths import classifiers, drift, linalg, merging
 from lamina.maths.class_statistics import Statistics, concatenated, of_features
-from lamina.methods.base import Method, Pass, local_labels
+from lamina.methods.base import Method, Pass
 from lamina.rng import seed_of
 from lamina.types import Batch, Task
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lamina import rng
 from lamina.engine.steps import Loss
-from lamina.learner import Learner, class_scores
+from lamina.learner import Learner
 from lamina.methods.base import hashed_order
 from lamina.types import Augment, Batch, Examples, Ints, Task
 
@@ -73,7 +73,7 @@ class Kept:
         """Returns the loss of a mixed batch, given that of the task's method."""
         if not len(self):
             return own
-        return lambda batch: own(batch.select(slice(len(batch) // 2))) + balanced_cross_entropy(learner, batch)
+        return lambda batch: own(batch.select(slice(len(batch) // 2))) + learner.loss_of_all(batch, balanced=True)
 
 
 def drawn(labels_n: Ints, count: int, *keys: int) -> Ints:
@@ -89,14 +89,6 @@ def drawn(labels_n: Ints, count: int, *keys: int) -> Ints:
     start_b = (rng.uniform(class_b, *keys, _STARTS) * size_c[class_b]).astype(np.int64)
     positions_b: Ints = order_n[first_c[class_b] + (start_b + turn_b) % size_c[class_b]]
     return positions_b
-
-
-def balanced_cross_entropy(learner: Learner, batch: Batch) -> Tensor:
-    """Returns the cross-entropy () over all classes that have outputs. Every class in the batch has the same total weight."""
-    classes = range(1 + max(output.label for output in learner.outputs))  # those without outputs score minus infinity
-    scores_bc = class_scores(learner.head(learner.features(batch)), learner.outputs, classes)
-    count_c = scores_bc.new_zeros(len(classes)).index_add(0, batch.labels_b, scores_bc.new_ones(len(batch)))
-    return F.cross_entropy(scores_bc, batch.labels_b, weight=1 / count_c.clamp_min(1))
 
 
 def concatenated(batches: Sequence[Batch]) -> Batch:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lamina.types import Task
+
 
 class Output(NamedTuple):
     """An output unit of the head: one per class and task."""
@@ -58,6 +60,20 @@ class Head(nn.Module):
     def forward(self, features_bd: Tensor) -> Tensor:
         """Returns the scores of all outputs, (b, j)."""
         return torch.cat([block(features_bd) for block in self.blocks], 1)
+
+
+def local_labels(task: Task, labels_b: Tensor) -> Tensor:
+    """Returns the positions (b,) of class ids among the task's own outputs."""
+    return _positions(task.classes, labels_b.device)[labels_b]
+
+
+@lru_cache(maxsize=8)
+def _positions(classes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Returns the position of every class id up to the largest of these, -1 for the others. Cached, because a GPU would
+    wait for a new tensor in every step."""
+    order = torch.full((max(classes) + 1,), -1)
+    order[list(classes)] = torch.arange(len(classes))
+    return order.to(device)
 
 
 def class_scores(scores_bj: Tensor, outputs: Sequence[Output], classes: Sequence[int]) -> Tensor:

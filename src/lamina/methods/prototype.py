@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lamina.errors import DataError
-from lamina.learner import Learner
-from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal, local_labels
+from lamina.learner import Learner, local_labels
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal
 from lamina.types import Batch, Task
 
 

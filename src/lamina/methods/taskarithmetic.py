@@ -29,8 +29,7 @@ from torch import Tensor
 from lamina import rng
 from lamina.adapters import LowRank
 from lamina.errors import TrainingError
-from lamina.learner import Learner
-from lamina.learner.head import class_scores
+from lamina.learner import Learner, local_labels
 from lamina.maths.linalg import factors_of
 from lamina.methods.base import (
     Departure,
@@ -41,8 +40,6 @@ from lamina.methods.base import (
     Pass,
     Refusal,
     hashed_order,
-    local_cross_entropy,
-    local_labels,
 )
 from lamina.rng import seed_of
 from lamina.types import Batch, Task
@@ -120,7 +117,7 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
     def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
         weight = self.config.kl
         if weight == 0:
-            return local_cross_entropy(learner, batch, task)
+            return learner.loss(batch, task)
         with learner.bare(), torch.no_grad():
             before_bd = learner.features(batch)
         features_bd = learner.features(batch)
@@ -175,7 +172,6 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         learner.head.requires_grad_(True)
         inputs = {k: padded([self.memory[f"{k}/{task}"] for task in tasks]) for k in INPUTS[learner.backbone.kind]}
         labels_n = torch.cat([self.memory[f"labels/{task}"] for task in tasks])
-        classes_c = torch.tensor(sorted({output.label for output in learner.outputs}), device=learner.device)
         optimizer = torch.optim.Adam(learner.trainable().values(), lr=config.memory_lr)
         for epoch in range(config.memory_epochs):
             order_n = torch.from_numpy(rng.permutation(len(labels_n), seed, epoch)).to(learner.device)
@@ -183,8 +179,7 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
                 parts = {k: value[chosen_b] for k, value in inputs.items()}
                 parts = {k: v.float() if v.is_floating_point() else v.long() for k, v in parts.items()}
                 batch = Batch(inputs=parts, labels_b=labels_n[chosen_b])
-                scores_bc = class_scores(learner.head(learner.features(batch)), learner.outputs, classes_c.tolist())
-                loss = F.cross_entropy(scores_bc, torch.searchsorted(classes_c, batch.labels_b))
+                loss = learner.loss_of_all(batch)
                 if not math.isfinite(loss.item()):
                     raise TrainingError(
                         f"the loss is {loss.item()} in epoch {epoch + 1} of the fine-tuning on stored examples. Use a "
