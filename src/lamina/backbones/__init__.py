@@ -7,6 +7,7 @@ supported families.
 from lamina.backbones.files import content_hash, copy_files, licence, tensors_hash
 from lamina.backbones.loading import from_module, load
 from lamina.backbones.roles import ROLES, Backbone, ImageInput, Kind, LanguageHead, Site, class_token, make_site
+from lamina.backbones.settings import is_language
 
 __all__ = [
     "ROLES",
@@ -19,6 +20,7 @@ __all__ = [
     "content_hash",
     "copy_files",
     "from_module",
+    "is_language",
     "licence",
     "load",
     "make_site",

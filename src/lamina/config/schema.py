@@ -22,6 +22,8 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
     around: ClassVar[Mapping[str, Any]] = {}
     """Defaults of this method for settings outside its own, by dotted key. They replace the general defaults."""
+    around_language: ClassVar[Mapping[str, Any]] = {}
+    """The same for causal language models."""
 
 
 class Columns(Section):
@@ -183,6 +185,8 @@ class ConsolidationConfig(Section):
 class RehearsalConfig(Section):
     per_class: int = Field(0, ge=0)
     """Training examples of each class that are kept of every finished task, and trained on again with later tasks. 0: none."""
+    ratio: float = Field(1.0, gt=0, le=100)
+    """Kept examples in a batch for every new one."""
 
 
 class EvaluationConfig(Section):
@@ -194,6 +198,11 @@ class EvaluationConfig(Section):
     """Also measure the tasks that are not learnt yet (above the diagonal). Forward transfer needs it."""
     per_class: int | None = Field(None, ge=1)
     """Measure on at most this many test and validation examples of each class and domain, the same for every run."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Language models: the most tokens that are generated for an example without options."""
+    text: str | None = None
+    """Language models: a text file from outside the stream, whose perplexity shows what the stream does to general ability.
+    Not set: a short English text that lamina carries."""
 
 
 class RunConfig(Section):

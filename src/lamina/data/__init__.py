@@ -12,7 +12,7 @@ from lamina.data.audit import Audit, audit, render
 from lamina.data.pixels import PixelStore, decode_once, default_cache
 from lamina.data.sources import Columns, Source, from_arrays, open_source
 from lamina.data.summary import as_dict, describe_source, difference
-from lamina.data.tokens import TokenTable, load_tokenizer, tokenise_once
+from lamina.data.tokens import TokenTable, load_tokenizer, text_tokens, tokenise_once
 from lamina.data.transforms import ImageTransform, PixelTable
 from lamina.errors import ConfigError, DataError
 from lamina.types import Augment, Ints, LabelledData, Table
@@ -36,6 +36,7 @@ __all__ = [
     "load_tokenizer",
     "open_source",
     "render",
+    "text_tokens",
     "tokenise_once",
     "undecoded",
 ]

@@ -1,6 +1,7 @@
 """Tokenises every text once. Shape letters: n texts, b texts of a batch, t tokens."""
 
 import math
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,21 @@ def load_tokenizer(where: Path | str) -> Any:
             f"no tokenizer can be loaded from {where} ({_reason(error)}). Point at a folder with tokenizer.json (or the files"
             " save_pretrained writes), or at a name on the Hugging Face hub"
         ) from error
+
+
+def text_tokens(file: str | None, tokenizer: Path | str) -> Tensor:
+    """Returns the tokens (t,) of a text file, or of the short English text that lamina carries.
+
+    Raises DataError for a file that cannot be read, or that comes to fewer than two tokens.
+    """
+    try:
+        carried = resources.files("lamina") / "assets" / "general.txt"
+        text = carried.read_text("utf-8") if file is None else Path(file).expanduser().read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"evaluation.text = {file!r} cannot be read as UTF-8 text ({_reason(error)}). Correct the path, or leave it out"
+        ) from error
+    ids = load_tokenizer(tokenizer)(text[:_LONGEST], add_special_tokens=False)["input_ids"]
+    if len(ids) < 2:
+        raise DataError(f"evaluation.text = {file!r} comes to {count(len(ids), 'token')}; two are needed at least")
+    return torch.tensor(ids, dtype=torch.int64)

@@ -7,11 +7,12 @@ Shape letters: b batch, d width, j outputs of all blocks, c classes.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from lamina.types import Task
 
@@ -35,14 +36,15 @@ class Head(nn.Module):
         self.outputs: list[Output] = []
 
     def add(self, task: str, classes: Sequence[int]) -> nn.Linear:
-        """Append a block with one output per class, and return it.
+        """Append a block with one output per class, or an empty one, and return it.
 
         It is initialised as PyTorch initialises linear layers, from the CPU's global generator (which the engine seeds).
         Raises ValueError if the task has a block already.
         """
         if task in self.tasks:
             raise ValueError(f"task {task!r} has a block in the head already")
-        block = nn.Linear(self.width, len(classes)).to(self.device)
+        make = nn.Linear if classes else partial(skip_init, nn.Linear)  # there is nothing to initialise
+        block = make(self.width, len(classes)).to(self.device)
         self.blocks.append(block)
         self.tasks.append(task)
         self.outputs += [Output(task, label) for label in classes]
@@ -74,6 +76,11 @@ def _positions(classes: tuple[int, ...], device: torch.device) -> Tensor:
     order = torch.full((max(classes) + 1,), -1)
     order[list(classes)] = torch.arange(len(classes))
     return order.to(device)
+
+
+def drawn(log_bc: Tensor, uniform_b: Tensor) -> Tensor:
+    """Returns one label (b,) for each line of log-probabilities, drawn by inverting its distribution at uniform numbers."""
+    return (log_bc.detach().double().exp().cumsum(1) < uniform_b[:, None]).sum(1).clamp_max(log_bc.shape[1] - 1)
 
 
 def class_scores(scores_bj: Tensor, outputs: Sequence[Output], classes: Sequence[int]) -> Tensor:

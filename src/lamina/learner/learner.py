@@ -16,7 +16,7 @@ from lamina import adapters
 from lamina.adapters import AdaptedLinear, Branch, Finished, Mixture, Router
 from lamina.backbones import Backbone
 from lamina.errors import ConfigError
-from lamina.learner.head import Head, Output, class_scores, local_labels
+from lamina.learner.head import Head, Output, class_scores, drawn, local_labels
 from lamina.learner.moments import Watcher, check_moment, recording
 from lamina.learner.sites import AdapterSite
 from lamina.types import Batch, Task
@@ -58,6 +58,11 @@ class Learner:
         backbone.cast(dtype)
         self.sites = {site.name: AdapterSite(site, self.layers[site.path]) for site in places}
         self.head = Head(backbone.width, self.device)
+
+    @property
+    def answers(self) -> bool:
+        """Whether predictions are completions, not classes: see `LanguageLearner`."""
+        return False
 
     @property
     def outputs(self) -> list[Output]:
@@ -339,8 +344,3 @@ class Learner:
             made.requires_grad_(block["trained"])
         for layer in self.layers.values():
             layer.refold()
-
-
-def drawn(log_bc: Tensor, uniform_b: Tensor) -> Tensor:
-    """Returns one label (b,) for each line of log-probabilities, drawn by inverting its distribution at uniform numbers."""
-    return (log_bc.detach().double().exp().cumsum(1) < uniform_b[:, None]).sum(1).clamp_max(log_bc.shape[1] - 1)

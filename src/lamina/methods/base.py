@@ -10,6 +10,7 @@ Shape letters: b batch, d width of the features, j outputs of the head.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -131,6 +132,8 @@ class Method(ABC, Generic[C]):
     """False for a method without training steps: the engine goes from `begin` straight to `end`."""
     refuses: ClassVar[tuple[Refusal, ...]] = ()
     """The parts of `consolidation` that it cannot be combined with."""
+    refuses_language: ClassVar[str] = ""
+    """Why it cannot adapt a causal language model; empty if it can."""
     independent: ClassVar[bool] = False
     """True if the training of a task depends on nothing that earlier tasks left, and updates nothing but
     `Learner.trainable`. Tasks may then be trained side by side. `begin` and `end` are still called in order."""
@@ -178,6 +181,17 @@ class Method(ABC, Generic[C]):
         """Returns scores (b, j), given that all examples are of this task. Only its outputs are used. A method overrides it
         if the task's identity does more than select outputs."""
         return self.predict(learner, batch)
+
+    @contextmanager
+    def answering(self, learner: Learner, batch: Batch, task: str | None = None) -> Iterator[None]:
+        """Within the context the learner completes these prompts, as far as a method selects adapters per input. By default
+        it does not. task: given that all examples are of this task. For language models only."""
+        yield
+
+    @property
+    def selects(self) -> bool:
+        """Whether `answering` depends on the task, if it is given."""
+        return type(self).answering is not Method.answering
 
     @property
     def uses_task(self) -> bool:

@@ -47,6 +47,7 @@ class Prototype(Method[PrototypeConfig]):
         extra="One pass over the data of every task.",
     )
     config_type = PrototypeConfig
+    refuses_language = "its means of classes are a classifier, and a language model has none"
     refuses = (
         Refusal("init", "it trains nothing"),
         Refusal("merging", "it trains nothing"),

@@ -45,6 +45,7 @@ def record_of(setup: Setup, loop: Loop) -> Record:
         task_inference_accuracy=tuple(
             sum(inferred) / int(state.matrix.total_ij[i, : i + 1].sum())
             for i, inferred in enumerate(state.task_inference)
+            if inferred
         ),
         config=config.model_dump(mode="json"),
         source=SourceRecord(**setup.source),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lamina import backbones, data
 from lamina import config as configuration
@@ -16,7 +17,7 @@ from lamina.data.streams import Stream
 from lamina.engine import device
 from lamina.engine.loop import Event, Loop
 from lamina.errors import ConfigError
-from lamina.learner import Learner
+from lamina.learner import learner_of
 from lamina.methods import METHODS
 from lamina.methods.base import Method
 from lamina.runs import limits
@@ -32,7 +33,9 @@ MakeLoop = Callable[..., Loop]
 
 def load_config(file: Path | None, overrides: list[tuple[str, Any]]) -> RunConfig:
     """Returns the configuration of a YAML file with settings on top. Raises ConfigError naming every error."""
-    return configuration.load(file, overrides, method_settings=method_settings(), schema=RunConfig)
+    return configuration.load(
+        file, overrides, method_settings=method_settings(), schema=RunConfig, is_language=backbones.is_language
+    )
 
 
 def method_settings() -> dict[str, type[MethodConfig]]:
@@ -114,11 +117,17 @@ class Setup:
                 f"for example with --set stream.validation=0.2"
             )
 
+    def _text(self) -> Tensor | None:
+        """Returns the tokens of the text whose perplexity is measured; None for backbones that are no language models."""
+        if self.backbone.language is None or self.backbone.tokenizer is None:
+            return None
+        return data.text_tokens(self.config.evaluation.text, self.backbone.tokenizer)
+
     def loop(self, out: Path, make_loop: MakeLoop = Loop) -> Loop:
         """Returns a new loop whose checkpoints lie in the directory `out`."""
         config = self.config
         dtype = precision.DTYPES[self.environment.precision]
-        learner = Learner(self.backbone, config.backbone.targets, config.backbone.blocks, dtype, self.device)
+        learner = learner_of(self.backbone, config.backbone.targets, config.backbone.blocks, dtype, self.device)
         self.accelerated = accelerate(learner)
         method: Method[Any] = self.method(self.settings, self.task_count)
         try:
@@ -134,6 +143,7 @@ class Setup:
                 checkpoints=out / "checkpoints",
                 checkpoint_seconds=config.checkpoint_seconds,
                 steps=self.accelerated,
+                text_t=self._text(),
                 identity={
                     "configuration": configuration.fingerprint(config, self.method.config_type),
                     "stream": self.stream.fingerprint,
