@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Role = Literal["q", "k", "v", "out", "fc1", "fc2"]
+Role = Literal["q", "k", "v", "out", "fc1", "fc2", "gate", "up", "down"]
 LARGEST_RATE = 1000.0
 """Larger learning rates overflow float32 within a few steps."""
 
@@ -114,7 +114,8 @@ class BackboneConfig(Section):
     std: tuple[float, float, float] | None = None
     """Pixel standard deviation for normalisation. Not set: the value in the backbone's own files."""
     targets: tuple[Role, ...] = Field(("k", "v"), min_length=1)
-    """Linear layers of each block that get adapters."""
+    """Linear layers of each block that get adapters. In the MLP, encoders have fc1 and fc2; language models have gate, up and
+    down."""
     blocks: tuple[int, ...] | None = None
     """Blocks that get adapters, counted from 0. Not set: all."""
 
