@@ -51,6 +51,8 @@ class DataConfig(Section):
     """Share of the examples held out for testing, if the source has no test split."""
     per_class: int | None = Field(None, ge=1)
     """Use at most this many training examples of each class (in each domain)."""
+    per_task: int | None = Field(None, ge=1)
+    """Use at most this many training examples of each task, as equally many of each class as there are."""
     on_damaged: Literal["error", "skip"] = "error"
     """Treatment of an unreadable image: stop and name it, or leave it out and record it."""
     cache: str | None = None
@@ -199,6 +201,8 @@ class EvaluationConfig(Section):
     """Also measure the tasks that are not learnt yet (above the diagonal). Forward transfer needs it."""
     per_class: int | None = Field(None, ge=1)
     """Measure on at most this many test and validation examples of each class and domain, the same for every run."""
+    per_task: int | None = Field(None, ge=1)
+    """Measure on at most this many test and validation examples of each task, as equally many of each class as there are."""
     max_new_tokens: int = Field(64, ge=1)
     """Language models: the most tokens that are generated for an example without options."""
     text: str | None = None

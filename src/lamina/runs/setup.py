@@ -241,6 +241,8 @@ def make_stream(config: RunConfig, labelled: LabelledData) -> Stream:
         per_class=config.data.per_class,
         validation=section.validation,
         measured_per_class=config.evaluation.per_class,
+        per_task=config.data.per_task,
+        measured_per_task=config.evaluation.per_task,
     )
     if section.first is not None:
         stream = stream.first(section.first)
