@@ -94,7 +94,7 @@ class Instructions(Table, Protocol):
     """A table of instructions. `inputs` returns prompts with their completions, padded on the right."""
 
     pad_id: int
-    stop: tuple[int, ...]
+    stops: tuple[int, ...]
     """Tokens that end a completion."""
 
     def questions(self, rows: Ints) -> tuple[dict[str, Tensor], Tensor]:

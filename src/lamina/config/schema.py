@@ -37,16 +37,30 @@ class Columns(Section):
     """Column with the domain, if any."""
     split: str = "split"
     """Column saying train, val or test, if any."""
+    prompt: str = "prompt"
+    """Column with the prompts of instructions."""
+    completion: str = "completion"
+    """Column with the completions of instructions."""
+    options: str = "options"
+    """Column with lists of candidate completions, if any."""
+    messages: str = "messages"
+    """Column with chats (lists of role and content), in place of prompt and completion."""
+    answer: str = "answer"
+    """Column with what a language model is to say of a labelled text, if any."""
 
 
 class DataConfig(Section):
     source: str = "digits"
-    """A folder of class folders, a Parquet file or folder of them, a CSV file, a saved datasets folder, `hf:owner/name`,
-    or `digits` (scikit-learn's handwritten digits)."""
-    kind: Literal["auto", "image", "text"] = "auto"
+    """A folder of class folders, a Parquet, CSV or JSON lines file, a folder of such files, a saved datasets folder,
+    `hf:owner/name`, or `digits` (scikit-learn's handwritten digits)."""
+    kind: Literal["auto", "image", "text", "instructions"] = "auto"
     """Kind of the examples."""
     columns: Columns = Columns()
-    """Names of the columns of Parquet and CSV files."""
+    """Names of the columns of Parquet, CSV and JSON files."""
+    template: str = "{text}\nOptions: {options}\nAnswer:"
+    """Prompt of a language model for labelled texts. Fields: {text}, {options} (the answers of the classes), {domain}."""
+    form: Literal["plain", "chat"] = "plain"
+    """Form of prompts that are texts: as they are, or as one message of a user in the tokenizer's chat template."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of the examples held out for testing, if the source has no test split."""
     per_class: int | None = Field(None, ge=1)
@@ -63,8 +77,14 @@ class DataConfig(Section):
     """Training transform: random resized crop and horizontal flip, the crop alone (for digits and letters), or neither."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest share of the image that a random crop covers."""
-    max_length: int = Field(128, ge=2)
-    """Maximum length of a text in tokens. Longer texts are truncated."""
+    max_length: int | None = Field(None, ge=2)
+    """Maximum length of a text in tokens. Longer texts are truncated. Not set: 128; for instructions 512 (or what the backbone
+    has positions for, if that is less)."""
+
+    @property
+    def text_length(self) -> int:
+        """The maximum length of a text for an encoder, in tokens."""
+        return 128 if self.max_length is None else self.max_length
 
     @field_validator("crop_scale")
     @classmethod

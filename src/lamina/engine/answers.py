@@ -109,7 +109,7 @@ class Examiner:
         def written(task: str | None) -> list[str]:
             with self.predictor.answering(self.learner, batch, task):
                 return [
-                    table.decode(ids) for ids in self.learner.generate(batch, self.longest, table.stop, table.pad_id)
+                    table.decode(ids) for ids in self.learner.generate(batch, self.longest, table.stops, table.pad_id)
                 ]
 
         def wrong_b(texts: list[str]) -> Ints:

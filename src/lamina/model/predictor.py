@@ -278,7 +278,7 @@ class Reader:
         table = data.tokenise_once(
             source,
             self.tokenizer,
-            self.config.data.max_length,
+            self.config.data.text_length,
             positions=self.backbone.positions,
             vocabulary=self.backbone.vocabulary,
         )
