@@ -7,12 +7,11 @@ Shape letters: b batch, d width, j outputs of all blocks, c classes.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from lamina.types import Task
 
@@ -43,8 +42,7 @@ class Head(nn.Module):
         """
         if task in self.tasks:
             raise ValueError(f"task {task!r} has a block in the head already")
-        make = nn.Linear if classes else partial(skip_init, nn.Linear)  # there is nothing to initialise
-        block = make(self.width, len(classes)).to(self.device)
+        block = (nn.Linear(self.width, len(classes)) if classes else _without_outputs(self.width)).to(self.device)
         self.blocks.append(block)
         self.tasks.append(task)
         self.outputs += [Output(task, label) for label in classes]
@@ -62,6 +60,14 @@ class Head(nn.Module):
     def forward(self, features_bd: Tensor) -> Tensor:
         """Returns the scores of all outputs, (b, j)."""
         return torch.cat([block(features_bd) for block in self.blocks], 1)
+
+
+def _without_outputs(width: int) -> nn.Linear:
+    """Returns a block without outputs. PyTorch warns where it is to initialise nothing."""
+    block = nn.Linear(width, 1)
+    block.out_features = 0
+    block.weight, block.bias = nn.Parameter(torch.empty(0, width)), nn.Parameter(torch.empty(0))
+    return block
 
 
 def local_labels(task: Task, labels_b: Tensor) -> Tensor:

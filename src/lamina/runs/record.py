@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lamina import __version__
+from lamina.data import InstructionTable
 from lamina.engine import device
 from lamina.engine.loop import Loop
 from lamina.engine.order import Order, steps_per_epoch
@@ -28,7 +29,7 @@ from lamina.record import (
 )
 from lamina.runs.environment import peak_memory_mb
 from lamina.runs.setup import Setup
-from lamina.types import SPLITS
+from lamina.types import SPLITS, Examples
 
 
 def record_of(setup: Setup, loop: Loop) -> Record:
@@ -141,8 +142,14 @@ def _language(setup: Setup, loop: Loop) -> LanguageRecord | None:
         ),
         tokens=tokens,
         padding_share=1 - tokens / padded if padded else None,
-        truncated=getattr(setup.data.table, "truncated", None),
+        truncated=sum(_truncated(task.split(split)) for task in setup.stream for split in SPLITS),
     )
+
+
+def _truncated(examples: Examples) -> int:
+    """Returns how many of these examples have a prompt that was cut."""
+    assert isinstance(examples.table, InstructionTable)
+    return int(examples.table.truncated_n[examples.rows_n].sum())
 
 
 def _when_learnt(loop: Loop, task: int) -> int:
