@@ -32,7 +32,7 @@ from lamina.backbones.files import (
     weight_files,
 )
 from lamina.backbones.language import LanguageHead
-from lamina.backbones.language_files import check_language, is_buffer, special_tokens, stored_dtype, tie
+from lamina.backbones.language_files import check_language, is_buffer, language_head, special_tokens, stored_dtype, tie
 from lamina.backbones.layouts import StoredLayer, use_linear_layers
 from lamina.backbones.roles import (
     ROLES,
@@ -215,14 +215,7 @@ class _Checkpoint:
         stored = self._replace_layers(module)
         for key, value in tokens.items():
             setattr(module.generation_config, key, value)
-        types = set(getattr(config, "layer_types", None) or ())
-        language = LanguageHead(
-            family.body,
-            family.head,
-            window=getattr(config, "sliding_window", None) if types != {"full_attention"} else None,
-            mixed=bool(types),
-            softcap=getattr(config, "final_logit_softcapping", None),
-        )
+        language = language_head(config, family)
         pool = partial(pool_text, pooling="mean")
         forward = partial(language_features, language=language, pool=pool)
         return replace(
