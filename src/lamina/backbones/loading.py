@@ -211,7 +211,10 @@ class _Checkpoint:
         tokens = special_tokens(self.folder, config.vocab_size)
         stored_hash, tensors, ignored = self._read()
         tie(tensors, config, family, self.name)
-        module, unused = self._build(tensors, dtype or stored_dtype(self.headers, self.used))
+        held = dtype or stored_dtype(self.headers, self.used)
+        for key, tensor in tensors.items():  # one after another, so that the model is in memory once
+            tensors[key] = tensor.to(held) if tensor.is_floating_point() else tensor
+        module, unused = self._build(tensors, held)
         stored = self._replace_layers(module)
         for key, value in tokens.items():
             setattr(module.generation_config, key, value)

@@ -226,6 +226,23 @@ def test_continuations_of_one_prompt_in_one_sequence(name: str, given: bool, fol
     close(torch.cat([hidden_btd[:, :p], hidden_btd[:, p + n :]], 1), second_btd)
 
 
+@every_family
+def test_padding_sees_itself_in_every_layer(name: str, folder: Path):
+    """A softmax over nothing is not finite on every device."""
+    backbone, (inputs, _) = load(str(folder)), packed(padding=2)
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, __: object, given: dict[str, Any]) -> None:
+        seen.append(given["attention_mask"])
+
+    for layer in backbone.module.modules():
+        if type(layer).__name__.endswith("Attention"):
+            layer.register_forward_pre_hook(note, with_kwargs=True)
+    backbone.hidden(inputs)
+    assert len(seen) == 2
+    assert all(mask_b1tt.any(-1).all() and mask_b1tt[0, 0, 0].sum() == 1 for mask_b1tt in seen)
+
+
 def test_positions_are_counted_from_the_mask():
     assert positions_of(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])).tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]
     inputs, _ = packed(padding=1)
