@@ -49,7 +49,7 @@ class Header(NamedTuple):
 
     file: Path
     shape: tuple[int, ...]
-    dtype: str = "F32"
+    dtype: str
     """As safetensors writes it."""
 
 

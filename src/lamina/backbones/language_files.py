@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lamina.backbones.families import Family
 from lamina.backbones.files import Header, read_json
+from lamina.backbones.language import LanguageHead
 from lamina.errors import BackboneError
 
 _BATCH_DEPENDENT = ("dynamic", "longrope")
@@ -44,7 +45,7 @@ def check_language(config: Any, headers: Iterable[str], family: Family, name: st
                 f"{name}: rope_type {part['rope_type']!r} in config.json is not supported: with it a result depends on the "
                 "longest sequence of the batch. Take the scaling out, and keep to the lengths that the model was trained with"
             )
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = language_head(config, family).softcap
     if softcap is not None and not (isinstance(softcap, int | float) and softcap > 0):
         raise BackboneError(
             f"{name}: final_logit_softcapping in config.json must be null or a number above 0, not {softcap!r}"
@@ -55,6 +56,25 @@ def check_language(config: Any, headers: Iterable[str], family: Family, name: st
             f"{name} is a model without LM head: the weights have no {names[0]}, and tie_word_embeddings in config.json is "
             "false. Give the checkpoint of the language model, not that of its body or of a classifier"
         )
+
+
+def language_head(config: Any, family: Family) -> LanguageHead:
+    """Returns where the body and the head are, with the sliding window and the softcap that config.json says.
+
+    Settings that the family does not have are passed over, as transformers does.
+    """
+
+    def own(key: str) -> Any:
+        return getattr(config, key) if hasattr(type(config), key) else None
+
+    types = set(own("layer_types") or ())
+    return LanguageHead(
+        family.body,
+        family.head,
+        window=None if types == {"full_attention"} else own("sliding_window"),
+        mixed=bool(types),
+        softcap=own("final_logit_softcapping"),
+    )
 
 
 def tie(tensors: dict[str, Tensor], config: Any, family: Family, name: str) -> None:

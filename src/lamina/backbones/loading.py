@@ -32,7 +32,7 @@ from lamina.backbones.files import (
     weight_files,
 )
 from lamina.backbones.language import LanguageHead
-from lamina.backbones.language_files import check_language, is_buffer, special_tokens, stored_dtype, tie
+from lamina.backbones.language_files import check_language, is_buffer, language_head, special_tokens, stored_dtype, tie
 from lamina.backbones.layouts import StoredLayer, use_linear_layers
 from lamina.backbones.roles import (
     ROLES,
@@ -211,18 +211,14 @@ class _Checkpoint:
         tokens = special_tokens(self.folder, config.vocab_size)
         stored_hash, tensors, ignored = self._read()
         tie(tensors, config, family, self.name)
-        module, unused = self._build(tensors, dtype or stored_dtype(self.headers, self.used))
+        held = dtype or stored_dtype(self.headers, self.used)
+        for key, tensor in tensors.items():  # one after another, so that the model is in memory once
+            tensors[key] = tensor.to(held) if tensor.is_floating_point() else tensor
+        module, unused = self._build(tensors, held)
         stored = self._replace_layers(module)
         for key, value in tokens.items():
             setattr(module.generation_config, key, value)
-        types = set(getattr(config, "layer_types", None) or ())
-        language = LanguageHead(
-            family.body,
-            family.head,
-            window=getattr(config, "sliding_window", None) if types != {"full_attention"} else None,
-            mixed=bool(types),
-            softcap=getattr(config, "final_logit_softcapping", None),
-        )
+        language = language_head(config, family)
         pool = partial(pool_text, pooling="mean")
         forward = partial(language_features, language=language, pool=pool)
         return replace(

@@ -3,6 +3,9 @@
 Shape letters: b batch, t tokens, n positions, d width, o outputs, i inputs.
 """
 
+import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,15 +13,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tests.conformance import cases
 from tests.tiny import noise
 from tests.unit.backbones.folders import change, configure
 from tests.unit.backbones.languages import LANGUAGES
 from torch import Tensor, nn
 
+from lamina.adapters import LowRank
 from lamina.backbones import Backbone, LanguageHead, from_module, load, make_site, positions_of
 from lamina.backbones.families import FAMILIES
 from lamina.backbones.layouts import StoredLayer, interleave, separate
 from lamina.errors import BackboneError
+from lamina.learner import Learner
 
 IDS = torch.tensor([[1, 5, 9, 7, 8, 20, 33, 41], [1, 4, 6, 11, 12, 60, 2, 3]])
 SMOLLM2 = Path(__file__).parents[3] / "runs" / "smollm2"
@@ -220,6 +226,23 @@ def test_continuations_of_one_prompt_in_one_sequence(name: str, given: bool, fol
     close(torch.cat([hidden_btd[:, :p], hidden_btd[:, p + n :]], 1), second_btd)
 
 
+@every_family
+def test_padding_sees_itself_in_every_layer(name: str, folder: Path):
+    """A softmax over nothing is not finite on every device."""
+    backbone, (inputs, _) = load(str(folder)), packed(padding=2)
+    seen: list[Tensor] = []
+
+    def note(_: nn.Module, __: object, given: dict[str, Any]) -> None:
+        seen.append(given["attention_mask"])
+
+    for layer in backbone.module.modules():
+        if type(layer).__name__.endswith("Attention"):
+            layer.register_forward_pre_hook(note, with_kwargs=True)
+    backbone.hidden(inputs)
+    assert len(seen) == 2
+    assert all(mask_b1tt.any(-1).all() and mask_b1tt[0, 0, 0].sum() == 1 for mask_b1tt in seen)
+
+
 def test_positions_are_counted_from_the_mask():
     assert positions_of(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])).tolist() == [[0, 0, 0, 1], [0, 1, 2, 2]]
     inputs, _ = packed(padding=1)
@@ -238,6 +261,42 @@ def test_positions_are_counted_from_the_mask():
 def test_other_masks_are_refused(llama: Path, mask: Tensor, message: str):
     with pytest.raises(BackboneError, match=message):
         load(str(llama)).hidden({"input_ids": IDS, "attention_mask": mask})
+
+
+# ---------------------------------------------------------------------------------------------- adapters
+
+
+@every_family
+def test_adapters_of_every_role_compute_what_merged_weights_do(name: str, folder: Path):
+    """Fused and grouped layers too: an update of one role changes that role alone, here and in the plain model."""
+    row, backbone = LANGUAGES[name], load(str(folder))
+    learner = Learner(backbone, row.roles)
+    plain = copy.deepcopy(row.raw())
+    for name_of_site, site in learner.sites.items():
+        up_or, down_ri = noise((site.d_out, 2), name_of_site), noise((2, site.d_in), f"{name_of_site} down") / 30
+        site.add("task", LowRank(trained={"up": up_or, "down": down_ri}))
+        whole_oi = torch.zeros(site.layer.d_out, site.d_in)
+        whole_oi[site.outputs.start : site.outputs.stop] = up_or @ down_ri
+        stored = backbone.stored_layer(site.where.path)
+        plain.get_submodule(stored.path).weight.data += stored.to_stored(whole_oi)
+    with torch.no_grad():
+        found, expected = logits(backbone, ones(IDS)), plain(input_ids=IDS).logits
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(expected, row.raw()(input_ids=IDS).logits, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", [name for name in LANGUAGES if "," not in name])
+def test_inflora_learns_tasks(name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    backbone = load(str(folder))
+    monkeypatch.setitem(cases.BACKBONES, "family", (lambda: backbone, LANGUAGES[name].roles))
+    training = cases.TRAINING.model_copy(update={"epochs": 20})
+    loop = cases.make_loop("inflora", cases.World("family", "class"), tmp_path / "run", training=training)
+    loop.run()
+    by_task: dict[int, list[float]] = {}
+    for task, _, loss in loop.state.losses:
+        by_task.setdefault(task, []).append(loss)
+    assert len(by_task) == 3
+    assert sum(losses[-1] for losses in by_task.values()) < 0.5 * sum(losses[0] for losses in by_task.values())
 
 
 # ---------------------------------------------------------------------------------------------- stored layouts
@@ -343,6 +402,14 @@ def test_tied_embeddings_stay_tied_whichever_is_stored(name: str, kept: str, fol
     assert backbone.module.lm_head.weight is backbone.module.get_input_embeddings().weight
     with torch.no_grad():
         close(logits(backbone, ones(IDS)), LANGUAGES[name].raw()(input_ids=IDS).logits)
+
+
+def test_settings_that_the_family_does_not_have_change_nothing(llama: Path):
+    expected = logits(load(str(llama)), ones(IDS))
+    configure(llama, sliding_window=2, final_logit_softcapping=0.1, layer_types=["sliding_attention"] * 2)
+    backbone = load(str(llama))
+    assert backbone.language == LanguageHead("model", "lm_head")
+    assert torch.equal(logits(backbone, ones(IDS)), expected)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
@@ -484,3 +551,26 @@ def test_smollm2_knows_a_capital_and_does_not_depend_on_padding():
     with torch.no_grad():
         padded_bd = backbone.features({"input_ids": left, "attention_mask": mask_bt})
         torch.testing.assert_close(padded_bd, backbone.features(ones(ids_bt)), atol=1e-3, rtol=1e-3)
+
+
+MEASURE = """
+import sys
+from lamina.backbones import load
+
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+import transformers, transformers.models.llama.modeling_llama, safetensors.torch
+before = peak()
+load(sys.argv[1])
+print(peak() - before)
+"""
+
+
+@smollm2
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_a_model_is_in_memory_once_while_it_is_loaded():
+    told = subprocess.run([sys.executable, "-c", MEASURE, str(SMOLLM2)], capture_output=True, text=True, check=True)
+    size = (SMOLLM2 / "model.safetensors").stat().st_size
+    assert int(told.stdout) < 1.6 * size
