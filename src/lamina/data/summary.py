@@ -128,7 +128,7 @@ def _describe_instructions(facts: Mapping[str, Any]) -> list[str]:
         options = "none: any completion is allowed"
     else:
         least, most = facts["options"]
-        options = count(most, "option") if least == most else f"{least} to {most} options"
+        options = f"{most} in each row" if least == most else f"{least} to {most} in each row"
         options += f"; {count(facts['without_options'], 'row')} without options" if facts["without_options"] else ""
     longest = [f"{name} {told['characters']:,} characters ({told['where']})" for name, told in facts["longest"].items()]
     chats = [f"chats: {count(facts['chats'], 'row')}"] if facts["chats"] else []

@@ -271,7 +271,7 @@ def _read_answers(parts: list[Part], column: str) -> Sequence[Any]:
                 f"{part.name} has no column {shown(column)!r}, other parts have one. Give every file an answer for each row,"
                 " or none"
             )
-    return _values([_plain(part, (column,)) for part in parts], column)
+    return _values([replace(part, table=_plain(part, (column,))) for part in parts], column)
 
 
 def check_once(table: str, found: Sequence[str], wanted: Sequence[str]) -> None:
