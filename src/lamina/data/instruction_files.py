@@ -217,10 +217,9 @@ def _rows(found: Found, at: Folder | None, form: str, columns: Columns) -> Layou
         steps = folder.relative_to(top).parts
         of_folders = [split for step in steps if (split := split_of(step)) is not None]
         domain = "/".join(step for step in steps if split_of(step) is None) or None
-        refuse_likely_splits(
-            [file.stem for file in files], str(folder), [f.stem for f in files if split_of(f.stem) is not None]
-        )
-        of_files = splits_in_file_names([_stem(file, form) for file in files]) if at is not None else [None]
+        stems = ["val" if form == "TRACE" and file.stem == "eval" else file.stem for file in files]
+        refuse_likely_splits(stems, str(folder), [stem for stem in stems if split_of(stem) is not None])
+        of_files = splits_in_file_names(stems) if at is not None else [None]
         for file, split in zip(files, of_files, strict=True):
             told = {*of_folders, *([split] if split is not None else [])}
             if len(told) > 1:
@@ -236,10 +235,6 @@ def _rows(found: Found, at: Folder | None, form: str, columns: Columns) -> Layou
     if form == "TRACE":
         layout = f"TRACE, {len(parts)} files (the column answer is the completion, eval the split val)"
     return Layout(layout, parts, columns)
-
-
-def _stem(file: Path, form: str) -> str:
-    return "val" if form == "TRACE" and file.stem == "eval" else file.stem
 
 
 def _refuse_mixture(top: Path, in_folder: Mapping[Path, list[Path]]) -> None:
