@@ -119,9 +119,11 @@ def load_instructions(
     positions: int | None = None,
     vocabulary: int | None = None,
     form: Form = "plain",
+    used: Ints | None = None,
 ) -> LabelledData:
     """The instructions of a source, tokenised once. Rows are those of the source.
 
+    used: the rows that are tokenised; all if None.
     max_length: the most tokens of a prompt and its completion together; 512 if None, or what tokenizer and backbone allow.
     positions: the most tokens the backbone has positions for. vocabulary: the number of tokens its embedding has. form:
     whether a prompt that is a text is tokenised as it is (plain), or as a chat of one message (chat).
@@ -133,7 +135,7 @@ def load_instructions(
         remedy = " Make instructions of them with as_instructions" if source.kind == "text" else " Use other data"
         raise DataError(f"{source.name} holds {kinds(source.kind)}, where instructions are needed.{remedy}")
     table = tokenise_instructions(
-        source, tokenizer, max_length=max_length, positions=positions, vocabulary=vocabulary, form=form
+        source, tokenizer, max_length=max_length, positions=positions, vocabulary=vocabulary, form=form, used=used
     )
     # What the model is shown depends on these too.
     return _labelled(source, table, np.arange(len(source)), (), also=f"{table.max_length} {form}".encode())

@@ -181,7 +181,8 @@ class InstructionTable:
         self.sets_n, self.right_n = np.array(tokens.sets, np.int64), np.array(tokens.right, np.int64)
         self.truncated_n = np.array(tokens.truncated, np.bool_)
         """Whether the middle of a prompt was cut, (n,)."""
-        self.stops = tuple(sorted({int(self.completions.ids[end - 1]) for end in self.completions.starts[1:]}))
+        ends = np.unique(self.completions.starts[1:])
+        self.stops = tuple(sorted({int(self.completions.ids[end - 1]) for end in ends if end}))
         """The tokens that completions end with."""
         self.pad_id, self.max_length = pad_id, max_length
 
@@ -259,8 +260,9 @@ def tokenise_instructions(
     positions: int | None = None,
     vocabulary: int | None = None,
     form: Form = "plain",
+    used: Ints | None = None,
 ) -> InstructionTable:
-    """Returns the token ids of every instruction of a source.
+    """Returns the token ids of every instruction of a source; of the rows that are `used` only, if they are given.
 
     A row has at most max_length tokens: the middle of a longer prompt is cut, never the completion or an option. None: 512,
     or as many as backbone and tokenizer allow, if that is less. The other arguments are those of `load_instructions`.
@@ -285,12 +287,15 @@ def tokenise_instructions(
     if vocabulary is not None:
         check_vocabulary(tokenise, np.array([pad_id, *renderer.before]), vocabulary, name)
     tokens = _Tokens(renderer, max_length)
-    for start in range(0, len(source), _CHUNK):
-        rows, known = range(start, min(start + _CHUNK, len(source))), len(tokens.options)
+    wanted = np.arange(len(source)) if used is None else np.unique(used)
+    for start in range(0, len(wanted), _CHUNK):
+        rows = [int(row) for row in wanted[start : start + _CHUNK]]
+        before, known = len(tokens.prompts), len(tokens.options)
         tokens.add([_row(source, row) for row in rows], [source.where(row) for row in rows])
         if vocabulary is not None:
-            latest = [*tokens.prompts[start:], *tokens.completions[start:], *tokens.options[known:]]
+            latest = [*tokens.prompts[before:], *tokens.completions[before:], *tokens.options[known:]]
             check_vocabulary(tokenise, np.concatenate(latest), vocabulary, name)
+    tokens.spread(wanted, len(source))
     return InstructionTable(source, renderer, tokens, pad_id=pad_id, max_length=max_length)
 
 
@@ -349,6 +354,17 @@ class _Tokens:
             self.set_ends.append(len(self.options))
         for row, place, r, prompt, completion in zip(rows, where, rendered, prompts, completions, strict=True):
             self._add(row, place, r, prompt, completion)
+
+    def spread(self, rows: Ints, count: int) -> None:
+        """Make these the tokens of the given rows out of `count`; the others have none."""
+        place = {int(row): k for k, row in enumerate(rows)}
+        empty = np.zeros(0, np.int32)
+
+        def at(values: list[Any], other: Any) -> list[Any]:
+            return [values[place[row]] if row in place else other for row in range(count)]
+
+        self.prompts, self.completions = at(self.prompts, empty), at(self.completions, empty)
+        self.sets, self.right, self.truncated = at(self.sets, -1), at(self.right, -1), at(self.truncated, False)
 
     def _add(self, row: Row, where: str, rendered: Rendered, prompt: list[int], completion: list[int]) -> None:
         if not completion:

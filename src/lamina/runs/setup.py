@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from lamina.methods.base import Method
 from lamina.runs import limits
 from lamina.runs.environment import Environment
 from lamina.speed import accelerate, precision
-from lamina.types import Kind, LabelledData
+from lamina.types import SPLITS, Ints, Kind, LabelledData
 
 Watch = Callable[[Stream | None, Event], None]
 """Is told the progress. There is no stream yet while data is loaded."""
@@ -91,8 +92,10 @@ class Setup:
             for line in data.describe_source(source):
                 watch(None, Event(task=0, phase="load", note=line))
         check_kind(config, source, self.backbone)
-        self._check_validation(cut(data.undecoded(source), self.backbone))  # before anything is decoded
-        self.data = decode(config, source, self.backbone, watch)
+        planned = cut(data.undecoded(source), self.backbone)
+        self._check_validation(planned)  # before anything is decoded
+        used = np.concatenate([task.split(split).rows_n for task in planned for split in SPLITS])
+        self.data = decode(config, source, self.backbone, watch, used)
         self.stream = cut(self.data, self.backbone)
         self.task_count: int | None = len(self.stream)
         self._check_validation(self.stream)  # damaged images may have been left out
@@ -193,8 +196,11 @@ def check_kind(config: RunConfig, source: Source, backbone: Backbone) -> None:
     )
 
 
-def decode(config: RunConfig, source: Source, backbone: Backbone, watch: Watch) -> LabelledData:
-    """Returns the labelled data of a source, decoded or tokenised for this backbone."""
+def decode(
+    config: RunConfig, source: Source, backbone: Backbone, watch: Watch, used: Ints | None = None
+) -> LabelledData:
+    """Returns the labelled data of a source, decoded or tokenised for this backbone. used: the rows that are tokenised as
+    instructions; all if None."""
     section = config.data
     if backbone.image is None:
         if backbone.tokenizer is None:
@@ -203,7 +209,7 @@ def decode(config: RunConfig, source: Source, backbone: Backbone, watch: Watch) 
                 f"vocab.txt into its folder."
             )
         if "instructions" in TAKEN[backbone.kind]:
-            return decode_instructions(config, source, backbone, watch)
+            return decode_instructions(config, source, backbone, watch, used)
         return data.load_texts(
             source,
             backbone.tokenizer,
@@ -220,8 +226,10 @@ def decode(config: RunConfig, source: Source, backbone: Backbone, watch: Watch) 
     return data.load_images(source, transform, cache=cache, on_damaged=section.on_damaged, progress=progress)
 
 
-def decode_instructions(config: RunConfig, source: Source, backbone: Backbone, watch: Watch) -> LabelledData:
-    """Returns instructions, or labelled texts as instructions, tokenised for a causal language model.
+def decode_instructions(
+    config: RunConfig, source: Source, backbone: Backbone, watch: Watch, used: Ints | None = None
+) -> LabelledData:
+    """Returns instructions, or labelled texts as instructions, tokenised for a causal language model. used: as in `decode`.
 
     Tells `watch` how texts are asked, and how many prompts are cut.
     """
@@ -237,6 +245,7 @@ def decode_instructions(config: RunConfig, source: Source, backbone: Backbone, w
         positions=backbone.positions,
         vocabulary=backbone.vocabulary,
         form=section.form,
+        used=used,
     )
     cut = {split: rows for split, rows in data.truncation(labelled).items() if rows}
     if cut:
