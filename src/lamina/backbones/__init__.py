@@ -9,6 +9,7 @@ from lamina.backbones.language import LanguageHead, positions_of
 from lamina.backbones.layouts import StoredLayer
 from lamina.backbones.loading import from_module, load
 from lamina.backbones.roles import LANGUAGE_ROLES, ROLES, Backbone, ImageInput, Kind, Site, class_token, make_site
+from lamina.backbones.settings import is_language
 
 __all__ = [
     "LANGUAGE_ROLES",
@@ -23,6 +24,7 @@ __all__ = [
     "content_hash",
     "copy_files",
     "from_module",
+    "is_language",
     "licence",
     "load",
     "make_site",

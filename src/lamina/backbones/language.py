@@ -3,7 +3,7 @@
 Shape letters: b batch, t tokens, n positions to score, d width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,25 @@ def token_logits(module: nn.Module, language: LanguageHead, hidden_nd: Tensor) -
     """Returns the scores of every token of the vocabulary as the next one, (n, vocabulary) float32."""
     logits: Tensor = module.get_submodule(language.head)(hidden_nd).float()
     return logits if language.softcap is None else language.softcap * (logits / language.softcap).tanh()
+
+
+def continued(
+    module: nn.Module, ids_bt: Tensor, mask_bt: Tensor, *, most: int, stop: Sequence[int], pad: int
+) -> Tensor:
+    """Returns the prompts with the tokens that follow greedily. `Backbone.generate` documents the arguments."""
+    from transformers import GenerationConfig
+
+    # A configuration of its own: that beside the weights may sample, or punish repetition.
+    settings = GenerationConfig(
+        max_new_tokens=most, do_sample=False, use_cache=True, eos_token_id=list(stop), pad_token_id=pad
+    )
+    model: Any = module
+    before, model.generation_config = model.generation_config, settings
+    try:
+        found: Tensor = model.generate(input_ids=ids_bt, attention_mask=mask_bt, generation_config=settings)
+    finally:
+        model.generation_config = before
+    return found
 
 
 def _masks(language: LanguageHead, mask_b1tt: Tensor, positions_bt: Tensor) -> Tensor | dict[str, Tensor]:

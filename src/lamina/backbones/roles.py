@@ -3,7 +3,7 @@
 Shape letters: b batch, c channels, h w pixels, t tokens (special tokens first), d width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lamina.backbones.language import LanguageHead, hidden_states, token_logits
+from lamina.backbones.language import LanguageHead, continued, hidden_states, token_logits
 from lamina.backbones.layouts import StoredLayer, transformers_state
 from lamina.errors import BackboneError
 
@@ -142,6 +142,15 @@ class Backbone:
         Raises BackboneError for a backbone that is not a causal language model.
         """
         return token_logits(self.module, self._language(), hidden_nd)
+
+    def generate(self, ids_bt: Tensor, mask_bt: Tensor, *, most: int, stop: Sequence[int], pad: int) -> Tensor:
+        """Returns prompts (b, t), padded on the left, with the tokens that follow greedily, (b, t + n) with n up to `most`.
+
+        stop: tokens that end a text. pad: id of the padding token. Keys and values of earlier tokens are kept.
+        Raises BackboneError for a backbone that is not a causal language model.
+        """
+        self._language()
+        return continued(self.module, ids_bt, mask_bt, most=most, stop=stop, pad=pad)
 
     def _language(self) -> LanguageHead:
         if self.language is None:

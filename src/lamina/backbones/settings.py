@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lamina.backbones.families import FAMILIES, HALF, Family
-from lamina.backbones.files import quiet, read_json
+from lamina.backbones.files import locate, quiet, read_json
 from lamina.backbones.roles import ImageInput, Pooling, Triple
 from lamina.errors import BackboneError
 
@@ -48,6 +49,18 @@ def find_family(settings: Mapping[str, Any], name: str) -> Family:
         only = "decoders without an encoder" if family.kind == "language" else "encoders"
         raise BackboneError(f"{name}: config.json sets {decoder[0]}; only {only} are supported for {model_type}")
     return family
+
+
+@lru_cache(maxsize=64)
+def is_language(name: str) -> bool:
+    """Returns whether the backbone of this name is a causal language model, from its config.json alone. False where there is
+    no such backbone."""
+    try:
+        settings = read_json(locate(name).folder / "config.json")
+    except BackboneError:
+        return False
+    found = FAMILIES.get(str(settings.get("model_type")))
+    return found is not None and found.kind == "language"
 
 
 def family_config(family: Family, settings: Mapping[str, Any], stored: int, name: str) -> Any:
