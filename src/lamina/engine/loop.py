@@ -26,7 +26,8 @@ from lamina.engine import checkpoint, optim
 from lamina.engine.consolidate import Consolidation
 from lamina.engine.finite import check_finite
 from lamina.engine.measure import Measure
-from lamina.engine.order import Order, in_order, set_torch_seed, steps_per_epoch
+from lamina.engine.batches import Order
+from lamina.engine.order import in_order, set_torch_seed, steps_per_epoch
 from lamina.engine.rehearsal import Kept
 from lamina.engine.state import Loss, Phase, Position, RunState, TaskEntry, now
 from lamina.engine.steps import Planned, Steps
