@@ -202,7 +202,9 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a file of instructions, but the kind asked for is text"):
         open_source(file, kind="text")
     with pytest.raises(DataError, match="a CSV file, which can only hold labelled texts"):
-        open_source(put(tmp_path / "d.csv", "prompt,completion\na,b\n"), kind="instructions")
+        open_source(put(tmp_path / "d.csv", "prompt,completion\na,b\n"))
+    with pytest.raises(DataError, match="a CSV file, which can only hold labelled texts"):
+        open_source(put(tmp_path / "e.csv", "text,label\na,b\n"), kind="instructions")
     with pytest.raises(DataError, match="holds images, but the kind asked for is instructions"):
         open_source("digits", kind="instructions")
     (tmp_path / "empty").mkdir()
