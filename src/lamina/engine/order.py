@@ -12,6 +12,7 @@ import torch
 from lamina import rng
 from lamina.types import Ints
 
+
 def steps_per_epoch(examples: int, batch_size: int) -> int:
     return -(-examples // batch_size)
 

@@ -7,8 +7,8 @@ from typing import Any
 from lamina import __version__
 from lamina.data import InstructionTable
 from lamina.engine import device
-from lamina.engine.loop import Loop
 from lamina.engine.batches import Order
+from lamina.engine.loop import Loop
 from lamina.engine.order import steps_per_epoch
 from lamina.engine.rehearsal import keep
 from lamina.engine.state import Clock, now
