@@ -58,7 +58,7 @@ class DataConfig(Section):
     columns: Columns = Columns()
     """Names of the columns of Parquet, CSV and JSON files."""
     template: str = "{text}\nOptions: {options}\nAnswer:"
-    """Prompt of a language model for labelled texts. Fields: {text}, {options} (the answers of the classes), {domain}."""
+    """Prompt of a language model for labelled texts. Fields: {text}, {options} (the completions of the classes), {domain}."""
     form: Literal["plain", "chat"] = "plain"
     """Form of prompts that are texts: as they are, or as one message of a user in the tokenizer's chat template."""
     test_fraction: float = Field(0.2, gt=0, lt=1)

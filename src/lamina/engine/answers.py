@@ -54,6 +54,14 @@ class Answers:
     """The answers to the first examples."""
 
 
+def questions(examples: Examples, positions: Ints) -> Batch:
+    """Returns the prompts of these examples with their options. Raises TypeError where they are no instructions."""
+    if not isinstance(examples.table, Instructions):
+        raise TypeError("only instructions can be asked as questions")
+    inputs, right_b = examples.table.questions(examples.rows_n[positions])
+    return Batch(inputs=inputs, labels_b=right_b)
+
+
 Found = tuple[Ints, Ints, Ints, list[str]]
 """Right and best option, the best if the task is given, and the answers as text."""
 

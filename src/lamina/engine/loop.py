@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from lamina.config import ConsolidationConfig, EvaluationConfig, RehearsalConfig, TrainingConfig
 from lamina.data.streams import Stream
 from lamina.engine import checkpoint, optim
+from lamina.engine.answers import questions as as_questions
+from lamina.engine.batches import Order
 from lamina.engine.consolidate import Consolidation
 from lamina.engine.finite import check_finite
 from lamina.engine.measure import Measure
-from lamina.engine.order import Order, in_order, set_torch_seed, steps_per_epoch
+from lamina.engine.order import in_order, set_torch_seed, steps_per_epoch
 from lamina.engine.rehearsal import Kept
 from lamina.engine.state import Loss, Phase, Position, RunState, TaskEntry, now
 from lamina.engine.steps import Planned, Steps
@@ -326,7 +328,7 @@ class Loop:
         self, phase: Phase, examples: Examples, augment: Augment | None = None, *, questions: bool = False
     ) -> Iterator[Batch]:
         done = 0
-        make = examples.questions if questions else partial(examples.batch, augment=augment)
+        make = partial(as_questions, examples) if questions else partial(examples.batch, augment=augment)
         makers = (
             partial(lambda positions: make(positions).to(self.learner.device), positions)
             for positions in in_order(len(examples), self.evaluation.batch_size)

@@ -12,7 +12,8 @@ from lamina.data.streams import Stream
 from lamina.engine.answers import Answers, Examiner
 from lamina.engine.consolidate import Consolidation
 from lamina.engine.evaluate import Predictions, predict_all
-from lamina.engine.state import LanguageState, RunState, Shown
+from lamina.engine.language_state import LanguageState, Shown
+from lamina.engine.state import RunState
 from lamina.errors import TrainingError
 from lamina.learner import LanguageLearner, Learner
 from lamina.maths.metrics import negative_flips

@@ -118,9 +118,9 @@ class LanguageLearner(Learner):
         return found_n
 
     def generate(self, batch: Batch, most: int, stop: Sequence[int], pad: int) -> list[list[int]]:
-        """Returns the tokens that follow each prompt of a batch, greedily, up to `most` of them, the last position of the model,
-        or a token in `stop`, which is not returned. Keys and values of earlier tokens are kept. pad: id of the padding token.
-        """
+        """Returns the tokens that follow each prompt of a batch, greedily: up to `most` of them, to the model's last position,
+        or to a token in `stop`, which is not returned. Keys and values of earlier tokens are kept. pad: id of the padding
+        token."""
         ids_bt, mask_bt = (left_padded(batch.inputs[name], batch.inputs["attention_mask"], fill)
                            for name, fill in (("input_ids", pad), ("attention_mask", 0)))  # fmt: skip
         found_bt = self.backbone.generate(ids_bt, mask_bt, most=most, stop=stop, pad=pad)

@@ -8,8 +8,9 @@ from lamina import __version__
 from lamina.data import InstructionTable
 from lamina.data.tokens import MULTIPLE
 from lamina.engine import device
+from lamina.engine.batches import Order
 from lamina.engine.loop import Loop
-from lamina.engine.order import Order, steps_per_epoch
+from lamina.engine.order import steps_per_epoch
 from lamina.engine.rehearsal import keep
 from lamina.engine.state import Clock, now
 from lamina.methods.base import describe
