@@ -32,12 +32,16 @@ def tokenizer() -> Path:
     return make_tokenizer(Path(tempfile.mkdtemp(prefix="lamina-tokenizer-")))
 
 
-def save_language(name: str, folder: Path, **settings: Any) -> Path:
-    """Saves a tiny model of this family with its tokenizer. Returns the folder. settings: of its configuration."""
+def raw_language(name: str, **settings: Any) -> Any:
+    """Returns transformers' own tiny model of this family. settings: of its configuration."""
     row = LANGUAGES[name]
     sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS}
-    raw: Any = replace(row, settings={**row.settings, **sizes, **settings}).raw()
-    raw.save_pretrained(folder)
+    return replace(row, settings={**row.settings, **sizes, **settings}).raw()
+
+
+def save_language(name: str, folder: Path, **settings: Any) -> Path:
+    """Saves a tiny model of this family with its tokenizer. Returns the folder. settings: of its configuration."""
+    raw_language(name, **settings).save_pretrained(folder)
     make_tokenizer(folder)
     return folder
 

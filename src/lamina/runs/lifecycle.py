@@ -14,7 +14,7 @@ from pathlib import Path
 from lamina import data, record, report
 from lamina.config import RunConfig
 from lamina.engine import checkpoint
-from lamina.engine.answers import Examiner
+from lamina.engine.answers import Examiner, questions
 from lamina.engine.evaluate import predict_all
 from lamina.engine.loop import Event, Loop
 from lamina.engine.order import in_order
@@ -196,8 +196,8 @@ def _measure(loop: Loop, number: int, examples: Examples) -> Measured:
     """Returns the predictions of a loop's learner for these examples of a task."""
     task = loop.stream[number].name
 
-    def batches(examples: Examples, *, questions: bool = False) -> Iterator[Batch]:
-        make = examples.questions if questions else examples.batch
+    def batches(examples: Examples, *, asked: bool = False) -> Iterator[Batch]:
+        make = partial(questions, examples) if asked else examples.batch
         for positions_b in in_order(len(examples), loop.evaluation.batch_size):
             yield make(positions_b).to(loop.learner.device)
             done = int(positions_b[-1]) + 1
@@ -206,7 +206,7 @@ def _measure(loop: Loop, number: int, examples: Examples) -> Measured:
     learner, deployed = loop.learner, loop.consolidation
     if isinstance(learner, LanguageLearner):
         examiner = Examiner(learner, deployed, task, loop.evaluation.max_new_tokens)
-        found = examiner.ask(examples, partial(batches, questions=True)).predictions
+        found = examiner.ask(examples, partial(batches, asked=True)).predictions
     else:
         found = predict_all(learner, deployed, examples, batches, task, task_aware=loop.stream.task_aware)
     return Measured(
