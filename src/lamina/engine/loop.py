@@ -198,7 +198,11 @@ class Loop:
         per_epoch = steps_per_epoch(len(task.train), size)
         kept = self.kept()
         gradients = self.steps.gradients(
-            kept.loss(self.learner, lambda batch: self.method.loss(self.learner, batch, task)),
+            kept.loss(
+                self.learner,
+                lambda batch: self.method.loss(self.learner, batch, task),
+                lambda: self.method.in_training(self.learner),
+            ),
             [*parameters.values()],
             Planned(2 * size if len(kept) else size, self.training.epochs * (len(task.train) // size), self.note),
         )

@@ -11,7 +11,8 @@ nothing of this is saved.
 Shape letters: n kept examples, b batch, c classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -69,11 +70,19 @@ class Kept:
         # In the order of the draw, whichever table an example lies in.
         return concatenated(batches).select(torch.from_numpy(np.argsort(np.concatenate(places))))
 
-    def loss(self, learner: Learner, own: Loss) -> Loss:
-        """Returns the loss of a mixed batch, given that of the task's method."""
+    def loss(
+        self, learner: Learner, own: Loss, in_training: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> Loss:
+        """Returns the loss of a mixed batch, given that of the task's method and the context that it trains in."""
         if not len(self):
             return own
-        return lambda batch: own(batch.select(slice(len(batch) // 2))) + balanced_cross_entropy(learner, batch)
+
+        def mixed(batch: Batch) -> Tensor:
+            new = own(batch.select(slice(len(batch) // 2)))
+            with in_training():
+                return new + balanced_cross_entropy(learner, batch)
+
+        return mixed
 
 
 def drawn(labels_n: Ints, count: int, *keys: int) -> Ints:

@@ -10,6 +10,7 @@ Shape letters: b batch, d width of the features, j outputs of the head.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
@@ -157,6 +158,11 @@ class Method(ABC, Generic[C]):
         that its operations can be recorded once and replayed.
         """
         return local_cross_entropy(learner, batch, task)
+
+    def in_training(self, learner: Learner) -> AbstractContextManager[None]:
+        """Within the context the learner computes features as training steps do, with gradients. By default: as it is.
+        Rehearsal computes its own term within it."""
+        return nullcontext()
 
     def after_backward(self, learner: Learner) -> None:
         """Called when the gradients are computed, before the optimiser's step."""
