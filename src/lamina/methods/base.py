@@ -160,8 +160,7 @@ class Method(ABC, Generic[C]):
         return local_cross_entropy(learner, batch, task)
 
     def in_training(self, learner: Learner) -> AbstractContextManager[None]:
-        """Within the context the learner computes features as training steps do, with gradients. By default: as it is.
-        Rehearsal computes its own term within it."""
+        """Within the context the learner computes as in a training step. Rehearsal enters it. By default: as it is."""
         return nullcontext()
 
     def after_backward(self, learner: Learner) -> None:
