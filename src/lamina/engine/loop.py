@@ -204,8 +204,9 @@ class Loop:
         size = self.training.batch_size
         per_epoch = steps_per_epoch(len(task.train), size)
         kept = self.kept()
+        own = partial(self.method.loss, self.learner, task=task)
         gradients = self.steps.gradients(
-            kept.loss(self.learner, lambda batch: self.method.loss(self.learner, batch, task)),
+            kept.loss(self.learner, own, partial(self.method.in_training, self.learner)),
             [*parameters.values()],
             Planned(kept.with_new(size), self.training.epochs * (len(task.train) // size), self.note),
         )
