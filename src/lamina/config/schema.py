@@ -110,7 +110,8 @@ class StreamConfig(Section):
     tasks: int = Field(10, ge=1)
     """Number of tasks that the classes are split into (class and task scenarios)."""
     order_seed: int | None = None
-    """Seed of the class order. Not set: the dataset's own order."""
+    """Seed of the order of classes, or of domains (domain scenario). Not set: the dataset's own order, or that of
+    `domains`."""
     domains: tuple[str, ...] | None = None
     """The domains in their order of arrival (domain scenario). Not set: the dataset's order."""
     plan: tuple[PlanConfig, ...] | None = None

@@ -278,7 +278,7 @@ def make_stream(config: RunConfig, labelled: LabelledData) -> Stream:
             )
         plan = streams.named_plan(labelled, [(p.name, p.classes, p.domains) for p in section.plan])
     elif section.scenario == "domain":
-        plan = streams.domain_plan(labelled, section.domains)
+        plan = streams.domain_plan(labelled, section.domains, section.order_seed)
     else:
         plan = streams.class_plan(labelled, section.tasks, section.order_seed)
     stream = streams.make_stream(
