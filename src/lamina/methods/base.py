@@ -248,6 +248,8 @@ def describe(method: type[Method[Any]]) -> dict[str, Any]:
         "storage": method.needs.storage,
         "cost": method.needs.cost,
         "around": dict(method.config_type.around),
+        "around_language": dict(method.config_type.around_language),
+        "refuses_language": method.refuses_language,
         "settings": {
             name: {
                 "default": field.get_default(),
