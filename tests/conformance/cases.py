@@ -156,6 +156,7 @@ CASES: dict[str, Case] = {
         fold="constant",
     ),
     "olora": Case(settings={"rank": 3, "shrinkage": 0.01, "alpha": 6}, stored=one_per_task, branches="linear"),
+    "moram": Case(settings={"rank": 3, "budget": 6}, stored=one_per_task, branches="linear"),
     "duallora": Case(
         settings={"rank": 3, "epsilon": 0.5, "calibration": 2.0},
         moves=(

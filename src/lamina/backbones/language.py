@@ -3,7 +3,8 @@
 Shape letters: b batch, t tokens, n positions to score, d width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,26 @@ class _Within:
         if given.get("position_ids") is not None:
             given = {**given, "position_ids": given["position_ids"].clamp(max=self.positions - 1)}
         return args, given
+
+
+@contextmanager
+def recomputing(module: nn.Module) -> Iterator[None]:
+    """Within the context a forward of a transformers model keeps the inputs of its blocks only; the backward computes the
+    rest again."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks = [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
+    # Early versions of transformers 5 have the older name.
+    name = "activation" if hasattr(module, "activation_checkpointing_enable") else "gradient"
+    getattr(module, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        for block in blocks:
+            block.training = True  # of the block alone: nothing below it changes
+        yield
+    finally:
+        for block in blocks:
+            block.training = False
+        getattr(module, f"{name}_checkpointing_disable")()
 
 
 def _masks(language: LanguageHead, mask_b1tt: Tensor, positions_bt: Tensor) -> Tensor | dict[str, Tensor]:

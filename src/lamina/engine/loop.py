@@ -176,8 +176,7 @@ class Loop:
 
     def begin_method(self, task: Task) -> None:
         """What the method does at the beginning of a task."""
-        of_classes = self.method.trains and not self.learner.answers
-        if of_classes and len(task.classes) == 1 and not len(self.kept()):
+        if self.method.trains and len(task.classes) == 1 and not (len(self.kept()) or self.learner.answers):
             self.note(
                 f"task {task.name!r} has a single class: the cross-entropy over its own outputs is 0, so adapters learn "
                 f"nothing from it. Learn two or more classes at a time, or use a method without training (`prototype`)."
@@ -205,8 +204,9 @@ class Loop:
         size = self.training.batch_size
         per_epoch = steps_per_epoch(len(task.train), size)
         kept = self.kept()
+        own = partial(self.method.loss, self.learner, task=task)
         gradients = self.steps.gradients(
-            kept.loss(self.learner, lambda batch: self.method.loss(self.learner, batch, task)),
+            kept.loss(self.learner, own, partial(self.method.in_training, self.learner)),
             [*parameters.values()],
             Planned(kept.with_new(size), self.training.epochs * (len(task.train) // size), self.note),
         )

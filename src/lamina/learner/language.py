@@ -11,6 +11,7 @@ Shape letters: b batch, t tokens, d width, m options, s tokens of an option, n c
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ ROWS = 512
 
 class LanguageLearner(Learner):
     """A frozen causal language model whose linear layers are adapted in place. Tasks add no outputs to it."""
+
+    recompute = False
+    """Whether training keeps the inputs of blocks only, and computes the rest again in the backward."""
 
     @property
     def answers(self) -> bool:
@@ -57,7 +61,9 @@ class LanguageLearner(Learner):
 
     def _completion(self, batch: Batch, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
         """Returns the log-likelihood (n,) of every completion token, and the example (n,) that it belongs to."""
-        hidden_btd = self.backbone.hidden(batch.inputs)
+        saving = self.recompute and torch.is_grad_enabled()
+        with self.backbone.recomputing() if saving else nullcontext():
+            hidden_btd = self.backbone.hidden(batch.inputs)
         wanted_bt = batch.inputs["completion_mask"][:, 1:].bool()
         row_n, _ = wanted_bt.nonzero(as_tuple=True)
         log_nv = F.log_softmax(self.backbone.token_logits(hidden_btd[:, :-1][wanted_bt]), 1)
