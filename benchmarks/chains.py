@@ -23,9 +23,9 @@ from lamina.engine import checkpoint
 from lamina.engine.consolidate import Consolidation
 from lamina.engine.loop import Loop
 from lamina.errors import RunError
-from lamina.learner import Learner
+from lamina.learner import Learner, local_labels
 from lamina.maths.class_statistics import Statistics, concatenated, of_features
-from lamina.methods.base import Method, local_labels
+from lamina.methods.base import Method
 from lamina.record import Record
 from lamina.runs.directory import begun
 from lamina.types import Batch, Task

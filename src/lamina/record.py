@@ -162,6 +162,38 @@ class CostRecord(Part):
         return self.seconds.get("total")
 
 
+class AnswerRecord(Part):
+    """An example and the answers to it."""
+
+    task: str
+    question: str
+    wanted: str
+    before: str
+    """Before the stream."""
+    learnt: str | None = None
+    """Right after its task was learnt."""
+    end: str
+    """After the last task."""
+
+
+class LanguageRecord(Part):
+    """What is recorded of language models only."""
+
+    zero_shot: tuple[tuple[int, int], ...]
+    """Right answers and examples of each task, before the stream."""
+    rouge_l: tuple[tuple[float | None, ...], ...] = ()
+    """Mean ROUGE-L of each task before the stream and after each task; None where no text was generated."""
+    perplexity: tuple[float, ...] = ()
+    """Of a text from outside the stream, before it and after each task."""
+    answers: tuple[AnswerRecord, ...] = ()
+    tokens: int | None = None
+    """Tokens trained on, padding and kept examples not included."""
+    padding_share: float | None = None
+    """Share of padding in the training batches."""
+    truncated: int | None = None
+    """Examples whose prompt was cut."""
+
+
 class LineageRecord(Part):
     """How one task was learnt."""
 
@@ -197,6 +229,10 @@ class Metrics:
     backward_transfer: float = math.nan
     forward_transfer: float = math.nan
     task_inference_accuracy: float = math.nan
+    zero_shot_accuracy: float = math.nan
+    backward_transfer_trace: float = math.nan
+    perplexity_before: float = math.nan
+    perplexity_after: float = math.nan
 
     def known(self) -> dict[str, float]:
         """Returns those that are not nan, by name."""
@@ -225,6 +261,7 @@ class Record(Part):
     machine: MachineRecord = MachineRecord()
     code: CodeRecord | None = None
     classes: tuple[ClassRecord, ...] = ()
+    language: LanguageRecord | None = None
     cost: CostRecord = CostRecord()
     lineage: tuple[LineageRecord, ...] = ()
     losses: tuple[tuple[int, float], ...] = ()
@@ -243,10 +280,23 @@ class Record(Part):
         if self.task_inference_accuracy:
             found["task_inference_accuracy"] = self.task_inference_accuracy[-1]
         classes = {name for task in self.stream.tasks for name in task.classes}
-        if classes and self.matrix.tasks:
+        if self.language is not None:
+            found |= self._of_language(self.language)
+        elif classes and self.matrix.tasks:
             chance_t = np.full(self.matrix.tasks, 1 / len(classes))
             found["forward_transfer"] = metrics.forward_transfer(self.matrix, chance_t)
         return Metrics(**found)
+
+    def _of_language(self, language: LanguageRecord) -> dict[str, float]:
+        """Returns the metrics of language models. Forward transfer is the gain over the model before the stream."""
+        zero_shot_t = np.array([right / total if total else math.nan for right, total in language.zero_shot])
+        found = {"zero_shot_accuracy": float(zero_shot_t.mean())}
+        if self.matrix.tasks:
+            found["backward_transfer_trace"] = metrics.backward_transfer_trace(self.matrix)
+            found["forward_transfer"] = metrics.forward_transfer(self.matrix, zero_shot_t)
+        if language.perplexity:
+            found |= {"perplexity_before": language.perplexity[0], "perplexity_after": language.perplexity[-1]}
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Returns what `results.json` holds: the fields that were recorded, and the figures for people to read."""
@@ -294,6 +344,7 @@ class Record(Part):
             backbone=self.backbone,
             machine=self.machine,
             code=self.code,
+            language=self.language and self.language.model_copy(update={"answers": ()}),
             cost=self.cost,
         )
 

@@ -3,7 +3,7 @@
 Shape letters used here: n examples, b batch, c channels, h w pixels, t tokens, m options, s tokens of an option.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -93,9 +93,17 @@ class Table(Protocol):
 class Instructions(Table, Protocol):
     """A table of instructions. `inputs` returns prompts with their completions, padded on the right."""
 
+    pad_id: int
+    stops: tuple[int, ...]
+    """Tokens that end a completion."""
+
     def questions(self, rows: Ints) -> tuple[dict[str, Tensor], Tensor]:
         """Returns the prompts of these rows, padded on the right, with the tokens of their options (m = 0 where no row has
         any), and the position (b,) of the right option, -1 where a row has no options."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Returns these tokens as text, without special tokens."""
         ...
 
     def read(self, row: int) -> Instruction:

@@ -18,7 +18,6 @@ from lamina.data.streams import class_plan, make_stream
 from lamina.engine.loop import Loop
 from lamina.errors import MethodError
 from lamina.learner import Learner
-from lamina.methods.base import local_cross_entropy
 from lamina.methods.clora import SHARED, CLoRA, CLoRAConfig, Routed, column_space, kept_out, overlap, parts_of
 
 TRAINING = TrainingConfig(epochs=2, batch_size=16, lr=0.02, head_lr=0.05, schedule="constant")
@@ -228,7 +227,7 @@ def test_the_loss_is_cross_entropy_and_the_overlap_of_all_maps(tmp_path: Path, s
     loop = amid_second_task(tmp_path, penalty=0.7, sides=sides, stop_gradient=stop)
     task = loop.stream[1]
     batch = task.train.batch(np.arange(8))
-    found = loop.method.loss(loop.learner, batch, task) - local_cross_entropy(loop.learner, batch, task)
+    found = loop.method.loss(loop.learner, batch, task) - loop.learner.loss(batch, task)
     routings = [(site["old" if stop else "begun"], site["delta"]) for site in copied(loop.learner).values()]
     assert len(routings) == 4
     assert found.item() == pytest.approx(0.7 * sum(overlap_by_hand(*pair, sides) for pair in routings), rel=1e-4)
@@ -248,7 +247,7 @@ def test_the_first_task_has_no_penalty(tmp_path: Path):
     loop = begun(tmp_path, start="lora", penalty=1e6)
     task = loop.stream[0]
     batch = task.train.batch(np.arange(8))
-    assert loop.method.loss(loop.learner, batch, task) == local_cross_entropy(loop.learner, batch, task)
+    assert loop.method.loss(loop.learner, batch, task) == loop.learner.loss(batch, task)
 
 
 def test_the_heavier_the_penalty_the_smaller_the_overlap(tmp_path: Path):

@@ -18,9 +18,9 @@ from tests.tiny import noise, tiny_bert, tiny_fused_vit, tiny_images, tiny_texts
 from lamina.config import EvaluationConfig, TrainingConfig
 from lamina.data.streams import Stream, class_plan, domain_plan, make_stream
 from lamina.engine.loop import Loop
-from lamina.learner import Learner
+from lamina.learner import Learner, drawn
 from lamina.methods.base import SHARED
-from lamina.methods.ewc import EWC, EWCConfig, distance, drawn, fisher_positions
+from lamina.methods.ewc import EWC, EWCConfig, distance, fisher_positions
 from lamina.methods.finetune import Finetune, FinetuneConfig
 from lamina.rng import bits, seed_of, uniform
 from lamina.types import Task
@@ -170,7 +170,7 @@ def test_labels_are_drawn_independently_of_the_choice_of_examples(monkeypatch: p
         seen.append(uniform_b)
         return drawn(log_bc, uniform_b)
 
-    monkeypatch.setattr("lamina.methods.ewc.drawn", noted)
+    monkeypatch.setattr("lamina.learner.learner.drawn", noted)
     method.fisher(learner, task)
     uniforms = torch.cat(seen)
     assert len(uniforms) == 80

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lamina.config import EvaluationConfig, TrainingConfig
 from lamina.data.streams import class_plan, make_stream
 from lamina.engine.loop import Loop
-from lamina.engine.rehearsal import Kept, balanced_cross_entropy
+from lamina.engine.rehearsal import Kept
 from lamina.learner import Learner
 from lamina.methods.moram import MoRAM, MoRAMConfig, mixing_weights
 from lamina.types import Batch
@@ -255,10 +255,10 @@ def test_rehearsal_computes_old_examples_through_the_mixture(tmp_path: Path):
         partial(loop.method.in_training, loop.learner),
     )(mixed)
     with loop.method.in_training(loop.learner):
-        old = balanced_cross_entropy(loop.learner, mixed)
+        old = loop.learner.loss_of_all(mixed, balanced=True)
     own = loop.method.loss(loop.learner, mixed.select(slice(4)), task)
     assert total.item() == pytest.approx((own + old).item(), rel=1e-5)
-    assert abs(balanced_cross_entropy(loop.learner, mixed).item() - old.item()) > 1e-3, "not through a plain branch"
+    assert abs(loop.learner.loss_of_all(mixed, balanced=True).item() - old.item()) > 1e-3, "not through a plain branch"
 
 
 def test_it_grows_by_the_atoms_of_a_task_and_stores_nothing_else(tmp_path: Path):

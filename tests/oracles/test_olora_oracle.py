@@ -16,7 +16,6 @@ from lamina.config import EvaluationConfig, TrainingConfig
 from lamina.data.streams import class_plan, make_stream
 from lamina.engine.loop import Loop
 from lamina.learner import Learner
-from lamina.methods.base import local_cross_entropy
 from lamina.methods.olora import OLoRA, OLoRAConfig, overlap
 
 TRAINING = TrainingConfig(epochs=4, batch_size=16, lr=5e-3, head_lr=0.05, schedule="cosine")
@@ -64,7 +63,7 @@ def test_the_loss_is_cross_entropy_overlap_and_norms(tmp_path: Path, number: int
     loop = in_task(tmp_path, number, orthogonality=0.3, shrinkage=0.07)
     task = loop.stream[number]
     batch = task.train.batch(np.arange(8))
-    expected = local_cross_entropy(loop.learner, batch, task).item()
+    expected = loop.learner.loss(batch, task).item()
     overlaps = []
     for site in loop.learner.sites.values():
         new = site.live()[task.name].trained()
@@ -91,7 +90,7 @@ def test_the_penalty_moves_only_the_new_downs(tmp_path: Path):
     loop = in_task(tmp_path, 2)
     task = loop.stream[2]
     batch = task.train.batch(np.arange(8))
-    (loop.method.loss(loop.learner, batch, task) - local_cross_entropy(loop.learner, batch, task)).backward()
+    (loop.method.loss(loop.learner, batch, task) - loop.learner.loss(batch, task)).backward()
     for name, parameter in loop.learner.trainable().items():
         moves = parameter.grad is not None and parameter.grad.abs().max() > 1e-4
         assert moves == name.endswith("/down"), name

@@ -90,7 +90,7 @@ stream:
         "line 6: trainig = {'epochs': 3}: no such setting. There are: method, .* Did you mean 'training'?",
         "line 8: training.epochs = 'many': input should be a valid integer, .*",
         "line 10: training.schedule = 'cosin': input should be 'constant', .* Did you mean 'cosine'?",
-        "line 12: backbone.targets.1 = 'w': input should be 'q', 'k', 'v', 'out', 'fc1' or 'fc2'",
+        "line 12: backbone.targets.1 = 'w': input should be 'q', 'k', 'v', 'out', 'fc1', 'fc2', 'gate', 'up' or 'down'",
         "line 14: data.crop_scale = [0.5, 0.1]: must be two numbers with 0 < smallest <= largest <= 1",
         "line 16: data.columns.lable = 'x': no such setting. There are: image, .* Did you mean 'label'?",
         "line 20: stream.plan.1.classes = .*: field required",

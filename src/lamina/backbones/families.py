@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lamina.backbones.roles import Kind, Triple
+from lamina.backbones.roles import LANGUAGE_ROLES, ROLES, Kind, Triple
 
 Normalisation = tuple[Triple, Triple]
 HALF: Normalisation = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -22,7 +22,7 @@ class Family:
     block: str
     """Path of block {} in the module."""
     layers: tuple[str, ...]
-    """Paths in a block of its linear layers, in the order of ROLES. Roles with the same path share the outputs of that
+    """Paths in a block of its linear layers, in the order of `roles`. Roles with the same path share the outputs of that
     layer in equal parts."""
     gated: tuple[str, str, str] | None = None
     """Paths in a block of (gate, fc1, fc2), in the variant of the family that has a gated MLP."""
@@ -36,7 +36,7 @@ class Family:
     """Path of the table of absolute positions, if there is one. For images it is resized; the other image families
     adapt to the size of the input by themselves. For text its length bounds the input."""
     relative: bool = False
-    """Whether attention scores depend on relative positions too: a bias, or rotated queries and keys."""
+    """Whether attention depends on positions too: a bias, rotated queries and keys, or the causal order."""
     shared: tuple[str, Mapping[str, str]] | None = None
     """(setting, {layer: copy}): if the setting is true, the linear layer of an attention also projects relative positions.
     Then a frozen copy of it does that instead, so that a site reads hidden states only."""
@@ -59,7 +59,30 @@ class Family:
     normalisation: Normalisation = HALF
     """Images: mean and std if no file beside the weights says them."""
 
+    body: str = ""
+    """Language: path of the model without its head."""
+    head: str = "lm_head"
+    """Language: path of the linear layer that gives the scores of tokens."""
+    embeddings: str = ""
+    """Language: path in `body` of the table of token embeddings."""
+    interleaved: str | None = None
+    """Language: path in a block of a fused layer whose outputs are ordered head by head. Its nn.Linear is at `.0` of it
+    after loading, see `layouts`."""
 
+    @property
+    def embeddings_path(self) -> str:
+        """Path of the embeddings in the module."""
+        return f"{self.body}.{self.embeddings}" if self.kind == "language" else "embeddings"
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles of `layers`. Language: without gate, if there is one path less."""
+        if self.kind != "language":
+            return ROLES
+        return LANGUAGE_ROLES if len(self.layers) == len(LANGUAGE_ROLES) else _UNGATED
+
+
+_UNGATED = tuple(role for role in LANGUAGE_ROLES if role != "gate")
 _ATTENTION = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj")
 _VIT = (*_ATTENTION, "mlp.fc1", "mlp.fc2")
 _GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -71,6 +94,10 @@ _SHARED_BY_DEBERTA = ("share_att_key", {"key_proj": "pos_key_proj", "query_proj"
 _MPNET = ("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o", *_MLP)
 _DISTILBERT = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2")
 _MODERNBERT = ("attn.Wqkv", "attn.Wqkv", "attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo")
+_LLAMA = (*(f"self_attn.{role}_proj" for role in "qkvo"), *_GATED)
+_GPT2 = ("attn.c_attn", "attn.c_attn", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+_QKV = "attention.query_key_value"
+_NEOX = (f"{_QKV}.0", f"{_QKV}.0", f"{_QKV}.0", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 
 
 def _vit(model: str, **more: Any) -> Family:
@@ -101,6 +128,24 @@ def _tower(model: str, **more: Any) -> Family:
 def _bert(model: str, *, pooler: bool = True, **more: Any) -> Family:
     more = {"block": "encoder.layer.{}", "layers": _BERT, "positions": "embeddings.position_embeddings"} | more
     return Family(kind="text", model=model, options={"add_pooling_layer": False} if pooler else {}, **more)
+
+
+def _language(model: str, dropouts: tuple[str, ...] = ("attention_dropout",), **more: Any) -> Family:
+    """Dropouts are off: gradient checkpointing needs the layers in training mode."""
+    more = {"body": "model", "embeddings": "embed_tokens", "block": "model.layers.{}", "layers": _LLAMA} | more
+    settings = {"use_cache": True, **dict.fromkeys(dropouts, 0.0)}
+    return Family(kind="language", model=model, settings=settings, relative=True, **more)
+
+
+def _gpt2() -> Family:
+    more = {"body": "transformer", "embeddings": "wte", "block": "transformer.h.{}", "layers": _GPT2}
+    dropouts = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+    return _language("GPT2LMHeadModel", dropouts, **more)
+
+
+def _gpt_neox() -> Family:
+    more = {"body": "gpt_neox", "embeddings": "embed_in", "block": "gpt_neox.layers.{}", "layers": _NEOX}
+    return _language("GPTNeoXForCausalLM", ("attention_dropout", "hidden_dropout"), interleaved=_QKV, **more)
 
 
 _CLIP_VISION = _tower("CLIPVisionModel", norm="post_layernorm", normalisation=CLIP)
@@ -137,4 +182,11 @@ FAMILIES: Mapping[str, Family] = {  # by the model_type in config.json
     "modernbert": _bert(
         "ModernBertModel", pooler=False, block="layers.{}", layers=_MODERNBERT, positions=None, relative=True
     ),
+    "llama": _language("LlamaForCausalLM"),
+    "mistral": _language("MistralForCausalLM"),
+    "qwen2": _language("Qwen2ForCausalLM"),
+    "qwen3": _language("Qwen3ForCausalLM"),
+    "gemma3_text": _language("Gemma3ForCausalLM"),
+    "gpt2": _gpt2(),
+    "gpt_neox": _gpt_neox(),
 }

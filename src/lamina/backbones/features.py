@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lamina.backbones.language import LanguageHead, hidden_states
 from lamina.backbones.roles import Pool, Pooling
 
 _LUMA = (0.299, 0.587, 0.114)
@@ -37,6 +38,11 @@ def text_features(module: nn.Module, inputs: Mapping[str, Tensor], *, pool: Pool
     """Returns features (b, d) of `input_ids` and `attention_mask` (b, t)."""
     given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     return pool(module(**given).last_hidden_state, inputs)
+
+
+def language_features(module: nn.Module, inputs: Mapping[str, Tensor], *, language: LanguageHead, pool: Pool) -> Tensor:
+    """Returns features (b, d) of `input_ids` and `attention_mask` (b, t). No scores of tokens are computed."""
+    return pool(hidden_states(module, language, inputs), inputs)
 
 
 def pool_image(tokens_btd: Tensor, _: Mapping[str, Tensor], *, pooling: Pooling, patches: int) -> Tensor:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -20,8 +20,8 @@ from lamina.errors import BackboneError
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
 _HUB_FILES = [
-    *("config.json", "preprocessor_config.json", "1_Pooling/config.json"),
-    *("tokenizer_config.json", "special_tokens_map.json", "merges.txt", *TOKENIZER_FILES),
+    *("config.json", "preprocessor_config.json", "1_Pooling/config.json", "generation_config.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "merges.txt", *TOKENIZER_FILES),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
 ]
 _NO_PICKLE = (
@@ -30,6 +30,8 @@ _NO_PICKLE = (
 )
 _MOST_JSON_BYTES = 2**26
 _STORED_TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")
+_COPIED_AT_ONCE = 2**26
+"""Bytes of a mapped file that are in memory beside their copies."""
 
 
 class Location(NamedTuple):
@@ -47,6 +49,8 @@ class Header(NamedTuple):
 
     file: Path
     shape: tuple[int, ...]
+    dtype: str
+    """As safetensors writes it."""
 
 
 def locate(name: str) -> Location:
@@ -140,9 +144,10 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / shard for shard in names]
 
 
-def read_headers(files: Sequence[Path]) -> dict[str, Header]:
-    """Returns name, shape and file of every stored tensor; no weight is read.
+def read_headers(files: Sequence[Path], passed_over: Callable[[str], bool] = lambda _: False) -> dict[str, Header]:
+    """Returns name, shape, type and file of every stored tensor; no weight is read.
 
+    passed_over: of a name, whether the tensor is never read, so that any type is allowed.
     Raises BackboneError for a file that is missing, damaged, not a regular file or a PEFT adapter, and for quantised
     weights.
     """
@@ -159,12 +164,12 @@ def read_headers(files: Sequence[Path]) -> dict[str, Header]:
                     if not re.fullmatch(r"[\w.:/-]+", name):  # transformers takes names for patterns
                         raise BackboneError(f"{file}: {name!r} is not the name of a tensor; download it again")
                     part = stored.get_slice(name)
-                    if part.get_dtype() not in _STORED_TYPES:
+                    if part.get_dtype() not in _STORED_TYPES and not passed_over(name):
                         raise BackboneError(
                             f"{file}: {name} is stored as {part.get_dtype()}; quantised weights are not supported, give "
                             f"the weights in one of {', '.join(_STORED_TYPES[:4])}"
                         )
-                    headers[name] = Header(file, tuple(part.get_shape()))
+                    headers[name] = Header(file, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
             raise BackboneError(f"{file} is not a readable safetensors file ({error}); download it again") from error
     if files and (files[0].name.startswith("adapter_model") or any(".lora_A." in name for name in headers)):
@@ -181,24 +186,39 @@ def _is_an_adapter(file: Path) -> BackboneError:
     )
 
 
-def read_tensors(headers: Mapping[str, Header], names: Collection[str]) -> dict[str, Tensor]:
-    """Returns these stored tensors. Raises BackboneError for a value that is not finite."""
+def read_tensors(headers: Mapping[str, Header], names: Collection[str], *, mapped: bool = False) -> dict[str, Tensor]:
+    """Returns these stored tensors. Raises BackboneError for a value that is not finite.
+
+    mapped: whether they may stay in mapped files, for reading once. Otherwise they are copies: addresses in a mapped file
+    are odd, which changes the last bits of a product. Files are mapped anew for every few copies. A model is thus not in
+    memory twice.
+    """
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, Tensor] = {}
     for file in dict.fromkeys(headers[name].file for name in names):
+        pending = [name for name in reversed(tuple(names)) if headers[name].file == file]
         try:
-            with safe_open(file, framework="pt") as stored:
-                tensors |= {name: stored.get_tensor(name) for name in names if headers[name].file == file}
+            while pending:
+                with safe_open(file, framework="pt") as stored:
+                    size = 0
+                    while pending and size < _COPIED_AT_ONCE:
+                        tensor = stored.get_tensor(pending[-1])
+                        tensors[pending[-1]] = tensor if mapped else tensor.clone()
+                        _check_finite(pending.pop(), tensor, file)
+                        size += 0 if mapped else tensor.nbytes
+                        del tensor
         except (SafetensorError, OSError) as error:
             raise BackboneError(f"{file} is not a readable safetensors file ({error}); download it again") from error
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise BackboneError(
-                f"{headers[name].file}: {name} holds values that are not finite (NaN or infinity); the weights are damaged "
-                "or training them diverged. Download them again, or use another checkpoint"
-            )
     return tensors
+
+
+def _check_finite(name: str, tensor: Tensor, file: Path) -> None:
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise BackboneError(
+            f"{file}: {name} holds values that are not finite (NaN or infinity); the weights are damaged or training them "
+            "diverged. Download them again, or use another checkpoint"
+        )
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -216,7 +236,7 @@ def content_hash(name: str) -> str:
     with readable(name):
         where = locate(name)
         headers = read_headers(weight_files(where))
-        digest = hashlib.sha256(tensors_hash(read_tensors(headers, headers)).encode())
+        digest = hashlib.sha256(tensors_hash(read_tensors(headers, headers, mapped=True)).encode())
         for file in sorted(_HUB_FILES):
             if "safetensors" not in file and (where.folder / file).is_file():
                 digest.update(f"|{file}|".encode() + hashlib.sha256((where.folder / file).read_bytes()).digest())

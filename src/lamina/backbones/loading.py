@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lamina.backbones.families import Family
-from lamina.backbones.features import image_features, pool_image, pool_text, text_features
+from lamina.backbones.features import image_features, language_features, pool_image, pool_text, text_features
 from lamina.backbones.files import (
     TOKENIZER_FILES,
     locate,
@@ -31,6 +31,9 @@ from lamina.backbones.files import (
     tensors_hash,
     weight_files,
 )
+from lamina.backbones.language import LanguageHead
+from lamina.backbones.language_files import check_language, is_buffer, language_head, special_tokens, stored_dtype, tie
+from lamina.backbones.layouts import StoredLayer, use_linear_layers
 from lamina.backbones.roles import (
     ROLES,
     Backbone,
@@ -60,12 +63,15 @@ from lamina.errors import BackboneError
 _MOST_TIMES_STORED = 4
 """A model may have this many times the numbers that are stored; with more, config.json belongs to other weights."""
 
+_ALIGNMENT = 64
+"""Bytes; torch allocates at multiples of it."""
+
 
 def load(
     name: str,
     *,
     image_size: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     pooling: Literal["auto", "cls", "mean"] = "auto",
     mean: Triple | None = None,
     std: Triple | None = None,
@@ -75,6 +81,8 @@ def load(
     name: "nano" (shipped with lamina), a folder with config.json and safetensors weights, a .safetensors file, or
     "owner/name" on the Hugging Face hub. Weights may be in transformers' layout or in timm's ViT layout.
     image_size: pixels per side; the table of positions is resized to it once.
+    dtype: of the weights in memory. None means float32, or, for a causal language model that is stored in bfloat16,
+    bfloat16.
     pooling: "auto" is what docs/backbones.md says of the family.
     mean, std: replace the normalisation found beside the weights.
 
@@ -89,16 +97,21 @@ def load(
             backbone = checkpoint.image(wanted, image_size, mean, std)
         elif image_size or mean or std:
             model_type = checkpoint.settings["model_type"]
-            raise BackboneError(f"{name} is a text model ({model_type}): image_size, mean and std do not apply")
-        else:
+            raise BackboneError(
+                f"{name} is a {checkpoint.family.kind} model ({model_type}): image_size, mean and std do not apply"
+            )
+        elif checkpoint.family.kind == "text":
             backbone = checkpoint.text(wanted)
+        else:
+            backbone = checkpoint.language(wanted, dtype)
     _probe(backbone)
-    backbone.module.to(dtype)
+    if dtype is not None:
+        backbone.cast(dtype)
     return backbone
 
 
 class _Checkpoint:
-    """A stored model: its settings and the headers of its weights, checked. `image` and `text` read the weights."""
+    """A stored model: its settings and the headers of its weights, checked. `image`, `text` and `language` read the weights."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -107,7 +120,7 @@ class _Checkpoint:
         self.settings = read_json(where.folder / "config.json")
         if self.settings.get("model_type") is not None:
             find_family(self.settings, name)  # refused before weights are looked for, or downloaded
-        self.headers = read_headers(weight_files(where))
+        self.headers = read_headers(weight_files(where), passed_over=is_buffer)
         self.timm = is_timm(self.headers)
         if self.timm:
             self.settings = timm_settings(self.headers, self.settings, name)
@@ -119,13 +132,18 @@ class _Checkpoint:
         prefix = self.family.tower or ""
         self.prefix = prefix if any(key.startswith(prefix) for key in self.headers) else ""
         self.used = [key for key in self.headers if key.startswith(self.prefix)]
+        if self.family.kind == "language":
+            self.used = [key for key in self.used if not is_buffer(key)]
         self.config = family_config(self.family, self.settings, len(self.used), name)
         self.blocks: int = self.config.num_hidden_layers
         self.copies: Mapping[str, str] = {}
         if self.family.shared is not None and getattr(self.config, self.family.shared[0], False):
             setattr(self.config, self.family.shared[0], False)
             self.copies = self.family.shared[1]
+        if self.family.kind == "language":
+            check_language(self.config, self.used, self.family, name)
         skeleton = self._skeleton()
+        self._replace_layers(skeleton)
         self.linear_layers = tuple(path for path, module in skeleton.named_modules() if isinstance(module, nn.Linear))
         self.sites = find_sites(skeleton, self.family, self.blocks)
 
@@ -181,10 +199,47 @@ class _Checkpoint:
         positions = dict(module.named_modules()).get(self.family.positions or "none")
         return replace(
             backbone,
-            tokenizer=self.folder if any((self.folder / file).is_file() for file in TOKENIZER_FILES) else None,
+            tokenizer=self._tokenizer(),
             positions=_longest(positions) if isinstance(positions, nn.Embedding) else None,
             vocabulary=self.config.vocab_size,
         )
+
+    def language(self, wanted: Pooling | None, dtype: torch.dtype | None) -> Backbone:
+        if wanted == "cls":
+            raise BackboneError(f"{self.name}: a causal language model has no class token; choose pooling='mean'")
+        config, family = self.config, self.family
+        tokens = special_tokens(self.folder, config.vocab_size)
+        stored_hash, tensors, ignored = self._read()
+        tie(tensors, config, family, self.name)
+        held = dtype or stored_dtype(self.headers, self.used)
+        for key, tensor in tensors.items():  # one after another, so that the model is in memory once
+            tensors[key] = tensor.to(held) if tensor.is_floating_point() else tensor
+        module, unused = self._build(tensors, held)
+        stored = self._replace_layers(module)
+        for key, value in tokens.items():
+            setattr(module.generation_config, key, value)
+        language = language_head(config, family)
+        pool = partial(pool_text, pooling="mean")
+        forward = partial(language_features, language=language, pool=pool)
+        return replace(
+            self._backbone(stored_hash, module, "mean", forward, pool, [*ignored, *unused]),
+            tokenizer=self._tokenizer(),
+            positions=config.max_position_embeddings,
+            vocabulary=config.vocab_size,
+            language=language,
+            stored=stored,
+        )
+
+    def _tokenizer(self) -> Path | None:
+        return self.folder if any((self.folder / file).is_file() for file in TOKENIZER_FILES) else None
+
+    def _replace_layers(self, module: nn.Module) -> dict[str, StoredLayer]:
+        """Makes nn.Linear layers of others: see `layouts`."""
+        if self.family.kind != "language":
+            return {}
+        part = self.family.interleaved
+        joined = [f"{self.family.block.format(block)}.{part}" for block in range(self.blocks)] if part else []
+        return use_linear_layers(module, joined, self.config.num_attention_heads)
 
     def _read(self) -> tuple[str, dict[str, Tensor], list[str]]:
         """The hash of the stored tensors, the tensors as transformers names them, and the names of those not read."""
@@ -206,10 +261,11 @@ class _Checkpoint:
                     found[f"{path}.{end}"] = tensors[key]
         return found
 
-    def _build(self, tensors: dict[str, Tensor]) -> tuple[nn.Module, list[str]]:
-        """The frozen transformers module in fp32 with these weights in it, and the names of tensors it does not use.
+    def _build(self, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[str]]:
+        """The frozen transformers module with these weights in it, and the names of tensors it does not use.
 
-        Passing a state dict lets transformers convert old key names, and it opens no file.
+        The tensors are taken out of the dictionary: the module holds them, without a copy where it can. Passing a state
+        dict lets transformers convert old key names, and it opens no file.
         """
         import transformers
 
@@ -221,7 +277,7 @@ class _Checkpoint:
                 state_dict=tensors,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                dtype=torch.float32,
+                dtype=dtype,
                 attn_implementation=self.family.attention,
                 **self.family.options,
             )
@@ -232,13 +288,15 @@ class _Checkpoint:
             wrong = [*sorted(found["missing_keys"]), *found["error_msgs"]]
             raise BackboneError(f"{name}: the weights lack {some(wrong)}; the file is incomplete or of another model")
         unused = sorted(found["unexpected_keys"])
-        blocks = [key for key in unused if re.search(r"(^|\.)layers?\.\d+\.", key)]
+        blocks = [key for key in unused if re.search(r"(^|\.)(layers?|h)\.\d+\.", key)]
         if blocks:
             raise BackboneError(f"{name}: the weights have parts that config.json does not: {some(blocks)}")
         module.eval().requires_grad_(False)
-        # In a mapped file they lie at odd addresses, which change the last bits of a product.
+        tensors.clear()
         for tensor in (*module.parameters(), *module.buffers()):
-            tensor.data = tensor.data.clone()
+            # A part of a larger tensor lies at an odd address, which changes the last bits of a product.
+            if tensor.data_ptr() % _ALIGNMENT or tensor.untyped_storage().nbytes() != tensor.nbytes:
+                tensor.data = tensor.data.clone()
         return module, [self.prefix + key for key in unused]
 
     def _backbone(
@@ -259,7 +317,7 @@ class _Checkpoint:
             heads=self.config.num_attention_heads,
             relative=self.family.relative,
             ignored=tuple(sorted(ignored)),
-            stages=("embeddings", *(self.family.block.format(block) for block in range(self.blocks))),
+            stages=(self.family.embeddings_path, *(self.family.block.format(block) for block in range(self.blocks))),
             pool=pool,
         )
 
@@ -273,9 +331,9 @@ def find_sites(module: nn.Module, family: Family, blocks: int) -> tuple[Site, ..
     sites: list[Site] = []
     for block in range(blocks):
         start = family.block.format(block)
-        for role, part in zip(ROLES, layers, strict=True):
+        for role, part in zip(family.roles, layers, strict=True):
             path = f"{start}.{part}"
-            outputs, shared = None, [r for r, other in zip(ROLES, layers, strict=True) if other == part]
+            outputs, shared = None, [r for r, other in zip(family.roles, layers, strict=True) if other == part]
             if len(shared) > 1 and isinstance(modules.get(path), nn.Linear):
                 width = modules[path].out_features // len(shared)
                 outputs = (shared.index(role) * width, (shared.index(role) + 1) * width)
@@ -336,7 +394,10 @@ def _probe(backbone: Backbone) -> None:
         inputs = {"input_ids": ids_bt, "attention_mask": torch.ones_like(ids_bt)}
     with quiet(), explained(f"{backbone.name}: the model that config.json describes does not compute"), torch.no_grad():
         features_bd = backbone.features(inputs)
-    if features_bd.shape != (1, backbone.width) or not bool(features_bd.isfinite().all()):
+        finite = bool(features_bd.isfinite().all())
+        if backbone.language is not None:
+            finite = finite and bool(backbone.token_logits(features_bd).isfinite().all())
+    if features_bd.shape != (1, backbone.width) or not finite:
         raise BackboneError(
             f"{backbone.name}: features of a blank example are not {backbone.width} finite numbers; config.json or the "
             "weights are damaged"
@@ -360,16 +421,27 @@ def from_module(
     pool: Pool | None = None,
     positions: int | None = None,
     vocabulary: int | None = None,
+    language: LanguageHead | None = None,
 ) -> Backbone:
     """Returns a backbone made of any model, for example one with a fused qkv layer. The module itself is frozen.
 
     features: maps (module, inputs) to (b, width). pooling: a record of what it does. heads: of every attention layer;
-    methods that look into attention need it. relative, stages, pool, positions, vocabulary: see `Backbone`.
+    methods that look into attention need it. relative, stages, pool, positions, vocabulary, language: see `Backbone`.
 
-    Raises BackboneError for a site that is not a linear layer of the module or whose outputs are outside it, and for
-    stages that do not fit.
+    Raises BackboneError for a site that is not a linear layer of the module or whose outputs are outside it, for stages
+    that do not fit, and for a causal language model without `language`.
     """
     check_sites(module, sites)
+    parts = set() if language is None else {language.body, language.head} - dict(module.named_modules()).keys()
+    if parts or (language is None) == (kind == "language"):
+        raise BackboneError(
+            f"{name}: a causal language model, and no other kind, needs `language` with the paths of its body and its head; "
+            + (
+                f"there is nothing at {some(sorted(parts))}"
+                if parts
+                else f"kind is {kind!r} and language is {language}"
+            )
+        )
     stored_hash, module = tensors_hash(module.state_dict()), module.eval().requires_grad_(False)
     blocks = 1 + max((s.block for s in sites), default=-1)
     unknown = sorted(set(stages) - dict(module.named_modules()).keys())
@@ -387,4 +459,5 @@ def from_module(
         pool=pool,
         positions=positions,
         vocabulary=vocabulary,
+        language=language,
     )

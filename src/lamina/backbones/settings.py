@@ -3,44 +3,64 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lamina.backbones.families import FAMILIES, HALF, Family
-from lamina.backbones.files import quiet, read_json
+from lamina.backbones.files import locate, quiet, read_json
 from lamina.backbones.roles import ImageInput, Pooling, Triple
 from lamina.errors import BackboneError
 
 _SIZES = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_ratio", "embedding_size"),
     *("patch_size", "image_size", "num_channels", "num_patches", "vocab_size", "max_position_embeddings"),
+    *("num_key_value_heads", "head_dim", "n_inner", "sliding_window"),
 )
-_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation")
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation", "activation_function")
 _DROPPED = (
     *("return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "dtype", "torch_dtype"),
     *("id2label", "label2id", "num_labels", "problem_type", "attn_implementation", "experts_implementation"),
     *("per_layer_config", "fusion_config", "transformers_weights", "quantization_config"),
 )
-"""Settings that do not describe the encoder: the form of outputs, a classification head, and how transformers loads."""
+"""Settings that do not describe the model: the form of outputs, a classification head, and how transformers loads."""
 _MOST_PATCHES = 2**14
 _LEAST_STD, _MOST = 1e-6, 1e3
 """Bounds of an image's std, and of the size of its mean and std: beyond them no pixel keeps its meaning in float32."""
 
 
 def find_family(settings: Mapping[str, Any], name: str) -> Family:
-    """Returns the row of FAMILIES. Raises BackboneError for another model type, a decoder or quantised weights."""
+    """Returns the row of FAMILIES. Raises BackboneError for another model type, a decoder that is not a causal language model,
+    or quantised weights."""
     model_type = settings.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
+        encoders = ", ".join(key for key, family in FAMILIES.items() if family.kind != "language")
+        decoders = ", ".join(key for key, family in FAMILIES.items() if family.kind == "language")
         raise BackboneError(
-            f"{name}: model_type {model_type!r} is not supported. Supported encoders: {', '.join(FAMILIES)}. "
-            "docs/backbones.md says how to add a family; from_module() takes any model that you build"
+            f"{name}: model_type {model_type!r} is not supported. Supported encoders: {encoders}. Supported causal language "
+            f"models: {decoders}. docs/backbones.md says how to add a family; from_module() takes any model that you build"
         )
     if settings.get("quantization_config") is not None:
         raise BackboneError(f"{name}: config.json has a quantization_config; give the weights before quantisation")
-    decoder = [key for key in ("is_decoder", "add_cross_attention", "is_encoder_decoder") if settings.get(key)]
+    family = FAMILIES[model_type]
+    refused = ("add_cross_attention", "is_encoder_decoder")
+    decoder = [key for key in (refused if family.kind == "language" else ("is_decoder", *refused)) if settings.get(key)]
     if decoder:
-        raise BackboneError(f"{name}: config.json sets {decoder[0]}; only encoders are supported")
-    return FAMILIES[model_type]
+        only = "decoders without an encoder" if family.kind == "language" else "encoders"
+        raise BackboneError(f"{name}: config.json sets {decoder[0]}; only {only} are supported for {model_type}")
+    return family
+
+
+@lru_cache(maxsize=64)
+def is_language(name: str) -> bool:
+    """Returns whether the backbone of this name is a causal language model, from its config.json alone. False where there is
+    no such backbone."""
+    try:
+        settings = read_json(locate(name).folder / "config.json")
+    except BackboneError:
+        return False
+    found = FAMILIES.get(str(settings.get("model_type")))
+    return found is not None and found.kind == "language"
 
 
 def family_config(family: Family, settings: Mapping[str, Any], stored: int, name: str) -> Any:
@@ -71,10 +91,15 @@ def family_config(family: Family, settings: Mapping[str, Any], stored: int, name
         )
     with quiet(), explained(f"{name}: config.json does not make a {family.model}"):
         config = make.from_dict(kept | dict(family.settings))
-    if config.hidden_size % config.num_attention_heads:
+    if settings.get("head_dim") is None and config.hidden_size % config.num_attention_heads:
         raise BackboneError(
             f"{name}: hidden_size {config.hidden_size} in config.json is not a multiple of num_attention_heads "
             f"{config.num_attention_heads}"
+        )
+    if config.num_attention_heads % (getattr(config, "num_key_value_heads", None) or 1):
+        raise BackboneError(
+            f"{name}: num_attention_heads {config.num_attention_heads} in config.json is not a multiple of "
+            f"num_key_value_heads {config.num_key_value_heads}"
         )
     return config
 

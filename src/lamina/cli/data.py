@@ -7,7 +7,7 @@ import typer
 
 def check(
     source: Annotated[str, typer.Argument(help="A source as for `lamina run --data`.")],
-    kind: Annotated[str, typer.Option(help="auto, image or text.")] = "auto",
+    kind: Annotated[str, typer.Option(help="auto, image, text or instructions.")] = "auto",
     min_per_class: Annotated[int, typer.Option(help="Report classes with fewer training examples than this.")] = 5,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="data.columns.label=..., data.test_fraction=...")

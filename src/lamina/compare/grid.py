@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field, ValidationError, field_validator
 
 from lamina import config as configuration
+from lamina.backbones import is_language
 from lamina.config import ConsolidationConfig, MethodConfig, RunConfig, Section
 from lamina.errors import ConfigError
 from lamina.methods import METHODS
@@ -251,7 +252,7 @@ class Grid:
 
     def _config(self, row: Row, seed: int, order: int | None, tried: Mapping[str, Any], searching: bool) -> RunConfig:
         config, problems = configuration.check(
-            self._raw(row, seed, order, tried, searching), _settings_types(), RunConfig
+            self._raw(row, seed, order, tried, searching), _settings_types(), RunConfig, is_language
         )
         if config is None:  # `_check` has seen every combination of values
             raise ConfigError(configuration.listed(problems, self.file))
@@ -299,7 +300,7 @@ class Grid:
                 for searching in {False, bool(over)}:
                     seed, order = self.settings.seeds[0], self.settings.orders[0]
                     raw = self._raw(row, seed, order, tried, searching)
-                    config, problems = configuration.check(raw, _settings_types(), RunConfig)
+                    config, problems = configuration.check(raw, _settings_types(), RunConfig, is_language)
                     layers = self._layers(row, tried)
                     yield from (self._placed(problem, layers) for problem in problems)
                     if config is not None:

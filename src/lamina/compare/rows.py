@@ -3,6 +3,7 @@
 Every figure is a function of a run's counts, or of its record's costs.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,6 +35,15 @@ COST_DEFINITIONS = {
     "memory_bytes": "what else the method keeps from task to task",
     "peak_memory_mb": "peak memory of the process of the run",
 }
+LANGUAGE: dict[str, tuple[str, Callable[[float], str]]] = {
+    "zero_shot_accuracy": ("Zero-shot", lambda v: f"{100 * v:.1f}"),
+    "backward_transfer": ("Backward transfer", lambda v: signed(f"{100 * v:.1f}")),
+    "perplexity_before": ("Perplexity before", lambda v: f"{v:.1f}"),
+    "perplexity_after": ("Perplexity after", lambda v: f"{v:.1f}"),
+    "tokens_per_second": ("Tokens/s", lambda v: f"{v:,.0f}"),
+}
+"""Columns for language models only."""
+LANGUAGE_DEFINITIONS = {"tokens_per_second": "tokens trained on, padding not included, by seconds of training"}
 ONLY_JOINT = "final_accuracy_micro"
 """The one metric of joint training, which has a single task: the others compare tasks."""
 
@@ -58,7 +68,18 @@ class Run:
         found, cost = asdict(self.record.metrics), self.record.cost
         accuracies = {key: found[key] if not self.joint or key == ONLY_JOINT else None for key in ACCURACIES}
         costs = {"seconds": cost.total_seconds} | {key: getattr(cost, key) for key in COSTS if key != "seconds"}
-        return {key: value if known(value) else None for key, value in (accuracies | costs).items()}
+        return {key: value if known(value) else None for key, value in (accuracies | costs | self._language()).items()}
+
+    def _language(self) -> dict[str, float | None]:
+        language, found = self.record.language, asdict(self.record.metrics)
+        train = self.record.cost.seconds.get("train")
+        if language is None:
+            return dict.fromkeys(LANGUAGE)
+        speed = language.tokens / train if language.tokens and train else None
+        shown = {key: found[key] for key in LANGUAGE if key in found}
+        if self.joint:
+            shown["backward_transfer"] = math.nan
+        return shown | {"tokens_per_second": speed}
 
 
 @dataclass(frozen=True)
@@ -98,11 +119,13 @@ class Line:
     costs: list[str]
     row: RowRuns
     gain: Difference | None
+    language: list[str]
+    """What is shown of language models only."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns the row for programs."""
         row = self.row
-        spread = {key: row.spread(key) for key in (*ACCURACIES, *COSTS)}
+        spread = {key: row.spread(key) for key in (*ACCURACIES, *COSTS, *LANGUAGE)}
         return {
             "name": self.name,
             "method": row.runs[0].record.method.name if row.runs else None,
@@ -125,7 +148,8 @@ def line_of(name: str, row: RowRuns, gain: Difference | None, baseline: str | No
         texts.append("baseline" if name == baseline else _gain_text(gain))
     texts.append(str(len(row.runs)) if len(row.runs) == row.planned else f"{len(row.runs)} of {row.planned}")
     costs = [DASH if (mean := row.spread(key)[0]) is None else write(mean) for key, (_, write) in COSTS.items()]
-    return Line(name, texts, costs, row, gain)
+    language = [DASH if (mean := row.spread(key)[0]) is None else write(mean) for key, (_, write) in LANGUAGE.items()]
+    return Line(name, texts, costs, row, gain, language)
 
 
 def difference(ours: Sequence[Run], theirs: Sequence[Run]) -> Difference | None:

@@ -8,7 +8,17 @@ from pathlib import Path
 from lamina import report
 from lamina.compare.grid import Grid, Row, said
 from lamina.compare.notes import code_of, notes_of
-from lamina.compare.rows import ACCURACIES, COST_DEFINITIONS, COSTS, Line, RowRuns, difference, line_of
+from lamina.compare.rows import (
+    ACCURACIES,
+    COST_DEFINITIONS,
+    COSTS,
+    LANGUAGE,
+    LANGUAGE_DEFINITIONS,
+    Line,
+    RowRuns,
+    difference,
+    line_of,
+)
 from lamina.errors import ConfigError
 from lamina.maths.metrics import DEFINITIONS
 from lamina.record import Record
@@ -16,6 +26,7 @@ from lamina.report.text import DASH, count
 
 FORMAT = 2
 COST_CAPTION = "Cost: means over the runs."
+LANGUAGE_CAPTION = "Language models: means over the runs."
 BEGIN, END = "<!-- compare -->", "<!-- /compare -->"
 
 
@@ -38,7 +49,8 @@ class Content:
     title: str
     accuracies: list[str]
     costs: list[str]
-    """Titles of the columns."""
+    language: list[str]
+    """Titles of the columns; none of language models if there are none."""
     sections: list[Section]
     search_note: str
     definitions: list[tuple[str, str]]
@@ -61,12 +73,13 @@ def content(grid: Grid, rows: Mapping[Row, RowRuns], command: str) -> Content:
         title=grid.settings.title or grid.name,
         accuracies=[*ACCURACIES.values(), *minus, "Runs"],
         costs=[title for title, _ in COSTS.values()],
+        language=[title for title, _ in LANGUAGE.values()] if _of_language(rows) else [],
         sections=[
             _section(stream, {row.method: runs for row, runs in rows.items() if row.stream == stream}, baseline)
             for stream in grid.streams
         ],
         search_note=_search_note(grid),
-        definitions=_definitions(baseline),
+        definitions=_definitions(baseline, language=_of_language(rows)),
         facts=_facts([run.record for runs in rows.values() for run in runs.runs]),
         command=command,
         files=files,
@@ -126,11 +139,18 @@ def _search_note(grid: Grid) -> str:
     )
 
 
-def _definitions(baseline: str | None) -> list[tuple[str, str]]:
+def _of_language(rows: Mapping[Row, RowRuns]) -> bool:
+    return any(run.record.language is not None for row in rows.values() for run in row.runs)
+
+
+def _definitions(baseline: str | None, *, language: bool) -> list[tuple[str, str]]:
     found = [(title, DEFINITIONS[key]) for key, title in ACCURACIES.items()]
     if baseline:
         found.append((f"Minus {baseline}", f"final accuracy minus that of {baseline} in the same seed and class order"))
-    return found + [(COSTS[key][0], text) for key, text in COST_DEFINITIONS.items()]
+    found += [(COSTS[key][0], text) for key, text in COST_DEFINITIONS.items()]
+    if language:
+        found += [(title, (DEFINITIONS | LANGUAGE_DEFINITIONS)[key]) for key, (title, _) in LANGUAGE.items()]
+    return found
 
 
 def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
@@ -170,6 +190,9 @@ def block(table: Content) -> str:
         if section.lines:
             parts += [_markdown_table(["Method", *table.accuracies], accuracies), COST_CAPTION]
             parts.append(_markdown_table(["Method", *table.costs], costs))
+        if table.language:
+            language = [(f"`{line.name}`", *line.language) for line in section.lines]
+            parts += [LANGUAGE_CAPTION, _markdown_table(["Method", *table.language], language)]
         parts += ["\n".join(f"- {note}" for note in section.notes)] if section.notes else []
         if section.search:
             tried = [

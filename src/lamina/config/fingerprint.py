@@ -3,7 +3,7 @@
 import hashlib
 import json
 
-from lamina.config.schema import MethodConfig, RunConfig
+from lamina.config.schema import DataConfig, MethodConfig, RunConfig
 
 _WITHOUT_EFFECT = {"checkpoint_seconds", "jobs"}
 _ELSEWHERE = (("data", "cache"), ("data", "source"), ("backbone", "name"), ("evaluation", "batch_size"))
@@ -21,5 +21,8 @@ def fingerprint(config: RunConfig, method_settings: type[MethodConfig]) -> str:
     record["method"]["name"] = config.method["name"]
     for section, key in _ELSEWHERE:
         record.get(section, {}).pop(key, None)
+    if record.get("data", {}).get("max_length") == DataConfig().text_length:
+        # What records of encoders say that were written while it was the default. Instructions have it in the stream's own.
+        record["data"].pop("max_length")
     record = {key: value for key, value in record.items() if value != {}}
     return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -2,7 +2,7 @@
 
 import difflib
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,17 @@ from lamina.config.yaml_text import parse, read_yaml
 from lamina.errors import ConfigError
 
 AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
+IsLanguage = Callable[[str], bool]
+LANGUAGE_DEFAULTS: Mapping[str, Any] = {
+    "stream.scenario": "domain",
+    "backbone.targets": ["q", "v"],
+    "training.epochs": 1,
+    "training.batch_size": 8,
+    "training.head_lr": None,
+    "training.schedule": "constant",
+    "evaluation.batch_size": 16,
+}
+"""Defaults for causal language models: tasks are domains, and q and v have adapters, as in O-LoRA's code."""
 OF_A_CLASSIFIER = ("consolidation.drift", "consolidation.layers")
 """Defaults of a method that do not apply if its unified classifier is declined (`consolidation.classifier` = own)."""
 _LONGEST = 80
@@ -26,9 +37,11 @@ def load(
     *,
     method_settings: Mapping[str, type[MethodConfig]],
     schema: type[AnyConfig],
+    is_language: IsLanguage = lambda _: False,
 ) -> AnyConfig:
     """Returns the configuration of a YAML file, with `key.path` = value on top. method_settings: the settings of each method.
-    schema: of a run or of a model.
+    schema: of a run or of a model. is_language: whether the backbone of this name is a causal language model, which has
+    defaults of its own.
 
     The result's `method` holds every setting of the method, defaults included.
     Raises ConfigError listing every error: its line, the value, what is allowed, and the nearest name.
@@ -40,14 +53,17 @@ def load(
     for key, value in overrides:
         put(raw, key, value)
         lines[key] = 0  # not in the file
-    config, problems = check(raw, method_settings, schema)
+    config, problems = check(raw, method_settings, schema, is_language)
     if config is None:
         raise ConfigError(listed([with_line(problem, lines) for problem in problems], file))
     return config
 
 
 def check(
-    raw: Mapping[str, Any], method_settings: Mapping[str, type[MethodConfig]], schema: type[AnyConfig]
+    raw: Mapping[str, Any],
+    method_settings: Mapping[str, type[MethodConfig]],
+    schema: type[AnyConfig],
+    is_language: IsLanguage = lambda _: False,
 ) -> tuple[AnyConfig | None, list[str]]:
     """Returns the configuration of nested settings, or None and every problem: `key.path = value: reason`."""
     problems: list[str] = []
@@ -60,10 +76,8 @@ def check(
     elif (name := method.get("name", "lamina")) not in list(method_settings):
         problems.append(unknown("method.name", name, method_settings, "methods"))
     else:
-        asked = raw.get("consolidation")
-        idle = OF_A_CLASSIFIER if isinstance(asked, Mapping) and asked.get("classifier") == "own" else ()
-        for key, value in method_settings[name].around.items():
-            if not _says(raw, key) and key not in idle:
+        for key, value in _defaults(raw, method_settings[name], is_language).items():
+            if not _says(raw, key):
                 put(whole, key, value)
         given = {key: value for key, value in method.items() if key != "name"}
         try:
@@ -75,6 +89,16 @@ def check(
     except ValidationError as error:
         return None, explain(error, schema) + problems
     return (None if problems else config), problems
+
+
+def _defaults(raw: Mapping[str, Any], settings: type[MethodConfig], is_language: IsLanguage) -> Mapping[str, Any]:
+    """Returns the defaults of this method and kind of backbone that differ from the general ones."""
+    backbone, asked = raw.get("backbone"), raw.get("consolidation")
+    backbone = backbone.get("name") if isinstance(backbone, Mapping) else None
+    if isinstance(backbone, str) and is_language(backbone):
+        return {**LANGUAGE_DEFAULTS, **settings.around_language}
+    own_classifier = isinstance(asked, Mapping) and asked.get("classifier") == "own"
+    return {k: v for k, v in settings.around.items() if not (own_classifier and k in OF_A_CLASSIFIER)}
 
 
 def _says(raw: Mapping[str, Any], key: str) -> bool:

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Role = Literal["q", "k", "v", "out", "fc1", "fc2"]
+Role = Literal["q", "k", "v", "out", "fc1", "fc2", "gate", "up", "down"]
 LARGEST_RATE = 1000.0
 """Larger learning rates overflow float32 within a few steps."""
 
@@ -22,6 +22,8 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
     around: ClassVar[Mapping[str, Any]] = {}
     """Defaults of this method for settings outside its own, by dotted key. They replace the general defaults."""
+    around_language: ClassVar[Mapping[str, Any]] = {}
+    """The same for causal language models."""
 
 
 class Columns(Section):
@@ -35,20 +37,36 @@ class Columns(Section):
     """Column with the domain, if any."""
     split: str = "split"
     """Column saying train, val or test, if any."""
+    prompt: str = "prompt"
+    """Column with the prompts of instructions."""
+    completion: str = "completion"
+    """Column with the completions of instructions."""
+    options: str = "options"
+    """Column with lists of candidate completions, if any."""
+    messages: str = "messages"
+    """Column with chats (lists of role and content), in place of prompt and completion."""
+    answer: str = "answer"
+    """Column with what a language model is to say of a labelled text, if any."""
 
 
 class DataConfig(Section):
     source: str = "digits"
-    """A folder of class folders, a Parquet file or folder of them, a CSV file, a saved datasets folder, `hf:owner/name`,
-    or `digits` (scikit-learn's handwritten digits)."""
-    kind: Literal["auto", "image", "text"] = "auto"
+    """A folder of class folders, a Parquet, CSV or JSON lines file, a folder of such files, a saved datasets folder,
+    `hf:owner/name`, or `digits` (scikit-learn's handwritten digits)."""
+    kind: Literal["auto", "image", "text", "instructions"] = "auto"
     """Kind of the examples."""
     columns: Columns = Columns()
-    """Names of the columns of Parquet and CSV files."""
+    """Names of the columns of Parquet, CSV and JSON files."""
+    template: str = "{text}\nOptions: {options}\nAnswer:"
+    """Prompt of a language model for labelled texts. Fields: {text}, {options} (the answers of the classes), {domain}."""
+    form: Literal["plain", "chat"] = "plain"
+    """Form of prompts that are texts: as they are, or as one message of a user in the tokenizer's chat template."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of the examples held out for testing, if the source has no test split."""
     per_class: int | None = Field(None, ge=1)
     """Use at most this many training examples of each class (in each domain)."""
+    per_task: int | None = Field(None, ge=1)
+    """Use at most this many training examples of each task, as equally many of each class as there are."""
     on_damaged: Literal["error", "skip"] = "error"
     """Treatment of an unreadable image: stop and name it, or leave it out and record it."""
     cache: str | None = None
@@ -59,8 +77,14 @@ class DataConfig(Section):
     """Training transform: random resized crop and horizontal flip, the crop alone (for digits and letters), or neither."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Smallest and largest share of the image that a random crop covers."""
-    max_length: int = Field(128, ge=2)
-    """Maximum length of a text in tokens. Longer texts are truncated."""
+    max_length: int | None = Field(None, ge=2)
+    """Maximum length of a text in tokens. Longer texts are truncated. Not set: 128; for instructions 512 (or what the backbone
+    has positions for, if that is less)."""
+
+    @property
+    def text_length(self) -> int:
+        """The maximum length of a text for an encoder, in tokens."""
+        return 128 if self.max_length is None else self.max_length
 
     @field_validator("crop_scale")
     @classmethod
@@ -112,7 +136,8 @@ class BackboneConfig(Section):
     std: tuple[float, float, float] | None = None
     """Pixel standard deviation for normalisation. Not set: the value in the backbone's own files."""
     targets: tuple[Role, ...] = Field(("k", "v"), min_length=1)
-    """Linear layers of each block that get adapters."""
+    """Linear layers of each block that get adapters. In the MLP, encoders have fc1 and fc2; language models have gate, up and
+    down."""
     blocks: tuple[int, ...] | None = None
     """Blocks that get adapters, counted from 0. Not set: all."""
 
@@ -183,6 +208,8 @@ class ConsolidationConfig(Section):
 class RehearsalConfig(Section):
     per_class: int = Field(0, ge=0)
     """Training examples of each class that are kept of every finished task, and trained on again with later tasks. 0: none."""
+    ratio: float = Field(1.0, gt=0, le=100)
+    """Kept examples in a batch for every new one."""
 
 
 class EvaluationConfig(Section):
@@ -194,6 +221,13 @@ class EvaluationConfig(Section):
     """Also measure the tasks that are not learnt yet (above the diagonal). Forward transfer needs it."""
     per_class: int | None = Field(None, ge=1)
     """Measure on at most this many test and validation examples of each class and domain, the same for every run."""
+    per_task: int | None = Field(None, ge=1)
+    """Measure on at most this many test and validation examples of each task, as equally many of each class as there are."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Language models: the most tokens that are generated for an example without options."""
+    text: str | None = None
+    """Language models: a text file from outside the stream, whose perplexity shows what the stream does to general ability.
+    Not set: a short English text that lamina carries."""
 
 
 class RunConfig(Section):

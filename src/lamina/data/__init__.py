@@ -9,10 +9,12 @@ import numpy as np
 from torch import Tensor
 
 from lamina.data.audit import Audit, audit, render
+from lamina.data.instruction_table import Form, InstructionTable, tokenise_instructions, truncation
+from lamina.data.instructions import Message, Row, as_instructions, instructions_from
 from lamina.data.pixels import PixelStore, decode_once, default_cache
 from lamina.data.sources import Columns, Source, from_arrays, open_source
-from lamina.data.summary import as_dict, describe_source, difference
-from lamina.data.tokens import TokenTable, load_tokenizer, tokenise_once
+from lamina.data.summary import as_dict, describe_source, difference, kinds
+from lamina.data.tokens import TokenTable, load_tokenizer, text_tokens, tokenise_once
 from lamina.data.transforms import ImageTransform, PixelTable
 from lamina.errors import ConfigError, DataError
 from lamina.types import Augment, Ints, LabelledData, Table
@@ -20,23 +22,34 @@ from lamina.types import Augment, Ints, LabelledData, Table
 __all__ = [
     "Audit",
     "Columns",
+    "Form",
     "ImageTransform",
+    "InstructionTable",
+    "Message",
     "PixelStore",
     "PixelTable",
+    "Row",
     "Source",
     "TokenTable",
     "as_dict",
+    "as_instructions",
     "audit",
     "default_cache",
     "describe_source",
     "difference",
     "from_arrays",
+    "instructions_from",
+    "kinds",
     "load_images",
+    "load_instructions",
     "load_texts",
     "load_tokenizer",
     "open_source",
     "render",
+    "text_tokens",
+    "tokenise_instructions",
     "tokenise_once",
+    "truncation",
     "undecoded",
 ]
 
@@ -59,7 +72,9 @@ def load_images(
     ConfigError for an on_damaged or store_px that is not allowed.
     """
     if source.kind != "image":
-        raise DataError(f"{source.name} holds texts, where images are needed. Use a text backbone, or other data")
+        raise DataError(
+            f"{source.name} holds {kinds(source.kind)}, where images are needed. Use a backbone that takes them, or other data"
+        )
     if on_damaged not in ("error", "skip"):
         raise ConfigError(f"data.on_damaged = {on_damaged!r}; allowed are error and skip")
     store_px = max(64, 2 * transform.size) if store_px is None else store_px
@@ -89,13 +104,45 @@ def load_texts(
     max_length that tokenizer or backbone do not allow.
     """
     if source.kind != "text":
-        raise DataError(f"{source.name} holds images, where texts are needed. Use an image backbone, or other data")
+        raise DataError(
+            f"{source.name} holds {kinds(source.kind)}, where texts are needed. Use a backbone that takes them, or other data"
+        )
     table = tokenise_once(source, tokenizer, max_length, positions=positions, vocabulary=vocabulary)
     return _labelled(source, table, np.arange(len(source)), ())
 
 
+def load_instructions(
+    source: Source,
+    tokenizer: Path | str,
+    *,
+    max_length: int | None = None,
+    positions: int | None = None,
+    vocabulary: int | None = None,
+    form: Form = "plain",
+    used: Ints | None = None,
+) -> LabelledData:
+    """The instructions of a source, tokenised once. Rows are those of the source.
+
+    used: the rows that are tokenised; all if None.
+    max_length: the most tokens of a prompt and its completion together; 512 if None, or what tokenizer and backbone allow.
+    positions: the most tokens the backbone has positions for. vocabulary: the number of tokens its embedding has. form:
+    whether a prompt that is a text is tokenised as it is (plain), or as a chat of one message (chat).
+
+    Raises DataError for images and labelled texts, if there is no tokenizer or it cannot be used, for a row that leaves no
+    room for its prompt, and for a token beyond the vocabulary; ConfigError for a max_length or form that is not allowed.
+    """
+    if source.kind != "instructions":
+        remedy = " Make instructions of them with as_instructions" if source.kind == "text" else " Use other data"
+        raise DataError(f"{source.name} holds {kinds(source.kind)}, where instructions are needed.{remedy}")
+    table = tokenise_instructions(
+        source, tokenizer, max_length=max_length, positions=positions, vocabulary=vocabulary, form=form, used=used
+    )
+    # What the model is shown depends on these too.
+    return _labelled(source, table, np.arange(len(source)), (), also=f"{table.max_length} {form}".encode())
+
+
 def undecoded(source: Source) -> LabelledData:
-    """The labels of a source without its images or texts: enough to plan a stream, and quick."""
+    """The labels of a source without its images, texts or instructions: enough to plan a stream, and quick."""
     return _labelled(source, _Undecoded(), np.arange(len(source)), ())
 
 
@@ -111,9 +158,9 @@ class _Undecoded:
         raise AssertionError(f"lengths of rows {rows[:3]} were asked for, and nothing is decoded")
 
 
-def _labelled(source: Source, table: Table, keep: Ints, skipped: tuple[str, ...]) -> LabelledData:
+def _labelled(source: Source, table: Table, keep: Ints, skipped: tuple[str, ...], also: bytes = b"") -> LabelledData:
     left_out = np.setdiff1d(np.arange(len(source)), keep)
-    told = source.fingerprint.encode() + left_out.astype("<i8").tobytes()
+    told = source.fingerprint.encode() + left_out.astype("<i8").tobytes() + also
     return LabelledData(
         kind=source.kind,
         name=source.name,

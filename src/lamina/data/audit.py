@@ -11,7 +11,7 @@ import numpy as np
 from lamina.data.decoding import decode, has_more_frames, nearly_black
 from lamina.data.names import listed
 from lamina.data.pixels import Damage, Progress, each
-from lamina.data.records import Payload, Source, escaped
+from lamina.data.records import Payload, Row, Source, escaped
 from lamina.data.summary import count, counts, describe_source, notes
 from lamina.types import SPLITS, Ints, Kind
 
@@ -71,7 +71,7 @@ class Audit:
     @property
     def problems(self) -> list[str]:
         """One sentence for each kind of problem, most serious first; empty if there is none."""
-        what = "image" if self.kind == "image" else "text"
+        what = "prompt" if self.kind == "instructions" else self.kind
         few = [name for name in self.few if name not in self.untaught]
         found = [
             (len(self.damaged), f"{count(len(self.damaged), what)} damaged or empty"),
@@ -107,7 +107,8 @@ class Audit:
 def audit(source: Source, *, min_per_class: int = 5, progress: Progress | None = None) -> Audit:
     """Reads and decodes every item of a source. Damage is reported, never raised.
 
-    Images are the same if their decoded pixels are; texts, if they are after folding case and white space.
+    Images are the same if their decoded pixels are; texts and the prompts of instructions, if they are after folding case and
+    white space.
     """
     found = list(each(source, _content, progress))
     contents: list[bytes | Damage] = [item if isinstance(item, Damage) else item[0] for item in found]
@@ -191,6 +192,11 @@ def render(found: Audit) -> str:
 
 def _content(payload: Payload) -> tuple[bytes, bool, bool]:
     """A hash of what an item shows, whether it is an image that has turned out nearly black, and one of several frames."""
+    if isinstance(payload, Row):
+        turns = (
+            [payload.prompt] if isinstance(payload.prompt, str) else [f"{m.role}: {m.content}" for m in payload.prompt]
+        )
+        payload = "\n".join(turns)
     if isinstance(payload, str):
         text = " ".join(payload.casefold().split())
         if not text:

@@ -24,10 +24,15 @@ def open_csv(file: Path, *, kind: Kind | None, columns: Columns, test_fraction: 
         raise DataError(
             f"{file} is a CSV file, which can only hold texts. Point at a folder of images or a Parquet file"
         )
+    if kind == "instructions":
+        raise DataError(
+            f"{file} is a CSV file, which can only hold labelled texts. Write instructions as JSON lines (.jsonl) or Parquet;"
+            " for labelled texts, leave data.kind at auto"
+        )
     wanted = (columns.text, columns.label, columns.domain, columns.split, PROVENANCE)
     header = _header(file)
     check_once(file.name, header, wanted)
-    present = [column for column in header if column in wanted]
+    present = [column for column in header if column in (*wanted, columns.answer)]
     if columns.text in present and columns.label in present:
         table = _read(file, present)
         labels = table.column_names.index(columns.label)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from lamina.data.records import Payload
+from lamina.data.records import Payload, Row
 
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "SGI", "TIFF", "WEBP")
 """What is opened. Pillow knows more; of those, EPS starts Ghostscript, and others hand the file to further programs."""
@@ -149,7 +149,7 @@ def _opened(payload: Payload) -> Image.Image:
             return Image.open(io.BytesIO(payload), formats=_formats())
         except UnidentifiedImageError as error:
             raise UnidentifiedImageError(f"cannot identify image file: {_named(payload)}") from error
-    if isinstance(payload, str):
+    if isinstance(payload, str | Row):
         raise TypeError("a text cannot be decoded as an image")
     return Image.fromarray(payload)
 

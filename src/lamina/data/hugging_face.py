@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from lamina.data.names import SPLIT_NAMES, shown, split_of
 from lamina.data.records import Columns, LeftOut, Source
-from lamina.data.tables import Part, check_once, from_parts, line_of, one_list_of_names
+from lamina.data.tables import Part, check_once, from_parts, instruction_columns, line_of, one_list_of_names
 from lamina.data.tree import Leftovers, is_hidden
 from lamina.errors import DataError
 from lamina.types import Kind
@@ -138,7 +138,8 @@ def _parts(loaded: Any, name: str, folder: Path, columns: Columns) -> tuple[list
                 f"{name} has a split named {shown(split_name)!r}; allowed are {', '.join(SPLIT_NAMES)}."
                 " Rename or drop it, and save the dataset with save_to_disk"
             )
-        check_once(name, dataset.column_names, (columns.image, columns.text, columns.label))
+        wanted = (columns.image, columns.text, columns.label, *instruction_columns(columns))
+        check_once(name, dataset.column_names, wanted)
         # In this format nothing is decoded, and rows selected or shuffled earlier come in their order.
         part = Part(f"{name}/{split_name}" if split_name else name, dataset.with_format("arrow")[:], split, folder)
         parts.append(part)

@@ -10,19 +10,18 @@ from PIL import Image, ImageOps
 from lamina.data.records import Payload
 from lamina.data.tree import IMAGE_SUFFIXES, scan
 from lamina.errors import DataError
-from lamina.types import Kind
 
 Input = Path | str | bytes | NDArray[np.uint8] | Image.Image
 Item = Payload | DataError
 """An encoded or decoded image, a text, or why it could not be read."""
 
 
-def payloads(inputs: Input | Iterable[Input], kind: Kind) -> Iterator[Item]:
+def payloads(inputs: Input | Iterable[Input], kind: str) -> Iterator[Item]:
     """Yields the contents of files, and what is wrong with those that cannot be read. A folder stands for all images below it.
     For texts, a string is the text. Raises DataError for a file that does not exist."""
     several = [inputs] if isinstance(inputs, Path | str | bytes | np.ndarray | Image.Image) else inputs
     for item in several:
-        if kind == "text":
+        if kind != "image":
             yield item if isinstance(item, str) else DataError(f"{type(item).__name__}, where the model takes texts")
         elif isinstance(item, Path | str):
             for file in image_files(Path(item)):

@@ -116,6 +116,20 @@ def split_words(name: str) -> tuple[frozenset[int], tuple[str, ...]]:
     return frozenset(splits), tuple(rest)
 
 
+def splits_in_file_names(stems: Sequence[str]) -> list[int | None]:
+    """The split that each name begins with (`train-00-of-05`), or else has as a word beside other names' splits.
+
+    stems: names of files without their suffix.
+    """
+    first = [split_of(re.split(r"[-_.]", stem, maxsplit=1)[0]) for stem in stems]
+    if any(split is not None for split in first):
+        return first
+    words = [split_words(stem)[0] for stem in stems]
+    told: list[int | None] = [min(splits) if len(splits) == 1 else None for splits in words]
+    # A lone file may be about anything, such as crash tests.
+    return told if 0 in told and len(set(told)) > 1 else [None] * len(stems)
+
+
 def refuse_likely_splits(names: Sequence[str], where: str, read_as_splits: Collection[str] = ()) -> None:
     """Raises DataError for names that differ only in what looks like train and test, but are not all read as splits.
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,27 @@ from lamina.data.names import SPLIT_NAMES, clean, listed, shown, split_of
 from lamina.errors import ConfigError, DataError
 from lamina.types import SPLITS, Ints, Kind
 
-Payload: TypeAlias = bytes | NDArray[np.uint8] | str
+
+class Message(NamedTuple):
+    """One turn of a chat."""
+
+    role: str
+    """system, user or assistant."""
+    content: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One instruction as the data holds it."""
+
+    prompt: str | tuple[Message, ...]
+    """A text, or the messages before the completion."""
+    completion: str
+    options: tuple[str, ...] = ()
+    """The candidate completions. Empty: any text is allowed."""
+
+
+Payload: TypeAlias = bytes | NDArray[np.uint8] | str | Row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +54,14 @@ class Columns:
     """The domain of each row. May be missing: then all rows are of one domain."""
     split: str = "split"
     """train, val or test. May be missing: then file names tell, or else a seeded share of each class is the test."""
+    prompt: str = "prompt"
+    completion: str = "completion"
+    options: str = "options"
+    """Lists of candidate completions. May be missing, or null in a row."""
+    messages: str = "messages"
+    """Lists of {role, content}, in place of prompt and completion. The last message is the completion."""
+    answer: str = "answer"
+    """What a language model is to say of a labelled text. May be missing: then it says the name of the class."""
 
 
 class Items(Protocol):
@@ -88,12 +116,14 @@ class Source:
     """What was found there and is no data."""
     held_out: bool = False
     """Whether it has no test split of its own, so that a share of each class was held out."""
+    answers: Callable[[], Sequence[Any]] | None = None
+    """Returns the column of answers (n,), unchecked; None where the table has none."""
 
     def __len__(self) -> int:
         return len(self.labels_n)
 
     def read(self, i: int) -> Payload:
-        """The raw payload of row i: encoded bytes, pixels (h, w) or (h, w, 3) uint8, or text."""
+        """The raw payload of row i: encoded bytes, pixels (h, w) or (h, w, 3) uint8, text, or an instruction."""
         return self.items.read(i)
 
     def where(self, i: int) -> str:
@@ -281,6 +311,7 @@ def build(
     stamp: str = "",
     layout: str,
     left_out: tuple[LeftOut, ...] = (),
+    answers: Callable[[], Sequence[Any]] | None = None,
 ) -> Source:
     """The source of these rows. Where no row is marked as test, `test_fraction` of the training rows becomes the test.
 
@@ -321,6 +352,7 @@ def build(
         layout=layout,
         left_out=left_out,
         held_out=held_out,
+        answers=answers,
     )
     if not trainable:
         raise NothingToTrainOn(source)

@@ -1,4 +1,4 @@
-"""Opens what a user points at: a folder of images, Parquet or CSV files, a Hugging Face dataset, or `digits`."""
+"""Opens what a user points at: images, labelled texts or instructions, in folders, files or Hugging Face datasets."""
 
 from pathlib import Path
 from typing import Literal
@@ -8,6 +8,7 @@ from lamina.data.csv_files import open_csv
 from lamina.data.digits import open_digits
 from lamina.data.folders import open_folder
 from lamina.data.hugging_face import open_hub, open_saved
+from lamina.data.instruction_files import open_instruction_file, open_instruction_folder
 from lamina.data.records import Columns, LeftOut, Source
 from lamina.data.tables import open_parquet
 from lamina.data.tree import Leftovers, is_hidden
@@ -20,7 +21,7 @@ __all__ = ["Columns", "Source", "from_arrays", "open_source"]
 def open_source(
     where: str | Path,
     *,
-    kind: Literal["auto", "image", "text"] = "auto",
+    kind: Literal["auto", "image", "text", "instructions"] = "auto",
     columns: Columns | None = None,
     test_fraction: float = 0.2,
 ) -> Source:
@@ -29,16 +30,18 @@ def open_source(
     - a folder with one folder of images per class, or SPLIT/CLASS, DOMAIN/CLASS, DOMAIN/SPLIT/CLASS;
     - a Parquet file, or a folder of them (or of a `data` folder of them);
     - a CSV file of texts;
+    - a JSON lines file or a JSON file of instructions, or a folder of them (or of folders of them);
     - a folder written with a Hugging Face dataset's save_to_disk, or `hf:owner/name` for one on the hub;
     - `digits`, scikit-learn's handwritten digits.
 
-    With kind `auto`, a table with an image column holds images, and any other texts. Where nothing is marked as test,
+    With kind `auto`, a table with prompts and completions, or with messages, holds instructions; else a table with an image
+    column holds images, and any other texts. Where nothing is marked as test,
     `test_fraction` of the training items of each class and domain becomes the test; the choice is always the same.
 
     Raises DataError if it is not there, not one of these, or if a row is wrong; ConfigError for a wrong argument.
     """
-    if kind not in ("auto", "image", "text"):
-        raise ConfigError(f"data.kind is {kind!r}; allowed are auto, image and text")
+    if kind not in ("auto", "image", "text", "instructions"):
+        raise ConfigError(f"data.kind is {kind!r}; allowed are auto, image, text and instructions")
     columns = columns or Columns()
     wanted: Kind | None = None if kind == "auto" else kind
     try:
@@ -55,23 +58,30 @@ def open_source(
 
 def _open(path: Path, where: str, *, kind: Kind | None, columns: Columns, test_fraction: float) -> Source:
     if where == "digits" and not path.exists():
-        if kind == "text":
-            raise DataError("`digits` holds images, but the kind asked for is text. Leave data.kind at auto")
+        if kind in ("text", "instructions"):
+            raise DataError(f"`digits` holds images, but the kind asked for is {kind}. Leave data.kind at auto")
         return open_digits(test_fraction)
     if where.startswith("hf:"):
         return open_hub(where[3:], kind=kind, columns=columns, test_fraction=test_fraction)
     if not path.exists():
         raise DataError(
-            f"{where} does not exist. Allowed are a folder of class folders, a Parquet or CSV file, a folder of Parquet"
-            " files, a saved Hugging Face dataset, hf:owner/name, and `digits`"
+            f"{where} does not exist. Allowed are a folder of class folders, a Parquet, CSV or JSON lines file, a folder of"
+            " such files, a saved Hugging Face dataset, hf:owner/name, and `digits`"
         )
     if path.is_file():
         if path.suffix.lower() == ".parquet":
             return open_parquet([path], name=path.stem, kind=kind, columns=columns, test_fraction=test_fraction)
         if path.suffix.lower() == ".csv":
             return open_csv(path, kind=kind, columns=columns, test_fraction=test_fraction)
+        if path.suffix.lower() in (".json", ".jsonl"):
+            if kind in ("image", "text"):
+                raise DataError(
+                    f"{where} is a file of instructions, but the kind asked for is {kind}. Put labelled texts in a CSV or"
+                    " Parquet file; for instructions, leave data.kind at auto"
+                )
+            return open_instruction_file(path, columns=columns, test_fraction=test_fraction)
         raise DataError(
-            f"{where} is a file of type {path.suffix or 'unknown'!r}; allowed are .parquet and .csv."
+            f"{where} is a file of type {path.suffix or 'unknown'!r}; allowed are .parquet, .csv, .jsonl and .json."
             " For images, point at the folder that holds one folder per class"
         )
     if not path.is_dir():
@@ -89,6 +99,11 @@ def _open(path: Path, where: str, *, kind: Kind | None, columns: Columns, test_f
                 test_fraction=test_fraction,
                 left_out=left_out,
             )
+    if kind in (None, "instructions"):
+        asked = kind == "instructions"
+        found = open_instruction_folder(path, asked=asked, columns=columns, test_fraction=test_fraction)
+        if found is not None:
+            return found
     return open_folder(path, kind=kind or "image", test_fraction=test_fraction)
 
 

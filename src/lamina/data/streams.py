@@ -143,13 +143,16 @@ def make_stream(
     per_class: int | None = None,
     validation: float = 0.0,
     measured_per_class: int | None = None,
+    per_task: int | None = None,
+    measured_per_task: int | None = None,
 ) -> Stream:
     """Cut a dataset by a plan.
 
     per_class: at most this many training examples of each class in each domain, the same ones for every seed of a run.
     validation: where the data has no validation split of its own, this share of each class's training examples is held
     out for it (at least one is left to train on), before `per_class` is counted, and then at most as many as that.
-    measured_per_class: at most this many test and validation examples of each class in each domain.
+    measured_per_class: at most this many test and validation examples of each class in each domain. per_task,
+    measured_per_task: the same for each task as a whole, with as equal numbers of its classes as there are.
     Raises DataError where two tasks share a training example, a task has no example to train or test on, a class has no
     training example in a task that has it, or names repeat.
     """
@@ -179,6 +182,10 @@ def make_stream(
                     f"task {planned.name!r} of {data.name!r} has no {split} example: nothing could be {split}ed on. Add "
                     f"examples: where the data has no test split, a class needs two, one to train and one to test on."
                 )
+        parts = {
+            split: _balanced(data, rows, per_task if split == "train" else measured_per_task)
+            for split, rows in parts.items()
+        }
         _check_classes(data, planned, parts)
         taken = owner[parts["train"]]
         if (taken >= 0).any():
@@ -236,6 +243,16 @@ def _limit(data: LabelledData, rows: Ints, per_class: int | None) -> Ints:
     if per_class is None:
         return rows
     return np.sort(np.concatenate([rows[:0], *(part[:per_class] for part in _shuffled_cells(data, rows))]))
+
+
+def _balanced(data: LabelledData, rows: Ints, most: int | None) -> Ints:
+    """At most this many rows, with as equal numbers of each (class, domain) as there are, chosen by a hash of the row."""
+    if most is None or len(rows) <= most:
+        return rows
+    turns = [
+        (turn, number, row) for number, part in enumerate(_shuffled_cells(data, rows)) for turn, row in enumerate(part)
+    ]
+    return np.sort(np.array([row for _, _, row in sorted(turns)[:most]], np.int64))
 
 
 def _hold_out(data: LabelledData, rows: Ints, share: float) -> tuple[Ints, Ints]:

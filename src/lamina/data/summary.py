@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from lamina.data.names import alike, listed, shown
-from lamina.data.records import Source
-from lamina.types import SPLITS, Ints
+from lamina.data.records import Row, Source
+from lamina.errors import DataError
+from lamina.types import SPLITS, Ints, Kind
 
 Counts = dict[str, dict[str, int]]
 """Name of a class or domain, then split, to items."""
@@ -29,6 +30,16 @@ def count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
+def noun(kind: Kind) -> str:
+    """Returns what one example of this kind is called."""
+    return "instruction" if kind == "instructions" else kind
+
+
+def kinds(kind: Kind) -> str:
+    """Returns what examples of this kind are called."""
+    return f"{noun(kind)}s"
+
+
 def notes(source: Source) -> list[str]:
     """One sentence for each group of names that look alike."""
     return [
@@ -48,15 +59,17 @@ def describe_source(source: Source) -> list[str]:
     sizes = sorted(per_split["train"] for per_split in classes.values())
     each = str(sizes[0]) if sizes[0] == sizes[-1] else f"{sizes[0]} to {sizes[-1]}"
     lines = [
-        f"{shown(source.name)}: {count(len(source), source.kind)}, {count(len(classes), 'class')},"
+        f"{shown(source.name)}: {count(len(source), noun(source.kind))}, {count(len(classes), 'class')},"
         f" {count(len(source.domain_names), 'domain')}",
         f"layout: {source.layout}",
         "splits: " + ", ".join(f"{split} {items}" for split, items in told["splits"].items() if items),
-        f"classes: {listed(classes, _NAMED)} ({each} training {source.kind}s each)",
+        f"classes: {listed(classes, _NAMED)} ({each} training {kinds(source.kind)} each)",
     ]
     if len(source.domain_names) > 1:
         sums = [f"{name} {sum(per_split.values())}" for name, per_split in told["domains"].items()]
         lines.append(f"domains: {listed(sums, _NAMED)}")
+    if source.kind == "instructions":
+        lines += _describe_instructions(told["instructions"])
     lines += [f"left out: {left}" for left in source.left_out]
     return lines + [f"note: {note}" for note in told["notes"]]
 
@@ -64,6 +77,7 @@ def describe_source(source: Source) -> list[str]:
 def as_dict(source: Source) -> dict[str, Any]:
     """What `describe_source` tells, complete, as what JSON can hold. `classes` is what `difference` compares."""
     per_split = np.bincount(source.splits_n, minlength=len(SPLITS))
+    more = {"instructions": instruction_facts(source)} if source.kind == "instructions" else {}
     return {
         "name": source.name,
         "kind": source.kind,
@@ -75,7 +89,50 @@ def as_dict(source: Source) -> dict[str, Any]:
             {"reason": left.reason, "count": left.count, "examples": list(left.examples)} for left in source.left_out
         ],
         "notes": notes(source),
+        **more,
     }
+
+
+def instruction_facts(source: Source) -> dict[str, Any]:
+    """Returns how many instructions have options, how few and how many options, and the longest texts in characters.
+
+    Rows that cannot be read are passed over: the audit and the tokenizer name them.
+    """
+    sizes: set[int] = set()
+    chats = without = 0
+    longest = {"prompt": (0, ""), "completion": (0, "")}
+    for i in range(len(source)):
+        try:
+            row = source.read(i)
+        except DataError:
+            continue
+        assert isinstance(row, Row)
+        chat = not isinstance(row.prompt, str)
+        chats += chat
+        without += not row.options
+        sizes |= {len(row.options)} if row.options else set()
+        prompt = sum(len(message[1]) for message in row.prompt) if chat else len(row.prompt)
+        for name, length in (("prompt", prompt), ("completion", len(row.completion))):
+            if length > longest[name][0]:
+                longest[name] = (length, source.where(i))
+    return {
+        "chats": chats,
+        "without_options": without,
+        "options": [min(sizes), max(sizes)] if sizes else None,
+        "longest": {name: {"characters": length, "where": where} for name, (length, where) in longest.items()},
+    }
+
+
+def _describe_instructions(facts: Mapping[str, Any]) -> list[str]:
+    if facts["options"] is None:
+        options = "none: any completion is allowed"
+    else:
+        least, most = facts["options"]
+        options = f"{most} in each row" if least == most else f"{least} to {most} in each row"
+        options += f"; {count(facts['without_options'], 'row')} without options" if facts["without_options"] else ""
+    longest = [f"{name} {told['characters']:,} characters ({told['where']})" for name, told in facts["longest"].items()]
+    chats = [f"chats: {count(facts['chats'], 'row')}"] if facts["chats"] else []
+    return [f"options: {options}", *chats, f"longest: {', '.join(longest)}"]
 
 
 def difference(old: Mapping[str, Mapping[str, int]], new: Mapping[str, Mapping[str, int]]) -> str:

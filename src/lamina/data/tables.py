@@ -1,10 +1,10 @@
 """Tables of labelled rows, and Parquet files. CSV files and Hugging Face datasets come to the same Arrow tables."""
 
 import json
-import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lamina.data.names import listed, refuse_likely_splits, shown, split_of, split_words
+from lamina.data.instructions import Records, from_records, holds_instructions
+from lamina.data.names import listed, refuse_likely_splits, shown, splits_in_file_names
 from lamina.data.records import Columns, LeftOut, Payload, Source, build, domain_ids, label_ids, split_ids
 from lamina.errors import DataError
 from lamina.types import SPLITS, Ints, Kind
@@ -103,50 +104,82 @@ def open_parquet(
     test_fraction: float,
     left_out: tuple[LeftOut, ...] = (),
 ) -> Source:
-    """Parquet files with the columns image or text, label, and perhaps split and domain.
+    """Parquet files with the columns image or text, label, and perhaps split and domain; or with those of instructions.
 
     Class names come from `class_names` in a README.json beside the files, or from the features that Hugging Face
     datasets write into the files, or else they are the labels. Raises DataError for what is missing or damaged.
     """
-    readme = _readme(files[0].parent / "README.json")
-    splits = _splits_in_file_names(files)
+    readme = read_readme(files[0].parent / "README.json")
+    splits = splits_in_file_names([file.stem for file in files])
     parts: list[Part] = []
     names_by_file: dict[str, tuple[str, ...] | None] = {}
     for file, split in zip(files, splits, strict=True):
-        table, names_by_file[file.name] = _read_parquet(file, kind, columns)
+        table, names_by_file[file.name] = read_parquet(file, kind, columns)
         parts.append(Part(file.name, table, split, file.parent))
-    listed_names = _listed(readme, "class_names", files[0].parent)
+    listed_names = names_listed(readme, "class_names", files[0].parent)
     return from_parts(
         parts,
         name=name,
         kind=kind,
         columns=columns,
         class_names=listed_names or one_list_of_names(names_by_file),
-        domain_names=_listed(readme, "domains", files[0].parent),
+        domain_names=names_listed(readme, "domains", files[0].parent),
         test_fraction=test_fraction,
         form=f"Parquet, {len(files)} file{'s' * (len(files) > 1)}",
         left_out=left_out,
     )
 
 
-def _read_parquet(file: Path, kind: Kind | None, columns: Columns) -> tuple[pa.Table, tuple[str, ...] | None]:
-    """The wanted columns of a file, and the class names it lists."""
+def read_parquet(file: Path, kind: Kind | None, columns: Columns) -> tuple[pa.Table, tuple[str, ...] | None]:
+    """Returns the wanted columns of a file, and the class names it lists. Raises DataError for a damaged file."""
     import pyarrow.parquet as pq
 
-    wanted = (columns.image, columns.text, columns.label, columns.domain, columns.split, PROVENANCE)
     payloads = [column for of, column in (("image", columns.image), ("text", columns.text)) if kind in (None, of)]
     try:
         schema = pq.read_schema(file)
-        present = [column for column in schema.names if column in wanted]
+        if is_of_instructions(kind, schema.names, columns):
+            wanted: tuple[str, ...] = instruction_columns(columns)
+            complete = holds_instructions(schema.names, columns)
+        else:
+            wanted = (columns.image, columns.text, columns.label, columns.domain, columns.split, PROVENANCE)
+            complete = columns.label in schema.names and any(payload in schema.names for payload in payloads)
         check_once(file.name, schema.names, wanted)
+        present = [column for column in dict.fromkeys(schema.names) if column in (*wanted, columns.answer)]
         # Where a column is missing, an empty table with all of them lets the message list what there is.
-        complete = columns.label in present and any(payload in present for payload in payloads)
         table = pq.read_table(file, columns=present, memory_map=True) if complete else schema.empty_table()
     except (pa.ArrowException, OSError, RecursionError) as error:
         raise DataError(
             f"{file} cannot be read as Parquet ({line_of(error)}). Fetch or write the file again"
         ) from error
     return table, _names_in_schema(file, schema, columns.label)
+
+
+def instruction_columns(columns: Columns) -> tuple[str, ...]:
+    """Returns the columns that a table of instructions may have."""
+    return (columns.prompt, columns.completion, columns.options, columns.messages, columns.domain, columns.split)
+
+
+def is_of_instructions(kind: Kind | None, names: Sequence[str], columns: Columns) -> bool:
+    """Returns whether a table with columns of these names is to be read as instructions."""
+    return kind == "instructions" or (kind is None and holds_instructions(names, columns))
+
+
+def records_of(part: Part, columns: Columns) -> Records:
+    """Returns the rows of a table of instructions. Raises DataError where it has no such columns or is damaged."""
+    if not holds_instructions(part.table.column_names, columns):
+        raise DataError(
+            f"{part.name} has neither the columns {columns.prompt!r} and {columns.completion!r} nor a column"
+            f" {columns.messages!r}. Its columns: {_have(part)}. Say which they are with --set data.columns.prompt=NAME and"
+            " --set data.columns.completion=NAME. For labelled texts, leave data.kind at auto"
+        )
+    present = [column for column in instruction_columns(columns) if column in part.table.column_names]
+    try:
+        rows = part.table.select(list(dict.fromkeys(present))).to_pylist()
+    except (pa.ArrowException, ValueError) as error:
+        raise DataError(
+            f"{part.name} cannot be read ({line_of(error)}). Write the file again; texts in UTF-8"
+        ) from error
+    return Records(part.name, rows, part.split)
 
 
 def from_parts(
@@ -165,6 +198,16 @@ def from_parts(
 
     Raises DataError naming the first wrong row.
     """
+    if is_of_instructions(kind, parts[0].table.column_names, columns):
+        return from_records(
+            [records_of(part, columns) for part in parts],
+            name=name,
+            columns=columns,
+            domain_names=domain_names,
+            test_fraction=test_fraction,
+            form=form,
+            left_out=left_out,
+        )
     kind = kind or _kind(parts[0], columns)
     payload = columns.image if kind == "image" else columns.text
     for part in parts:
@@ -210,7 +253,25 @@ def from_parts(
         test_fraction=test_fraction,
         layout=f"{form}: {', '.join(told)}",
         left_out=left_out,
+        answers=_column_of_answers(parts, columns.answer) if kind == "text" else None,
     )
+
+
+def _column_of_answers(parts: list[Part], column: str) -> Callable[[], Sequence[Any]] | None:
+    """Reads the column when it is asked for: what stands in it is nothing to those who need no answers."""
+    has = [part.name for part in parts if column in part.table.column_names]
+    return partial(_read_answers, parts, column) if has else None
+
+
+def _read_answers(parts: list[Part], column: str) -> Sequence[Any]:
+    for part in parts:
+        check_once(part.name, part.table.column_names, (column,))
+        if column not in part.table.column_names:
+            raise DataError(
+                f"{part.name} has no column {shown(column)!r}, other parts have one. Give every file an answer for each row,"
+                " or none"
+            )
+    return _values([replace(part, table=_plain(part, (column,))) for part in parts], column)
 
 
 def check_once(table: str, found: Sequence[str], wanted: Sequence[str]) -> None:
@@ -233,17 +294,6 @@ def one_list_of_names(names_by_part: Mapping[str, tuple[str, ...] | None]) -> tu
             " has two meanings. Write both with the same list"
         )
     return told[first] if first is not None else None
-
-
-def _splits_in_file_names(files: list[Path]) -> list[int | None]:
-    """The split that each file name begins with (`train-00-of-05`), or else has as a word beside other files' splits."""
-    first = [split_of(re.split(r"[-_.]", file.stem, maxsplit=1)[0]) for file in files]
-    if any(split is not None for split in first):
-        return first
-    words = [split_words(file.stem)[0] for file in files]
-    told: list[int | None] = [min(splits) if len(splits) == 1 else None for splits in words]
-    # A lone file may be about anything, such as crash tests.
-    return told if 0 in told and len(set(told)) > 1 else [None] * len(files)
 
 
 def _splits_of_parts(parts: list[Part]) -> Ints:
@@ -396,7 +446,8 @@ def _names_in_schema(file: Path, schema: pa.Schema, label: str) -> tuple[str, ..
     return tuple(names) if names else None
 
 
-def _readme(path: Path) -> Mapping[str, Any]:
+def read_readme(path: Path) -> Mapping[str, Any]:
+    """Returns the README.json of a dataset; nothing where there is none. Raises DataError for another document."""
     if not path.is_file():
         return {}
     try:
@@ -411,7 +462,8 @@ def _readme(path: Path) -> Mapping[str, Any]:
     return told
 
 
-def _listed(readme: Mapping[str, Any], key: str, folder: Path) -> tuple[str, ...] | None:
+def names_listed(readme: Mapping[str, Any], key: str, folder: Path) -> tuple[str, ...] | None:
+    """Returns the names that a README.json lists under this key, if any. Raises DataError for what is no list of names."""
     names = readme.get(key)
     if names is None:
         return None

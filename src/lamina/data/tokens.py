@@ -1,6 +1,7 @@
 """Tokenises every text once. Shape letters: n texts, b texts of a batch, t tokens."""
 
 import math
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from lamina.errors import ConfigError, DataError
 from lamina.types import Augment, Ints
 
 _CHUNK = 4096
-_MULTIPLE = 8
+MULTIPLE = 8
 _FIRST_READ = 4096
 _PER_TOKEN = 32
 """Characters of a text that are read first, and for each token that is kept."""
-_LONGEST = 2**20
+LONGEST = 2**20
 """Characters of a text that are ever read."""
 
 
@@ -46,7 +47,7 @@ class TokenTable:
         lengths_b = self.lengths(rows)
         longest = int(lengths_b.max(initial=1))
         # Few distinct lengths let kernels be reused; never more than the backbone has positions for.
-        t = min(-(-longest // _MULTIPLE) * _MULTIPLE, self.max_length)
+        t = min(-(-longest // MULTIPLE) * MULTIPLE, self.max_length)
         mask_bt = np.arange(t) < lengths_b[:, None]
         ids_bt = np.full((len(rows), t), self.pad_id, np.int64)
         if len(rows):
@@ -74,7 +75,7 @@ def tokenise_once(
     tokenise = load_tokenizer(tokenizer) if isinstance(tokenizer, Path | str) else tokenizer
     tokenizer = tokenizer if isinstance(tokenizer, Path | str) else str(tokenise.name_or_path)
     special = int(tokenise.num_special_tokens_to_add())
-    _check_length(max_length, special, _limit(tokenise, tokenizer), positions, tokenizer)
+    check_length(max_length, special, limit_of(tokenise, tokenizer), positions, tokenizer)
     pieces: list[NDArray[np.int32]] = []
     lengths: list[int] = []
     for start in range(0, len(source), _CHUNK):
@@ -86,7 +87,7 @@ def tokenise_once(
             # The tokenizers library raises bare exceptions, for example where the token for unknown words is missing.
             raise DataError(
                 f"the tokenizer {tokenizer} cannot tokenise the texts from {source.where(rows[0])} to"
-                f" {source.where(rows[-1])} ({_reason(error)}). Correct its tokenizer.json, or use another tokenizer"
+                f" {source.where(rows[-1])} ({reason_of(error)}). Correct its tokenizer.json, or use another tokenizer"
             ) from error
         empty = next((row for row, ids in zip(rows, ids_by_row, strict=True) if not len(ids)), None)
         if empty is not None:
@@ -94,17 +95,17 @@ def tokenise_once(
         lengths.extend(len(ids) for ids in ids_by_row)
         pieces.append(np.fromiter((token for ids in ids_by_row for token in ids), np.int32))
         if vocabulary is not None:
-            _check_vocabulary(tokenise, pieces[-1], vocabulary, tokenizer)
+            check_vocabulary(tokenise, pieces[-1], vocabulary, tokenizer)
     starts = np.cumsum([0, *lengths], dtype=np.int64)
     # Padding is masked, so a tokenizer without a padding token may use any.
     pad_id = tokenise.pad_token_id if tokenise.pad_token_id is not None else 0
     if vocabulary is not None:
-        _check_vocabulary(tokenise, np.array([pad_id]), vocabulary, tokenizer)
+        check_vocabulary(tokenise, np.array([pad_id]), vocabulary, tokenizer)
     return TokenTable(np.concatenate(pieces), starts, int(pad_id), max_length)
 
 
-def _limit(tokenise: Any, tokenizer: Path | str) -> int:
-    """The most tokens that the tokenizer allows; without a limit it says 10^30."""
+def limit_of(tokenise: Any, tokenizer: Path | str) -> int:
+    """Returns the most tokens that the tokenizer allows; 10^30 without a limit. Raises DataError for what is no number."""
     said = tokenise.model_max_length
     if isinstance(said, bool) or not isinstance(said, int | float) or not 1 <= said < math.inf:
         raise DataError(
@@ -114,8 +115,11 @@ def _limit(tokenise: Any, tokenizer: Path | str) -> int:
     return int(said)
 
 
-def _check_length(max_length: int, special: int, limit: int, positions: int | None, tokenizer: Path | str) -> None:
-    """special: how many tokens of its own the tokenizer adds to every text."""
+def check_length(max_length: int, special: int, limit: int, positions: int | None, tokenizer: Path | str) -> None:
+    """Raises ConfigError for a max_length that tokenizer or backbone do not allow, or that leaves no room for a text.
+
+    special: how many tokens of its own the tokenizer adds to every text.
+    """
     most = limit if positions is None else min(limit, positions)
     if special < max_length <= most:
         return
@@ -130,7 +134,8 @@ def _check_length(max_length: int, special: int, limit: int, positions: int | No
     raise ConfigError(f"data.max_length is {max_length}; {told}. Set it to at most {most}")
 
 
-def _check_vocabulary(tokenise: Any, ids: NDArray[Any], vocabulary: int, tokenizer: Path | str) -> None:
+def check_vocabulary(tokenise: Any, ids: NDArray[Any], vocabulary: int, tokenizer: Path | str) -> None:
+    """Raises DataError, naming the token, for an id that the embedding has no entry for."""
     beyond = ids[(ids < 0) | (ids >= vocabulary)]
     if len(beyond):
         token = str(tokenise.convert_ids_to_tokens(int(beyond[0])))
@@ -141,7 +146,7 @@ def _check_vocabulary(tokenise: Any, ids: NDArray[Any], vocabulary: int, tokeniz
 
 
 def _text(source: Source, row: int) -> str:
-    text = str(source.read(row))[:_LONGEST]
+    text = str(source.read(row))[:LONGEST]
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -177,7 +182,8 @@ def _ids(tokenise: Any, texts: list[str], max_length: int) -> list[list[int]]:
     return found
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """Returns the first line of what an error says."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
@@ -190,6 +196,24 @@ def load_tokenizer(where: Path | str) -> Any:
     except Exception as error:
         # The tokenizers library raises bare exceptions for damaged files.
         raise DataError(
-            f"no tokenizer can be loaded from {where} ({_reason(error)}). Point at a folder with tokenizer.json (or the files"
+            f"no tokenizer can be loaded from {where} ({reason_of(error)}). Point at a folder with tokenizer.json (or the files"
             " save_pretrained writes), or at a name on the Hugging Face hub"
         ) from error
+
+
+def text_tokens(file: str | None, tokenizer: Path | str) -> Tensor:
+    """Returns the tokens (t,) of a text file, or of the short English text that lamina carries.
+
+    Raises DataError for a file that cannot be read, or that comes to fewer than two tokens.
+    """
+    try:
+        carried = resources.files("lamina") / "assets" / "general.txt"
+        text = carried.read_text("utf-8") if file is None else Path(file).expanduser().read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"evaluation.text = {file!r} cannot be read as UTF-8 text ({reason_of(error)}). Correct the path, or leave it out"
+        ) from error
+    ids = load_tokenizer(tokenizer)(text[:LONGEST], add_special_tokens=False)["input_ids"]
+    if len(ids) < 2:
+        raise DataError(f"evaluation.text = {file!r} comes to {count(len(ids), 'token')}; two are needed at least")
+    return torch.tensor(ids, dtype=torch.int64)

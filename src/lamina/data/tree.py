@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -100,19 +100,27 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _SYSTEM
 
 
-def scan(root: Path) -> tuple[Folder, Leftovers]:
+def scan(
+    root: Path,
+    suffixes: Collection[str] = IMAGE_SUFFIXES,
+    others: str = "files without the suffix of an image",
+) -> tuple[Folder, Leftovers]:
     """Everything below `root`. Linked folders are followed, each once, unless they lead into `root` or above it.
+
+    suffixes: those of the files to find, in lower case. others: what to call other files.
 
     Raises DataError for a folder that cannot be listed.
     """
     left = Leftovers()
-    return _Scan(root.resolve(), left).folder(root, "", 0), left
+    return _Scan(root.resolve(), left, suffixes, others).folder(root, "", 0), left
 
 
 @dataclass
 class _Scan:
     root: Path
     left: Leftovers
+    suffixes: Collection[str]
+    others: str
     followed: set[tuple[int, int]] = field(default_factory=set)
     """Device and number of every folder that was reached through a link."""
 
@@ -136,10 +144,10 @@ class _Scan:
                     folders.append(inner)
             elif not stat.S_ISREG(state.st_mode):
                 self.left.add("pipes, sockets and devices", below)
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+            elif os.path.splitext(entry.name)[1].lower() in self.suffixes:
                 images.append(ImageFile(below, state.st_size, state.st_mtime_ns))
             else:
-                self.left.add("files without the suffix of an image", below)
+                self.left.add(self.others, below)
         return Folder(at, path, tuple(images), tuple(folders))
 
     def _state(self, entry: os.DirEntry[str], below: str) -> os.stat_result | None:

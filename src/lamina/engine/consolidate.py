@@ -14,6 +14,7 @@ Shape letters: n examples, d width of the features (of several blocks side by si
 o outputs, i inputs of a linear layer.
 """
 
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -23,10 +24,10 @@ from torch import Tensor
 from lamina.adapters import LowRank
 from lamina.config import ConsolidationConfig
 from lamina.errors import MethodError, TrainingError
-from lamina.learner import AdapterSite, Learner
+from lamina.learner import AdapterSite, Learner, local_labels
 from lamina.maths import classifiers, drift, linalg, merging
 from lamina.maths.class_statistics import Statistics, concatenated, of_features
-from lamina.methods.base import Method, Pass, local_labels
+from lamina.methods.base import Method, Pass
 from lamina.rng import seed_of
 from lamina.types import Batch, Task
 
@@ -65,7 +66,13 @@ class Consolidation:
         return sum(value.numel() * value.element_size() for value in self.memory.values())
 
     def check(self, learner: Learner) -> None:
-        """Raises BackboneError where the backbone has no features of several blocks, and they are asked for."""
+        """Raises BackboneError where the backbone has no features of several blocks, and they are asked for; MethodError for a
+        unified classifier on a language model."""
+        if learner.answers and self.config.classifier != "own":
+            raise MethodError(
+                f"consolidation.classifier = {self.config.classifier!r} does not go with a language model: its predictions are "
+                f"tokens, not classes. Leave it at 'own'."
+            )
         learner.backbone.check_layers(self.config.layers)
 
     # -- around a task --------------------------------------------------------------------------------------------------
@@ -181,6 +188,15 @@ class Consolidation:
     def predict_task_aware(self, learner: Learner, batch: Batch, task: str) -> Tensor:
         """As `predict`, given that all examples are of this task."""
         return self.method.predict_task_aware(learner, batch, task) if self.uses_task else self.predict(learner, batch)
+
+    @property
+    def selects(self) -> bool:
+        """Whether `answering` depends on the task, if it is given."""
+        return self.method.selects
+
+    def answering(self, learner: Learner, batch: Batch, task: str | None = None) -> AbstractContextManager[None]:
+        """As that of the method."""
+        return self.method.answering(learner, batch, task)
 
     # -- parts ----------------------------------------------------------------------------------------------------------
 

@@ -38,8 +38,8 @@ class Predictions:
     """Predicted class id. The task's identity is not given, unless the stream gives it."""
     task_aware_n: Ints
     """Predicted class id if the task's identity is given; -1 where that task has no outputs yet."""
-    task_inferred_n: Ints
-    """1 where the winning output belongs to the example's own task."""
+    task_inferred_n: Ints | None
+    """1 where the winning output belongs to the example's own task; None for language models, which have no outputs."""
 
     @property
     def correct(self) -> int:

@@ -24,15 +24,15 @@ from lamina.config import ConsolidationConfig, EvaluationConfig, RehearsalConfig
 from lamina.data.streams import Stream
 from lamina.engine import checkpoint, optim
 from lamina.engine.consolidate import Consolidation
-from lamina.engine.evaluate import Predictions, predict_all
 from lamina.engine.finite import check_finite
-from lamina.engine.order import in_order, positions_of_step, set_torch_seed, steps_per_epoch
+from lamina.engine.measure import Measure
+from lamina.engine.order import Order, in_order, set_torch_seed, steps_per_epoch
 from lamina.engine.rehearsal import Kept
 from lamina.engine.state import Loss, Phase, Position, RunState, TaskEntry, now
 from lamina.engine.steps import Planned, Steps
 from lamina.errors import CheckpointError, MethodError, TrainingError
 from lamina.learner import Learner
-from lamina.maths.metrics import AccuracyMatrix, negative_flips
+from lamina.maths.metrics import AccuracyMatrix
 from lamina.methods.base import Method, Pass, Step
 from lamina.types import Augment, Batch, Examples, Task
 
@@ -71,7 +71,8 @@ class Loop:
     identity: fingerprints of configuration, stream and weights; a checkpoint with other ones is refused.
     on_event: called with every step and at the end of every phase. should_stop: asked between steps and batches.
     trained: for tasks trained by other processes, the folder of their checkpoints, from which their result is taken.
-    steps: how batches and gradients are made; `lamina.speed.accelerate` returns a faster way.
+    steps: how batches and gradients are made; `lamina.speed.accelerate` returns a faster way. text_t: tokens of a text from
+    outside the stream, whose perplexity is measured with every task (language models only).
     Raises MethodError where the method does not fit the scenario of the stream, the consolidation, or rehearsal.
     """
 
@@ -94,6 +95,7 @@ class Loop:
         rehearsal: RehearsalConfig | None = None,
         trained: Mapping[int, Path] | None = None,
         steps: Steps | None = None,
+        text_t: Tensor | None = None,
     ) -> None:
         if stream.scenario not in method.scenarios:
             raise MethodError(
@@ -102,6 +104,7 @@ class Loop:
             )
         self.rehearsal = rehearsal or RehearsalConfig()
         check_rehearsal(self.rehearsal, type(method))
+        check_language(learner, method)
         self.learner, self.method, self.stream = learner, method, stream
         self.training, self.evaluation, self.seed = training, evaluation, seed
         self.checkpoints, self.checkpoint_seconds = checkpoints, checkpoint_seconds
@@ -110,7 +113,7 @@ class Loop:
         self.consolidation = Consolidation(consolidation or ConsolidationConfig(), method)
         self.consolidation.check(learner)
         self.trained = trained or {}
-        self.steps = steps or Steps()
+        self.steps, self.text_t = steps or Steps(), text_t
         self.state = RunState()
         self.last_predictions: dict[str, Tensor] = {}
         """Class id predicted for every test example after the last task, by the number of its task."""
@@ -131,7 +134,7 @@ class Loop:
 
     def kept(self) -> Kept:
         """Returns the examples kept of finished tasks."""
-        return Kept(self.stream.tasks[: self.position.task], self.rehearsal.per_class)
+        return Kept(self.stream.tasks[: self.position.task], self.rehearsal.per_class, self.rehearsal.ratio)
 
     # -- the state machine --------------------------------------------------------------------------------------------
 
@@ -159,6 +162,8 @@ class Loop:
                 self.save()
 
     def _begin(self, task: Task) -> Position:
+        if self.position.task == 0:
+            self.state = self.measure().before(self.state)
         set_torch_seed(self.seed, "begin", task.name)
         self.consolidation.begin(self.learner, self.pass_over("begin", task))
         self.begin_method(task)
@@ -201,10 +206,13 @@ class Loop:
         gradients = self.steps.gradients(
             kept.loss(self.learner, own, partial(self.method.in_training, self.learner)),
             [*parameters.values()],
-            Planned(2 * size if len(kept) else size, self.training.epochs * (len(task.train) // size), self.note),
+            Planned(kept.with_new(size), self.training.epochs * (len(task.train) // size), self.note),
         )
         since, first = time.perf_counter(), self.position.step
-        makers = (partial(self._training_batch, task, step, step // per_epoch, kept) for step in range(first, steps))
+        order = Order(task.train, size, seed=self.seed, task=task.name, by_length=self.learner.answers)
+        makers = (
+            partial(self._training_batch, task, order, step, step // per_epoch, kept) for step in range(first, steps)
+        )
         for step, batch in enumerate(self.steps.batches(makers), first):
             stopping = self.should_stop()
             if stopping or time.perf_counter() - since >= self.checkpoint_seconds:
@@ -251,10 +259,8 @@ class Loop:
         self.state = replace(self.state, clock=replace(clock, examples=clock.examples + len(batch)))
         return value
 
-    def _training_batch(self, task: Task, step: int, epoch: int, kept: Kept) -> Batch:
-        size = self.training.batch_size
-        positions = positions_of_step(len(task.train), size, step, seed=self.seed, task=task.name)
-        new = task.train.batch(positions, Augment(self.seed, epoch))
+    def _training_batch(self, task: Task, order: Order, step: int, epoch: int, kept: Kept) -> Batch:
+        new = task.train.batch(order.positions(step), Augment(self.seed, epoch))
         return kept.mixed(new, self.seed, task.name, step).to(self.learner.device)
 
     def trained_aside(self, number: int) -> checkpoint.Loaded | None:
@@ -295,32 +301,13 @@ class Loop:
 
     def _evaluate(self, task: Task) -> Position:
         current = self.position.task
-        measured = range(len(self.stream) if self.evaluation.unseen else current + 1)
-        with self.learner.folded():  # folded once for all tasks
-            found = {j: self._predictions(self.stream[j]) for j in measured}
-        totals = {j: len(p.labels_n) for j, p in found.items()}
-        self.state = replace(
-            self.state,
-            matrix=self.matrix.with_row({j: (p.correct, totals[j]) for j, p in found.items()}),
-            task_aware=self.state.task_aware.with_row({j: (p.task_aware_correct, totals[j]) for j, p in found.items()}),
-            task_inference=(
-                *self.state.task_inference,
-                tuple(int(found[j].task_inferred_n.sum()) for j in range(current + 1)),
-            ),
-        )
-        flips = [
-            negative_flips(self.last_predictions[str(j)].numpy(), found[j].predicted_n, found[j].labels_n)
-            for j in range(current)
-        ]
-        self.state = self.state.with_entry(
-            negative_flips=sum(flips) / len(flips) if flips else None,
-            accuracy_when_learnt=found[current].correct / max(totals[current], 1),
+        state, self.last_predictions = self.measure().after(self.state, current, self.last_predictions)
+        self.state = state.with_entry(
             stored_parameters=self.learner.stored_parameters(),
             memory_bytes=self.method.memory_bytes + self.consolidation.memory_bytes,
         )
         clock = self.state.clock
         self.state = replace(self.state, clock=replace(clock, finished={**clock.finished, str(current): now()}))
-        self.last_predictions = {str(j): torch.from_numpy(p.predicted_n) for j, p in found.items()}
         self._tell("evaluate", accuracy=float(self.matrix.accuracy_ij[current, : current + 1].mean()))
         return Position(current, "done") if current + 1 == len(self.stream) else Position(current + 1, "begin")
 
@@ -335,10 +322,13 @@ class Loop:
 
         return batches
 
-    def _batches(self, phase: Phase, examples: Examples, augment: Augment | None = None) -> Iterator[Batch]:
+    def _batches(
+        self, phase: Phase, examples: Examples, augment: Augment | None = None, *, questions: bool = False
+    ) -> Iterator[Batch]:
         done = 0
+        make = examples.questions if questions else partial(examples.batch, augment=augment)
         makers = (
-            partial(lambda positions: examples.batch(positions, augment).to(self.learner.device), positions)
+            partial(lambda positions: make(positions).to(self.learner.device), positions)
             for positions in in_order(len(examples), self.evaluation.batch_size)
         )
         for batch in self.steps.batches(makers):
@@ -348,14 +338,15 @@ class Loop:
             done += len(batch)
             self._tell(phase, done=done, total=len(examples))
 
-    def _predictions(self, task: Task) -> Predictions:
-        return predict_all(
+    def measure(self) -> Measure:
+        """Returns what measures the learner of this loop."""
+        return Measure(
             self.learner,
             self.consolidation,
-            task.split(self.evaluation.split),
-            lambda examples: self._batches("evaluate", examples),
-            task.name,
-            task_aware=self.stream.task_aware,
+            self.stream,
+            self.evaluation,
+            lambda examples, questions: self._batches("evaluate", examples, questions=questions),
+            self.text_t,
         )
 
     def _count(self, task: Task) -> int:
@@ -440,6 +431,15 @@ class Loop:
 
     def _tell(self, phase: Phase, **facts: Any) -> None:
         self.on_event(Event(task=self.position.task, phase=phase, **facts))
+
+
+def check_language(learner: Learner, method: Method[Any]) -> None:
+    """Raises MethodError for a language model with a method that needs a classifier."""
+    if learner.answers and method.refuses_language:
+        raise MethodError(
+            f"method {method.name!r} cannot adapt the language model {learner.backbone.name!r}: {method.refuses_language}. "
+            f"Choose another method; `lamina methods` lists them."
+        )
 
 
 def check_rehearsal(rehearsal: RehearsalConfig, method: type[Method[Any]]) -> None:

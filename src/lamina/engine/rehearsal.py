@@ -1,9 +1,11 @@
 """Rehearsal: a few training examples of every finished task are kept, and trained on again with each later task.
 
-    loss of a step = loss of the method on the new examples + CE on new and kept examples
+    loss of a step = loss of the method on the new examples + CE on new and kept examples                (classifiers)
+    loss of a step = loss of the method on the new examples + ratio x loss of the tokens of kept ones    (language models)
 
 CE is the cross-entropy over all classes known so far; a class's score is the largest of its outputs, as in prediction. Every
-class in the batch has the same total weight. A batch is half new, half kept, so that the loss is one function of it.
+class in the batch has the same total weight. A batch holds `ratio` kept examples for every new one, so that the loss is one
+function of it.
 
 Examples are kept by a hash of their rows, and drawn by (seed, task, step). A resumed run therefore has the same bits, although
 nothing of this is saved.
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from lamina import rng
 from lamina.engine.steps import Loss
-from lamina.learner import Learner, class_scores
+from lamina.learner import Learner
 from lamina.methods.base import hashed_order
 from lamina.types import Augment, Batch, Examples, Ints, Task
 
@@ -43,8 +45,9 @@ def keep(examples: Examples, per_class: int) -> Examples:
 class Kept:
     """The examples kept of finished tasks. Their tables may differ."""
 
-    def __init__(self, finished: Sequence[Task], per_class: int) -> None:
-        """per_class: kept of every class of every task. 0: none."""
+    def __init__(self, finished: Sequence[Task], per_class: int, ratio: float = 1.0) -> None:
+        """per_class: kept of every class of every task. 0: none. ratio: kept examples in a batch for every new one."""
+        self.ratio = ratio
         parts = [keep(task.train, per_class) for task in finished] if per_class else []
         tables = {id(part.table): part.table for part in parts}
         self.parts = [_union([part for part in parts if part.table is table]) for table in tables.values()]
@@ -53,13 +56,17 @@ class Kept:
     def __len__(self) -> int:
         return len(self.labels_n)
 
+    def with_new(self, new: int) -> int:
+        """Returns how many examples a batch has that holds this many new ones."""
+        return new + max(1, round(self.ratio * new)) if len(self) else new
+
     def mixed(self, new: Batch, seed: int, task: str, step: int) -> Batch:
-        """Returns the new examples and as many kept ones, with the training augmentation. Where nothing is kept, returns the
-        new examples."""
+        """Returns the new examples and then kept ones, with the training augmentation. Where nothing is kept, returns the new
+        examples."""
         if not len(self):
             return new
         keys = (rng.seed_of("rehearsal", seed, task), step)
-        positions_b = drawn(self.labels_n, len(new), *keys)
+        positions_b = drawn(self.labels_n, self.with_new(len(new)) - len(new), *keys)
         batches, places, end = [new], [np.arange(len(new))], 0
         for part in self.parts:
             start, end = end, end + len(part)
@@ -77,12 +84,15 @@ class Kept:
         if not len(self):
             return own
 
-        def mixed(batch: Batch) -> Tensor:
-            new = own(batch.select(slice(len(batch) // 2)))
+        def whole(batch: Batch) -> Tensor:
+            new = next(count for count in range(len(batch)) if self.with_new(count) == len(batch))
+            loss = own(batch.select(slice(new)))
             with in_training():
-                return new + balanced_cross_entropy(learner, batch)
+                if learner.answers:
+                    return loss + self.ratio * learner.loss_of_all(batch.select(slice(new, None)))
+                return loss + learner.loss_of_all(batch, balanced=True)
 
-        return mixed
+        return whole
 
 
 def drawn(labels_n: Ints, count: int, *keys: int) -> Ints:
@@ -98,14 +108,6 @@ def drawn(labels_n: Ints, count: int, *keys: int) -> Ints:
     start_b = (rng.uniform(class_b, *keys, _STARTS) * size_c[class_b]).astype(np.int64)
     positions_b: Ints = order_n[first_c[class_b] + (start_b + turn_b) % size_c[class_b]]
     return positions_b
-
-
-def balanced_cross_entropy(learner: Learner, batch: Batch) -> Tensor:
-    """Returns the cross-entropy () over all classes that have outputs. Every class in the batch has the same total weight."""
-    classes = range(1 + max(output.label for output in learner.outputs))  # those without outputs score minus infinity
-    scores_bc = class_scores(learner.head(learner.features(batch)), learner.outputs, classes)
-    count_c = scores_bc.new_zeros(len(classes)).index_add(0, batch.labels_b, scores_bc.new_ones(len(batch)))
-    return F.cross_entropy(scores_bc, batch.labels_b, weight=1 / count_c.clamp_min(1))
 
 
 def concatenated(batches: Sequence[Batch]) -> Batch:

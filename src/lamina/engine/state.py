@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 from lamina.maths.metrics import AccuracyMatrix
 
@@ -48,6 +48,39 @@ class TaskEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shown:
+    """An example whose answers are recorded."""
+
+    task: int
+    question: str
+    wanted: str
+    given: tuple[str, ...]
+    """Before the stream, and after each task that the example was measured after."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageState:
+    """What is measured of language models only."""
+
+    zero_shot: tuple[tuple[int, int], ...]
+    """Right answers and examples of each task, before the stream."""
+    rouge_l: tuple[tuple[float | None, ...], ...] = ()
+    """Mean ROUGE-L of each task before the stream and after each task; None where no text was generated."""
+    perplexity: tuple[float, ...] = ()
+    """Of a text from outside the stream, before it and after each task."""
+    shown: tuple[Shown, ...] = ()
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "LanguageState":
+        return cls(
+            zero_shot=tuple((int(right), int(total)) for right, total in content["zero_shot"]),
+            rouge_l=tuple(tuple(row) for row in content["rouge_l"]),
+            perplexity=tuple(content["perplexity"]),
+            shown=tuple(Shown(**{**one, "given": tuple(one["given"])}) for one in content["shown"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Clock:
     """Seconds spent, by phase and by task, when tasks were finished, and training examples seen."""
 
@@ -79,6 +112,7 @@ class StateJSON(TypedDict):
     lineage: list[dict[str, Any]]
     losses: list[list[float]]
     notes: list[str]
+    language: NotRequired[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +130,11 @@ class RunState:
     notes: tuple[str, ...] = ()
     """What a user should know about this run."""
     clock: Clock = Clock()
+    language: LanguageState | None = None
 
     def to_json(self) -> StateJSON:
         """Returns everything but the clock."""
-        return {
+        content: StateJSON = {
             "position": asdict(self.position),
             "matrix": self.matrix.as_dict(),
             "task_aware": self.task_aware.as_dict(),
@@ -108,6 +143,7 @@ class RunState:
             "losses": [list(loss) for loss in self.losses],
             "notes": list(self.notes),
         }
+        return content if self.language is None else {**content, "language": asdict(self.language)}
 
     @classmethod
     def from_json(cls, state: StateJSON, clock: Mapping[str, Any]) -> "RunState":
@@ -121,6 +157,7 @@ class RunState:
             losses=tuple(Loss(int(task), int(step), value) for task, step, value in state["losses"]),
             notes=tuple(state["notes"]),
             clock=Clock(**clock),
+            language=LanguageState.from_json(state["language"]) if "language" in state else None,
         )
 
     def with_entry(self, **facts: Any) -> "RunState":

@@ -33,7 +33,7 @@ from lamina.errors import BackboneError, MethodError, ModelError
 from lamina.export.adapter_files import MOST_JSON, ForeignAdapter, plain_file, read_adapter
 from lamina.export.foreign_head import head_of, prefixes_of
 from lamina.export.written import FACTS
-from lamina.learner import AdapterSite, Learner
+from lamina.learner import AdapterSite, Learner, learner_of
 from lamina.maths.metrics import AccuracyMatrix
 from lamina.methods import METHODS
 from lamina.methods.base import Method
@@ -298,7 +298,7 @@ def _open(
 ) -> _Parts:
     config = facts.config.run
     dtype = precision.DTYPES["bf16" if config.precision == "bf16" else "fp32"]
-    learner = Learner(backbone, config.backbone.targets, config.backbone.blocks, dtype)
+    learner = learner_of(backbone, config.backbone.targets, config.backbone.blocks, dtype)
     kind = METHODS[config.method["name"]]
     settings = {key: value for key, value in config.method.items() if key != "name"}
     method = kind(kind.config_type(**settings), facts.task_count)

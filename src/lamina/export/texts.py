@@ -14,7 +14,7 @@ from lamina.export.written import Draft, write_json
 def longest(opened: Opened) -> int:
     """Returns how many tokens of a text the model reads."""
     positions = opened.learner.backbone.positions
-    wanted = opened.facts.config.data.max_length
+    wanted = opened.facts.config.data.text_length
     return wanted if positions is None else min(wanted, positions)
 
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lamina.types import Task
+
 
 class Output(NamedTuple):
     """An output unit of the head: one per class and task."""
@@ -33,14 +35,14 @@ class Head(nn.Module):
         self.outputs: list[Output] = []
 
     def add(self, task: str, classes: Sequence[int]) -> nn.Linear:
-        """Append a block with one output per class, and return it.
+        """Append a block with one output per class, or an empty one, and return it.
 
         It is initialised as PyTorch initialises linear layers, from the CPU's global generator (which the engine seeds).
         Raises ValueError if the task has a block already.
         """
         if task in self.tasks:
             raise ValueError(f"task {task!r} has a block in the head already")
-        block = nn.Linear(self.width, len(classes)).to(self.device)
+        block = (nn.Linear(self.width, len(classes)) if classes else _without_outputs(self.width)).to(self.device)
         self.blocks.append(block)
         self.tasks.append(task)
         self.outputs += [Output(task, label) for label in classes]
@@ -58,6 +60,33 @@ class Head(nn.Module):
     def forward(self, features_bd: Tensor) -> Tensor:
         """Returns the scores of all outputs, (b, j)."""
         return torch.cat([block(features_bd) for block in self.blocks], 1)
+
+
+def _without_outputs(width: int) -> nn.Linear:
+    """Returns a block without outputs. PyTorch warns where it is to initialise nothing."""
+    block = nn.Linear(width, 1)
+    block.out_features = 0
+    block.weight, block.bias = nn.Parameter(torch.empty(0, width)), nn.Parameter(torch.empty(0))
+    return block
+
+
+def local_labels(task: Task, labels_b: Tensor) -> Tensor:
+    """Returns the positions (b,) of class ids among the task's own outputs."""
+    return _positions(task.classes, labels_b.device)[labels_b]
+
+
+@lru_cache(maxsize=8)
+def _positions(classes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Returns the position of every class id up to the largest of these, -1 for the others. Cached, because a GPU would
+    wait for a new tensor in every step."""
+    order = torch.full((max(classes) + 1,), -1)
+    order[list(classes)] = torch.arange(len(classes))
+    return order.to(device)
+
+
+def drawn(log_bc: Tensor, uniform_b: Tensor) -> Tensor:
+    """Returns one label (b,) for each line of log-probabilities, drawn by inverting its distribution at uniform numbers."""
+    return (log_bc.detach().double().exp().cumsum(1) < uniform_b[:, None]).sum(1).clamp_max(log_bc.shape[1] - 1)
 
 
 def class_scores(scores_bj: Tensor, outputs: Sequence[Output], classes: Sequence[int]) -> Tensor:

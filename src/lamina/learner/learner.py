@@ -9,16 +9,19 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lamina import adapters
 from lamina.adapters import AdaptedLinear, Branch, Finished, Mixture, Router
 from lamina.backbones import Backbone
 from lamina.errors import ConfigError
-from lamina.learner.head import Head, Output
+from lamina.learner.head import Head, Output, class_scores, drawn, local_labels
 from lamina.learner.moments import Watcher, check_moment, recording
 from lamina.learner.sites import AdapterSite
 from lamina.types import Batch, Task
+
+Draw = Callable[[int], Tensor]
 
 
 class Learner:
@@ -57,6 +60,11 @@ class Learner:
         self.head = Head(backbone.width, self.device)
 
     @property
+    def answers(self) -> bool:
+        """Whether predictions are completions, not classes: see `LanguageLearner`."""
+        return False
+
+    @property
     def outputs(self) -> list[Output]:
         """The output units of the head, in order."""
         return self.head.outputs
@@ -75,6 +83,33 @@ class Learner:
         """Returns the scores of this task's own outputs, (b, outputs of the task)."""
         logits: Tensor = self.head.block(task)(self.features(batch))
         return logits
+
+    # -- losses -------------------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch, task: Task) -> Tensor:
+        """Returns the loss () of a task on its examples: the cross-entropy over its own outputs. Outputs of other tasks are
+        neither computed nor trained."""
+        return F.cross_entropy(self.task_logits(batch, task.name), local_labels(task, batch.labels_b))
+
+    def loss_of_all(self, batch: Batch, *, balanced: bool = False) -> Tensor:
+        """Returns the loss () on examples of any tasks: the cross-entropy over all classes that have outputs. A class's score
+        is the largest of its outputs, as in prediction. balanced: every class in the batch has the same total weight."""
+        classes = range(1 + max(output.label for output in self.outputs))  # those without outputs score minus infinity
+        scores_bc = class_scores(self.head(self.features(batch)), self.outputs, classes)
+        if not balanced:
+            return F.cross_entropy(scores_bc, batch.labels_b)
+        count_c = scores_bc.new_zeros(len(classes)).index_add(0, batch.labels_b, scores_bc.new_ones(len(batch)))
+        return F.cross_entropy(scores_bc, batch.labels_b, weight=1 / count_c.clamp_min(1))
+
+    def log_likelihood(self, batch: Batch, task: Task, draw: Draw | None = None) -> Tensor:
+        """Returns the log-likelihood (b,) of the labels over the task's own outputs.
+
+        draw: draws the labels from the model's own prediction instead; draw(k) returns uniform numbers (b,), the same
+        ones for the same k.
+        """
+        log_bc = F.log_softmax(self.task_logits(batch, task.name), 1)
+        labels_b = local_labels(task, batch.labels_b) if draw is None else drawn(log_bc, draw(0))
+        return log_bc.gather(1, labels_b[:, None])[:, 0]
 
     def groups(self) -> dict[str, list[AdapterSite]]:
         """Returns the sites that read the same input, by the name of that input."""

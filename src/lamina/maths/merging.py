@@ -24,8 +24,18 @@ S_old = c S_t and e = 0 it is exponential with a = g / (c + g). Neither needs th
     a_t; g; a_min   share; gamma; least
     G_t; e          gate_ii; epsilon, in units of the mean eigenvalue of S_old + g S_t
 
+Updates τ_k of models that were trained apart are merged without conflicts as follows:
+
+    TIES (Yadav et al., NeurIPS 2023)   trim every τ_k to its largest entries, elect the sign of their sum for every entry,
+                                        and take the mean of the trimmed entries that have this sign
+    DARE (Yu et al., ICML 2024)         drop entries of τ_k at random and divide the rest by the share that is kept
+
+Both act on one linear layer at a time, on τ_k itself and not on its factors.
+
 Shape letters: o outputs, i inputs.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -80,3 +90,23 @@ def gate(old_ii: Tensor, new_ii: Tensor, gamma: float = 1.0, cap: float | None =
     # g S T^{-1} = T^{1/2} H T^{-1/2} with H symmetric: G has the eigenvalues of H, which can be capped.
     values_i, vectors_ii = sorted_eigh(inverse_ii @ pull_ii @ inverse_ii)
     return root_ii @ (vectors_ii * values_i.clamp_max(cap or 1.0) @ vectors_ii.T) @ inverse_ii
+
+
+def trimmed(update_oi: Tensor, density: float) -> Tensor:
+    """Returns the update with its entries of largest size, this share of them (at least one), and 0 elsewhere."""
+    kept = max(1, round(density * update_oi.numel()))
+    least = update_oi.abs().flatten().kthvalue(update_oi.numel() - kept + 1).values
+    return update_oi.where(update_oi.abs() >= least, 0)
+
+
+def dropped(update_oi: Tensor, density: float, generator: torch.Generator) -> Tensor:
+    """Returns the update with about this share of its entries, drawn at random and divided by the share, and 0 elsewhere."""
+    kept_oi = torch.rand(update_oi.shape, generator=generator) < density
+    return update_oi.where(kept_oi.to(update_oi.device), 0) / density
+
+
+def agreeing(updates: Sequence[Tensor]) -> Tensor:
+    """Returns for every entry the mean of those that have the sign of their sum, (o, i); 0 where there are none."""
+    every_koi = torch.stack(list(updates))
+    agree_koi = every_koi * every_koi.sum(0).sign() > 0
+    return (every_koi * agree_koi).sum(0) / agree_koi.sum(0).clamp_min(1)

@@ -29,6 +29,7 @@ FORMULAS: dict[str, str] = {
     "forgetting": "mean over j < T-1 of max over i < T-1 of a[i, j], minus a[T-1, j]",
     "backward_transfer": "mean over j < T-1 of a[T-1, j] - a[j, j]",
     "forward_transfer": "mean over j > 0 of a[j-1, j] - chance",
+    "backward_transfer_trace": "sum over j < T-1 of a[T-1, j] - a[j, j], divided by T",
     "learning_accuracy": "mean over j of a[j, j]",
     "task_aware_accuracy": "as final accuracy; only outputs of the example's task compete",
 }
@@ -41,7 +42,13 @@ DEFINITIONS: dict[str, str] = {
     "forgetting": "best earlier accuracy on each task minus its final accuracy, averaged over all tasks but the last; "
     "negative where tasks improved",
     "backward_transfer": "final accuracy on each task minus its accuracy when learnt, averaged over all tasks but the last",
-    "forward_transfer": "accuracy on each task just before it is learnt, minus chance, averaged over all tasks but the first",
+    "backward_transfer_trace": "backward transfer as the TRACE benchmark defines it: the sum is divided by the number of all "
+    "tasks",
+    "zero_shot_accuracy": "accuracy before the stream, averaged over tasks",
+    "perplexity_before": "perplexity of a text from outside the stream, before it",
+    "perplexity_after": "perplexity of the same text after the last task",
+    "forward_transfer": "accuracy on each task just before it is learnt, minus chance (for language models: minus the accuracy "
+    "before the stream), averaged over all tasks but the first",
     "learning_accuracy": "accuracy on each task just after it is learnt, averaged over tasks",
     "task_aware_accuracy": "final accuracy if the task's identity is given at test time",
     "task_inference_accuracy": "share of test examples whose highest-scoring output belongs to their own task, after the last "
@@ -177,6 +184,11 @@ def backward_transfer(matrix: AccuracyMatrix) -> float:
     """0 for a single task."""
     a, last = matrix.accuracy_ij, matrix.tasks - 1
     return float(np.mean(a[last, :last] - np.diag(a)[:last])) if last > 0 else 0.0
+
+
+def backward_transfer_trace(matrix: AccuracyMatrix) -> float:
+    """Backward transfer of TRACE (Wang et al., 2023, arXiv 2310.06762): its sum runs over all T tasks, the last giving 0."""
+    return backward_transfer(matrix) * (matrix.tasks - 1) / matrix.tasks
 
 
 def forward_transfer(matrix: AccuracyMatrix, chance_t: Floats) -> float:

@@ -10,14 +10,11 @@ Shape letters: b batch, d width of the features, j outputs of the head.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lamina import rng
@@ -135,6 +132,8 @@ class Method(ABC, Generic[C]):
     """False for a method without training steps: the engine goes from `begin` straight to `end`."""
     refuses: ClassVar[tuple[Refusal, ...]] = ()
     """The parts of `consolidation` that it cannot be combined with."""
+    refuses_language: ClassVar[str] = ""
+    """Why it cannot adapt a causal language model; empty if it can."""
     independent: ClassVar[bool] = False
     """True if the training of a task depends on nothing that earlier tasks left, and updates nothing but
     `Learner.trainable`. Tasks may then be trained side by side. `begin` and `end` are still called in order."""
@@ -152,12 +151,12 @@ class Method(ABC, Generic[C]):
         """Prepare for a task: add outputs to the head, and branches."""
 
     def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
-        """Returns the loss () of a training step. By default: cross-entropy over the task's own outputs.
+        """Returns the loss () of a training step. By default: the learner's own loss of the task.
 
         Within a task it must be one function of the batch and of tensors that may change in value but not in place, so
         that its operations can be recorded once and replayed.
         """
-        return local_cross_entropy(learner, batch, task)
+        return learner.loss(batch, task)
 
     def in_training(self, learner: Learner) -> AbstractContextManager[None]:
         """Within the context the learner computes as in a training step. Rehearsal enters it. By default: as it is."""
@@ -186,6 +185,17 @@ class Method(ABC, Generic[C]):
         """Returns scores (b, j), given that all examples are of this task. Only its outputs are used. A method overrides it
         if the task's identity does more than select outputs."""
         return self.predict(learner, batch)
+
+    @contextmanager
+    def answering(self, learner: Learner, batch: Batch, task: str | None = None) -> Iterator[None]:
+        """Within the context the learner completes these prompts, as far as a method selects adapters per input. By default
+        it does not. task: given that all examples are of this task. For language models only."""
+        yield
+
+    @property
+    def selects(self) -> bool:
+        """Whether `answering` depends on the task, if it is given."""
+        return type(self).answering is not Method.answering
 
     @property
     def uses_task(self) -> bool:
@@ -219,26 +229,6 @@ def growing_threshold(epsilon: float, learnt: int, task_count: int | None) -> fl
 def hashed_order(examples: Examples, seed: int) -> Ints:
     """Returns positions of all examples in an order that depends on the seed and on their rows in the data only."""
     return np.argsort(rng.bits(examples.known_as_n, seed), kind="stable")
-
-
-def local_labels(task: Task, labels_b: Tensor) -> Tensor:
-    """Returns the positions (b,) of class ids among the task's own outputs."""
-    return _positions(task.classes, labels_b.device)[labels_b]
-
-
-@lru_cache(maxsize=8)
-def _positions(classes: tuple[int, ...], device: torch.device) -> Tensor:
-    """Returns the position of every class id up to the largest of these, -1 for the others. Cached, because a GPU would
-    wait for a new tensor in every step."""
-    order = torch.full((max(classes) + 1,), -1)
-    order[list(classes)] = torch.arange(len(classes))
-    return order.to(device)
-
-
-def local_cross_entropy(learner: Learner, batch: Batch, task: Task) -> Tensor:
-    """Returns the cross-entropy () over the outputs of the current task. Outputs of other tasks are neither computed nor
-    trained."""
-    return F.cross_entropy(learner.task_logits(batch, task.name), local_labels(task, batch.labels_b))
 
 
 def describe(method: type[Method[Any]]) -> dict[str, Any]:

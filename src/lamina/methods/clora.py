@@ -29,7 +29,7 @@ from lamina.adapters import Branch, LowRank
 from lamina.errors import MethodError
 from lamina.learner import AdapterSite, Learner
 from lamina.maths.linalg import remove_span, steps_to_reach
-from lamina.methods.base import SHARED, Departure, Method, MethodConfig, Needs, Paper, Pass, Step, local_cross_entropy
+from lamina.methods.base import SHARED, Departure, Method, MethodConfig, Needs, Paper, Pass, Step
 from lamina.types import Batch, Task
 
 Sides = Literal["one", "two"]
@@ -123,7 +123,7 @@ class CLoRA(Method[CLoRAConfig]):
         return {"a": a_or, "b": b_ri, "old": torch.zeros(rank, rank)}
 
     def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
-        fitting = local_cross_entropy(learner, batch, task)
+        fitting = learner.loss(batch, task)
         if self.config.penalty == 0:
             return fitting
         overlaps = [overlap(*routing(site), self.config.sides) for site in learner.sites.values()]

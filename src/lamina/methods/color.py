@@ -21,7 +21,8 @@ NeurIPS 2022) as released; see the departures and docs/papers/color.md for what 
 Shape letters: b batch, n examples, d width, k centroids, r rank, j outputs of the head, o outputs, i inputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -121,6 +122,18 @@ class CoLoR(Method[CoLoRConfig]):
         chosen_b = torch.zeros(len(batch), dtype=torch.int64, device=learner.device)
         return own_outputs(learner, through_adapters(learner, batch, [task], chosen_b), [task], chosen_b)
 
+    @contextmanager
+    def answering(self, learner: Learner, batch: Batch, task: str | None = None) -> Iterator[None]:
+        tasks = [name for name in self.learnt(learner) if task in (None, name)]
+        if not tasks:
+            with learner.bare():
+                yield
+            return
+        _, directions_bd = self.directions(learner, batch)
+        centroids = [self.memory[f"centroids/{name}"] for name in tasks]
+        with adapters_of(learner, tasks, nearest_task(directions_bd, centroids, self.config.distance)):
+            yield
+
     def learnt(self, learner: Learner) -> list[str]:
         """Returns the tasks that have ended, in their order."""
         return [task for task in learner.head.tasks if f"centroids/{task}" in self.memory]
@@ -141,9 +154,16 @@ class CoLoR(Method[CoLoRConfig]):
 
 def through_adapters(learner: Learner, batch: Batch, tasks: Sequence[str], chosen_b: Tensor) -> Tensor:
     """Returns features (b, d), each input through the adapter of the task at its position in `tasks` and no other."""
+    with adapters_of(learner, tasks, chosen_b):
+        return learner.features(batch)
+
+
+@contextmanager
+def adapters_of(learner: Learner, tasks: Sequence[str], chosen_b: Tensor) -> Iterator[None]:
+    """Within the context each input of a batch uses the adapter of the task at its position in `tasks` and no other."""
     used_e, adapter_b = torch.unique(chosen_b, return_inverse=True)
     with learner.bare(), learner.routing([tasks[e] for e in used_e], adapter_b):
-        return learner.features(batch)
+        yield
 
 
 def own_outputs(learner: Learner, features_bd: Tensor, tasks: Sequence[str], chosen_b: Tensor) -> Tensor:

@@ -99,6 +99,9 @@ class DualLoRA(Method[DualLoRAConfig]):
         "per adapted layer and task. Two passes over the data around every task.",
     )
     config_type = DualLoRAConfig
+    refuses_language = (
+        "it needs attention without rotated queries and keys, and one reader per example: the class token"
+    )
     refuses = (
         Refusal("init", "its memory describes the updates it has made"),
         Refusal("merging", "residuals are scaled per input, so there is no single weight to merge"),

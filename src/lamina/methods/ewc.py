@@ -17,11 +17,11 @@ Shape letters: o outputs, i inputs, r rank, b batch, c classes of the task, n ex
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -37,8 +37,6 @@ from lamina.methods.base import (
     Refusal,
     add_shared_lora,
     hashed_order,
-    local_cross_entropy,
-    local_labels,
 )
 from lamina.rng import seed_of, uniform
 from lamina.types import Batch, Examples, Ints, Task
@@ -88,7 +86,7 @@ class EWC(Method[EWCConfig]):
         add_shared_lora(learner, task, self.config.rank)
 
     def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
-        fitting = local_cross_entropy(learner, batch, task)
+        fitting = learner.loss(batch, task)
         if self.config.strength == 0 or not self.memory:
             return fitting
         return fitting + self.config.strength / 2 * distance(shared(learner), self.memory)
@@ -109,13 +107,9 @@ class EWC(Method[EWCConfig]):
             chosen_b = positions_n[start : start + TOGETHER]
             batch = task.train.batch(chosen_b).to(learner.device)
             with learner.per_example(SHARED, len(batch)) as copies:
-                log_bc = F.log_softmax(learner.task_logits(batch, task.name), 1)
-                labels_b = local_labels(task, batch.labels_b)
-                if self.config.fisher == "true":
-                    uniform_b = torch.from_numpy(uniform(task.train.rows_n[chosen_b], seed)).to(learner.device)
-                    labels_b = drawn(log_bc, uniform_b)
-                likelihood = log_bc.gather(1, labels_b[:, None]).sum()
-                gradients = torch.autograd.grad(likelihood, list(copies.values()))
+                draw = partial(uniform_draws, learner, task.train.rows_n[chosen_b], seed)
+                likelihood_b = learner.log_likelihood(batch, task, draw if self.config.fisher == "true" else None)
+                gradients = torch.autograd.grad(likelihood_b.sum(), list(copies.values()))
             for name, gradient in zip(copies, gradients, strict=True):
                 squares = gradient.square().sum(0)
                 sums[name] = sums[name] + squares if name in sums else squares
@@ -136,6 +130,11 @@ def fisher_positions(examples: Examples, count: int, seed: int) -> Ints:
     return np.sort(order_n[np.argsort(quantiles_n[order_n], kind="stable")][:count])
 
 
+def uniform_draws(learner: Learner, rows_b: Ints, seed: int, number: int) -> Tensor:
+    """Returns uniform numbers (b,): those of this number for each of these rows."""
+    return torch.from_numpy(uniform(rows_b, seed + number)).to(learner.device)
+
+
 def shared(learner: Learner) -> dict[str, Tensor]:
     """Returns the factors of the one adapter, by `<site>/up` and `<site>/down`."""
     return {
@@ -149,8 +148,3 @@ def distance(factors: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> Ten
     """Returns Σ_j F_j (θ_j - θ*_j)²."""
     parts = [(memory[f"fisher/{k}"] * (v - memory[f"anchor/{k}"]).square()).sum() for k, v in factors.items()]
     return torch.stack(parts).sum()
-
-
-def drawn(log_bc: Tensor, uniform_b: Tensor) -> Tensor:
-    """Returns one label (b,) for each line of log-probabilities, drawn by inverting its distribution at uniform numbers."""
-    return (log_bc.detach().double().exp().cumsum(1) < uniform_b[:, None]).sum(1).clamp_max(log_bc.shape[1] - 1)

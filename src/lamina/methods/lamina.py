@@ -31,6 +31,11 @@ class LaminaConfig(MethodConfig):
         "consolidation.classifier": "lda",
         "consolidation.layers": 4,
     }
+    around_language: ClassVar[Mapping[str, Any]] = {
+        "training.later_lr": 0.1,
+        "consolidation.init": "chain",
+        "consolidation.merging": "ema",
+    }
     rank: int = Field(10, ge=1)
     """Rank of the one adapter in every adapted layer."""
 

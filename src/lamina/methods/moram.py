@@ -32,7 +32,7 @@ from torch import Tensor
 
 from lamina.adapters import Mixture, Router
 from lamina.learner import AdapterSite, Learner
-from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal, local_cross_entropy
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal
 from lamina.types import Batch, Task
 
 
@@ -101,7 +101,7 @@ class MoRAM(Method[MoRAMConfig]):
 
     def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
         with self.in_training(learner):
-            return local_cross_entropy(learner, batch, task)
+            return learner.loss(batch, task)
 
     def end(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.finish(task.name, fold=False)
@@ -117,8 +117,18 @@ class MoRAM(Method[MoRAMConfig]):
             yield
 
     @contextmanager
+    def answering(self, learner: Learner, batch: Batch, task: str | None = None) -> Iterator[None]:
+        with self.activated(learner, self.config.threshold):
+            yield
+
+    @property
+    def selects(self) -> bool:
+        return False
+
+    @contextmanager
     def activated(self, learner: Learner, threshold: float) -> Iterator[None]:
-        """Within the context every site adds the mixture of its atoms, live ones included, to the pre-trained layer."""
+        """Within the context every site adds the mixture of its atoms, live ones included, to the pre-trained layer. Before
+        the first task there are none."""
         config = self.config
         router = partial(
             mixing_weights,
@@ -129,7 +139,8 @@ class MoRAM(Method[MoRAMConfig]):
         with learner.bare():  # live atoms act in the mixture only
             try:
                 for site in learner.sites.values():
-                    site.layer.mixtures[site.role] = atoms(site, router)
+                    if site.finished() or site.live():
+                        site.layer.mixtures[site.role] = atoms(site, router)
                 yield
             finally:
                 for layer in learner.layers.values():

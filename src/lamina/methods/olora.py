@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lamina.adapters import Branch
 from lamina.learner import Learner
-from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal, local_cross_entropy
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal
 from lamina.types import Batch, Task
 
 
@@ -95,7 +95,7 @@ class OLoRA(Method[OLoRAConfig]):
             site.add(task.name, Scaled(trained=start, frozen={"scale": scale}))
 
     def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
-        config, total = self.config, local_cross_entropy(learner, batch, task)
+        config, total = self.config, learner.loss(batch, task)
         for site in learner.sites.values():
             new, old = site.live()[task.name].trained(), site.finished()
             if config.orthogonality and old:

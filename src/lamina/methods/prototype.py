@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lamina.errors import DataError
-from lamina.learner import Learner
-from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal, local_labels
+from lamina.learner import Learner, local_labels
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal
 from lamina.types import Batch, Task
 
 
@@ -47,6 +47,7 @@ class Prototype(Method[PrototypeConfig]):
         extra="One pass over the data of every task.",
     )
     config_type = PrototypeConfig
+    refuses_language = "its means of classes are a classifier, and a language model has none"
     refuses = (
         Refusal("init", "it trains nothing"),
         Refusal("merging", "it trains nothing"),

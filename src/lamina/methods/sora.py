@@ -29,7 +29,7 @@ from torch import Tensor
 from lamina.adapters import Branch, LowRank
 from lamina.learner import Learner
 from lamina.maths.linalg import soft_threshold
-from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Step, local_cross_entropy
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Step
 from lamina.types import Batch, Task
 
 
@@ -111,7 +111,7 @@ class SoRA(Method[SoRAConfig]):
             site.add(task.name, Gated(trained=fresh.trained() | {"gate": gate_r}, frozen={"scale": scale}))
 
     def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
-        fitting = local_cross_entropy(learner, batch, task)
+        fitting = learner.loss(batch, task)
         if self.config.penalty == 0:
             return fitting
         gates = torch.cat([branch.gate for branch in gated(learner)])

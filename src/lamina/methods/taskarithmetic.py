@@ -2,11 +2,13 @@
 
     τ_i = up_i down_i, trained from the pre-trained model alone, whatever came before
     θ   = θ_pre + λ Σ_i τ_i                                  one model for all tasks, in any order
+    θ   = θ_pre + λ TIES(τ_1, ..., τ_t)                     where updates in conflict are resolved (Yadav et al., 2023)
     MemFT: θ is fine-tuned on a few examples of every class; the next task starts from θ_pre again
 
     paper        here                                                      shape
     A, B         down_ri, up_or: the live branch of a task                 (r, i), (o, r)
     Σ τ_i        in memory as `sum/<site>`, float64                        (o, i)
+    τ_i          for TIES: in memory as `up/<task>/<site>`, `down/...`     (o, r), (r, i)
     θ - θ_pre    finished branch "merged" of every site                    (o, i) in factors
     λ            scale
     MemFT        finished branch "memory", and the outputs of the head as deployed
@@ -19,6 +21,7 @@ Shape letters: o outputs, i inputs, r rank, n examples, b batch, c classes, d wi
 """
 
 import math
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,10 +31,10 @@ from torch import Tensor
 
 from lamina import rng
 from lamina.adapters import LowRank
-from lamina.errors import TrainingError
-from lamina.learner import Learner
-from lamina.learner.head import class_scores
+from lamina.errors import MethodError, TrainingError
+from lamina.learner import AdapterSite, Learner, local_labels
 from lamina.maths.linalg import factors_of
+from lamina.maths.merging import agreeing, dropped, trimmed
 from lamina.methods.base import (
     Departure,
     Method,
@@ -41,14 +44,16 @@ from lamina.methods.base import (
     Pass,
     Refusal,
     hashed_order,
-    local_cross_entropy,
-    local_labels,
 )
 from lamina.rng import seed_of
 from lamina.types import Batch, Task
 
 MERGED, MEMORY = "merged", "memory"
-INPUTS = {"image": ("pixel_values",), "text": ("input_ids", "attention_mask")}
+INPUTS = {
+    "image": ("pixel_values",),
+    "text": ("input_ids", "attention_mask"),
+    "language": ("input_ids", "attention_mask", "completion_mask"),
+}
 
 
 class TaskArithmeticConfig(MethodConfig):
@@ -56,6 +61,11 @@ class TaskArithmeticConfig(MethodConfig):
     """Rank of the update that each task learns in every adapted layer."""
     scale: float = Field(0.25, gt=0)
     """λ: factor of the sum of all updates."""
+    merge: Literal["sum", "ties", "dare", "dare+ties"] = "sum"
+    """Merging of the updates: their sum (the paper); without entries in conflict (TIES); the sum of randomly thinned updates
+    (DARE); or both. TIES takes a mean, so that `scale` = 1 is usual with it. The equations are in `maths/merging.py`."""
+    density: float = Field(0.2, gt=0, le=1)
+    """Share of an update's entries that TIES or DARE keeps."""
     kl: float = Field(0.0, ge=0, lt=1)
     """Weight of the divergence from the pre-trained features; cross-entropy has 1 - kl. The paper tries 0 and 0.4."""
     memory_per_class: int = Field(10, ge=0)
@@ -120,7 +130,11 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
     def loss(self, learner: Learner, batch: Batch, task: Task) -> Tensor:
         weight = self.config.kl
         if weight == 0:
-            return local_cross_entropy(learner, batch, task)
+            return learner.loss(batch, task)
+        if learner.answers:
+            raise MethodError(
+                f"method.kl = {weight} compares features that a classifier reads, and a language model has none. Leave it at 0."
+            )
         with learner.bare(), torch.no_grad():
             before_bd = learner.features(batch)
         features_bd = learner.features(batch)
@@ -132,11 +146,7 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         for part, parameter in learner.head.block(task.name).named_parameters():
             self.memory[f"{part}/{task.name}"] = parameter.detach().clone()
         for site in learner.sites.values():
-            up_or, down_ri = (factor.detach().double() for factor in site.live()[task.name].factors())
-            # Float64: the order of the sum then changes it far less than the rounding of the weight.
-            sum_oi, key = up_or @ down_ri, f"sum/{site.name}"
-            self.memory[key] = self.memory[key] + sum_oi if key in self.memory else sum_oi
-            up_or, down_ri = factors_of(self.config.scale * self.memory[key])
+            up_or, down_ri = factors_of(self.config.scale * self.merged(site, task.name))
             site.add(MERGED, LowRank(trained={}, frozen={"up": up_or, "down": down_ri}))
         learner.drop(task.name)
         learner.finish(MERGED)
@@ -145,6 +155,29 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
             self.store_examples(learner, task)
             self.fine_tune(learner)
         learner.head.freeze()
+
+    def merged(self, site: AdapterSite, task: str) -> Tensor:
+        """Returns the updates of all tasks, merged, (o, i) float64; that of the task is stored."""
+        up_or, down_ri = (factor.detach() for factor in site.live()[task].factors())
+        if "ties" in self.config.merge:
+            self.memory |= {f"up/{task}/{site.name}": up_or.clone(), f"down/{task}/{site.name}": down_ri.clone()}
+            tasks = [
+                key.split("/")[1] for key in self.memory if key.startswith("up/") and key.endswith(f"/{site.name}")
+            ]
+            return agreeing([self.thinned(site, name) for name in sorted(tasks)])
+        # Float64: the order of the sum then changes it far less than the rounding of the weight.
+        new_oi, key = up_or.double() @ down_ri.double(), f"sum/{site.name}"
+        if self.config.merge == "dare":
+            new_oi = dropped(new_oi, self.config.density, draws_of(site, task))
+        self.memory[key] = self.memory[key] + new_oi if key in self.memory else new_oi
+        return self.memory[key]
+
+    def thinned(self, site: AdapterSite, task: str) -> Tensor:
+        """Returns what TIES takes of the update of a task, (o, i) float64."""
+        update_oi = self.memory[f"up/{task}/{site.name}"].double() @ self.memory[f"down/{task}/{site.name}"].double()
+        if self.config.merge == "ties":
+            return trimmed(update_oi, self.config.density)
+        return dropped(update_oi, self.config.density, draws_of(site, task))
 
     def reset_outputs(self, learner: Learner, tasks: list[str]) -> None:
         """Set the outputs of these tasks to their values after training."""
@@ -175,7 +208,6 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         learner.head.requires_grad_(True)
         inputs = {k: padded([self.memory[f"{k}/{task}"] for task in tasks]) for k in INPUTS[learner.backbone.kind]}
         labels_n = torch.cat([self.memory[f"labels/{task}"] for task in tasks])
-        classes_c = torch.tensor(sorted({output.label for output in learner.outputs}), device=learner.device)
         optimizer = torch.optim.Adam(learner.trainable().values(), lr=config.memory_lr)
         for epoch in range(config.memory_epochs):
             order_n = torch.from_numpy(rng.permutation(len(labels_n), seed, epoch)).to(learner.device)
@@ -183,8 +215,7 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
                 parts = {k: value[chosen_b] for k, value in inputs.items()}
                 parts = {k: v.float() if v.is_floating_point() else v.long() for k, v in parts.items()}
                 batch = Batch(inputs=parts, labels_b=labels_n[chosen_b])
-                scores_bc = class_scores(learner.head(learner.features(batch)), learner.outputs, classes_c.tolist())
-                loss = F.cross_entropy(scores_bc, torch.searchsorted(classes_c, batch.labels_b))
+                loss = learner.loss_of_all(batch)
                 if not math.isfinite(loss.item()):
                     raise TrainingError(
                         f"the loss is {loss.item()} in epoch {epoch + 1} of the fine-tuning on stored examples. Use a "
@@ -197,7 +228,11 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
 
     def memory_bound(self, learner: Learner) -> int:
         tasks, outputs, kept = len(learner.head.tasks), len(learner.outputs), self.config.memory_per_class
-        updates = sum(8 * site.d_out * site.d_in for site in learner.sites.values())
+        sites = learner.sites.values()
+        if "ties" in self.config.merge:
+            updates = 4 * tasks * self.config.rank * sum(site.d_out + site.d_in for site in sites)
+        else:
+            updates = sum(8 * site.d_out * site.d_in for site in sites)
         example = dict.fromkeys(("labels", *INPUTS[learner.backbone.kind]), 0)
         for key, value in self.memory.items():  # only the texts themselves know their length
             kind = key.split("/")[0]
@@ -205,6 +240,11 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
                 example[kind] = max(example[kind], value[:1].numel() * value.element_size())
         examples = 8 * tasks + outputs * kept * sum(example.values()) if kept else 0
         return updates + 4 * outputs * (learner.backbone.width + 1) + examples
+
+
+def draws_of(site: AdapterSite, task: str) -> torch.Generator:
+    """Returns the generator of what DARE drops from the update of a task, the same whenever it is merged."""
+    return torch.Generator().manual_seed(seed_of("dare", site.name, task))
 
 
 def feature_divergence(before_bd: Tensor, after_bd: Tensor) -> Tensor:

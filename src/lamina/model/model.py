@@ -17,7 +17,7 @@ from lamina.engine.loop import check_rehearsal
 from lamina.engine.state import now
 from lamina.errors import ModelError
 from lamina.files import read_checked
-from lamina.learner import Learner
+from lamina.learner import learner_of
 from lamina.methods import METHODS
 from lamina.model import kept, learning, readme
 from lamina.model.card import Base, Card, Facts, Figures
@@ -383,7 +383,7 @@ def check(config: ModelConfig, backbone: Backbone) -> None:
     limits.check_machine(config)
     limits.check_backbone(config, settings, backbone)
     check_rehearsal(config.rehearsal, method)
-    learner = Learner(backbone, config.backbone.targets, config.backbone.blocks)
+    learner = learner_of(backbone, config.backbone.targets, config.backbone.blocks)
     Consolidation(config.consolidation, method(settings)).check(learner)
 
 

@@ -28,7 +28,7 @@ from lamina.data.records import Source
 from lamina.engine.consolidate import Consolidation, under
 from lamina.engine.loop import restore
 from lamina.errors import DataError, ModelError, TrainingError
-from lamina.learner import Learner, class_scores
+from lamina.learner import Learner, class_scores, learner_of
 from lamina.maths import classifiers
 from lamina.maths.calibration import left_out_scores
 from lamina.maths.class_statistics import Statistics
@@ -102,7 +102,7 @@ class Predictor:
         self._lock, self._open = threading.Lock(), ExitStack()
         dtype = precision.DTYPES["bf16" if config.precision == "bf16" else "fp32"]
         where = torch.device(device)
-        self.learner = Learner(backbone, config.backbone.targets, config.backbone.blocks, dtype, where)
+        self.learner = learner_of(backbone, config.backbone.targets, config.backbone.blocks, dtype, where)
         method = METHODS[config.method["name"]]
         settings = {key: value for key, value in config.method.items() if key != "name"}
         self.method = method(method.config_type(**settings), facts.task_count)
@@ -278,7 +278,7 @@ class Reader:
         table = data.tokenise_once(
             source,
             self.tokenizer,
-            self.config.data.max_length,
+            self.config.data.text_length,
             positions=self.backbone.positions,
             vocabulary=self.backbone.vocabulary,
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lamina import config as configuration
+from lamina.backbones import is_language
 from lamina.config import ModelConfig
 from lamina.errors import ConfigError
 from lamina.runs.setup import method_settings
@@ -27,7 +28,9 @@ def load_model_config(
     given = list(overrides)
     if base is not None:
         given = [*base.model_dump(mode="json").items(), *given]
-    config = configuration.load(file, given, method_settings=method_settings(), schema=ModelConfig)
+    config = configuration.load(
+        file, given, method_settings=method_settings(), schema=ModelConfig, is_language=is_language
+    )
     if config.stream != configuration.StreamConfig(validation=config.stream.validation):
         raise ConfigError(
             "stream: a model has no stream in advance; its tasks come with `lamina learn`. Of this section, only "

@@ -10,7 +10,7 @@ import yaml
 
 from lamina.maths import metrics
 from lamina.maths.metrics import DEFINITIONS, FORMULAS, AccuracyMatrix, Floats
-from lamina.record import ClassRecord, CostRecord, LineageRecord, Record
+from lamina.record import AnswerRecord, ClassRecord, CostRecord, LineageRecord, Record
 from lamina.report import charts
 from lamina.report.charts import Series
 from lamina.report.text import count, interval, percent, plain, points, scaled, signed
@@ -30,8 +30,14 @@ TITLES = {
     "backward_transfer": "Backward transfer",
     "forward_transfer": "Forward transfer",
     "task_inference_accuracy": "Task-inference accuracy",
+    "zero_shot_accuracy": "Zero-shot accuracy",
+    "backward_transfer_trace": "Backward transfer (TRACE)",
+    "perplexity_before": "Perplexity before",
+    "perplexity_after": "Perplexity after",
 }
-IN_POINTS = ("forgetting", "backward_transfer", "forward_transfer")
+IN_POINTS = ("forgetting", "backward_transfer", "backward_transfer_trace", "forward_transfer")
+OF_LANGUAGE = ("zero_shot_accuracy", "backward_transfer_trace", "perplexity_before", "perplexity_after")
+"""Shown for language models only."""
 PHASES = {
     "load": "loading data and weights",
     "begin": "before each task",
@@ -53,6 +59,8 @@ class Drawing:
 
 
 def metric_text(name: str, value: float | None) -> str:
+    if name.startswith("perplexity") and value is not None and not math.isnan(value):
+        return f"{value:.2f}"
     return points(value) if name in IN_POINTS else percent(value)
 
 
@@ -253,7 +261,8 @@ def _metrics(run: Record) -> list[tuple[str, str, str, str]]:
         correct, total = (int(m[-1, : matrix.tasks].sum()) for m in (matrix.correct_ij, matrix.total_ij))
         notes["final_accuracy_micro"] += f": {correct} of {total}, 95 % interval {interval(correct, total)}"
     found = asdict(run.metrics)
-    return [(title, metric_text(k, found[k]), DEFINITIONS[k], notes.get(k, "")) for k, title in TITLES.items()]
+    shown = {k: title for k, title in TITLES.items() if run.language is not None or k not in OF_LANGUAGE}
+    return [(title, metric_text(k, found[k]), DEFINITIONS[k], notes.get(k, "")) for k, title in shown.items()]
 
 
 def run_view(run: Record, label: str, style: int, low: float) -> dict[str, Any]:
@@ -277,8 +286,17 @@ def run_view(run: Record, label: str, style: int, low: float) -> dict[str, Any]:
         "lineage": [(task, learnt.get(task.name) or LineageRecord(task=task.name)) for task in run.stream.tasks],
         "machine": {name: value for name, value in run.machine if value is not None},
         "method": _method(run),
+        "answers": answers(run),
         "record": run,
     }
+
+
+def answers(run: Record) -> list[tuple[str, list[AnswerRecord]]]:
+    """Returns the recorded answers of a language model, task by task."""
+    if run.language is None:
+        return []
+    tasks = dict.fromkeys(one.task for one in run.language.answers)
+    return [(task, [one for one in run.language.answers if one.task == task]) for task in tasks]
 
 
 def lowest_shown(runs: Sequence[Record]) -> float:

@@ -5,16 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from lamina import __version__
+from lamina.data import InstructionTable
 from lamina.engine import device
 from lamina.engine.loop import Loop
+from lamina.engine.order import Order, steps_per_epoch
 from lamina.engine.rehearsal import keep
 from lamina.engine.state import Clock, now
 from lamina.methods.base import describe
 from lamina.record import (
+    AnswerRecord,
     BackboneRecord,
     ClassRecord,
     CodeRecord,
     CostRecord,
+    LanguageRecord,
     LineageRecord,
     MachineRecord,
     MethodRecord,
@@ -25,7 +29,7 @@ from lamina.record import (
 )
 from lamina.runs.environment import peak_memory_mb
 from lamina.runs.setup import Setup
-from lamina.types import SPLITS
+from lamina.types import SPLITS, Examples
 
 
 def record_of(setup: Setup, loop: Loop) -> Record:
@@ -45,6 +49,7 @@ def record_of(setup: Setup, loop: Loop) -> Record:
         task_inference_accuracy=tuple(
             sum(inferred) / int(state.matrix.total_ij[i, : i + 1].sum())
             for i, inferred in enumerate(state.task_inference)
+            if inferred
         ),
         config=config.model_dump(mode="json"),
         source=SourceRecord(**setup.source),
@@ -57,6 +62,7 @@ def record_of(setup: Setup, loop: Loop) -> Record:
         machine=MachineRecord(**environment.to_json()),
         code=CodeRecord(version=__version__, commit=environment.commit),
         classes=_classes(setup, loop),
+        language=_language(setup, loop),
         cost=_cost(setup, loop),
         lineage=_lineage(setup, loop),
         losses=tuple((steps_before[loss.task] + loss.step, loss.value) for loss in state.losses),
@@ -106,6 +112,51 @@ def _cost(setup: Setup, loop: Loop) -> CostRecord:
     )
 
 
+def _language(setup: Setup, loop: Loop) -> LanguageRecord | None:
+    state = loop.state.language
+    if state is None:
+        return None
+    tokens, padded = 0, 0
+    training = setup.config.training
+    for task in setup.stream:
+        lengths_n, steps = task.train.lengths(), steps_per_epoch(len(task.train), training.batch_size)
+        order = Order(task.train, training.batch_size, seed=setup.config.seed, task=task.name, by_length=True)
+        for step in range(training.epochs * steps):
+            lengths_b = lengths_n[order.positions(step)]
+            tokens += int(lengths_b.sum())
+            padded += -(-int(lengths_b.max()) // 8) * 8 * len(lengths_b)  # as the table pads
+    return LanguageRecord(
+        zero_shot=state.zero_shot,
+        rouge_l=state.rouge_l,
+        perplexity=state.perplexity,
+        answers=tuple(
+            AnswerRecord(
+                task=setup.stream[one.task].name,
+                question=one.question,
+                wanted=one.wanted,
+                before=one.given[0],
+                learnt=one.given[_when_learnt(loop, one.task)],
+                end=one.given[-1],
+            )
+            for one in state.shown
+        ),
+        tokens=tokens,
+        padding_share=1 - tokens / padded if padded else None,
+        truncated=sum(_truncated(task.split(split)) for task in setup.stream for split in SPLITS),
+    )
+
+
+def _truncated(examples: Examples) -> int:
+    """Returns how many of these examples have a prompt that was cut."""
+    assert isinstance(examples.table, InstructionTable)
+    return int(examples.table.truncated_n[examples.rows_n].sum())
+
+
+def _when_learnt(loop: Loop, task: int) -> int:
+    """Returns the place of the answers after a task among its answers: before the stream, then after each task measured."""
+    return 1 + task if loop.evaluation.unseen else 1
+
+
 def _lineage(setup: Setup, loop: Loop) -> tuple[LineageRecord, ...]:
     state, names = loop.state, setup.stream.class_names
     found = []
@@ -130,6 +181,8 @@ def _times(clock: Clock, task: int) -> dict[str, Any]:
 
 def _classes(setup: Setup, loop: Loop) -> tuple[ClassRecord, ...]:
     """For every class: examples of it in all tasks, and how many the last model predicts correctly."""
+    if loop.learner.answers:
+        return ()  # predictions are positions of options, or texts
     counts: dict[int, tuple[int, int]] = {}
     for j in range(loop.matrix.tasks):
         labels_n = setup.stream[j].split(setup.config.evaluation.split).labels_n

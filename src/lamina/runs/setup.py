@@ -1,11 +1,13 @@
 """Setup: everything a run needs, made from its configuration."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from lamina import backbones, data
 from lamina import config as configuration
@@ -16,23 +18,31 @@ from lamina.data.streams import Stream
 from lamina.engine import device
 from lamina.engine.loop import Event, Loop
 from lamina.errors import ConfigError
-from lamina.learner import Learner
+from lamina.learner import learner_of
 from lamina.methods import METHODS
 from lamina.methods.base import Method
 from lamina.runs import limits
 from lamina.runs.environment import Environment
 from lamina.speed import accelerate, precision
-from lamina.types import LabelledData
+from lamina.types import SPLITS, Ints, Kind, LabelledData
 
 Watch = Callable[[Stream | None, Event], None]
 """Is told the progress. There is no stream yet while data is loaded."""
+TAKEN: Mapping[str, tuple[Kind, ...]] = {
+    "image": ("image",),
+    "text": ("text",),
+    "language": ("instructions", "text"),
+}
+"""The kinds of examples that a backbone of each kind takes."""
 MakeLoop = Callable[..., Loop]
 """Called with the arguments of `Loop`."""
 
 
 def load_config(file: Path | None, overrides: list[tuple[str, Any]]) -> RunConfig:
     """Returns the configuration of a YAML file with settings on top. Raises ConfigError naming every error."""
-    return configuration.load(file, overrides, method_settings=method_settings(), schema=RunConfig)
+    return configuration.load(
+        file, overrides, method_settings=method_settings(), schema=RunConfig, is_language=backbones.is_language
+    )
 
 
 def method_settings() -> dict[str, type[MethodConfig]]:
@@ -82,8 +92,10 @@ class Setup:
             for line in data.describe_source(source):
                 watch(None, Event(task=0, phase="load", note=line))
         check_kind(config, source, self.backbone)
-        self._check_validation(cut(data.undecoded(source), self.backbone))  # before anything is decoded
-        self.data = decode(config, source, self.backbone, watch)
+        planned = cut(data.undecoded(source), self.backbone)
+        self._check_validation(planned)  # before anything is decoded
+        used = np.concatenate([task.split(split).rows_n for task in planned for split in SPLITS])
+        self.data = decode(config, source, self.backbone, watch, used)
         self.stream = cut(self.data, self.backbone)
         self.task_count: int | None = len(self.stream)
         self._check_validation(self.stream)  # damaged images may have been left out
@@ -114,11 +126,17 @@ class Setup:
                 f"for example with --set stream.validation=0.2"
             )
 
+    def _text(self) -> Tensor | None:
+        """Returns the tokens of the text whose perplexity is measured; None for backbones that are no language models."""
+        if self.backbone.language is None or self.backbone.tokenizer is None:
+            return None
+        return data.text_tokens(self.config.evaluation.text, self.backbone.tokenizer)
+
     def loop(self, out: Path, make_loop: MakeLoop = Loop) -> Loop:
         """Returns a new loop whose checkpoints lie in the directory `out`."""
         config = self.config
         dtype = precision.DTYPES[self.environment.precision]
-        learner = Learner(self.backbone, config.backbone.targets, config.backbone.blocks, dtype, self.device)
+        learner = learner_of(self.backbone, config.backbone.targets, config.backbone.blocks, dtype, self.device)
         self.accelerated = accelerate(learner)
         method: Method[Any] = self.method(self.settings, self.task_count)
         try:
@@ -134,6 +152,7 @@ class Setup:
                 checkpoints=out / "checkpoints",
                 checkpoint_seconds=config.checkpoint_seconds,
                 steps=self.accelerated,
+                text_t=self._text(),
                 identity={
                     "configuration": configuration.fingerprint(config, self.method.config_type),
                     "stream": self.stream.fingerprint,
@@ -164,16 +183,24 @@ def load_data(config: RunConfig, backbone: Backbone, watch: Watch = lambda *_: N
 
 
 def check_kind(config: RunConfig, source: Source, backbone: Backbone) -> None:
-    """Raises ConfigError for images with a text backbone, and for texts with an image backbone."""
-    if source.kind != backbone.kind:
-        raise ConfigError(
-            f"data.source = {config.data.source!r} holds {source.kind}s, and backbone {backbone.name!r} takes "
-            f"{backbone.kind}s. Choose a backbone or data to match."
-        )
+    """Raises ConfigError for examples of a kind that the backbone does not take."""
+    taken = TAKEN[backbone.kind]
+    if source.kind in taken:
+        return
+    remedy = "Choose a backbone or data to match."
+    if source.kind == "instructions":
+        remedy = "Choose a causal language model as the backbone, or labelled data (a class for each example)."
+    raise ConfigError(
+        f"data.source = {config.data.source!r} holds {data.kinds(source.kind)}, and backbone {backbone.name!r} takes "
+        f"{' and labelled '.join(data.kinds(kind) for kind in taken)}. {remedy}"
+    )
 
 
-def decode(config: RunConfig, source: Source, backbone: Backbone, watch: Watch) -> LabelledData:
-    """Returns the labelled data of a source, decoded or tokenised for this backbone."""
+def decode(
+    config: RunConfig, source: Source, backbone: Backbone, watch: Watch, used: Ints | None = None
+) -> LabelledData:
+    """Returns the labelled data of a source, decoded or tokenised for this backbone. used: the rows that are tokenised as
+    instructions; all if None."""
     section = config.data
     if backbone.image is None:
         if backbone.tokenizer is None:
@@ -181,10 +208,12 @@ def decode(config: RunConfig, source: Source, backbone: Backbone, watch: Watch) 
                 f"backbone.name = {config.backbone.name!r} has no tokenizer beside its weights. Put tokenizer.json or "
                 f"vocab.txt into its folder."
             )
+        if "instructions" in TAKEN[backbone.kind]:
+            return decode_instructions(config, source, backbone, watch, used)
         return data.load_texts(
             source,
             backbone.tokenizer,
-            max_length=section.max_length,
+            max_length=section.text_length,
             positions=backbone.positions,
             vocabulary=backbone.vocabulary,
         )
@@ -195,6 +224,34 @@ def decode(config: RunConfig, source: Source, backbone: Backbone, watch: Watch) 
         watch(None, Event(task=0, phase="load", done=done, total=total))
 
     return data.load_images(source, transform, cache=cache, on_damaged=section.on_damaged, progress=progress)
+
+
+def decode_instructions(
+    config: RunConfig, source: Source, backbone: Backbone, watch: Watch, used: Ints | None = None
+) -> LabelledData:
+    """Returns instructions, or labelled texts as instructions, tokenised for a causal language model. used: as in `decode`.
+
+    Tells `watch` how texts are asked, and how many prompts are cut.
+    """
+    assert backbone.tokenizer is not None
+    section = config.data
+    if source.kind == "text":
+        source = data.as_instructions(source, section.template)
+        watch(None, Event(task=0, phase="load", note=f"layout: {source.layout}"))
+    labelled = data.load_instructions(
+        source,
+        backbone.tokenizer,
+        max_length=section.max_length,
+        positions=backbone.positions,
+        vocabulary=backbone.vocabulary,
+        form=section.form,
+        used=used,
+    )
+    cut = {split: rows for split, rows in data.truncation(labelled).items() if rows}
+    if cut:
+        told = ", ".join(f"{split} {rows}" for split, rows in cut.items())
+        watch(None, Event(task=0, phase="load", note=f"truncated: the middle of {sum(cut.values())} prompts ({told})"))
+    return labelled
 
 
 def image_transform(config: RunConfig, backbone: Backbone) -> data.ImageTransform:
@@ -231,6 +288,8 @@ def make_stream(config: RunConfig, labelled: LabelledData) -> Stream:
         per_class=config.data.per_class,
         validation=section.validation,
         measured_per_class=config.evaluation.per_class,
+        per_task=config.data.per_task,
+        measured_per_task=config.evaluation.per_task,
     )
     if section.first is not None:
         stream = stream.first(section.first)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 VECTOR = 32
@@ -52,8 +53,14 @@ def attention(
     transformers' own ("eager") converts the scores to float32 for a softmax that computes in float32 anyway. In bf16 these
     are four more passes over them, which pay for short rows only.
     """
-    logits_bhnt = query_bhne @ key_bhte.mT * scaling
-    if mask_b1nt is not None:
+    b, h, n, e = query_bhne.shape
+    shared = h // key_bhte.shape[1]  # heads of queries that share their keys and values
+    query_bkme = query_bhne.reshape(b, h // shared, shared * n, e)
+    logits_bhnt = (query_bkme @ key_bhte.mT * scaling).reshape(b, h, n, -1)
+    if mask_b1nt is not None and mask_b1nt.dtype == torch.bool:
+        logits_bhnt = logits_bhnt.masked_fill(~mask_b1nt, torch.finfo(logits_bhnt.dtype).min)
+    elif mask_b1nt is not None:
         logits_bhnt = logits_bhnt + mask_b1nt
     attention_bhnt = softmax(logits_bhnt).to(value_bhte.dtype)
-    return (attention_bhnt @ value_bhte).transpose(1, 2).contiguous(), None
+    mixed_bkme = attention_bhnt.reshape(b, h // shared, shared * n, -1) @ value_bhte
+    return mixed_bkme.reshape(b, h, n, -1).transpose(1, 2).contiguous(), None

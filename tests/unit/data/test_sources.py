@@ -111,9 +111,9 @@ def test_what_is_not_there_or_of_the_wrong_type(tmp_path: Path) -> None:
         open_source(tmp_path / "nowhere")
     file = tmp_path / "data.xlsx"
     file.write_text("")
-    with pytest.raises(DataError, match=r"type '.xlsx'; allowed are .parquet and .csv"):
+    with pytest.raises(DataError, match=r"type '.xlsx'; allowed are .parquet, .csv, .jsonl and .json"):
         open_source(file)
-    with pytest.raises(ConfigError, match=r"data.kind is 'sound'; allowed are auto, image and text"):
+    with pytest.raises(ConfigError, match=r"data.kind is 'sound'; allowed are auto, image, text and instructions"):
         open_source(file, kind="sound")  # type: ignore[arg-type]
     put(tmp_path / "cat" / "0.png")
     with pytest.raises(DataError, match="can only hold images"):

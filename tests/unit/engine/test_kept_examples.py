@@ -14,7 +14,7 @@ from tests.tiny import TextTable, tiny_images, tiny_texts, tiny_vit
 from torch import Tensor
 
 from lamina.data.streams import Stream, class_plan, make_stream
-from lamina.engine.rehearsal import Kept, balanced_cross_entropy, concatenated, drawn, keep
+from lamina.engine.rehearsal import Kept, concatenated, drawn, keep
 from lamina.learner import Learner
 from lamina.types import Batch, Examples, Ints, Task
 
@@ -228,7 +228,7 @@ def test_every_class_in_the_batch_has_the_same_weight():
         total = torch.stack([score[c] for c in known]).logsumexp(0)
         losses.setdefault(label, []).append(total - score[label])
     by_hand = torch.stack([torch.stack(own).mean() for own in losses.values()]).mean()
-    torch.testing.assert_close(balanced_cross_entropy(learner, batch), by_hand)
+    torch.testing.assert_close(learner.loss_of_all(batch, balanced=True), by_hand)
 
 
 def test_the_loss_adds_the_methods_own_on_the_new_half():
@@ -244,7 +244,7 @@ def test_the_loss_adds_the_methods_own_on_the_new_half():
         return torch.tensor(3.0)
 
     loss = kept.loss(learner, own)(batch)
-    torch.testing.assert_close(loss, 3.0 + balanced_cross_entropy(learner, batch))
+    torch.testing.assert_close(loss, 3.0 + learner.loss_of_all(batch, balanced=True))
     assert torch.equal(seen[0].labels_b, new.labels_b)
     assert torch.equal(seen[0].inputs["pixel_values"], new.inputs["pixel_values"])
 
@@ -253,7 +253,7 @@ def test_old_outputs_get_no_gradient_and_unknown_classes_no_nan():
     _, second, now = stream()
     learner = learner_of([second, now])  # classes 0 and 1 have no outputs
     batch = concatenated([second.train.batch(np.arange(4)), now.train.batch(np.arange(4))])
-    loss = balanced_cross_entropy(learner, batch)
+    loss = learner.loss_of_all(batch, balanced=True)
     loss.backward()
     assert torch.isfinite(loss)
     assert all(parameter.grad is None for parameter in learner.head.block(second.name).parameters())

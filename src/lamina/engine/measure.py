@@ -1,0 +1,105 @@
+"""Measure: what is measured before a stream and after each of its tasks, as a new state of the run."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lamina.config import EvaluationConfig
+from lamina.data.streams import Stream
+from lamina.engine.answers import Answers, Examiner
+from lamina.engine.consolidate import Consolidation
+from lamina.engine.evaluate import Predictions, predict_all
+from lamina.engine.state import LanguageState, RunState, Shown
+from lamina.learner import LanguageLearner, Learner
+from lamina.maths.metrics import negative_flips
+from lamina.types import Batch, Examples, Task
+
+Batches = Callable[[Examples, bool], Iterable[Batch]]
+"""Cuts examples into batches; of questions if so."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Measures a learner and what is deployed of its method on the tasks of a stream.
+
+    text_t: tokens of a text from outside the stream, whose perplexity is measured too (language models only).
+    """
+
+    learner: Learner
+    deployed: Consolidation
+    stream: Stream
+    evaluation: EvaluationConfig
+    batches: Batches
+    text_t: Tensor | None = None
+
+    def before(self, state: RunState) -> RunState:
+        """Returns the state with what a language model answers to the questions of all tasks before it has learnt any. Other
+        models have no outputs yet."""
+        if not isinstance(self.learner, LanguageLearner):
+            return state
+        with self.learner.folded():
+            found = {j: self.answers(self.learner, task) for j, task in enumerate(self.stream)}
+        counts = [(one.predictions.correct, len(one.predictions.labels_n)) for one in found.values()]
+        language = LanguageState(zero_shot=tuple(counts), shown=())
+        return replace(state, language=self._noted(self.learner, language, found))
+
+    def after(self, state: RunState, task: int, last: Mapping[str, Tensor]) -> tuple[RunState, dict[str, Tensor]]:
+        """Returns the state with what was measured after this task, and the predictions for all examples by number of their
+        task. last: those after the task before."""
+        measured = range(len(self.stream) if self.evaluation.unseen else task + 1)
+        with self.learner.folded():  # folded once for all tasks
+            if isinstance(self.learner, LanguageLearner):
+                answers = {j: self.answers(self.learner, self.stream[j]) for j in measured}
+                found = {j: one.predictions for j, one in answers.items()}
+                assert state.language is not None
+                state = replace(state, language=self._noted(self.learner, state.language, answers))
+            else:
+                found = {j: self.predictions(self.stream[j]) for j in measured}
+        totals = {j: len(p.labels_n) for j, p in found.items()}
+        inferred = [(found[j].task_inferred_n, j) for j in range(task + 1)]
+        state = replace(
+            state,
+            matrix=state.matrix.with_row({j: (p.correct, totals[j]) for j, p in found.items()}),
+            task_aware=state.task_aware.with_row({j: (p.task_aware_correct, totals[j]) for j, p in found.items()}),
+            task_inference=(*state.task_inference, tuple(int(n.sum()) for n, _ in inferred if n is not None)),
+        )
+        flips = [negative_flips(last[str(j)].numpy(), found[j].predicted_n, found[j].labels_n) for j in range(task)]
+        state = state.with_entry(
+            negative_flips=sum(flips) / len(flips) if flips else None,
+            accuracy_when_learnt=found[task].correct / max(totals[task], 1),
+        )
+        return state, {str(j): torch.from_numpy(p.predicted_n) for j, p in found.items()}
+
+    def predictions(self, task: Task) -> Predictions:
+        """Returns the predicted classes of a task's examples."""
+        return predict_all(
+            self.learner,
+            self.deployed,
+            task.split(self.evaluation.split),
+            lambda examples: self.batches(examples, False),
+            task.name,
+            task_aware=self.stream.task_aware,
+        )
+
+    def answers(self, learner: LanguageLearner, task: Task) -> Answers:
+        """Returns what a language model answers to the examples of a task."""
+        examiner = Examiner(learner, self.deployed, task.name, self.evaluation.max_new_tokens)
+        return examiner.ask(task.split(self.evaluation.split), lambda examples: self.batches(examples, True))
+
+    def _noted(self, learner: LanguageLearner, before: LanguageState, found: Mapping[int, Answers]) -> LanguageState:
+        """Returns the state with one more row of answers."""
+        shown = {(one.task, one.question): one for one in before.shown}
+        for j, answers in found.items():
+            for answer in answers.shown:
+                key = (j, answer.question)
+                old = shown.get(key, Shown(task=j, question=answer.question, wanted=answer.wanted, given=()))
+                shown[key] = replace(old, given=(*old.given, answer.given))
+        rouge = [found[j].rouge_l if j in found else None for j in range(len(self.stream))]
+        perplexity = before.perplexity
+        if self.text_t is not None:
+            perplexity = (*perplexity, float(torch.tensor(learner.text_loss(self.text_t)).exp()))
+        return replace(
+            before, shown=tuple(shown.values()), rouge_l=(*before.rouge_l, tuple(rouge)), perplexity=perplexity
+        )
