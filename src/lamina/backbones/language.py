@@ -69,9 +69,17 @@ def token_logits(module: nn.Module, language: LanguageHead, hidden_nd: Tensor) -
 
 
 def continued(
-    module: nn.Module, ids_bt: Tensor, mask_bt: Tensor, *, most: int, stop: Sequence[int], pad: int
+    module: nn.Module,
+    ids_bt: Tensor,
+    mask_bt: Tensor,
+    *,
+    most: int,
+    stop: Sequence[int],
+    pad: int,
+    positions: int | None = None,
 ) -> Tensor:
-    """Returns the prompts with the tokens that follow greedily. `Backbone.generate` documents the arguments."""
+    """Returns the prompts with the tokens that follow greedily. `Backbone.generate` documents the arguments. positions: of the
+    model; later tokens have the last one."""
     from transformers import GenerationConfig
 
     # A configuration of its own: that beside the weights may sample, or punish repetition.
@@ -80,10 +88,14 @@ def continued(
     )
     model: Any = module
     before, model.generation_config = model.generation_config, settings
+    # A table of positions has no entry for a later token.
+    within = [] if positions is None else [model.register_forward_pre_hook(_Within(positions), with_kwargs=True)]
     try:
         found: Tensor = model.generate(input_ids=ids_bt, attention_mask=mask_bt, generation_config=settings)
     finally:
         model.generation_config = before
+        for hook in within:
+            hook.remove()
     return found
 
 
@@ -105,6 +117,18 @@ def recomputing(module: nn.Module) -> Iterator[None]:
         for block in blocks:
             block.training = False
         getattr(module, f"{name}_checkpointing_disable")()
+
+
+@dataclass(frozen=True)
+class _Within:
+    """A hook that lets no position be beyond the last of a model."""
+
+    positions: int
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if given.get("position_ids") is not None:
+            given = {**given, "position_ids": given["position_ids"].clamp(max=self.positions - 1)}
+        return args, given
 
 
 def _masks(language: LanguageHead, mask_b1tt: Tensor, positions_bt: Tensor) -> Tensor | dict[str, Tensor]:

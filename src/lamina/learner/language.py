@@ -93,6 +93,8 @@ class LanguageLearner(Learner):
         prompt_bt, mask_bt = (batch.inputs[name] for name in ("input_ids", "attention_mask"))
         option_bms, own_bms = (batch.inputs[f"option_{name}"] for name in ("ids", "mask"))
         b, m, s = option_bms.shape
+        if m == 0:
+            return torch.zeros(b, 0, device=prompt_bt.device)
         inputs, last_b = packed(prompt_bt, mask_bt, option_bms[..., :-1], own_bms[..., :-1])
         hidden_btd = self.backbone.hidden(inputs)
         # The state before each option token: that of the prompt's end for the first one, then those of the option.
@@ -122,16 +124,23 @@ class LanguageLearner(Learner):
         return found_n
 
     def generate(self, batch: Batch, most: int, stop: Sequence[int], pad: int) -> list[list[int]]:
-        """Returns the tokens that follow each prompt of a batch, greedily, up to `most` of them or a token in `stop`, which is
-        not returned. Keys and values of earlier tokens are kept. pad: id of the padding token."""
+        """Returns the tokens that follow each prompt of a batch, greedily: up to `most` of them, to the model's last position,
+        or to a token in `stop`, which is not returned. Keys and values of earlier tokens are kept. pad: id of the padding
+        token."""
         ids_bt, mask_bt = (left_padded(batch.inputs[name], batch.inputs["attention_mask"], fill)
                            for name, fill in (("input_ids", pad), ("attention_mask", 0)))  # fmt: skip
         found_bt = self.backbone.generate(ids_bt, mask_bt, most=most, stop=stop, pad=pad)
-        return [until(row.tolist(), stop) for row in found_bt[:, ids_bt.shape[1] :]]
+        room_b = [
+            most if self.backbone.positions is None else self.backbone.positions - n for n in mask_bt.sum(1).tolist()
+        ]
+        rows = found_bt[:, ids_bt.shape[1] :].tolist()
+        return [until(row[:room], stop) for row, room in zip(rows, room_b, strict=True)]
 
     def text_loss(self, ids_t: Tensor, window: int = 512) -> float:
-        """Returns the mean negative log-likelihood of the tokens of a text, given those before them in a window."""
+        """Returns the mean negative log-likelihood of the tokens of a text, given those before them in a window, which is at
+        most as long as the model's longest input."""
         total, count = 0.0, 0
+        window = min(window, self.backbone.positions or window)
         for start in range(0, len(ids_t), window):
             part_t = ids_t[start : start + window].to(self.device)
             if len(part_t) > 1:
@@ -154,7 +163,8 @@ def packed(prompt_bt: Tensor, mask_bt: Tensor, option_bms: Tensor, own_bms: Tens
     length_b = mask_bt.sum(1)
     last_b = (mask_bt * torch.arange(1, t + 1, device=mask_bt.device)).argmax(1)
     place_bt = (mask_bt.cumsum(1) - 1).clamp_min(0)
-    place_bms = (length_b[:, None] + torch.arange(s, device=mask_bt.device)).repeat(1, m)
+    # Padding has position 0: after a long prompt it would be beyond the positions of the model.
+    place_bms = (length_b[:, None, None] + torch.arange(s, device=mask_bt.device)) * own_bms
     # Which option each token belongs to, -1 for the prompt; a token sees those of the prompt and of its own option.
     owner_k = torch.cat([
         torch.full((t,), -1, device=mask_bt.device), torch.arange(m, device=mask_bt.device).repeat_interleave(s)
@@ -167,7 +177,7 @@ def packed(prompt_bt: Tensor, mask_bt: Tensor, option_bms: Tensor, own_bms: Tens
     inputs = {
         "input_ids": torch.cat([prompt_bt, option_bms.flatten(1)], 1),
         "attention_mask": seen_bkk[:, None],
-        "position_ids": torch.cat([place_bt, place_bms], 1),
+        "position_ids": torch.cat([place_bt, place_bms.flatten(1)], 1),
     }
     return inputs, last_b
 

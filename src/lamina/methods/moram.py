@@ -112,11 +112,6 @@ class MoRAM(Method[MoRAMConfig]):
             return learner.features(batch)
 
     @contextmanager
-    def answering(self, learner: Learner, batch: Batch, task: str | None = None) -> Iterator[None]:
-        with self.activated(learner, self.config.threshold) if learner.head.tasks else learner.bare():
-            yield
-
-    @contextmanager
     def in_training(self, learner: Learner) -> Iterator[None]:
         with self.activated(learner, 0):
             yield
@@ -125,10 +120,6 @@ class MoRAM(Method[MoRAMConfig]):
     def answering(self, learner: Learner, batch: Batch, task: str | None = None) -> Iterator[None]:
         with self.activated(learner, self.config.threshold):
             yield
-
-    @property
-    def selects(self) -> bool:
-        return False
 
     @contextmanager
     def activated(self, learner: Learner, threshold: float) -> Iterator[None]:
