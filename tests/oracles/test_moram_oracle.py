@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 from tests.tiny import noise, tiny_bert, tiny_fused_vit, tiny_images, tiny_texts, tiny_vit
+from tests.unit.backbones.languages import LANGUAGES
 from torch import Tensor, nn
 
+from lamina.backbones import Backbone, load
 from lamina.config import EvaluationConfig, TrainingConfig
 from lamina.data.streams import class_plan, make_stream
 from lamina.engine.loop import Loop
 from lamina.engine.rehearsal import Kept
-from lamina.learner import Learner
+from lamina.learner import LanguageLearner, Learner
 from lamina.methods.moram import MoRAM, MoRAMConfig, mixing_weights
 from lamina.types import Batch
 
@@ -89,11 +91,10 @@ class SlowLinear(nn.Module):
         return torch.from_numpy(y).to(x.dtype)
 
 
-def slow_features(loop: Loop, kind: str, batch: Batch, budget: int, threshold: float) -> Tensor:
-    """The features (b, d) of a plain backbone whose linear layers have the atoms of the learner."""
-    made = MAKERS[kind](blocks=2)
+def with_atoms(made: Backbone, learner: Learner, budget: int, threshold: float) -> Backbone:
+    """Returns a plain backbone whose linear layers have the atoms of the learner."""
     slow: dict[str, SlowLinear] = {}
-    for site in loop.learner.sites.values():
+    for site in learner.sites.values():
         path = site.where.path
         if path not in slow:
             slow[path] = SlowLinear(made.module.get_submodule(path), budget, threshold)
@@ -108,8 +109,12 @@ def slow_features(loop: Loop, kind: str, batch: Batch, budget: int, threshold: f
     for path, layer in slow.items():
         parent, _, leaf = path.rpartition(".")
         setattr(made.module.get_submodule(parent), leaf, layer)
+    return made
+
+
+def slow_features(loop: Loop, kind: str, batch: Batch, budget: int, threshold: float) -> Tensor:
     with torch.no_grad():
-        return made.features(batch.inputs)
+        return with_atoms(MAKERS[kind](blocks=2), loop.learner, budget, threshold).features(batch.inputs)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3])
@@ -243,6 +248,55 @@ def test_the_first_task_starts_without_effect_and_later_ones_compete_from_their_
         assert torch.equal(loop.method.features(loop.learner, batch), learnt_bd), "finishing changes nothing"
         loop.method.begin(loop.learner, second, loop.pass_over("begin", second))
         assert (loop.method.features(loop.learner, batch) - learnt_bd).abs().max() > 1e-4
+
+
+def test_a_language_model_learns_and_ranks_options_through_the_mixture(tmp_path: Path):
+    """Loss and log-likelihoods of options, one sequence at a time."""
+    LANGUAGES["llama"].raw().save_pretrained(tmp_path / "llama")
+    learner = LanguageLearner(load(str(tmp_path / "llama")), ("q", "v"))
+    method = MoRAM(MoRAMConfig(rank=RANK, temperature=TEMPERATURE, threshold=THRESHOLD))
+    first, second = make_loop(tmp_path, "bert").stream.tasks[:2]
+    ids_bt = torch.tensor([[5, 9, 7, 8, 20, 33], [4, 6, 11, 12, 0, 0]])
+    mask_bt = (ids_bt > 0).long()
+    questions = {"input_ids": ids_bt, "attention_mask": mask_bt}
+    questions["option_ids"] = torch.tensor([[[7, 2, 0], [9, 30, 2]], [[7, 2, 0], [9, 30, 2]]])
+    questions["option_mask"] = (questions["option_ids"] > 0).long()
+    asked = Batch(inputs=questions, labels_b=torch.tensor([0, 1]))
+    with torch.no_grad():
+        with learner.bare():
+            bare_bm = learner.option_scores(asked)
+        with method.answering(learner, asked):
+            assert torch.equal(learner.option_scores(asked), bare_bm), "before the first task"
+    for task in (first, second):
+        method.begin(learner, task, lambda **_: iter(()))
+        with torch.no_grad():
+            for name, factor in learner.trainable().items():
+                factor.copy_(0.3 * noise(tuple(factor.shape), name))
+        if task is first:
+            method.end(learner, task, lambda **_: iter(()))
+
+    def log_p(threshold: float, ids: list[int]) -> Tensor:
+        plain = with_atoms(load(str(tmp_path / "llama")), learner, RANK, threshold)
+        ids_1t = torch.tensor([ids])
+        with torch.no_grad():
+            hidden_1td = plain.hidden({"input_ids": ids_1t, "attention_mask": torch.ones_like(ids_1t)})
+            log_tv = plain.token_logits(hidden_1td[0]).log_softmax(1)
+        return torch.stack([log_tv[k, token] for k, token in enumerate(ids[1:])])
+
+    completion_bt = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 0, 0]])
+    taught = Batch(
+        inputs={"input_ids": ids_bt, "attention_mask": mask_bt, "completion_mask": completion_bt},
+        labels_b=asked.labels_b,
+    )
+    tokens = torch.cat([log_p(0.0, [5, 9, 7, 8, 20, 33])[-3:], log_p(0.0, [4, 6, 11, 12])[-2:]])
+    assert method.loss(learner, taught, second).item() == pytest.approx(-tokens.mean().item(), rel=1e-4)
+    prompts, options = ([5, 9, 7, 8, 20, 33], [4, 6, 11, 12]), ([7, 2], [9, 30, 2])
+    wanted = [[log_p(THRESHOLD, prompt + option)[-len(option) :].sum() for option in options] for prompt in prompts]
+    with torch.no_grad(), method.answering(learner, asked):
+        found_bm = learner.option_scores(asked)
+    torch.testing.assert_close(found_bm, torch.tensor(wanted), atol=1e-4, rtol=1e-4)
+    assert (found_bm - bare_bm).abs().max() > 1e-2
+    assert not method.selects, "the task's identity would change nothing"
 
 
 def test_rehearsal_computes_old_examples_through_the_mixture(tmp_path: Path):

@@ -99,18 +99,6 @@ def continued(
     return found
 
 
-@dataclass(frozen=True)
-class _Within:
-    """A hook that lets no position be beyond the last of a model."""
-
-    positions: int
-
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if given.get("position_ids") is not None:
-            given = {**given, "position_ids": given["position_ids"].clamp(max=self.positions - 1)}
-        return args, given
-
-
 @contextmanager
 def recomputing(module: nn.Module) -> Iterator[None]:
     """Within the context a forward of a transformers model keeps the inputs of its blocks only; the backward computes the
@@ -129,6 +117,18 @@ def recomputing(module: nn.Module) -> Iterator[None]:
         for block in blocks:
             block.training = False
         getattr(module, f"{name}_checkpointing_disable")()
+
+
+@dataclass(frozen=True)
+class _Within:
+    """A hook that lets no position be beyond the last of a model."""
+
+    positions: int
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if given.get("position_ids") is not None:
+            given = {**given, "position_ids": given["position_ids"].clamp(max=self.positions - 1)}
+        return args, given
 
 
 def _masks(language: LanguageHead, mask_b1tt: Tensor, positions_bt: Tensor) -> Tensor | dict[str, Tensor]:

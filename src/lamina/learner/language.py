@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lamina.learner.head import drawn
+from lamina.learner.head import Head, drawn
 from lamina.learner.learner import Draw, Learner
 from lamina.types import Batch, Task
 
@@ -25,9 +25,22 @@ ROWS = 512
 """Hidden states whose scores over the vocabulary are held at a time."""
 
 
+class NoOutputs(Head):
+    """The head of a language model: its blocks are empty, since completions are written in tokens."""
+
+    def add(self, task: str, classes: Sequence[int]) -> nn.Linear:
+        """Append an empty block, and return it. Raises ValueError if the task has one already."""
+        block = super().add(task, [0])  # PyTorch warns where it is to initialise nothing
+        self.outputs.clear()
+        block.out_features = 0
+        block.weight, block.bias = (nn.Parameter(part[:0].detach().clone()) for part in (block.weight, block.bias))
+        return block.requires_grad_(False)
+
+
 class LanguageLearner(Learner):
     """A frozen causal language model whose linear layers are adapted in place. Tasks add no outputs to it."""
 
+    head_type = NoOutputs
     recompute = False
     """Whether training keeps the inputs of blocks only, and computes the rest again in the backward."""
 
@@ -36,11 +49,6 @@ class LanguageLearner(Learner):
         return True
 
     # -- training -----------------------------------------------------------------------------------------------------
-
-    def add_outputs(self, task: Task) -> nn.Linear:
-        """Begin a task. Its block of the head is empty: completions are written in tokens."""
-        self.head.freeze()
-        return self.head.add(task.name, ()).requires_grad_(False)
 
     def loss(self, batch: Batch, task: Task) -> Tensor:
         """Returns the mean negative log-likelihood () of the completion tokens of a batch."""

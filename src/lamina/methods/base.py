@@ -76,6 +76,8 @@ class Needs:
     @property
     def cost_per_task(self) -> str:
         """What every task adds: to the storage, and to which operations."""
+        if self.step == self.prediction == "linear":
+            return f"{self.per_task}; slower throughout"
         costs = (("steps", self.step), ("predictions", self.prediction))
         return "; ".join([self.per_task, *(f"slower {name}" for name, cost in costs if cost == "linear")])
 

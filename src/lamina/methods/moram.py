@@ -18,7 +18,7 @@ tasks for every token. The loss is that of the task, with no other term. Predict
 The equations are those of the authors' project page and of their released code (Artificer-AI-Lab/MoRAM, gh-pages and aaa51d8).
 The code has two parts, for language models (TRACE) and for CLIP (X-TAIL). See docs/papers/moram.md.
 
-Shape letters: b batch, d width of the features, t tokens, o outputs, i inputs, r rank, p atoms of all tasks.
+Shape letters: b batch, d width of the features, t tokens, o outputs, i inputs, r rank, p atoms of all tasks, k active ones.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ from lamina.types import Batch, Task
 class MoRAMConfig(MethodConfig):
     rank: int = Field(8, ge=1)
     """r: atoms that each task adds to every adapted layer."""
-    budget: int | None = Field(None, ge=2)
+    budget: int | None = Field(None, ge=1)
     """k: atoms that are active for a token, at most. Not set: the rank, but at least 2 (released code)."""
     temperature: float = Field(0.03, gt=0)
     """τ: of the softmax over relevances. Small values favour the most relevant atom."""
@@ -112,18 +112,19 @@ class MoRAM(Method[MoRAMConfig]):
             return learner.features(batch)
 
     @contextmanager
-    def answering(self, learner: Learner, batch: Batch, task: str | None = None) -> Iterator[None]:
-        with self.activated(learner, self.config.threshold) if learner.head.tasks else learner.bare():
-            yield
-
-    @contextmanager
     def in_training(self, learner: Learner) -> Iterator[None]:
         with self.activated(learner, 0):
             yield
 
     @contextmanager
+    def answering(self, learner: Learner, batch: Batch, task: str | None = None) -> Iterator[None]:
+        with self.activated(learner, self.config.threshold):
+            yield
+
+    @contextmanager
     def activated(self, learner: Learner, threshold: float) -> Iterator[None]:
-        """Within the context every site adds the mixture of its atoms, live ones included, to the pre-trained layer."""
+        """Within the context every site adds the mixture of its atoms, live ones included, to the pre-trained layer. Before
+        the first task there are none."""
         config = self.config
         router = partial(
             mixing_weights,
@@ -134,7 +135,8 @@ class MoRAM(Method[MoRAMConfig]):
         with learner.bare():  # live atoms act in the mixture only
             try:
                 for site in learner.sites.values():
-                    site.layer.mixtures[site.role] = atoms(site, router)
+                    if site.finished() or site.live():
+                        site.layer.mixtures[site.role] = atoms(site, router)
                 yield
             finally:
                 for layer in learner.layers.values():
@@ -153,7 +155,7 @@ def atoms(site: AdapterSite, router: Router) -> Atoms:
 def mixing_weights(projections_btp: Tensor, budget: int, temperature: float, threshold: float) -> Tensor:
     """Returns w, the weight of every atom for every token, (b, t, p) float32."""
     relevance_btp = F.normalize(projections_btp.float(), dim=-1)
-    best_btn, atom_btn = relevance_btp.topk(min(budget, relevance_btp.shape[-1]))
-    logits_btp = torch.full_like(relevance_btp, -torch.inf).scatter(-1, atom_btn, best_btn / temperature)
+    best_btk, atom_btk = relevance_btp.topk(min(budget, relevance_btp.shape[-1]))
+    logits_btp = torch.full_like(relevance_btp, -torch.inf).scatter(-1, atom_btk, best_btk / temperature)
     weights_btp = logits_btp.softmax(-1)
     return weights_btp * (relevance_btp >= threshold) if threshold else weights_btp
