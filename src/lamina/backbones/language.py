@@ -3,7 +3,7 @@
 Shape letters: b batch, t tokens, n positions to score, d width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,11 +67,22 @@ def token_logits(module: nn.Module, language: LanguageHead, hidden_nd: Tensor) -
     return logits if language.softcap is None else language.softcap * (logits / language.softcap).tanh()
 
 
+Each = Callable[[Tensor], Tensor]
+"""Is called with the newest token of every text (b,), and returns which texts end with it (b,)."""
+
+
 def continued(
-    module: nn.Module, ids_bt: Tensor, mask_bt: Tensor, *, most: int, stop: Sequence[int], pad: int
+    module: nn.Module,
+    ids_bt: Tensor,
+    mask_bt: Tensor,
+    *,
+    most: int,
+    stop: Sequence[int],
+    pad: int,
+    each: Each | None = None,
 ) -> Tensor:
     """Returns the prompts with the tokens that follow greedily. `Backbone.generate` documents the arguments."""
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, StoppingCriteriaList
 
     # A configuration of its own: that beside the weights may sample, or punish repetition.
     settings = GenerationConfig(
@@ -79,8 +90,13 @@ def continued(
     )
     model: Any = module
     before, model.generation_config = model.generation_config, settings
+    ending = StoppingCriteriaList()
+    if each is not None:
+        ending.append(lambda ids_bk, _, **__: each(ids_bk[:, -1]))
     try:
-        found: Tensor = model.generate(input_ids=ids_bt, attention_mask=mask_bt, generation_config=settings)
+        found: Tensor = model.generate(
+            input_ids=ids_bt, attention_mask=mask_bt, generation_config=settings, stopping_criteria=ending
+        )
     finally:
         model.generation_config = before
     return found

@@ -174,7 +174,8 @@ class Loop:
 
     def begin_method(self, task: Task) -> None:
         """What the method does at the beginning of a task."""
-        if self.method.trains and len(task.classes) == 1 and not len(self.kept()):
+        alone = len(task.classes) == 1 and not self.learner.answers
+        if self.method.trains and alone and not len(self.kept()):
             self.note(
                 f"task {task.name!r} has a single class: the cross-entropy over its own outputs is 0, so adapters learn "
                 f"nothing from it. Learn two or more classes at a time, or use a method without training (`prototype`)."
