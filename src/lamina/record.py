@@ -90,6 +90,8 @@ class SourceRecord(Part):
     domains: dict[str, dict[str, int]] = Field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
+    instructions: dict[str, Any] | None = None
+    """Of instructions: how many have options or are chats, and the longest texts."""
 
 
 class BackboneRecord(Part):

@@ -53,17 +53,16 @@ def test_learns_instructions_task_by_task(lamina: Command, model: Path, tmp_path
     assert lamina("history", model, "--json").out.count("learnt") == 2
     said = lamina("evaluate", model, tmp_path / "books.jsonl")
     assert said.code == 0, said
-    assert "4 held-out examples" in said.out
-    assert "calibration" not in said.out
-    found = json.loads(lamina("evaluate", model, tmp_path / "films.jsonl", "--json").out)
-    assert found["figures"]["calibration_error"] is None
+    assert "on 4 examples" in said.out
+    assert "calibration error" not in said.out
+    figures = Model(model).evaluate(tmp_path / "films.jsonl").figures
+    assert figures.calibration_error is None
     card = (model / "README.md").read_text()
     assert 'pipeline_tag: "text-generation"' in card
     assert "chat/completions" in card
     assert "classifier" not in card
     assert "deleted" in lamina("forget", model).out
     assert "freed" in lamina("prune", model, "--keep=1").out
-    assert "was pruned" in lamina.refused("rollback", model, "films")
 
 
 def test_a_refused_task_waits_and_can_be_forced(lamina: Command, model: Path, tmp_path: Path) -> None:
@@ -157,14 +156,15 @@ def test_a_run_opens_as_a_model_and_goes_on(lamina: Command, base: Path, tmp_pat
     second = instructions(tmp_path / "b.jsonl", "book", options=None, domain="books").read_text()
     (tmp_path / "both.jsonl").write_text(first + second)
     given = {**SMALL, "method.name": "olora", "backbone.name": str(base), "data.source": str(tmp_path / "both.jsonl")}
-    runs.create(runs.load_config(None, sorted(given.items(), key=lambda item: item[0] != "method.name")), tmp_path / "run")
+    runs.create(
+        runs.load_config(None, sorted(given.items(), key=lambda item: item[0] != "method.name")), tmp_path / "run"
+    )
     record = runs.read_record(tmp_path / "run")
     said = lamina("create", tmp_path / "model", "--from-run", tmp_path / "run", "--probes=2")
     assert said.code == 0, said
     model = Model(tmp_path / "model")
     assert [task.name for card in model.cards for task in card.tasks] == ["films", "books"]
     figures = model.evaluate(tmp_path / "both.jsonl").figures
-    assert {name: (counts.correct, counts.total) for name, counts in figures.classes.items()} == {
-        one.name: (one.correct, one.total) for one in record.classes
-    }
+    right = {word: sum(one.correct for name, one in figures.classes.items() if word in name) for word in ("films", "books")}
+    assert [right["films"] / 4, right["books"] / 4] == record.matrix.accuracy_ij[-1].tolist()
     assert lamina("learn", tmp_path / "model", instructions(tmp_path / "songs.jsonl", "song"), "--force").code == 0

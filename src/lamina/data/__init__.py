@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lamina.data.audit import Audit, audit, render
 from lamina.data.instruction_table import Form, InstructionTable, tokenise_instructions, truncation
-from lamina.data.instruction_tokens import InstructionTokens, KeptInstructions, ragged
+from lamina.data.instruction_tokens import InstructionTokens, KeptInstructions, Ragged, ragged
 from lamina.data.instructions import Message, Row, as_instructions, instructions_from
 from lamina.data.pixels import PixelStore, decode_once, default_cache
 from lamina.data.prompts import Chat, Prompt, PromptReader, TooLong
@@ -35,6 +35,7 @@ __all__ = [
     "PixelTable",
     "Prompt",
     "PromptReader",
+    "Ragged",
     "Row",
     "Source",
     "TokenTable",

@@ -117,7 +117,6 @@ class InstructionTokens:
         return {"input_ids": torch.from_numpy(ids_bt), "attention_mask": torch.from_numpy(mask_bt.astype(np.int64))}
 
 
-
 class KeptInstructions(InstructionTokens):
     """Instructions that are kept as token ids and as text, without the data that they come from.
 

@@ -78,7 +78,9 @@ class PromptReader:
         row = row_of({"prompt": _STAND_IN, "completion": _STAND_IN}, Columns(), "a chat")
         try:
             rendered = self._renderers["chat"].render(row, "a chat")
-        except DataError:  # a template that demands, for example, a system prompt; whatever is asked later is judged then
+        except (
+            DataError
+        ):  # a template that demands, for example, a system prompt; whatever is asked later is judged then
             return int(self.tokenise.eos_token_id)
         (ids,) = self._renderers["chat"].ids([rendered.completion])
         return int(ids[-1]) if rendered.ended else int(self.tokenise.eos_token_id)
