@@ -3,6 +3,7 @@
 They are rendered and tokenised as those of instructions are. They are never cut: a prompt that is too long is refused.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,8 @@ class PromptReader:
     ) -> None:
         self.name, self.vocabulary, self.form = tokenizer, vocabulary, form
         self.tokenise: Any = load_tokenizer(tokenizer)
+        self._lock = threading.Lock()
+        """Fast tokenizers refuse two threads at a time."""
         self._renderers: dict[Form, Renderer] = {
             "plain": Renderer(self.tokenise, tokenizer, "plain"),
             "chat": Renderer(self.tokenise, tokenizer, "chat"),
@@ -90,8 +93,8 @@ class PromptReader:
     ) -> Prompt:
         """Returns a prompt as token ids.
 
-        options: texts to rank; without them, text is to be generated. chat: whether a text is rendered as one message of a user;
-        by default as `data.form` says. Raises DataError where it is blank, no text, or refused by the chat template, and for
+        options: texts to rank; without them, text is to be generated. chat: whether a text is rendered as one message of a
+        user; by default as `data.form` says. Raises DataError where it is blank, no text, or refused by the chat template, and for
         options that are blank or not distinct; TooLong where the backbone has no position for a completion.
         """
         form: Form = self.form if chat is None else "chat" if chat else "plain"
@@ -103,7 +106,8 @@ class PromptReader:
             record |= {"messages": [*map(dict, prompt), {"role": "assistant", "content": reply}]}
         rendered = (renderer := self._renderers[form]).render(row_of(record, Columns(), where), where)
         try:
-            ids, *option_ids = renderer.ids([rendered.prompt, *rendered.options])
+            with self._lock:
+                ids, *option_ids = renderer.ids([rendered.prompt, *rendered.options])
         except Exception as error:  # the tokenizers library raises bare exceptions
             raise DataError(f"the tokenizer {self.name} cannot tokenise {where} ({reason_of(error)})") from error
         asked = np.array(ids if rendered.chat else [*renderer.before, *ids], np.int32)
@@ -142,4 +146,5 @@ class PromptReader:
 
     def text(self, tokens: Sequence[int]) -> str:
         """Returns these tokens as text, without special tokens."""
-        return str(self.tokenise.decode(list(tokens), skip_special_tokens=True))
+        with self._lock:
+            return str(self.tokenise.decode(list(tokens), skip_special_tokens=True))

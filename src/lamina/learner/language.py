@@ -124,7 +124,8 @@ class LanguageLearner(Learner):
         each: Callable[[Tensor], Tensor] | None = None,
     ) -> list[list[int]]:
         """Returns the tokens that follow each prompt of a batch, greedily, up to `most` of them or a token in `stop`, which is
-        not returned. Keys and values of earlier tokens are kept. pad: id of the padding token. each: see `Backbone.generate`."""
+        not returned. Keys and values of earlier tokens are kept. pad: id of the padding token. each: as in
+        `Backbone.generate`."""
         ids_bt, mask_bt = (left_padded(batch.inputs[name], batch.inputs["attention_mask"], fill)
                            for name, fill in (("input_ids", pad), ("attention_mask", 0)))  # fmt: skip
         found_bt = self.backbone.generate(ids_bt, mask_bt, most=most, stop=stop, pad=pad, each=each)

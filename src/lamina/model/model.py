@@ -337,8 +337,8 @@ class Model:
         """Returns a prediction for each input: for images a file, a folder of files, encoded bytes, an array (h, w, 3) uint8 or
         a PIL image; for texts a string. An input that cannot be read gets an error in its place.
 
-        A language model returns what `complete` returns, which documents options, max_new_tokens and chat. They are for language
-        models only, and `top` is for classifiers only; a ModelError says so.
+        A language model returns what `complete` returns, which documents options, max_new_tokens and chat. They are for
+        language models only, and `top` is for classifiers only; a ModelError says so.
         """
         found = self.deployed()
         if isinstance(found, LanguagePredictor):
