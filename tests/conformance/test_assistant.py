@@ -15,6 +15,8 @@ DOMAINS = ("books", "films", "songs")
 LANGUAGE = [name for name, method in METHODS.items() if not method.refuses_language]
 REHEARSED = ("finetune", "olora")
 """The other methods differ only in what they add to these, not in how examples are kept."""
+QUICK = ("olora", "color")
+"""One that keeps an adapter of every task, and one that routes."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("method", "per_class"),
-    [*((method, 0) for method in LANGUAGE), *((method, 3) for method in REHEARSED)],
+    [
+        *(pytest.param(method, 0, marks=() if method in QUICK else pytest.mark.slow) for method in LANGUAGE),
+        *(pytest.param(method, 3, marks=() if method in QUICK else pytest.mark.slow) for method in REHEARSED),
+    ],
     ids=lambda value: str(value),
 )
 def test_a_language_model_learnt_task_by_task_equals_a_run(

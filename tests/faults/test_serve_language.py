@@ -23,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return assistants.learnt(tmp_path_factory.mktemp("served"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def server(model: Path) -> Iterator[Server]:
     found = Server(model)
     yield found
@@ -31,7 +31,8 @@ def server(model: Path) -> Iterator[Server]:
 
 
 def client_of(server: Server, **more: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", **{"max_retries": 0, **more})
+    given = {"api_key": "none", "max_retries": 0, **more}
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", **given)
 
 
 def test_the_openai_client_completes_and_streams(server: Server) -> None:
@@ -110,8 +111,8 @@ def test_no_request_fails_while_a_task_is_learnt(model: Path, tmp_path: Path) ->
     for thread in threads:
         thread.start()
     try:
-        done = lamina("learn", path, instructions(tmp_path / "song.jsonl", "song"), "--name=songs", "--force")
-        assert done.returncode == 0, done.stderr
+        code, _, said = lamina("learn", path, instructions(tmp_path / "song.jsonl", "song"), "--name=songs", "--force")
+        assert code == 0, said
         deadline = time.monotonic() + 60
         while "version-3" not in seen and time.monotonic() < deadline and not failures:
             time.sleep(0.05)
@@ -131,6 +132,9 @@ def test_a_client_that_goes_ends_its_generation(tmp_path: Path) -> None:
     body = json.dumps({"model": "assistant", "prompt": "The film", "max_tokens": 8000, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     try:
+        with client_of(server) as client:  # no token ends this text, so 8000 would take long
+            found = client.completions.create(model="assistant", prompt="The film", max_tokens=200)
+            assert found.choices[0].finish_reason == "length"
         for streamed in (True, False):
             sent = body if streamed else body.replace(b"true", b"null")
             with server.connect() as line:

@@ -220,7 +220,7 @@ def test_a_new_version_is_picked_up(serve: Client, assistant: Path, tmp_path: Pa
     path = tmp_path / "assistant"
     shutil.copytree(assistant, path)
     client = serve(path)
-    assert client.get("/model").json()["checked"] == "6 probes, all predictions finite; 0 of 4 correct, as recorded"
+    assert client.get("/model").json()["checked"] == "6 probes, all predictions finite; 2 of 4 correct, as recorded"
     Model(path).learn(instructions(tmp_path / "song.jsonl", "song"), name="songs", force=True)
     for _ in range(200):
         if client.post(CHAT, json=ASKED).headers["x-model-version"] == "3":
