@@ -225,8 +225,9 @@ function tell(model, about) {
   by("tasks").replaceChildren(...about.tasks.map((task, k) => {
     const newest = task.accuracy.length ? task.accuracy[task.accuracy.length - 1].accuracy : null;
     const first = task.accuracy.length ? task.accuracy[0].accuracy : task.accuracy_when_learnt;
-    const name = make("th", { scope: "row", class: "name" }, task.name, make("span", { class: "def" }, task.classes.slice(0, 6).join(", ")
-      + (task.classes.length > 6 ? ` and ${task.classes.length - 6} more` : "")));
+    const alone = task.classes.length === 1 && task.classes[0] === task.name;
+    const name = make("th", { scope: "row", class: "name" }, task.name, make("span", { class: "def" }, alone ? ""
+      : task.classes.slice(0, 6).join(", ") + (task.classes.length > 6 ? ` and ${task.classes.length - 6} more` : "")));
     return make("tr", {}, make("td", { class: "num" }, `${k + 1}`), name,
       make("td", { class: "num" }, `${task.examples.train ?? "–"}`), make("td", { class: "num" }, `${percent(first).replace(" %", "")} → ${percent(newest ?? first)}`));
   }));
