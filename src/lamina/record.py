@@ -90,6 +90,8 @@ class SourceRecord(Part):
     domains: dict[str, dict[str, int]] = Field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
+    instructions: dict[str, Any] | None = None
+    """Of instructions only: how many are chats or have no options, numbers of options, and the longest texts."""
 
 
 class BackboneRecord(Part):
