@@ -63,8 +63,8 @@ def export_onnx(model: Place, out: Place, *, inputs: Place | None = None) -> Exp
     path, target = _checked(model, out)
     if is_language(path):
         raise ModelError(
-            f"--format onnx is not written for a language model ({path}): to generate text, a graph must keep keys and values of "
-            f"earlier tokens. Write `--format merged`, then: optimum-cli export onnx --model OUT GRAPH"
+            f"--format onnx is not written for a language model ({path}): to generate text, a graph must keep keys and values "
+            f"of earlier tokens. Write `--format merged`, then: optimum-cli export onnx --model OUT GRAPH"
         )
     return graph.export_onnx(path, target, inputs=inputs)
 

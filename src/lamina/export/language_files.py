@@ -40,8 +40,8 @@ def refuse_unchanged(opened: OpenedLanguage, factors: Mapping[str, Factors]) -> 
     """Raises MethodError where nothing was learnt."""
     if not factors:
         raise MethodError(
-            f"method {opened.method.name!r} has changed no weight of the language model, so there is nothing to write. The base "
-            f"is {opened.saved.base}."
+            f"method {opened.method.name!r} has changed no weight of the language model, so there is nothing to write. The "
+            f"base is {opened.saved.base}."
         )
 
 
@@ -65,8 +65,8 @@ def transposed(backbone: Backbone, factors: Mapping[str, Factors]) -> bool:
 
 
 def base_of(opened: OpenedLanguage, draft: Draft[OpenedLanguage], *, with_base: bool) -> tuple[str, Any]:
-    """Returns where plain transformers finds the base, and what it loads from there in float32. Raises ModelError where these are
-    other weights than lamina's."""
+    """Returns where plain transformers finds the base, and what it loads from there in float32. Raises ModelError where these
+    are other weights than lamina's."""
     name = opened.saved.backbone
     if with_base:
         copy_files(name, draft.folder / BASE)
@@ -125,8 +125,8 @@ def write_tokenizer(draft: Draft[OpenedLanguage]) -> None:
             text = mine.render(row, where)
             if theirs.render(row, where) != text or theirs.ids([text.prompt]) != mine.ids([text.prompt]):
                 raise ModelError(
-                    f"the written tokenizer makes other tokens of {where} than lamina does, so nothing was written. Install the "
-                    f"transformers that the tokenizer was saved with."
+                    f"the written tokenizer makes other tokens of {where} than lamina does, so nothing was written. Install "
+                    f"the transformers that the tokenizer was saved with."
                 )
 
 

@@ -1,7 +1,7 @@
 """`merged` of a language model: the files of its base, with all updates folded into the weights.
 
-Only the adapted weights are written anew, in the type that they are stored in. All other tensors, and all other files, are those of
-the base bit for bit. So tied embeddings stay tied, and shards stay as they are.
+Only the adapted weights are written anew, in the type that they are stored in. All other tensors, and all other files, are
+those of the base bit for bit. So tied embeddings stay tied, and shards stay as they are.
 """
 
 import os
@@ -88,7 +88,7 @@ def _write(opened: OpenedLanguage, folder: Path, paths: list[str]) -> dict[str, 
         changed.setdefault(headers[key].file, {})[key] = stored.to_stored(weight_oi).contiguous()
     for file, tensors in changed.items():
         with safe_open(file, framework="pt") as old:
-            content = {name: tensors[name] if name in tensors else old.get_tensor(name) for name in old.keys()}
+            content = {name: tensors[name] if name in tensors else old.get_tensor(name) for name in old.keys()}  # noqa: SIM118 - no dictionary
             metadata = old.metadata() or {"format": "pt"}
         save_file(content, folder / ("model.safetensors" if len(sources) == 1 else file.name), metadata)
     return weights
@@ -100,8 +100,8 @@ def _stored_name(headers: Mapping[str, Header], name: str, body: str, opened: Op
         if key in headers:
             return key
     raise ModelError(
-        f"the files of the base {opened.saved.base} have no tensor {name}: an older transformers saved them. Load and save them "
-        f"once with this one (from_pretrained, save_pretrained), or write `--format peft`."
+        f"the files of the base {opened.saved.base} have no tensor {name}: an older transformers saved them. Load and save "
+        f"them once with this one (from_pretrained, save_pretrained), or write `--format peft`."
     )
 
 
@@ -124,8 +124,8 @@ def _check_tied(opened: OpenedLanguage, model: Any) -> None:
     tied = own.get_input_embeddings().weight is own.get_output_embeddings().weight
     if tied != (model.get_input_embeddings().weight is model.get_output_embeddings().weight):
         raise ModelError(
-            "the embeddings of what was written are tied otherwise than those of the base, so nothing was written. Its config.json "
-            "must say tie_word_embeddings as the base does."
+            "the embeddings of what was written are tied otherwise than those of the base, so nothing was written. Its "
+            "config.json must say tie_word_embeddings as the base does."
         )
 
 
@@ -141,7 +141,7 @@ def _note_rounding(
     same = share(exact.written, rounded.written)
     draft.notes.append(
         f"The merged weights are rounded to {' and '.join(types)}, in which the base is stored. That moves a score by at most "
-        f"{moved:.1e} (they spread by {draft.differences[0].spread:.2g}), and the same tokens are written after {same:.1%} of the "
-        f"prompts. The comparison is with the rounded weights. `--format peft` rounds nothing."
+        f"{moved:.1e} (they spread by {draft.differences[0].spread:.2g}), and the same tokens are written after {same:.1%} of "
+        f"the prompts. The comparison is with the rounded weights. `--format peft` rounds nothing."
     )
     draft.facts["rounding"] = {"types": types, "largest": moved, "same_tokens": same}

@@ -74,8 +74,8 @@ def is_language(path: Path) -> bool:
 
 
 def saved(path: Path) -> Saved:
-    """Returns what a run or a model holds. Raises RunError or ModelError where a run is not finished, a checkpoint is damaged, or
-    nothing was learnt."""
+    """Returns what a run or a model holds. Raises RunError or ModelError where a run is not finished, a checkpoint is damaged,
+    or nothing was learnt."""
     if not (path / CONFIG).is_file():
         return _of_model(path)
     read_record(path)

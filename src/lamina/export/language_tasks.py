@@ -32,9 +32,8 @@ def export_language_tasks(
     """Write an adapter per task of a language model. Arguments and errors are those of `export_tasks`."""
     need("peft", "peft", "the format peft-tasks")
     opened = open_language(path, inputs)
-    names = opened.saved.tasks
+    names, router = opened.saved.tasks, _router(opened)
     parts = branches(opened.learner, opened.method, names)
-    router = _router(opened)
     wanted = Computed(_next_scores(opened), generated(opened, opened.learner))
     note_precision(opened, wanted.written)
     with drafted(target, "peft-tasks", opened) as draft:
@@ -68,10 +67,10 @@ def export_language_tasks(
         most = max((one.rank for factors in updates.values() for one in factors.values()), default=0)
         draft.notes.append(told_rank(most))
         draft.notes.append(
-            "The adapters act together: with peft, load all of them and activate all with `set_adapter`. One alone is not the "
-            "model."
+            "The adapters act together: with peft, load all of them and activate all with `set_adapter`. One alone is not "
+            "the model."
             if router["mode"] == "sum"
-            else "`load.py` chooses the adapter of a prompt. With one adapter loaded in peft, prompts of its task are completed."
+            else "`load.py` selects the adapter of a prompt. One adapter loaded with peft completes prompts of its task."
         )
         if not with_base:
             draft.notes.append(f"The base is {place}; `load.py` finds another place in the environment variable BASE.")
@@ -88,9 +87,8 @@ def _router(opened: OpenedLanguage) -> dict[str, Any]:
     parts = [part for site in opened.learner.sites.values() for part in site.finished().values()]
     if any(not part.folded for part in parts):
         raise MethodError(
-            f"method {method.name!r} computes its update from the input, token by token or layer by layer, which an adapter "
-            f"cannot hold and `load.py` does not compute. Use the model with lamina, or train a method with one update, such as "
-            f"lamina or olora."
+            f"method {method.name!r} computes its update from the input, which an adapter cannot hold and `load.py` does not "
+            f"compute. Use it with lamina, or train a method with one update, such as lamina or olora."
         )
     return {"mode": "sum"}
 

@@ -128,8 +128,8 @@ def share(first: Sequence[object], second: Sequence[object]) -> float:
 
 
 def _apart(opened: OpenedLanguage, batch: Batch, mine: Sequence[int], theirs: Sequence[int]) -> tuple[float, float]:
-    """Returns how far the model's scores of two next tokens are apart where two continuations of one prompt first differ, and the
-    larger score. Where one has ended, the score is the largest of the tokens that end a text."""
+    """Returns how far the model's scores of two next tokens are apart where two continuations of one prompt first differ, and
+    the larger score. Where one has ended, the score is the largest of the tokens that end a text."""
     first = next((k for k, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b), min(len(mine), len(theirs)))
     ids_t = batch.inputs["input_ids"][batch.inputs["attention_mask"].bool()]
     ids_1t = torch.cat([ids_t, torch.tensor(list(mine[:first]), dtype=ids_t.dtype)])[None]

@@ -116,9 +116,9 @@ class Draft(Generic[S]):
         written: tuple[float, str] | None = None,
     ) -> None:
         """Compare scores (b, j) of every batch. labels: the class of every output. inputs: what they are, if they are not those
-        of the model as opened. Minus infinity says that an output is not used. written: the share of inputs for which something else
-        than the predicted class is the same, and what. Raises ModelError where a score differs by more than TOLERANCE, is NaN or
-        infinite, or the predicted class differs though the model's scores are clearly apart."""
+        of the model as opened. Minus infinity says that an output is not used. written: the share of inputs for which something
+        else than the predicted class is the same, and what. Raises ModelError where a score differs by more than TOLERANCE, is
+        NaN or infinite, or the predicted class differs though the model's scores are clearly apart."""
         wanted_nj, got_nj = torch.cat([part.double() for part in reference]), torch.cat([p.double() for p in found])
         if wanted_nj.shape != got_nj.shape:
             raise ModelError(
