@@ -24,6 +24,7 @@ from lamina.export.written import Draft
 from lamina.files import write_checked
 from lamina.methods import METHODS
 from lamina.methods.color import nearest_task
+from lamina.types import Batch
 
 ALL = ["q", "k", "v", "out", "up", "down"]
 ROUTED = ("color",)
@@ -135,15 +136,21 @@ def test_the_page_completes_texts_and_may_be_moved(tmp_path: Path):
 
 
 @pytest.mark.parametrize("form", ["plain", pytest.param("chat", marks=pytest.mark.slow)])
-def test_the_printed_code_works_and_stops_as_lamina_does(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run = run_of(tmp_path, data__form=form, training__epochs=8)
+def test_the_printed_code_writes_what_lamina_writes(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = run_of(tmp_path, data__form=form)
     done = export_peft(run, tmp_path / "peft")
-    prompt = "reviews 8: film\\nAnswer:"
-    scope: dict[str, Any] = {"BASE": str(tmp_path / "base")}
+    opened = open_language(run)
+    row: Any = opened.table.source.read(int(opened.examples.rows_n[0]))
+    prompt_bt = torch.from_numpy(opened.table.prompts.row(int(opened.examples.rows_n[0])).astype("int64"))[None]
+    batch = Batch(
+        inputs={"input_ids": prompt_bt, "attention_mask": torch.ones_like(prompt_bt)}, labels_b=torch.zeros(1).long()
+    )
+    with opened.learner.folded():
+        mine = opened.learner.generate(batch, 64, opened.stops, opened.table.pad_id)[0]
+    capsys.readouterr()
     with warnings.catch_warnings(action="ignore"):  # of peft
-        exec(done.code.replace("a prompt", prompt), scope)
-    said = capsys.readouterr().out.strip()
-    assert said in ("joy", "bore")  # the end was learnt too
+        exec(done.code.replace('"a prompt"', repr(row.prompt)), {"BASE": str(tmp_path / "base")})
+    assert capsys.readouterr().out == opened.table.decode(mine) + "\n"
     assert (tmp_path / "peft" / "chat_template.jinja").is_file()
     assert json.loads((tmp_path / "peft" / "generation_config.json").read_text())["eos_token_id"] == [1]
 
@@ -162,12 +169,12 @@ def test_what_cannot_be_exported(tmp_path: Path):
     run = run_of(tmp_path)
     with pytest.raises(ModelError, match=r"onnx is not written for a language model .*--format merged"):
         export_onnx(run, tmp_path / "out")
-    with pytest.raises(MethodError, match="'finetune' as configured does not keep an adapter per task"):
+    with pytest.raises(MethodError, match=r"'finetune' as configured does not keep an adapter per task"):
         export_tasks(run, tmp_path / "out")
     base("llama", tmp_path / "other", attention_bias=True).rename(tmp_path / "elsewhere")
     (tmp_path / "base").rename(tmp_path / "old")
     (tmp_path / "elsewhere").rename(tmp_path / "base")
-    with pytest.raises(ModelError, match="are not those of .* their hash is"):
+    with pytest.raises(ModelError, match=r"are not those of .* their hash is"):
         export_peft(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
