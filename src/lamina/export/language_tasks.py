@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lamina.errors import MethodError
 from lamina.export.adapter import BASE, write_lora
 from lamina.export.checking import by_library, need, page_tensors, write_page
 from lamina.export.language_adapter import note_precision
-from lamina.export.language_files import base_of, placed, told_rank, transposed, write_generation, write_tokenizer
+from lamina.export.language_files import base_of, placed, refuse_routed, told_rank, transposed, write_generation, write_tokenizer
 from lamina.export.language_opened import MOST_NEW, OpenedLanguage, open_language
 from lamina.export.language_tokens import Computed, compare, generated
 from lamina.export.tasks import LAYOUT, ROUTER, TASKS, branches, folders_of, save_tensors
@@ -84,12 +83,7 @@ def _router(opened: OpenedLanguage) -> dict[str, Any]:
     if isinstance(method, CoLoR):
         first = method.config.identify == "first expert"
         return {"mode": "route", "distance": method.config.distance, "identify_with": [0] if first else []}
-    parts = [part for site in opened.learner.sites.values() for part in site.finished().values()]
-    if any(not part.folded for part in parts):
-        raise MethodError(
-            f"method {method.name!r} computes its update from the input, which an adapter cannot hold and `load.py` does not "
-            f"compute. Use it with lamina, or train a method with one update, such as lamina or olora."
-        )
+    refuse_routed(opened, "one adapter per task")
     return {"mode": "sum"}
 
 

@@ -28,6 +28,8 @@ from lamina.types import Batch
 
 ALL = ["q", "k", "v", "out", "up", "down"]
 ROUTED = ("color",)
+PER_TOKEN = ("moram",)
+"""Methods whose update no format holds."""
 METHODS_HERE = [name for name, method in METHODS.items() if method.trains and not method.refuses_language]
 QUICK = ("llama", "gpt2", "gpt_neox")
 BF16 = torch.bfloat16
@@ -76,13 +78,15 @@ def test_every_family_stored_in_bf16(name: str, tmp_path: Path):
     assert tied[1].dtype == BF16
 
 
-@pytest.mark.parametrize("method", slow_but(("olora", "lamina", "sdlora"), METHODS_HERE))
+@pytest.mark.parametrize("method", slow_but(("olora", "lamina", "sdlora", "moram"), METHODS_HERE))
 def test_every_method(method: str, tmp_path: Path):
     run = run_of(tmp_path, method=method)
-    if method in ROUTED:
-        for export in (export_peft, export_merged):
-            with pytest.raises(MethodError, match=rf"{method!r} selects adapters for each prompt.*peft-tasks"):
+    if method in ROUTED + PER_TOKEN:
+        instead = "No format does" if method in PER_TOKEN else "--format peft-tasks"
+        for export in (export_peft, export_merged, *([export_tasks] if method in PER_TOKEN else [])):
+            with pytest.raises(MethodError, match=rf"{method!r} selects or weights adapters for each.*{instead}"):
                 export(run, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
         return
     exact(export_peft(run, tmp_path / "peft", with_base=True))
     exact(export_merged(run, tmp_path / "merged"))
