@@ -35,8 +35,8 @@ def refuse_routed(opened: OpenedLanguage, what: str) -> None:
         if isinstance(opened.method, CoLoR):
             instead = "`--format peft-tasks` writes an adapter per task and the router."
         raise MethodError(
-            f"method {opened.method.name!r} selects or weights adapters for each prompt, so no single update says what it does, "
-            f"and {what} cannot hold it. {instead}"
+            f"method {opened.method.name!r} selects or weights adapters for each prompt, so no single update says what it "
+            f"does, and {what} cannot hold it. {instead}"
         )
 
 

@@ -183,9 +183,9 @@ class OpenedLanguage:
         """The prompts alone."""
         found = []
         for part in self._parts():
-            batch = self.examples.questions(part)
+            inputs, right_b = self.table.questions(self.examples.rows_n[part])
             names = ("input_ids", "attention_mask")
-            found.append(Batch(inputs={name: batch.inputs[name] for name in names}, labels_b=batch.labels_b))
+            found.append(Batch(inputs={name: inputs[name] for name in names}, labels_b=right_b))
         return tuple(found)
 
     @cached_property

@@ -14,7 +14,15 @@ from torch import Tensor
 from lamina.export.adapter import BASE, write_lora
 from lamina.export.checking import by_library, need, page_tensors, write_page
 from lamina.export.language_adapter import note_precision
-from lamina.export.language_files import base_of, placed, refuse_routed, told_rank, transposed, write_generation, write_tokenizer
+from lamina.export.language_files import (
+    base_of,
+    placed,
+    refuse_routed,
+    told_rank,
+    transposed,
+    write_generation,
+    write_tokenizer,
+)
 from lamina.export.language_opened import MOST_NEW, OpenedLanguage, open_language
 from lamina.export.language_tokens import Computed, compare, generated
 from lamina.export.tasks import LAYOUT, ROUTER, TASKS, branches, folders_of, save_tensors
