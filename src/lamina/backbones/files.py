@@ -19,9 +19,10 @@ from torch import Tensor
 from lamina.errors import BackboneError
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json")
+_BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "merges.txt")
 _HUB_FILES = [
     *("config.json", "preprocessor_config.json", "1_Pooling/config.json", "generation_config.json"),
-    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "merges.txt", *TOKENIZER_FILES),
+    *(*_BESIDE_TOKENIZER, *TOKENIZER_FILES),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
 ]
 _NO_PICKLE = (
@@ -105,9 +106,9 @@ def weight_files(where: Location) -> list[Path]:
 
 
 def copy_files(name: str, folder: Path) -> None:
-    """Copy weights, settings and tokenizer of a backbone into a new folder, from which it loads as before."""
+    """Copy weights, settings and tokenizer of a backbone into a folder, from which it loads as before."""
     where = locate(name)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     weights = weight_files(where)
     for file in weights:
         shutil.copyfile(file, folder / ("model.safetensors" if len(weights) == 1 else file.name))
@@ -296,3 +297,10 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files of a tokenizer, its chat template among them, from one folder into another."""
+    for file in (*TOKENIZER_FILES, *_BESIDE_TOKENIZER):
+        if (source / file).is_file():
+            shutil.copyfile(source / file, target / file)

@@ -18,7 +18,10 @@ Format = Literal["peft", "peft-tasks", "merged", "onnx"]
 
 
 def export(
-    model: Where,
+    model: Annotated[
+        Path,
+        typer.Argument(help="Directory of a model, or of a finished run of a language model.", metavar="MODEL"),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to write. It must not exist.", metavar="OUT")],
     format: Annotated[
         Format,
@@ -32,22 +35,24 @@ def export(
     inputs: Annotated[
         Path | None,
         typer.Option(
-            help="Images (a file or folder), or a file with a text per line, to compare on. Default: the model's probes, else "
-            "generated ones."
+            help="Images (a file or folder), or a file with a text or prompt per line, to compare on. Default: the model's "
+            "probes or the run's test examples, else generated ones."
         ),
     ] = None,
     with_base: Annotated[
         bool, typer.Option("--with-base", help="Write the base model beside the adapters, in transformers' layout.")
     ] = False,
 ) -> None:
-    """Write a model in the format of another library. The files are read again by that library alone, and their scores
-    compared with those of the model; nothing is written if they differ.
+    """Write a model in the format of another library. The files are read again by that library alone, and their scores,
+    and the text that a language model generates, compared with those of the model; nothing is written if they differ.
 
     Examples:
 
         lamina export groceries groceries-onnx --format onnx
 
         lamina export groceries groceries-peft --format peft --with-base
+
+        lamina export runs/answers-lamina-seed0 answers --format merged
     """
     from lamina.export import export_merged, export_onnx, export_peft, export_tasks
 

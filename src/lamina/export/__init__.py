@@ -1,11 +1,8 @@
 """Exports and imports. A model is written in the formats of other libraries, each compared with the model before it gets its
 name; an adapter that was trained elsewhere becomes a task of a model."""
 
-from lamina.export.adapter import export_peft
-from lamina.export.graph import export_onnx
+from lamina.export.formats import export_merged, export_onnx, export_peft, export_tasks
 from lamina.export.importing import import_adapter
-from lamina.export.merged import export_merged
-from lamina.export.tasks import export_tasks
 from lamina.export.written import Difference, Exported
 
 __all__ = ["Difference", "Exported", "export_merged", "export_onnx", "export_peft", "export_tasks", "import_adapter"]

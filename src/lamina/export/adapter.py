@@ -5,12 +5,13 @@ Shape letters: o outputs, i inputs of a linear layer, r rank, j outputs of the h
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lamina.backbones.files import locate
 from lamina.errors import MethodError, ModelError
@@ -74,8 +75,27 @@ def export_peft(
 def write_adapter(
     folder: Path, layout: Layout, factors: Mapping[str, Factors], base: str, task_type: str | None
 ) -> None:
-    """Write the two files of a PEFT adapter. Its scaling is 1: alpha is the rank."""
-    ranks = {f"{layout.prefix}{path}": one.rank for path, one in factors.items()}
+    """Write the two files of a PEFT adapter of a classifier. Its scaling is 1: alpha is the rank."""
+    placed = {f"{layout.prefix}{path}": one for path, one in factors.items()}
+    write_lora(folder, placed, base, task_type, head=layout.head, saved=layout.saved)
+
+
+def write_lora(
+    folder: Path,
+    factors: Mapping[str, Factors],
+    base: str,
+    task_type: str | None,
+    *,
+    head: Mapping[str, Tensor] | None = None,
+    saved: Sequence[str] = (),
+    transposed: bool = False,
+) -> None:
+    """Write the two files of a PEFT adapter. Its scaling is 1: alpha is the rank.
+
+    factors: by the path of the layer in the model. head: tensors that are saved whole, of the modules `saved`. transposed:
+    whether the model holds weights as (in, out).
+    """
+    ranks = {path: one.rank for path, one in factors.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     patterns = {path: rank for path, rank in ranks.items() if rank != usual}
     config: dict[str, Any] = {
@@ -88,23 +108,23 @@ def write_adapter(
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
         "target_modules": sorted(ranks),
-        "modules_to_save": list(layout.saved) or None,
+        "modules_to_save": list(saved) or None,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": transposed,
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,
     }
     write_json(folder / CONFIG, config)
-    tensors = {f"{START}{name}": value.float().contiguous().clone() for name, value in layout.head.items()}
+    tensors = {f"{START}{name}": value.float().contiguous().clone() for name, value in (head or {}).items()}
     for path, (up_or, down_ri) in factors.items():
-        tensors[f"{START}{layout.prefix}{path}.lora_A.weight"] = down_ri.contiguous()
-        tensors[f"{START}{layout.prefix}{path}.lora_B.weight"] = up_or.contiguous()
+        tensors[f"{START}{path}.lora_A.weight"] = down_ri.contiguous()
+        tensors[f"{START}{path}.lora_B.weight"] = up_or.contiguous()
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
 
 
-def base_of(opened: Opened, layout: Layout, draft: Draft, *, with_base: bool) -> str:
+def base_of(opened: Opened, layout: Layout, draft: Draft[Opened], *, with_base: bool) -> str:
     """Returns where plain transformers finds the base: in the draft if asked, else where the model has it. Raises ModelError
     where transformers alone does not load the same weights from there."""
     pristine = state_of(opened.learner, folded=False)
@@ -155,7 +175,7 @@ def plain(layout: Layout, place: str, **more: Any) -> tuple[Any, set[str]]:
     return model.eval(), set(info["missing_keys"])
 
 
-def _check(draft: Draft, layout: Layout, outputs: LinearOutputs, place: str) -> None:
+def _check(draft: Draft[Opened], layout: Layout, outputs: LinearOutputs, place: str) -> None:
     opened = draft.opened
     reference = [outputs.scores(features_bd) for features_bd in opened.features()]
     if layout.tokens:
@@ -176,7 +196,7 @@ def _check(draft: Draft, layout: Layout, outputs: LinearOutputs, place: str) -> 
     draft.compare(f"plain peft, {layout.model}", reference, found, outputs.labels)
 
 
-def tell_outputs(draft: Draft, outputs: LinearOutputs) -> None:
+def tell_outputs(draft: Draft[Opened], outputs: LinearOutputs) -> None:
     """Note what a user should know about the classifier."""
     if outputs.refitted:
         cost = "its accuracy is not known, since the model keeps no probes"

@@ -69,6 +69,12 @@ def write_page(folder: Path, name: str) -> None:
 
 def by_page(folder: Path, batches: Sequence[Batch], **environment: str) -> list[Tensor]:
     """Returns the scores that `load.py` of a folder computes in a process of its own."""
+    found = page_tensors(folder, batches, **environment)
+    return [found[str(n)] for n in range(len(batches))]
+
+
+def page_tensors(folder: Path, batches: Sequence[Batch], **environment: str) -> dict[str, Tensor]:
+    """Returns everything that `load.py` of a folder computes in a process of its own."""
     given, scores = folder / ".inputs.safetensors", folder / ".scores.safetensors"
     tensors = {
         f"{n}.{key}": value.contiguous() for n, batch in enumerate(batches) for key, value in batch.inputs.items()
@@ -88,8 +94,8 @@ def by_page(folder: Path, batches: Sequence[Batch], **environment: str) -> list[
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise ModelError(f"{LOADER} of the export fails, so nothing was written: {last[:300]}. {INSTEAD}")
-        found = load_file(scores)
-        return [found[str(n)] for n in range(len(batches))]
+        found: dict[str, Tensor] = load_file(scores)
+        return found
     except subprocess.TimeoutExpired as error:
         raise ModelError(
             f"{LOADER} of the export takes more than {PAGE_SECONDS} seconds, so nothing was written. Give fewer --inputs."

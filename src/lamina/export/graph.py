@@ -114,7 +114,7 @@ def given_labels(inputs: Mapping[str, Tensor]) -> Tensor:
     return next(iter(inputs.values())).flatten(1)[:, 0].long()
 
 
-def _write(draft: Draft, graph: Deployed) -> None:
+def _write(draft: Draft[Opened], graph: Deployed) -> None:
     """Trace the graph and write it. Batch size, and length of texts, may be any."""
     import contextlib
     import io
@@ -148,7 +148,7 @@ def _write(draft: Draft, graph: Deployed) -> None:
         log.setLevel(level)
 
 
-def _check(draft: Draft, reference: Sequence[Tensor], labels: Sequence[str]) -> None:
+def _check(draft: Draft[Opened], reference: Sequence[Tensor], labels: Sequence[str]) -> None:
     """Run the graph with onnxruntime: on all batches, and on parts of the first in batches of other sizes."""
     import onnxruntime
 

@@ -105,7 +105,7 @@ def processor_of(opened: Opened) -> dict[str, Any]:
     }
 
 
-def _pipeline(draft: Draft, layout: Layout, outputs: LinearOutputs, loaded: Any) -> None:
+def _pipeline(draft: Draft[Opened], layout: Layout, outputs: LinearOutputs, loaded: Any) -> None:
     """Compare with transformers' own processor or tokenizer in front."""
     from transformers import AutoImageProcessor, AutoTokenizer, pipeline
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,6 +73,35 @@ class Opened:
     @property
     def learner(self) -> Learner:
         return self.predictor.learner
+
+    @property
+    def sentence(self) -> str:
+        """What it is, for the README of an export."""
+        return (
+            f"version {self.predictor.version} of a model: method `{self.facts.config.method['name']}`, base "
+            f"`{self.facts.base.name}`, {len(self.predictor.labels)} classes"
+        )
+
+    @property
+    def facts_to_write(self) -> dict[str, Any]:
+        """What `export.json` says of the model."""
+        return {
+            "model_version": self.predictor.version,
+            "method": self.facts.config.method["name"],
+            "base": {"name": self.facts.base.name, "sha256": self.facts.base.hash},
+            "tasks": list(dict.fromkeys(output.task for output in self.learner.outputs)),
+            "labels": list(self.predictor.labels),
+        }
+
+    @property
+    def first_note(self) -> str | None:
+        """What a user should know where the model runs in another precision."""
+        if self.as_run is None:
+            return None
+        return (
+            f"The export is of float32. The model runs in bf16 here, and names the same class for {self.as_run:.1%} of "
+            f"{self.origin}."
+        )
 
     @property
     def count(self) -> int:

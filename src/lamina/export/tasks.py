@@ -23,6 +23,8 @@ from lamina.export.outputs import LinearOutputs, linear_outputs, own_outputs, re
 from lamina.export.texts import write_matrix, write_tokenizer
 from lamina.export.updates import Factors, of_branch
 from lamina.export.written import Draft, Exported, drafted, finished, refuse_existing, write_json
+from lamina.learner import Learner
+from lamina.methods.base import Method
 from lamina.methods.color import CoLoR
 from lamina.methods.duallora import DualLoRA, orthogonal, residual
 
@@ -48,14 +50,14 @@ def export_tasks(
     need("peft", "peft", "the format peft-tasks")
     with open_model(model, inputs) as opened, drafted(target, "peft-tasks", opened) as draft:
         names = list(dict.fromkeys(output.task for output in opened.learner.outputs))
-        parts = branches(opened, names)
+        parts = branches(opened.learner, opened.predictor.method, names)
         routed = isinstance(opened.predictor.method, CoLoR | DualLoRA)
         if not routed:
             refuse_routed(opened, "one adapter per task")
         layout = encoder_layout(opened)
         place = base_of(opened, layout, draft, with_base=with_base)
         named = BASE if with_base else place
-        folders = [f"{n:03d}-{_plain(name)}" for n, name in enumerate(names, 1)]
+        folders = folders_of(names)
         for folder, name in zip(folders, names, strict=True):
             _write(draft.folder / TASKS / folder, layout, of_branch(opened.learner, parts[name]), named)
         outputs = _outputs(opened)
@@ -91,9 +93,9 @@ def export_tasks(
         return finished(draft)
 
 
-def branches(opened: Opened, names: Sequence[str]) -> dict[str, str]:
+def branches(learner: Learner, method: Method[Any], names: Sequence[str]) -> dict[str, str]:
     """Returns the finished branch of every task. Raises MethodError where tasks have none of their own, or share one."""
-    method, sites = opened.predictor.method, list(opened.learner.sites.values())
+    sites = list(learner.sites.values())
     live = {name for site in sites for name in site.live()}
     finished_ = {name for site in sites for name in site.finished()}
     wanted = {name: orthogonal(name) if isinstance(method, DualLoRA) else name for name in names}
@@ -155,12 +157,14 @@ def _pooling(opened: Opened) -> dict[str, Any]:
 
 
 def _router(
-    opened: Opened, draft: Draft, layout: Layout, folders: Sequence[str], names: Sequence[str], base: str
+    opened: Opened, draft: Draft[Opened], layout: Layout, folders: Sequence[str], names: Sequence[str], base: str
 ) -> tuple[str, dict[str, Any]]:
     """Write what selects or scales adapters. Returns the page for it, and what it must know."""
     method, learner = opened.predictor.method, opened.learner
     if isinstance(method, CoLoR):
-        _save(draft.folder / ROUTER, {key: v for key, v in method.memory.items() if key.startswith("centroids/")})
+        save_tensors(
+            draft.folder / ROUTER, {key: v for key, v in method.memory.items() if key.startswith("centroids/")}
+        )
         through = [0] if method.config.identify == "first expert" else []
         return "tasks", {"mode": "route", "distance": method.config.distance, "identify_with": through}
     if not isinstance(method, DualLoRA):
@@ -170,7 +174,7 @@ def _router(
     for site in learner.sites.values():
         for part in ("bases", "sizes", "shares"):
             tensors[f"{site.where.path}/{part}"] = method.memory[f"{site.name}/{part}"]
-    _save(draft.folder / ROUTER, tensors)
+    save_tensors(draft.folder / ROUTER, tensors)
     first = {"own": 0, "previous": 1, "none": len(names)}[method.config.residual]
     residuals = [f"{folder}-residual" for folder in folders[first:]]
     for folder, name in zip(residuals, names[first:], strict=True):
@@ -196,11 +200,11 @@ def _write(folder: Path, layout: Layout, factors: Mapping[str, Factors], base: s
     write_adapter(folder, layout, factors, base, "FEATURE_EXTRACTION")
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, path)
 
 
-def _check_adapters(draft: Draft, place: str, folders: Sequence[str], names: Sequence[str]) -> None:
+def _check_adapters(draft: Draft[Opened], place: str, folders: Sequence[str], names: Sequence[str]) -> None:
     """Load every adapter with plain peft, and compare the features of the first batch with those of its branch alone."""
     import transformers
     from peft import PeftModel
@@ -229,6 +233,11 @@ def _check_adapters(draft: Draft, place: str, folders: Sequence[str], names: Seq
         draft.compare(
             f"plain peft, features of task {name!r} alone", [reference_btd], [found_btd], labels, "the first batch"
         )
+
+
+def folders_of(names: Sequence[str]) -> list[str]:
+    """Returns the folder of every task."""
+    return [f"{n:03d}-{_plain(name)}" for n, name in enumerate(names, 1)]
 
 
 def _plain(name: str) -> str:

@@ -18,7 +18,7 @@ def longest(opened: Opened) -> int:
     return wanted if positions is None else min(wanted, positions)
 
 
-def write_tokenizer(draft: Draft, opened: Opened) -> None:
+def write_tokenizer(draft: Draft[Opened], opened: Opened) -> None:
     """Write the tokenizer, which cuts texts where lamina does if asked to truncate. Raises ModelError where it makes other
     tokens than lamina."""
     from transformers import AutoTokenizer

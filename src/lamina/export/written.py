@@ -10,14 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from lamina import __version__
 from lamina.errors import ModelError
-from lamina.export.opened import Opened
 from lamina.files import fsync, replace_text
 
 TOLERANCE = 1e-3
@@ -25,6 +24,33 @@ TOLERANCE = 1e-3
 ROUNDING = 1e-5
 """And on top, of the score itself: a network in float32 is computed to no more than that."""
 FACTS = "export.json"
+
+
+class Subject(Protocol):
+    """What is exported."""
+
+    @property
+    def origin(self) -> str:
+        """The inputs that an export is compared on, in words."""
+        ...
+
+    @property
+    def sentence(self) -> str:
+        """What it is, for the README: `version 3 of a model: method ...`."""
+        ...
+
+    @property
+    def facts_to_write(self) -> dict[str, Any]:
+        """What `export.json` says of it."""
+        ...
+
+    @property
+    def first_note(self) -> str | None:
+        """What a user should know about the precision, before all else."""
+        ...
+
+
+S = TypeVar("S", bound=Subject)
 
 
 @dataclass(frozen=True)
@@ -39,11 +65,13 @@ class Difference:
     spread: float
     """Standard deviation of the scores."""
     agreement: float
-    """Share of inputs with the same predicted class."""
+    """Share of inputs with the same predicted class, or the same generated tokens."""
+    same: str = "class"
+    """What is the same for them."""
 
     def __str__(self) -> str:
         return (
-            f"{self.by}: largest difference {self.largest:.1e} (scores spread by {self.spread:.2g}), same class for "
+            f"{self.by}: largest difference {self.largest:.1e} (scores spread by {self.spread:.2g}), same {self.same} for "
             f"{self.agreement:.1%} of {self.inputs}"
         )
 
@@ -62,7 +90,7 @@ class Exported:
 
 
 @dataclass
-class Draft:
+class Draft(Generic[S]):
     """An export on its way."""
 
     out: Path
@@ -70,11 +98,13 @@ class Draft:
     folder: Path
     """Where it lies now."""
     format: str
-    opened: Opened
+    opened: S
     differences: list[Difference] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     code: str = ""
+    otherwise: str = "`--format onnx` depends on none of them."
+    """What to do where the installed libraries compute something else."""
 
     def compare(
         self,
@@ -83,10 +113,12 @@ class Draft:
         found: Sequence[Tensor],
         labels: Sequence[str],
         inputs: str | None = None,
+        written: tuple[float, str] | None = None,
     ) -> None:
         """Compare scores (b, j) of every batch. labels: the class of every output. inputs: what they are, if they are not those
-        of the model as opened. Minus infinity says that an output is not used. Raises ModelError where a score differs by more
-        than TOLERANCE, is NaN or infinite, or the predicted class differs though the model's scores are clearly apart."""
+        of the model as opened. Minus infinity says that an output is not used. written: the share of inputs for which something
+        else than the predicted class is the same, and what. Raises ModelError where a score differs by more than TOLERANCE, is
+        NaN or infinite, or the predicted class differs though the model's scores are clearly apart."""
         wanted_nj, got_nj = torch.cat([part.double() for part in reference]), torch.cat([p.double() for p in found])
         if wanted_nj.shape != got_nj.shape:
             raise ModelError(
@@ -110,7 +142,7 @@ class Draft:
             )
         zero = wanted_nj.new_zeros(())
         difference_nj = torch.where(used, wanted_nj - got_nj, zero).abs()
-        limit_nj = torch.where(used, TOLERANCE * _spread(wanted_nj, used) + ROUNDING * wanted_nj.abs(), zero)
+        limit_nj = torch.where(used, TOLERANCE * spread_of(wanted_nj, used) + ROUNDING * wanted_nj.abs(), zero)
         name = {label: number for number, label in enumerate(dict.fromkeys(labels))}
         class_j = torch.tensor([name[label] for label in labels])
         best_n = wanted_nj.argmax(1, keepdim=True)
@@ -118,19 +150,19 @@ class Draft:
         others_nj = wanted_nj.masked_fill(class_j == class_j[best_n], -torch.inf)
         clear = wanted_nj.amax(1) - others_nj.amax(1) > limit_nj.amax(1)
         spread = float(wanted_nj[used].std(correction=0))
-        agreement = float(same.double().mean())
-        one = Difference(by, inputs or self.opened.origin, float(difference_nj.max()), spread, agreement)
+        agreement, what = written or (float(same.double().mean()), "class")
+        one = Difference(by, inputs or self.opened.origin, float(difference_nj.max()), spread, agreement, what)
         if bool((difference_nj > limit_nj).any()) or bool((~same & clear).any()):
             row, column = divmod(int((difference_nj - limit_nj).argmax()), len(labels))
             raise ModelError(
                 f"{one}. A score of {labels[column]!r} differs by {float(difference_nj[row, column]):.1e}, and "
                 f"{float(limit_nj[row, column]):.1e} is allowed, so nothing was written. The installed versions of the "
-                f"libraries may compute this architecture differently; `--format onnx` depends on none of them."
+                f"libraries may compute this architecture differently; {self.otherwise}"
             )
         self.differences.append(one)
 
 
-def _spread(scores_nj: Tensor, used: Tensor) -> float:
+def spread_of(scores_nj: Tensor, used: Tensor) -> float:
     """Returns how far the scores of an output spread over the inputs. An output's own mean, its bias among it, has no part in
     that. Where there is one input only, it is the spread over the outputs."""
     kept_nj = torch.where(used, scores_nj, scores_nj.new_zeros(()))
@@ -140,7 +172,7 @@ def _spread(scores_nj: Tensor, used: Tensor) -> float:
 
 
 @contextmanager
-def drafted(out: Path, format_: str, opened: Opened) -> Iterator[Draft]:
+def drafted(out: Path, format_: str, opened: S) -> Iterator[Draft[S]]:
     """Yields a draft in a temporary folder. When the context ends without an error, it gets its name; else it is removed. The
     next export to the same place removes what a crash has left.
 
@@ -152,11 +184,8 @@ def drafted(out: Path, format_: str, opened: Opened) -> Iterator[Draft]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         draft = Draft(out, temporary, format_, opened)
-        if opened.as_run is not None:
-            draft.notes.append(
-                f"The export is of float32. The model runs in bf16 here, and names the same class for {opened.as_run:.1%} of "
-                f"{opened.origin}."
-            )
+        if opened.first_note is not None:
+            draft.notes.append(opened.first_note)
         yield draft
         write_json(temporary / FACTS, _facts(draft))
         replace_text(temporary / "README.md", _readme(draft))
@@ -172,7 +201,7 @@ def drafted(out: Path, format_: str, opened: Opened) -> Iterator[Draft]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def finished(draft: Draft) -> Exported:
+def finished(draft: Draft[S]) -> Exported:
     """Returns what a draft will be when it has its name."""
     return Exported(draft.out, draft.format, tuple(draft.differences), tuple(draft.notes), draft.code)
 
@@ -192,29 +221,22 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _facts(draft: Draft) -> dict[str, Any]:
-    opened = draft.opened
+def _facts(draft: Draft[S]) -> dict[str, Any]:
     return {
         "format": draft.format,
         "lamina": __version__,
-        "model_version": opened.predictor.version,
-        "method": opened.facts.config.method["name"],
-        "base": {"name": opened.facts.base.name, "sha256": opened.facts.base.hash},
-        "tasks": list(dict.fromkeys(output.task for output in opened.learner.outputs)),
-        "labels": list(opened.predictor.labels),
+        **draft.opened.facts_to_write,
         **draft.facts,
         "differences": [asdict(one) for one in draft.differences],
         "notes": draft.notes,
     }
 
 
-def _readme(draft: Draft) -> str:
-    opened = draft.opened
+def _readme(draft: Draft[S]) -> str:
     lines = [
         f"# {draft.out.name}",
         "",
-        f"Exported by lamina {__version__} as `{draft.format}` from version {opened.predictor.version} of a model: method "
-        f"`{opened.facts.config.method['name']}`, base `{opened.facts.base.name}`, {len(opened.predictor.labels)} classes.",
+        f"Exported by lamina {__version__} as `{draft.format}` from {draft.opened.sentence}.",
         "",
         "```python" if draft.code and not draft.code.startswith("python ") else "```",
         draft.code,
