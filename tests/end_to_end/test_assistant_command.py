@@ -165,6 +165,8 @@ def test_a_run_opens_as_a_model_and_goes_on(lamina: Command, base: Path, tmp_pat
     model = Model(tmp_path / "model")
     assert [task.name for card in model.cards for task in card.tasks] == ["films", "books"]
     figures = model.evaluate(tmp_path / "both.jsonl").figures
-    right = {word: sum(one.correct for name, one in figures.classes.items() if word in name) for word in ("films", "books")}
+    right = {
+        word: sum(one.correct for name, one in figures.classes.items() if word in name) for word in ("films", "books")
+    }
     assert [right["films"] / 4, right["books"] / 4] == record.matrix.accuracy_ij[-1].tolist()
     assert lamina("learn", tmp_path / "model", instructions(tmp_path / "songs.jsonl", "song"), "--force").code == 0
