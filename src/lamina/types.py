@@ -135,13 +135,6 @@ class Examples:
             labels_b=torch.from_numpy(self.labels_n[positions]),
         )
 
-    def questions(self, positions: Ints) -> Batch:
-        """Returns the prompts of these examples with their options. Raises TypeError where these are no instructions."""
-        if not isinstance(self.table, Instructions):
-            raise TypeError("only instructions can be asked as questions")
-        inputs, right_b = self.table.questions(self.rows_n[positions])
-        return Batch(inputs=inputs, labels_b=right_b)
-
     def lengths(self) -> Ints:
         """Returns the number of tokens of each example, (n,); all 1 for images."""
         return self.table.lengths(self.rows_n)

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tests.languages import language_stream, text, tiny_language
 from tests.tiny import tiny_bert, tiny_fused_vit, tiny_images, tiny_texts, tiny_vit
 
 from lamina.config import EvaluationConfig, TrainingConfig
 from lamina.data.streams import PlannedTask, Scenario, Stream, class_plan, domain_plan, make_stream
 from lamina.engine import checkpoint
 from lamina.engine.loop import Interrupted, Loop
-from lamina.learner import Learner
+from lamina.learner import Learner, learner_of
 from lamina.methods import METHODS
 from lamina.methods.base import Method
 
@@ -155,6 +156,7 @@ CASES: dict[str, Case] = {
         fold="constant",
     ),
     "olora": Case(settings={"rank": 3, "shrinkage": 0.01, "alpha": 6}, stored=one_per_task, branches="linear"),
+    "moram": Case(settings={"rank": 3, "budget": 6}, stored=one_per_task, branches="linear"),
     "duallora": Case(
         settings={"rank": 3, "epsilon": 0.5, "calibration": 2.0},
         moves=(
@@ -197,6 +199,9 @@ BACKBONES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "vit": (lambda: tiny_vit(blocks=2), ("k", "v")),
     "fused_vit": (lambda: tiny_fused_vit(blocks=2), ("q", "v", "out")),
     "bert": (lambda: tiny_bert(blocks=1), ("q", "k", "v", "out", "fc1", "fc2")),
+    "llama": (lambda: tiny_language("llama"), ("q", "v")),
+    "qwen3": (lambda: tiny_language("qwen3"), ("q", "k", "up", "down")),
+    "gpt2": (lambda: tiny_language("gpt2"), ("q", "v", "out", "down")),
 }
 CLASSES, DOMAINS = 6, 3
 HOME = World("vit", "class")
@@ -216,11 +221,15 @@ MIXED = (
 )
 TRAINING = TrainingConfig(epochs=2, batch_size=16, lr=0.02, head_lr=0.05, schedule="cosine")
 EVALUATION = EvaluationConfig(batch_size=14)
+LANGUAGE_TRAINING = TrainingConfig(epochs=2, batch_size=4, lr=0.02, schedule="constant")
+LANGUAGE_EVALUATION = EvaluationConfig(batch_size=4, max_new_tokens=6)
 
 
 @cache
 def stream(kind: str, scenario: Scenario) -> Stream:
-    """Three tasks of 12 to 48 training examples, so that the last batch of an epoch is smaller than the others."""
+    """Three tasks of 10 to 48 training examples, so that the last batch of an epoch is smaller than the others."""
+    if kind == "language" and scenario == "domain":
+        return language_stream()
     data = (tiny_images if kind == "image" else tiny_texts)(CLASSES * DOMAINS * 6, CLASSES, DOMAINS)
     plan: Sequence[PlannedTask] = {
         "domain": lambda: domain_plan(data),
@@ -244,24 +253,29 @@ def make_loop(
     seed: int = 0,
     seconds: float = 1e9,
     device: Literal["cpu", "cuda"] = "cpu",
-    training: TrainingConfig = TRAINING,
+    training: TrainingConfig | None = None,
     **watch: Any,
 ) -> Loop:
     """A loop as a new process would have it; generators are left in a state of no meaning, which must not matter."""
     make, targets = BACKBONES[world.backbone]
     backbone = make()
-    learner = Learner(backbone, CASES[name].targets or targets, dtype=world.dtype, device=device)
+    language = backbone.kind == "language" and world.scenario == "domain"  # others are texts to be classified
+    make_learner = learner_of if language else Learner
+    learner = make_learner(backbone, CASES[name].targets or targets, None, world.dtype, device)
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
     return Loop(
         learner=learner,
         method=make_method(name),
         stream=stream(backbone.kind, world.scenario),
-        training=training,
-        evaluation=EVALUATION,
+        training=training or (LANGUAGE_TRAINING if language else TRAINING),
         seed=seed,
         checkpoints=folder,
         checkpoint_seconds=seconds,
-        **watch,
+        **{
+            "evaluation": LANGUAGE_EVALUATION if language else EVALUATION,
+            "text_t": text() if language else None,
+            **watch,
+        },
     )
 
 

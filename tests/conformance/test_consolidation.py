@@ -296,6 +296,6 @@ def test_learnt_tasks_can_be_measured_before_a_task_has_ended(task: int, tmp_pat
     with pytest.raises(Stop):
         loop.run()
     for learnt in loop.stream.tasks[: task + 1]:
-        found = loop._predictions(learnt)
+        found = loop.measure().predictions(learnt)
         ended = loop.stream.tasks[: max(task, 1)]  # before that the method's own classifier predicts
         assert set(found.predicted_n) <= {label for t in ended for label in t.classes}

@@ -415,7 +415,7 @@ def test_prediction_gets_neither_the_task_nor_the_label(
     )
     for task in found.stream:
         predict_all(found.loop.learner, found.loop.method, task.test, whole, task.name)
-        found.loop._predictions(task)
+        found.loop.measure().predictions(task)
     assert len(seen) >= 2 * len(found.stream)
     assert all(vars(batch).keys() == {"inputs", "labels_b"} for batch in seen)
     assert all(batch.inputs.keys() <= {"pixel_values", "input_ids", "attention_mask"} for batch in seen)

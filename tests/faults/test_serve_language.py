@@ -103,7 +103,7 @@ def test_no_request_fails_while_a_task_is_learnt(model: Path, tmp_path: Path) ->
                     else:
                         found = client.chat.completions.create(model="assistant", messages=ASKED, max_tokens=6)
                         seen.add(str(found.system_fingerprint))
-                except (openai.OpenAIError, AssertionError) as error:
+                except Exception as error:  # noqa: BLE001 - whatever it is, a request failed
                     failures.append(error)
                     return
 

@@ -1,14 +1,17 @@
 """Averages along a chain against their unrolled form, and the weighted one against its objective.
 
-Shape letters: o outputs, i inputs.
+TIES and DARE entry by entry. Shape letters: o outputs, i inputs.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lamina.maths.merging import exponential, gate, share, weighted
+from lamina.maths.merging import agreeing, dropped, exponential, gate, share, trimmed, weighted
 
 OUT, IN = 3, 5
 
@@ -102,3 +105,56 @@ def test_errors_say_what_is_wrong():
         share(3, gamma=0)
     with pytest.raises(ValueError, match="cap 2, but"):
         gate(moment(0), moment(1), cap=2)
+
+
+Matrix = NDArray[np.float64]
+
+
+def ties_by_hand(updates: Sequence[Matrix], density: float) -> Matrix:
+    """Trims, elects a sign, and takes the mean of those that have it, entry by entry."""
+    trimmed_updates = []
+    for update in updates:
+        sizes = sorted((abs(value) for value in update.ravel()), reverse=True)
+        least = sizes[max(1, round(density * len(sizes))) - 1]
+        trimmed_updates.append([[v if abs(v) >= least else 0.0 for v in line] for line in update.tolist()])
+    merged = np.zeros_like(updates[0])
+    for o, i in np.ndindex(*merged.shape):
+        values = [update[o][i] for update in trimmed_updates]
+        total = sum(values)
+        agree = [value for value in values if value * total > 0]
+        merged[o, i] = sum(agree) / len(agree) if agree else 0.0
+    return merged
+
+
+def dare_by_hand(update: Matrix, draws: NDArray[np.float32], density: float) -> Matrix:
+    """Keeps an entry where the draw is below the density, and divides it by the density."""
+    kept = np.zeros_like(update)
+    for place in np.ndindex(*update.shape):
+        if draws[place] < density:
+            kept[place] = update[place] / density
+    return kept
+
+
+@pytest.mark.parametrize("density", [0.01, 0.2, 0.55, 1.0])
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+def test_ties_trims_elects_and_averages_as_by_hand(tasks: int, density: float):
+    updates = [random(seed, OUT, IN) for seed in range(tasks)]
+    found = agreeing([trimmed(update, density) for update in updates])
+    np.testing.assert_allclose(found.numpy(), ties_by_hand([u.numpy() for u in updates], density), rtol=1e-12)
+    if tasks == 1 and density == 1.0:
+        assert torch.equal(found, updates[0])
+
+
+def test_conflicting_entries_have_the_sign_of_their_sum_and_none_where_they_cancel():
+    updates = [torch.tensor([[3.0, 1.0, 0.0, 2.0]]), torch.tensor([[-1.0, -1.0, 0.0, 4.0]])]
+    assert agreeing(updates).tolist() == [[3.0, 0.0, 0.0, 3.0]]
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+def test_dare_keeps_a_share_of_the_entries_and_the_mean_of_all(density: float):
+    update, draws = random(0, 60, 50), torch.rand(60, 50, generator=torch.Generator().manual_seed(3))
+    found = dropped(update, density, torch.Generator().manual_seed(3))
+    np.testing.assert_allclose(found.numpy(), dare_by_hand(update.numpy(), draws.numpy(), density), rtol=1e-12)
+    assert float((found != 0).double().mean()) == pytest.approx(density, abs=0.04)
+    ones = torch.ones(200, 200, dtype=torch.float64)
+    assert float(dropped(ones, density, torch.Generator().manual_seed(1)).mean()) == pytest.approx(1, abs=0.05)

@@ -202,7 +202,10 @@ search: {over: {training.lr: [1, x]}, tasks: 40}
             "rehearsal.per_class = 5 does not go with prototype",
         ),
         ("methods: {duallora: {each: {consolidation.merging: [ema]}}}", "no combination of `each` is valid"),
-        ("methods: {finetune: {}}\nbase: {stream.scenario: domain}\norders: [1, 2]", "has no order of classes"),
+        (
+            "methods: {finetune: {}}\nbase: {stream: {scenario: mixed, plan: [{name: a, classes: ['0']}]}}\norders: [1, 2]",
+            "has the order of its plan",
+        ),
         ("methods: {finetune: {}}\nbase: gone.yaml", "gone.yaml: cannot be read"),
         ("- a", "must hold keys and values"),
     ],

@@ -3,7 +3,8 @@
 Shape letters: b batch, t tokens, n positions to score, d width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,9 +80,11 @@ def continued(
     most: int,
     stop: Sequence[int],
     pad: int,
+    positions: int | None = None,
     each: Each | None = None,
 ) -> Tensor:
-    """Returns the prompts with the tokens that follow greedily. `Backbone.generate` documents the arguments."""
+    """Returns the prompts with the tokens that follow greedily. `Backbone.generate` documents the arguments. positions: of the
+    model; later tokens have the last one."""
     from transformers import GenerationConfig, StoppingCriteriaList
 
     # A configuration of its own: that beside the weights may sample, or punish repetition.
@@ -90,6 +93,8 @@ def continued(
     )
     model: Any = module
     before, model.generation_config = model.generation_config, settings
+    # A table of positions has no entry for a later token.
+    within = [] if positions is None else [model.register_forward_pre_hook(_Within(positions), with_kwargs=True)]
     ending = StoppingCriteriaList()
     if each is not None:
         ending.append(lambda ids_bk, _, **__: each(ids_bk[:, -1]))
@@ -99,7 +104,41 @@ def continued(
         )
     finally:
         model.generation_config = before
+        for hook in within:
+            hook.remove()
     return found
+
+
+@contextmanager
+def recomputing(module: nn.Module) -> Iterator[None]:
+    """Within the context a forward of a transformers model keeps the inputs of its blocks only; the backward computes the
+    rest again."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks = [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
+    # Early versions of transformers 5 have the older name.
+    name = "activation" if hasattr(module, "activation_checkpointing_enable") else "gradient"
+    getattr(module, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        for block in blocks:
+            block.training = True  # of the block alone: nothing below it changes
+        yield
+    finally:
+        for block in blocks:
+            block.training = False
+        getattr(module, f"{name}_checkpointing_disable")()
+
+
+@dataclass(frozen=True)
+class _Within:
+    """A hook that lets no position be beyond the last of a model."""
+
+    positions: int
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if given.get("position_ids") is not None:
+            given = {**given, "position_ids": given["position_ids"].clamp(max=self.positions - 1)}
+        return args, given
 
 
 def _masks(language: LanguageHead, mask_b1tt: Tensor, positions_bt: Tensor) -> Tensor | dict[str, Tensor]:

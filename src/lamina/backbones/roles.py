@@ -4,6 +4,7 @@ Shape letters: b batch, c channels, h w pixels, t tokens (special tokens first),
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lamina.backbones.language import Each, LanguageHead, continued, hidden_states, token_logits
+from lamina.backbones.language import Each, LanguageHead, continued, hidden_states, recomputing, token_logits
 from lamina.backbones.layouts import StoredLayer, transformers_state
 from lamina.errors import BackboneError
 
@@ -155,12 +156,23 @@ class Backbone:
     ) -> Tensor:
         """Returns prompts (b, t), padded on the left, with the tokens that follow greedily, (b, t + n) with n up to `most`.
 
-        stop: tokens that end a text. pad: id of the padding token. Keys and values of earlier tokens are kept. each: is called
-        with the newest token of every text (b,), padding for those that have ended; returns which texts end with it (b,).
+        stop: tokens that end a text. pad: id of the padding token. Keys and values of earlier tokens are kept. Tokens beyond
+        the last position of the model mean nothing. each: is called with the newest token of every text (b,), padding for
+        those that have ended; returns which texts end with it (b,).
         Raises BackboneError for a backbone that is not a causal language model.
         """
         self._language()
-        return continued(self.module, ids_bt, mask_bt, most=most, stop=stop, pad=pad, each=each)
+        return continued(
+            self.module, ids_bt, mask_bt, most=most, stop=stop, pad=pad, positions=self.positions, each=each
+        )
+
+    def recomputing(self) -> AbstractContextManager[None]:
+        """Within the context a forward of a causal language model keeps little for its backward, which computes it again.
+
+        Raises BackboneError for a backbone that is not a causal language model.
+        """
+        self._language()
+        return recomputing(self.module)
 
     def _language(self) -> LanguageHead:
         if self.language is None:

@@ -43,8 +43,8 @@ def find_family(settings: Mapping[str, Any], name: str) -> Family:
     if settings.get("quantization_config") is not None:
         raise BackboneError(f"{name}: config.json has a quantization_config; give the weights before quantisation")
     family = FAMILIES[model_type]
-    refused = ("add_cross_attention", "is_encoder_decoder")
-    decoder = [key for key in (refused if family.kind == "language" else ("is_decoder", *refused)) if settings.get(key)]
+    never = ("add_cross_attention", "is_encoder_decoder")
+    decoder = [key for key in (never if family.kind == "language" else ("is_decoder", *never)) if settings.get(key)]
     if decoder:
         only = "decoders without an encoder" if family.kind == "language" else "encoders"
         raise BackboneError(f"{name}: config.json sets {decoder[0]}; only {only} are supported for {model_type}")

@@ -56,6 +56,11 @@ def _details(facts: dict[str, Any]) -> list[str]:
     if facts["around"]:
         lines += ["", "Its defaults for settings of every run:"]
         lines += [f"  {key} = {value}" for key, value in facts["around"].items()]
+    if facts["refuses_language"]:
+        lines += ["", f"Language models: not with this method; {facts['refuses_language']}."]
+    elif facts["around_language"]:
+        lines += ["", "The same for causal language models:"]
+        lines += [f"  {key} = {value}" for key, value in facts["around_language"].items()]
     if facts["departures"]:
         lines += ["", "Departures from the paper:"]
         lines += [f"  - {departure}" for departure in facts["departures"]]

@@ -327,11 +327,11 @@ class Grid:
                 f"methods.{row.method}: rehearsal.per_class = {config.rehearsal.per_class} does not go with {method.name}: it "
                 "trains nothing",
             )
-        if scenario not in ("class", "task") and self.settings.orders != (None,):
+        if scenario == "mixed" and self.settings.orders != (None,):
             yield self._at(
                 "orders",
-                f"orders = {list(self.settings.orders)}: the {scenario}-incremental stream {row.stream!r} has no order of "
-                "classes; leave `orders` out and use more seeds",
+                f"orders = {list(self.settings.orders)}: the {scenario}-incremental stream {row.stream!r} has the order "
+                "of its plan; leave `orders` out and use more seeds",
             )
         first = config.stream.first
         if first is not None and scenario in ("class", "task") and first > config.stream.tasks:

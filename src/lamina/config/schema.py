@@ -58,7 +58,7 @@ class DataConfig(Section):
     columns: Columns = Columns()
     """Names of the columns of Parquet, CSV and JSON files."""
     template: str = "{text}\nOptions: {options}\nAnswer:"
-    """Prompt of a language model for labelled texts. Fields: {text}, {options} (the answers of the classes), {domain}."""
+    """Prompt of a language model for labelled texts. Fields: {text}, {options} (the completions of the classes), {domain}."""
     form: Literal["plain", "chat"] = "plain"
     """Form of prompts that are texts: as they are, or as one message of a user in the tokenizer's chat template."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
@@ -110,7 +110,8 @@ class StreamConfig(Section):
     tasks: int = Field(10, ge=1)
     """Number of tasks that the classes are split into (class and task scenarios)."""
     order_seed: int | None = None
-    """Seed of the class order. Not set: the dataset's own order."""
+    """Seed of the order of classes, or of domains (domain scenario). Not set: the dataset's own order, or that of
+    `domains`."""
     domains: tuple[str, ...] | None = None
     """The domains in their order of arrival (domain scenario). Not set: the dataset's order."""
     plan: tuple[PlanConfig, ...] | None = None
@@ -166,6 +167,9 @@ class TrainingConfig(Section):
     """Factor of the `step` schedule."""
     clip: float | None = Field(None, gt=0)
     """Maximum norm of the gradient. Not set: no clipping."""
+    gradient_checkpointing: bool = False
+    """Language models: keep the inputs of blocks only, and compute the rest again in the backward. It needs less memory and
+    about a third more time."""
     later_lr: float = Field(1.0, gt=0, le=LARGEST_RATE)
     """Factor of the adapters' learning rate from the second task on. Use less than 1 for long streams of small tasks."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from lamina.data.records import Columns, Source
-from lamina.data.tables import PROVENANCE, Part, check_once, from_parts, line_of
+from lamina.data.tables import PROVENANCE, Part, check_once, from_parts, is_of_instructions, line_of
 from lamina.errors import DataError
 from lamina.types import Kind
 
@@ -24,13 +24,13 @@ def open_csv(file: Path, *, kind: Kind | None, columns: Columns, test_fraction: 
         raise DataError(
             f"{file} is a CSV file, which can only hold texts. Point at a folder of images or a Parquet file"
         )
-    if kind == "instructions":
+    wanted = (columns.text, columns.label, columns.domain, columns.split, PROVENANCE)
+    header = _header(file)
+    if is_of_instructions(kind, header, columns) and (kind is not None or columns.text not in header):
         raise DataError(
             f"{file} is a CSV file, which can only hold labelled texts. Write instructions as JSON lines (.jsonl) or Parquet;"
             " for labelled texts, leave data.kind at auto"
         )
-    wanted = (columns.text, columns.label, columns.domain, columns.split, PROVENANCE)
-    header = _header(file)
     check_once(file.name, header, wanted)
     present = [column for column in header if column in (*wanted, columns.answer)]
     if columns.text in present and columns.label in present:

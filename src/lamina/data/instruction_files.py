@@ -165,7 +165,7 @@ def _leave_out_documents(found: Found) -> None:
 
 def _layout(found: Found, at: Folder | None = None) -> Layout | None:
     """The first layout that fits the files; None where none does. at: the folder with the files or their folders."""
-    if any(file.name == "labels.json" for file in found.files):
+    if _datasets(found):
         return _cl_benchmark(found)
     if any(_is_task(found.document(file)) for file in found.files if file.suffix.lower() == ".json"):
         return _super_ni(found)
@@ -254,7 +254,7 @@ def _cl_benchmark(found: Found) -> Layout:
     The prompt is that of its `src/uie_dataset_lora.py`: the instruction of the type of task, `Option: ` and the labels, the
     sentence, `Answer:`. COPA, which names its options itself, has the sentence and `Answer:` alone.
     """
-    folders = sorted({file.parent for file in found.files if file.name == "labels.json"})
+    folders = _datasets(found)
     names = [folder.name for folder in folders]
     parts: list[Records] = []
     untold: set[str] = set()
@@ -279,6 +279,13 @@ def _cl_benchmark(found: Found) -> Layout:
     if untold:
         form += f" (no instruction is known for the task type {listed(sorted(untold))})"
     return Layout(form, parts, Columns())
+
+
+def _datasets(found: Found) -> list[Path]:
+    """The folders of CL_Benchmark that hold a dataset: its labels, and a file of one split at least."""
+    files = {*found.files}
+    named = [file.parent for file in found.files if file.name == "labels.json"]
+    return [folder for folder in named if files & {folder / f"{split}.json" for split in ("train", "dev", "test")}]
 
 
 def _labels(found: Found, file: Path) -> list[str]:

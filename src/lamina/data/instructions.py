@@ -132,7 +132,7 @@ def from_records(
     told = ["prompts with their completions"]
     domains_n, domains = _domains(items, columns, domain_names, told)
     splits_n = _splits(items, columns, name, told)
-    labels_n, class_names = _classes(rows, domains_n, domains)
+    labels_n, class_names = _classes(items, domains_n, domains)
     beside = {key for part in parts for record in part.records for key in unused(record, columns)}
     if beside:
         few = tuple(sorted(map(shown, beside))[:_NAMED])
@@ -140,7 +140,8 @@ def from_records(
     return build(
         kind="instructions",
         name=name,
-        items=items,
+        # The records themselves are not needed any more.
+        items=replace(items, parts=tuple(replace(part, records=range(len(part.records))) for part in parts)),
         labels_n=labels_n,
         class_names=class_names,
         splits_n=splits_n,
@@ -211,12 +212,13 @@ def _splits(items: RowItems, columns: Columns, name: str, told: list[str]) -> In
     return np.array(places, np.int64)
 
 
-def _classes(rows: Sequence[Row], domains_n: Ints, domains: tuple[str, ...]) -> tuple[Ints, tuple[str, ...]]:
+def _classes(items: RowItems, domains_n: Ints, domains: tuple[str, ...]) -> tuple[Ints, tuple[str, ...]]:
     """Class ids (n,) and class names.
 
     In a domain whose rows all have the same options the class of a row is its completion, in the order of the first row's
     options. Any other domain is a single class.
     """
+    rows = items.rows
     labels_n = np.zeros(len(rows), np.int64)
     names: list[str] = []
     for domain, domain_name in enumerate(domains):
@@ -234,7 +236,9 @@ def _classes(rows: Sequence[Row], domains_n: Ints, domains: tuple[str, ...]) -> 
                 ids[option] = len(names)
                 names.append(option if len(domains) == 1 else f"{domain_name}: {option}")
         labels_n[members] = [ids[class_name(rows[row].completion)] for row in members]
-    names = [clean(name, "a completion as the name of a class") for name in names]
+    for label, name in enumerate(names):
+        if not name.isprintable():
+            clean(name, f"the class of {items.where(int((labels_n == label).argmax()))}, by its completion,")
     if doubled := [name for name, times in Counter(names).items() if times > 1]:
         raise DataError(
             f"two domains come to classes of the same name, {shown(doubled[0])!r} (domain: completion). Rename one of the"

@@ -94,8 +94,8 @@ class PromptReader:
         """Returns a prompt as token ids.
 
         options: texts to rank; without them, text is to be generated. chat: whether a text is rendered as one message of a
-        user; by default as `data.form` says. Raises DataError where it is blank, no text, or refused by the chat template, and for
-        options that are blank or not distinct; TooLong where the backbone has no position for a completion.
+        user; by default as `data.form` says. Raises DataError where it is blank, no text, or refused by the chat template, and
+        for options that are blank or not distinct; TooLong where the backbone has no position for a completion.
         """
         form: Form = self.form if chat is None else "chat" if chat else "plain"
         reply = options[0] if options else _STAND_IN

@@ -94,8 +94,11 @@ def class_plan(data: LabelledData, tasks: int, order_seed: int | None = None) ->
     )
 
 
-def domain_plan(data: LabelledData, domains: Sequence[str] | None = None) -> tuple[PlannedTask, ...]:
-    """One task per domain, in the dataset's order or the one given; each has all classes that occur in its domain.
+def domain_plan(
+    data: LabelledData, domains: Sequence[str] | None = None, order_seed: int | None = None
+) -> tuple[PlannedTask, ...]:
+    """One task per domain, in the dataset's order or the one given, shuffled by a seed if there is one; each has all classes
+    that occur in its domain.
     Raises DataError for an unknown domain, or where there is only one."""
     names = list(domains or data.domain_names)
     unknown = [name for name in names if name not in data.domain_names]
@@ -104,6 +107,8 @@ def domain_plan(data: LabelledData, domains: Sequence[str] | None = None) -> tup
             f"stream.domains = {names}: a domain-incremental stream needs two or more different domains of {data.name!r}, "
             f"which has {list(data.domain_names)}."
         )
+    if order_seed is not None:
+        names = [names[k] for k in rng.permutation(len(names), order_seed, 0xD03A1)]
     plan = []
     for name in names:
         domain = data.domain_names.index(name)

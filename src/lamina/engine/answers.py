@@ -51,7 +51,15 @@ class Answers:
     rouge_l: float | None
     """Mean ROUGE-L (F1) of the generated texts; None where nothing was generated, or rouge-score is not installed."""
     shown: tuple[Answer, ...]
-    """The answers to the first examples."""
+    """The answers to a few examples, evenly spaced."""
+
+
+def questions(examples: Examples, positions: Ints) -> Batch:
+    """Returns the prompts of these examples with their options. Raises TypeError where they are no instructions."""
+    if not isinstance(examples.table, Instructions):
+        raise TypeError("only instructions can be asked as questions")
+    inputs, right_b = examples.table.questions(examples.rows_n[positions])
+    return Batch(inputs=inputs, labels_b=right_b)
 
 
 Found = tuple[Ints, Ints, Ints, list[str]]
@@ -92,8 +100,9 @@ class Examiner:
                     for k, text in zip(own_b, texts, strict=True):
                         given[k] = text
         free = [(one.completion, text) for one, text in zip(read, given, strict=True) if not one.options]
-        shown = (Answer(one.prompt, one.completion, text) for one, text in zip(read[:SHOWN], given, strict=False))
-        return Answers(Predictions(labels_n, predicted_n, aware_n, None), rouge_l(free), tuple(shown))
+        chosen = np.unique(np.linspace(0, len(read) - 1, SHOWN).astype(int)) if read else ()
+        shown = tuple(Answer(read[k].prompt, read[k].completion, given[k]) for k in chosen)
+        return Answers(Predictions(labels_n, predicted_n, aware_n, None), rouge_l(free), shown)
 
     def ranked(self, batch: Batch, read: Sequence[Instruction], _: Instructions) -> Found:
         with self.predictor.answering(self.learner, batch):

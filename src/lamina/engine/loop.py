@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from lamina.config import ConsolidationConfig, EvaluationConfig, RehearsalConfig, TrainingConfig
 from lamina.data.streams import Stream
 from lamina.engine import checkpoint, optim
+from lamina.engine.answers import questions as as_questions
+from lamina.engine.batches import Order
 from lamina.engine.consolidate import Consolidation
 from lamina.engine.finite import check_finite
 from lamina.engine.measure import Measure
-from lamina.engine.order import Order, in_order, set_torch_seed, steps_per_epoch
+from lamina.engine.order import in_order, set_torch_seed, steps_per_epoch
 from lamina.engine.rehearsal import Kept
 from lamina.engine.state import Loss, Phase, Position, RunState, TaskEntry, now
 from lamina.engine.steps import Planned, Steps
@@ -174,8 +176,8 @@ class Loop:
 
     def begin_method(self, task: Task) -> None:
         """What the method does at the beginning of a task."""
-        alone = len(task.classes) == 1 and not self.learner.answers
-        if self.method.trains and alone and not len(self.kept()):
+        of_classes = self.method.trains and not self.learner.answers
+        if of_classes and len(task.classes) == 1 and not len(self.kept()):
             self.note(
                 f"task {task.name!r} has a single class: the cross-entropy over its own outputs is 0, so adapters learn "
                 f"nothing from it. Learn two or more classes at a time, or use a method without training (`prototype`)."
@@ -203,8 +205,9 @@ class Loop:
         size = self.training.batch_size
         per_epoch = steps_per_epoch(len(task.train), size)
         kept = self.kept()
+        own = partial(self.method.loss, self.learner, task=task)
         gradients = self.steps.gradients(
-            kept.loss(self.learner, lambda batch: self.method.loss(self.learner, batch, task)),
+            kept.loss(self.learner, own, partial(self.method.in_training, self.learner)),
             [*parameters.values()],
             Planned(kept.with_new(size), self.training.epochs * (len(task.train) // size), self.note),
         )
@@ -326,7 +329,7 @@ class Loop:
         self, phase: Phase, examples: Examples, augment: Augment | None = None, *, questions: bool = False
     ) -> Iterator[Batch]:
         done = 0
-        make = examples.questions if questions else partial(examples.batch, augment=augment)
+        make = partial(as_questions, examples) if questions else partial(examples.batch, augment=augment)
         makers = (
             partial(lambda positions: make(positions).to(self.learner.device), positions)
             for positions in in_order(len(examples), self.evaluation.batch_size)

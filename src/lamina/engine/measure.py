@@ -1,5 +1,6 @@
 """Measure: what is measured before a stream and after each of its tasks, as a new state of the run."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -11,7 +12,9 @@ from lamina.data.streams import Stream
 from lamina.engine.answers import Answers, Examiner
 from lamina.engine.consolidate import Consolidation
 from lamina.engine.evaluate import Predictions, predict_all
-from lamina.engine.state import LanguageState, RunState, Shown
+from lamina.engine.language_state import LanguageState, Shown
+from lamina.engine.state import RunState
+from lamina.errors import TrainingError
 from lamina.learner import LanguageLearner, Learner
 from lamina.maths.metrics import negative_flips
 from lamina.types import Batch, Examples, Task
@@ -88,6 +91,16 @@ class Measure:
         examiner = Examiner(learner, self.deployed, task.name, self.evaluation.max_new_tokens)
         return examiner.ask(task.split(self.evaluation.split), lambda examples: self.batches(examples, True))
 
+    def _perplexity(self, learner: LanguageLearner, text_t: Tensor) -> float:
+        """Returns the perplexity of a text. Raises TrainingError where it is not finite."""
+        found = float(torch.tensor(learner.text_loss(text_t), dtype=torch.float64).exp())
+        if not math.isfinite(found):
+            raise TrainingError(
+                f"the perplexity of the text from outside the stream is {found}. Training diverged: use a smaller training.lr, "
+                f"or training.clip=1."
+            )
+        return found
+
     def _noted(self, learner: LanguageLearner, before: LanguageState, found: Mapping[int, Answers]) -> LanguageState:
         """Returns the state with one more row of answers."""
         shown = {(one.task, one.question): one for one in before.shown}
@@ -99,7 +112,7 @@ class Measure:
         rouge = [found[j].rouge_l if j in found else None for j in range(len(self.stream))]
         perplexity = before.perplexity
         if self.text_t is not None:
-            perplexity = (*perplexity, float(torch.tensor(learner.text_loss(self.text_t)).exp()))
+            perplexity = (*perplexity, self._perplexity(learner, self.text_t))
         return replace(
             before, shown=tuple(shown.values()), rouge_l=(*before.rouge_l, tuple(rouge)), perplexity=perplexity
         )

@@ -13,7 +13,8 @@ nothing of this is saved.
 Shape letters: n kept examples, b batch, c classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -76,19 +77,22 @@ class Kept:
         # In the order of the draw, whichever table an example lies in.
         return concatenated(batches).select(torch.from_numpy(np.argsort(np.concatenate(places))))
 
-    def loss(self, learner: Learner, own: Loss) -> Loss:
-        """Returns the loss of a mixed batch, given that of the task's method."""
+    def loss(
+        self, learner: Learner, own: Loss, in_training: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> Loss:
+        """Returns the loss of a mixed batch, given that of the task's method and the context that it trains in."""
         if not len(self):
             return own
 
-        def whole(batch: Batch) -> Tensor:
+        def mixed(batch: Batch) -> Tensor:
             new = next(count for count in range(len(batch)) if self.with_new(count) == len(batch))
             loss = own(batch.select(slice(new)))
-            if learner.answers:
-                return loss + self.ratio * learner.loss_of_all(batch.select(slice(new, None)))
-            return loss + learner.loss_of_all(batch, balanced=True)
+            with in_training():
+                if learner.answers:
+                    return loss + self.ratio * learner.loss_of_all(batch.select(slice(new, None)))
+                return loss + learner.loss_of_all(batch, balanced=True)
 
-        return whole
+        return mixed
 
 
 def drawn(labels_n: Ints, count: int, *keys: int) -> Ints:

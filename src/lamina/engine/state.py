@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
+from lamina.engine.language_state import LanguageState
 from lamina.maths.metrics import AccuracyMatrix
 
 Phase = Literal["begin", "train", "end", "evaluate", "done"]
@@ -45,39 +46,6 @@ class TaskEntry:
     accuracy_when_learnt: float | None = None
     stored_parameters: int | None = None
     memory_bytes: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shown:
-    """An example whose answers are recorded."""
-
-    task: int
-    question: str
-    wanted: str
-    given: tuple[str, ...]
-    """Before the stream, and after each task that the example was measured after."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LanguageState:
-    """What is measured of language models only."""
-
-    zero_shot: tuple[tuple[int, int], ...]
-    """Right answers and examples of each task, before the stream."""
-    rouge_l: tuple[tuple[float | None, ...], ...] = ()
-    """Mean ROUGE-L of each task before the stream and after each task; None where no text was generated."""
-    perplexity: tuple[float, ...] = ()
-    """Of a text from outside the stream, before it and after each task."""
-    shown: tuple[Shown, ...] = ()
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "LanguageState":
-        return cls(
-            zero_shot=tuple((int(right), int(total)) for right, total in content["zero_shot"]),
-            rouge_l=tuple(tuple(row) for row in content["rouge_l"]),
-            perplexity=tuple(content["perplexity"]),
-            shown=tuple(Shown(**{**one, "given": tuple(one["given"])}) for one in content["shown"]),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

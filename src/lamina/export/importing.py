@@ -56,6 +56,7 @@ REFUSED = {
     "taskarithmetic": "it rebuilds its weights from the updates and examples that it stored itself",
     "prototype": "its classifier is the means of the bare backbone, and an adapter has no place in it",
     "duallora": "each of its tasks consists of two adapters and the space that they protect",
+    "moram": "its adapters compete for every token, and this one was trained alone",
 }
 
 

@@ -14,6 +14,8 @@ from lamina.export.opened import Opened
 from lamina.maths import classifiers
 from lamina.maths.class_statistics import Statistics
 from lamina.maths.classifiers import LinearClassifier
+from lamina.methods.color import CoLoR
+from lamina.methods.duallora import DualLoRA
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,13 @@ def refuse_routed(opened: Opened, what: str) -> None:
         name for site in opened.learner.sites.values() for name, part in site.finished().items() if not part.folded
     }
     if routed:
+        method = opened.predictor.method
+        instead = "No format does; `lamina serve` serves the model as it is."
+        if isinstance(method, CoLoR | DualLoRA):
+            instead = "`--format peft-tasks` writes an adapter per task and the router."
         raise MethodError(
-            f"method {opened.predictor.method.name!r} selects or scales adapters for each input, so no single update says what "
-            f"it does, and {what} cannot hold it. `--format peft-tasks` writes an adapter per task and the router."
+            f"method {method.name!r} selects or scales adapters for each input, so no single update says what it does, and "
+            f"{what} cannot hold it. {instead}"
         )
 
 

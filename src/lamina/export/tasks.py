@@ -19,7 +19,7 @@ from lamina.export.adapter import BASE, base_of, tell_outputs, write_adapter
 from lamina.export.checking import by_library, by_page, need, silently, write_page
 from lamina.export.heads import ENCODER, Layout
 from lamina.export.opened import Opened, open_model
-from lamina.export.outputs import LinearOutputs, linear_outputs, own_outputs
+from lamina.export.outputs import LinearOutputs, linear_outputs, own_outputs, refuse_routed
 from lamina.export.texts import write_matrix, write_tokenizer
 from lamina.export.updates import Factors, of_branch
 from lamina.export.written import Draft, Exported, drafted, finished, refuse_existing, write_json
@@ -49,6 +49,9 @@ def export_tasks(
     with open_model(model, inputs) as opened, drafted(target, "peft-tasks", opened) as draft:
         names = list(dict.fromkeys(output.task for output in opened.learner.outputs))
         parts = branches(opened, names)
+        routed = isinstance(opened.predictor.method, CoLoR | DualLoRA)
+        if not routed:
+            refuse_routed(opened, "one adapter per task")
         layout = encoder_layout(opened)
         place = base_of(opened, layout, draft, with_base=with_base)
         named = BASE if with_base else place
@@ -73,7 +76,6 @@ def export_tasks(
             write_tokenizer(draft, opened)
         draft.facts["outputs"] = list(outputs.labels)
         tell_outputs(draft, outputs)
-        routed = isinstance(opened.predictor.method, CoLoR | DualLoRA)
         reference = opened.scores if routed else [outputs.scores(features_bd) for features_bd in opened.features()]
         found = by_page(draft.folder, opened.batches, BASE=place)
         draft.compare("load.py with plain transformers", reference, found, outputs.labels)

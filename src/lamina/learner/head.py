@@ -35,14 +35,14 @@ class Head(nn.Module):
         self.outputs: list[Output] = []
 
     def add(self, task: str, classes: Sequence[int]) -> nn.Linear:
-        """Append a block with one output per class, or an empty one, and return it.
+        """Append a block with one output per class, and return it.
 
         It is initialised as PyTorch initialises linear layers, from the CPU's global generator (which the engine seeds).
         Raises ValueError if the task has a block already.
         """
         if task in self.tasks:
             raise ValueError(f"task {task!r} has a block in the head already")
-        block = (nn.Linear(self.width, len(classes)) if classes else _without_outputs(self.width)).to(self.device)
+        block = nn.Linear(self.width, len(classes)).to(self.device)
         self.blocks.append(block)
         self.tasks.append(task)
         self.outputs += [Output(task, label) for label in classes]
@@ -60,14 +60,6 @@ class Head(nn.Module):
     def forward(self, features_bd: Tensor) -> Tensor:
         """Returns the scores of all outputs, (b, j)."""
         return torch.cat([block(features_bd) for block in self.blocks], 1)
-
-
-def _without_outputs(width: int) -> nn.Linear:
-    """Returns a block without outputs. PyTorch warns where it is to initialise nothing."""
-    block = nn.Linear(width, 1)
-    block.out_features = 0
-    block.weight, block.bias = nn.Parameter(torch.empty(0, width)), nn.Parameter(torch.empty(0))
-    return block
 
 
 def local_labels(task: Task, labels_b: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ Shape letters: b batch, t tokens, d width, m options, s tokens of an option, n c
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lamina.learner.head import drawn
+from lamina.learner.head import Head, drawn
 from lamina.learner.learner import Draw, Learner
 from lamina.types import Batch, Task
 
@@ -24,19 +25,30 @@ ROWS = 512
 """Hidden states whose scores over the vocabulary are held at a time."""
 
 
+class NoOutputs(Head):
+    """The head of a language model: its blocks are empty, since completions are written in tokens."""
+
+    def add(self, task: str, classes: Sequence[int]) -> nn.Linear:
+        """Append an empty block, and return it. Raises ValueError if the task has one already."""
+        block = super().add(task, [0])  # PyTorch warns where it is to initialise nothing
+        self.outputs.clear()
+        block.out_features = 0
+        block.weight, block.bias = (nn.Parameter(part[:0].detach().clone()) for part in (block.weight, block.bias))
+        return block.requires_grad_(False)
+
+
 class LanguageLearner(Learner):
     """A frozen causal language model whose linear layers are adapted in place. Tasks add no outputs to it."""
+
+    head_type = NoOutputs
+    recompute = False
+    """Whether training keeps the inputs of blocks only, and computes the rest again in the backward."""
 
     @property
     def answers(self) -> bool:
         return True
 
     # -- training -----------------------------------------------------------------------------------------------------
-
-    def add_outputs(self, task: Task) -> nn.Linear:
-        """Begin a task. Its block of the head is empty: completions are written in tokens."""
-        self.head.freeze()
-        return self.head.add(task.name, ()).requires_grad_(False)
 
     def loss(self, batch: Batch, task: Task) -> Tensor:
         """Returns the mean negative log-likelihood () of the completion tokens of a batch."""
@@ -57,7 +69,9 @@ class LanguageLearner(Learner):
 
     def _completion(self, batch: Batch, draw: Draw | None = None) -> tuple[Tensor, Tensor]:
         """Returns the log-likelihood (n,) of every completion token, and the example (n,) that it belongs to."""
-        hidden_btd = self.backbone.hidden(batch.inputs)
+        saving = self.recompute and torch.is_grad_enabled()
+        with self.backbone.recomputing() if saving else nullcontext():
+            hidden_btd = self.backbone.hidden(batch.inputs)
         wanted_bt = batch.inputs["completion_mask"][:, 1:].bool()
         row_n, _ = wanted_bt.nonzero(as_tuple=True)
         log_nv = F.log_softmax(self.backbone.token_logits(hidden_btd[:, :-1][wanted_bt]), 1)
@@ -87,6 +101,8 @@ class LanguageLearner(Learner):
         prompt_bt, mask_bt = (batch.inputs[name] for name in ("input_ids", "attention_mask"))
         option_bms, own_bms = (batch.inputs[f"option_{name}"] for name in ("ids", "mask"))
         b, m, s = option_bms.shape
+        if m == 0:
+            return torch.zeros(b, 0, device=prompt_bt.device)
         inputs, last_b = packed(prompt_bt, mask_bt, option_bms[..., :-1], own_bms[..., :-1])
         hidden_btd = self.backbone.hidden(inputs)
         # The state before each option token: that of the prompt's end for the first one, then those of the option.
@@ -123,17 +139,23 @@ class LanguageLearner(Learner):
         pad: int,
         each: Callable[[Tensor], Tensor] | None = None,
     ) -> list[list[int]]:
-        """Returns the tokens that follow each prompt of a batch, greedily, up to `most` of them or a token in `stop`, which is
-        not returned. Keys and values of earlier tokens are kept. pad: id of the padding token. each: as in
-        `Backbone.generate`."""
+        """Returns the tokens that follow each prompt of a batch, greedily: up to `most` of them, to the model's last position,
+        or to a token in `stop`, which is not returned. Keys and values of earlier tokens are kept. pad: id of the padding
+        token. each: as in `Backbone.generate`."""
         ids_bt, mask_bt = (left_padded(batch.inputs[name], batch.inputs["attention_mask"], fill)
                            for name, fill in (("input_ids", pad), ("attention_mask", 0)))  # fmt: skip
         found_bt = self.backbone.generate(ids_bt, mask_bt, most=most, stop=stop, pad=pad, each=each)
-        return [until(row.tolist(), stop) for row in found_bt[:, ids_bt.shape[1] :]]
+        room_b = [
+            most if self.backbone.positions is None else self.backbone.positions - n for n in mask_bt.sum(1).tolist()
+        ]
+        rows = found_bt[:, ids_bt.shape[1] :].tolist()
+        return [until(row[:room], stop) for row, room in zip(rows, room_b, strict=True)]
 
     def text_loss(self, ids_t: Tensor, window: int = 512) -> float:
-        """Returns the mean negative log-likelihood of the tokens of a text, given those before them in a window."""
+        """Returns the mean negative log-likelihood of the tokens of a text, given those before them in a window, which is at
+        most as long as the model's longest input."""
         total, count = 0.0, 0
+        window = min(window, self.backbone.positions or window)
         for start in range(0, len(ids_t), window):
             part_t = ids_t[start : start + window].to(self.device)
             if len(part_t) > 1:
@@ -156,7 +178,8 @@ def packed(prompt_bt: Tensor, mask_bt: Tensor, option_bms: Tensor, own_bms: Tens
     length_b = mask_bt.sum(1)
     last_b = (mask_bt * torch.arange(1, t + 1, device=mask_bt.device)).argmax(1)
     place_bt = (mask_bt.cumsum(1) - 1).clamp_min(0)
-    place_bms = (length_b[:, None] + torch.arange(s, device=mask_bt.device)).repeat(1, m)
+    # Padding has position 0: after a long prompt it would be beyond the positions of the model.
+    place_bms = (length_b[:, None, None] + torch.arange(s, device=mask_bt.device)) * own_bms
     # Which option each token belongs to, -1 for the prompt; a token sees those of the prompt and of its own option.
     owner_k = torch.cat([
         torch.full((t,), -1, device=mask_bt.device), torch.arange(m, device=mask_bt.device).repeat_interleave(s)
@@ -169,7 +192,7 @@ def packed(prompt_bt: Tensor, mask_bt: Tensor, option_bms: Tensor, own_bms: Tens
     inputs = {
         "input_ids": torch.cat([prompt_bt, option_bms.flatten(1)], 1),
         "attention_mask": seen_bkk[:, None],
-        "position_ids": torch.cat([place_bt, place_bms], 1),
+        "position_ids": torch.cat([place_bt, place_bms.flatten(1)], 1),
     }
     return inputs, last_b
 

@@ -6,7 +6,7 @@ Shape letters: b batch, t tokens, d width of the backbone, j outputs of the head
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,8 @@ class Learner:
     everything is computed. `sites` are the adapter sites by name, in the order of the backbone.
     Raises ConfigError where the backbone has no such site.
     """
+
+    head_type: ClassVar[type[Head]] = Head
 
     def __init__(
         self,
@@ -57,7 +59,7 @@ class Learner:
             self.layers[path] = adapters.inject(backbone.module, path, dtype)
         backbone.cast(dtype)
         self.sites = {site.name: AdapterSite(site, self.layers[site.path]) for site in places}
-        self.head = Head(backbone.width, self.device)
+        self.head = self.head_type(backbone.width, self.device)
 
     @property
     def answers(self) -> bool:
@@ -256,7 +258,7 @@ class Learner:
         for site in self.sites.values():
             for name in (*site.live(), *site.finished()):
                 site.drop(name)
-        self.head = Head(self.backbone.width, self.device)
+        self.head = self.head_type(self.backbone.width, self.device)
 
     # -- what is trained and what is saved ----------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from lamina.methods.ewc import EWC
 from lamina.methods.finetune import Finetune
 from lamina.methods.inflora import InfLoRA
 from lamina.methods.lamina import Lamina
+from lamina.methods.moram import MoRAM
 from lamina.methods.olora import OLoRA
 from lamina.methods.prototype import Prototype
 from lamina.methods.sdlora import SDLoRA
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "sdlora": SDLoRA,
     "clora": CLoRA,
     "olora": OLoRA,
+    "moram": MoRAM,
     "duallora": DualLoRA,
 }
 

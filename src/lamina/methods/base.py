@@ -10,7 +10,7 @@ Shape letters: b batch, d width of the features, j outputs of the head.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -76,6 +76,8 @@ class Needs:
     @property
     def cost_per_task(self) -> str:
         """What every task adds: to the storage, and to which operations."""
+        if self.step == self.prediction == "linear":
+            return f"{self.per_task}; slower throughout"
         costs = (("steps", self.step), ("predictions", self.prediction))
         return "; ".join([self.per_task, *(f"slower {name}" for name, cost in costs if cost == "linear")])
 
@@ -132,6 +134,8 @@ class Method(ABC, Generic[C]):
     """False for a method without training steps: the engine goes from `begin` straight to `end`."""
     refuses: ClassVar[tuple[Refusal, ...]] = ()
     """The parts of `consolidation` that it cannot be combined with."""
+    selects: ClassVar[bool] = False
+    """Whether `answering` depends on the task, if it is given."""
     refuses_language: ClassVar[str] = ""
     """Why it cannot adapt a causal language model; empty if it can."""
     independent: ClassVar[bool] = False
@@ -157,6 +161,10 @@ class Method(ABC, Generic[C]):
         that its operations can be recorded once and replayed.
         """
         return learner.loss(batch, task)
+
+    def in_training(self, learner: Learner) -> AbstractContextManager[None]:
+        """Within the context the learner computes as in a training step. Rehearsal enters it. By default: as it is."""
+        return nullcontext()
 
     def after_backward(self, learner: Learner) -> None:
         """Called when the gradients are computed, before the optimiser's step."""
@@ -187,11 +195,6 @@ class Method(ABC, Generic[C]):
         """Within the context the learner completes these prompts, as far as a method selects adapters per input. By default
         it does not. task: given that all examples are of this task. For language models only."""
         yield
-
-    @property
-    def selects(self) -> bool:
-        """Whether `answering` depends on the task, if it is given."""
-        return type(self).answering is not Method.answering
 
     @property
     def uses_task(self) -> bool:
@@ -247,6 +250,8 @@ def describe(method: type[Method[Any]]) -> dict[str, Any]:
         "storage": method.needs.storage,
         "cost": method.needs.cost,
         "around": dict(method.config_type.around),
+        "around_language": dict(method.config_type.around_language),
+        "refuses_language": method.refuses_language,
         "settings": {
             name: {
                 "default": field.get_default(),

@@ -88,6 +88,7 @@ class CoLoR(Method[CoLoRConfig]):
         Refusal("init", "every adapter starts from the pre-trained weights"),
         Refusal("merging", "adapters are selected per input, so there is no single weight to merge"),
     )
+    selects = True
     independent = True  # CoLoR++ too: it uses the first task's adapter when a task ends, not while it trains
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:

@@ -233,13 +233,16 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
             updates = 4 * tasks * self.config.rank * sum(site.d_out + site.d_in for site in sites)
         else:
             updates = sum(8 * site.d_out * site.d_in for site in sites)
+        examples = outputs * kept
+        if learner.answers:  # without outputs, only the examples tell how many classes there are
+            examples = sum(len(value) for key, value in self.memory.items() if key.startswith("labels/"))
         example = dict.fromkeys(("labels", *INPUTS[learner.backbone.kind]), 0)
         for key, value in self.memory.items():  # only the texts themselves know their length
             kind = key.split("/")[0]
             if kind in example:
                 example[kind] = max(example[kind], value[:1].numel() * value.element_size())
-        examples = 8 * tasks + outputs * kept * sum(example.values()) if kept else 0
-        return updates + 4 * outputs * (learner.backbone.width + 1) + examples
+        stored = 8 * tasks + examples * sum(example.values()) if kept else 0
+        return updates + 4 * outputs * (learner.backbone.width + 1) + stored
 
 
 def draws_of(site: AdapterSite, task: str) -> torch.Generator:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lamina.backbones import Backbone
 from lamina.data import Chat, Prompt, PromptReader
-from lamina.engine.answers import Examiner
+from lamina.engine.answers import Examiner, questions
 from lamina.engine.consolidate import Consolidation
 from lamina.errors import DataError, ModelError, TrainingError
 from lamina.learner import LanguageLearner, Learner
@@ -140,7 +140,7 @@ def answered(learner: Learner, deployed: Consolidation, examples: Examples, batc
 
     def batches(part: Examples) -> Iterator[Batch]:
         for start in range(0, len(part), batch_size):
-            yield part.questions(np.arange(start, min(start + batch_size, len(part)))).to(learner.device)
+            yield questions(part, np.arange(start, min(start + batch_size, len(part)))).to(learner.device)
 
     found = Examiner(learner, Unaware(deployed), "", longest).ask(examples, batches)
     right_n = found.predictions.predicted_n == found.predictions.labels_n
@@ -152,7 +152,7 @@ def first_milliseconds(learner: Learner, deployed: Consolidation, examples: Exam
     """Returns the least time of one prediction for the first of these instructions: to rank its options, or to the first token
     of a text."""
     assert isinstance(learner, LanguageLearner)
-    batch = examples.questions(np.arange(1)).to(learner.device)
+    batch = questions(examples, np.arange(1)).to(learner.device)
     ranked, times = batch.inputs["option_ids"].shape[1] > 0, []
     with learner.folded():
         for _ in range(repeats):

@@ -28,12 +28,12 @@ def text(name: str, facts: Facts, cards: Sequence[Card]) -> str:
     method = METHODS[facts.config.method["name"]]
     classes = list(dict.fromkeys(label for card in cards for task in card.tasks for label in task.classes))
     language = facts.kind == "language"
-    tasks = sum(len(card.tasks) for card in cards)
+    knows = f"{sum(len(card.tasks) for card in cards)} tasks" if language else f"{len(classes)} classes"
     parts = [
         _metadata(name, facts, cards),
         f"# {_plain(name)}\n",
         f"{KINDS[facts.kind]} that learns task after task: version {facts.version}, "
-        f"{f'{tasks} tasks' if language else f'{len(classes)} classes'}. Pre-trained weights are frozen; `{method.name}` ({method.paper.title}, {method.paper.venue}) "
+        f"{knows}. Pre-trained weights are frozen; `{method.name}` ({method.paper.title}, {method.paper.venue}) "
         "adds low-rank adapters.\n",
         "## What it knows\n",
         (_instructions(cards) if language else _tasks(cards)) if cards else "Nothing yet.\n",

@@ -18,7 +18,7 @@ from lamina.report.text import count, interval, percent, plain, points, scaled, 
 LOSS_POINTS = 160
 """Most points drawn of a loss curve; longer ones are averaged over equal stretches."""
 HEADLINES = 4
-"""How many of TITLES stand at the top of a run; the others are folded away."""
+"""How many of TITLES stand at the top of every run."""
 TITLES = {
     "final_accuracy": "Final accuracy",
     "average_accuracy": "Average accuracy",
@@ -95,8 +95,9 @@ def result(run: Record, planned: int) -> str:
     kind = {"image": "test images", "text": "test texts"}.get(
         (run.backbone and run.backbone.kind) or "", "test examples"
     )
+    verb, kind = ("answers", "test questions") if run.language else ("classifies", kind)
     so_far = f"So far, after {learnt} of" if learnt < planned else "After"
-    text = f"{so_far} {count(planned, 'task')}, it classifies {percent(micro)} of {kind} correctly{also}."
+    text = f"{so_far} {count(planned, 'task')}, it {verb} {percent(micro)} of {kind} correctly{also}."
     lost = round(100 * found.forgetting, 1)
     if learnt == 1:
         return text + " With one task there is nothing to forget."
@@ -274,7 +275,7 @@ def run_view(run: Record, label: str, style: int, low: float) -> dict[str, Any]:
         "style": style % charts.COLOURS,
         "summary": sentences(run),
         "progress": f"{matrix.tasks} of {count(planned, 'task')}" if matrix.tasks < planned else "",
-        "headline": shown[:HEADLINES],
+        "headline": [one for one in shown if one[0] in headlines(run)],
         "metrics": shown,
         "heat_map": heat_map(run, low) if matrix.tasks else None,
         "numbered": matrix.correct_ij.shape[1] <= charts.NUMBERED,
@@ -289,6 +290,12 @@ def run_view(run: Record, label: str, style: int, low: float) -> dict[str, Any]:
         "answers": answers(run),
         "record": run,
     }
+
+
+def headlines(run: Record) -> list[str]:
+    """Returns the titles of the metrics at the top of a run; the others are folded away."""
+    own = ("zero_shot_accuracy", "backward_transfer", "perplexity_before", "perplexity_after") if run.language else ()
+    return [*[*TITLES.values()][:HEADLINES], *(TITLES[key] for key in own)]
 
 
 def answers(run: Record) -> list[tuple[str, list[AnswerRecord]]]:

@@ -8,16 +8,19 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lamina import data, record, report
 from lamina.config import RunConfig
 from lamina.engine import checkpoint
+from lamina.engine.answers import Examiner, questions
 from lamina.engine.evaluate import predict_all
 from lamina.engine.loop import Event, Loop
 from lamina.engine.order import in_order
 from lamina.engine.state import Position, now
 from lamina.errors import CheckpointError, RunError
+from lamina.learner import LanguageLearner
 from lamina.record import Record
 from lamina.runs import directory, side_by_side
 from lamina.runs.directory import Begun, begun, locked
@@ -193,13 +196,19 @@ def _measure(loop: Loop, number: int, examples: Examples) -> Measured:
     """Returns the predictions of a loop's learner for these examples of a task."""
     task = loop.stream[number].name
 
-    def batches(examples: Examples) -> Iterator[Batch]:
+    def batches(examples: Examples, *, asked: bool = False) -> Iterator[Batch]:
+        make = partial(questions, examples) if asked else examples.batch
         for positions_b in in_order(len(examples), loop.evaluation.batch_size):
-            yield examples.batch(positions_b).to(loop.learner.device)
+            yield make(positions_b).to(loop.learner.device)
             done = int(positions_b[-1]) + 1
             loop.on_event(Event(task=number, phase="evaluate", done=done, total=len(examples)))
 
-    found = predict_all(loop.learner, loop.consolidation, examples, batches, task, task_aware=loop.stream.task_aware)
+    learner, deployed = loop.learner, loop.consolidation
+    if isinstance(learner, LanguageLearner):
+        examiner = Examiner(learner, deployed, task, loop.evaluation.max_new_tokens)
+        found = examiner.ask(examples, partial(batches, asked=True)).predictions
+    else:
+        found = predict_all(learner, deployed, examples, batches, task, task_aware=loop.stream.task_aware)
     return Measured(
         task=task,
         correct=found.correct,

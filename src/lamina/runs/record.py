@@ -6,9 +6,11 @@ from typing import Any
 
 from lamina import __version__
 from lamina.data import InstructionTable
+from lamina.data.tokens import MULTIPLE
 from lamina.engine import device
+from lamina.engine.batches import Order
 from lamina.engine.loop import Loop
-from lamina.engine.order import Order, steps_per_epoch
+from lamina.engine.order import steps_per_epoch
 from lamina.engine.rehearsal import keep
 from lamina.engine.state import Clock, now
 from lamina.methods.base import describe
@@ -119,12 +121,14 @@ def _language(setup: Setup, loop: Loop) -> LanguageRecord | None:
     tokens, padded = 0, 0
     training = setup.config.training
     for task in setup.stream:
+        assert isinstance(task.train.table, InstructionTable)
         lengths_n, steps = task.train.lengths(), steps_per_epoch(len(task.train), training.batch_size)
         order = Order(task.train, training.batch_size, seed=setup.config.seed, task=task.name, by_length=True)
         for step in range(training.epochs * steps):
             lengths_b = lengths_n[order.positions(step)]
             tokens += int(lengths_b.sum())
-            padded += -(-int(lengths_b.max()) // 8) * 8 * len(lengths_b)  # as the table pads
+            longest = min(-(-int(lengths_b.max()) // MULTIPLE) * MULTIPLE, task.train.table.max_length)  # as it pads
+            padded += longest * len(lengths_b)
     return LanguageRecord(
         zero_shot=state.zero_shot,
         rouge_l=state.rouge_l,

@@ -18,7 +18,7 @@ from lamina.data.streams import Stream
 from lamina.engine import device
 from lamina.engine.loop import Event, Loop
 from lamina.errors import ConfigError
-from lamina.learner import learner_of
+from lamina.learner import LanguageLearner, learner_of
 from lamina.methods import METHODS
 from lamina.methods.base import Method
 from lamina.runs import limits
@@ -137,6 +137,13 @@ class Setup:
         config = self.config
         dtype = precision.DTYPES[self.environment.precision]
         learner = learner_of(self.backbone, config.backbone.targets, config.backbone.blocks, dtype, self.device)
+        if config.training.gradient_checkpointing:
+            if not isinstance(learner, LanguageLearner):
+                raise ConfigError(
+                    f"training.gradient_checkpointing is for causal language models, and backbone {self.backbone.name!r} is "
+                    f"none. Leave it out."
+                )
+            learner.recompute = True
         self.accelerated = accelerate(learner)
         method: Method[Any] = self.method(self.settings, self.task_count)
         try:
@@ -278,7 +285,7 @@ def make_stream(config: RunConfig, labelled: LabelledData) -> Stream:
             )
         plan = streams.named_plan(labelled, [(p.name, p.classes, p.domains) for p in section.plan])
     elif section.scenario == "domain":
-        plan = streams.domain_plan(labelled, section.domains)
+        plan = streams.domain_plan(labelled, section.domains, section.order_seed)
     else:
         plan = streams.class_plan(labelled, section.tasks, section.order_seed)
     stream = streams.make_stream(

@@ -25,6 +25,7 @@ from lamina.backbones.families import FAMILIES
 from lamina.backbones.layouts import StoredLayer, interleave, separate
 from lamina.errors import BackboneError
 from lamina.learner import Learner
+from lamina.speed.attention import use_plain_attention
 
 IDS = torch.tensor([[1, 5, 9, 7, 8, 20, 33, 41], [1, 4, 6, 11, 12, 60, 2, 3]])
 SMOLLM2 = Path(__file__).parents[3] / "runs" / "smollm2"
@@ -283,6 +284,21 @@ def test_adapters_of_every_role_compute_what_merged_weights_do(name: str, folder
         found, expected = logits(backbone, ones(IDS)), plain(input_ids=IDS).logits
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(expected, row.raw()(input_ids=IDS).logits, atol=1e-2)
+
+
+@every_family
+@pytest.mark.parametrize("form", ["padding", "continuations"])
+def test_the_attention_of_bf16_training_on_a_cpu_sees_the_same_tokens(name: str, form: str, folder: Path):
+    backbone, (inputs, _) = load(str(folder)), packed(padding=2)
+    if form == "padding":
+        inputs = {"input_ids": IDS, "attention_mask": torch.tensor([[0] * 2 + [1] * 6, [1] * 8])}
+    seen = inputs["attention_mask"][:, 0].any(1) if form == "continuations" else inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected_btd = backbone.hidden(inputs)
+        undo = use_plain_attention(backbone.module)
+        close(backbone.hidden(inputs)[seen], expected_btd[seen])
+        undo()
+        assert torch.equal(backbone.hidden(inputs), expected_btd)
 
 
 @pytest.mark.parametrize("name", [name for name in LANGUAGES if "," not in name])

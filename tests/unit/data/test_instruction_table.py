@@ -19,6 +19,7 @@ from lamina.data import (
     open_source,
     truncation,
 )
+from lamina.engine.answers import questions
 from lamina.errors import ConfigError, DataError
 from lamina.types import Examples, Instructions, LabelledData
 
@@ -73,7 +74,7 @@ def test_prompt_and_completion(folder: Path) -> None:
 def test_the_prompt_of_a_question_is_that_of_training(folder: Path) -> None:
     table, data = load(rows(6), folder)
     examples = Examples(table, np.arange(6), data.labels_n)
-    batch = examples.questions(np.array([4, 1]))
+    batch = questions(examples, np.array([4, 1]))
     assert batch.labels_b.tolist() == [0, 1]
     for b, row in enumerate((4, 1)):
         ids = batch.inputs["input_ids"][b][batch.inputs["attention_mask"][b].bool()].tolist()
@@ -155,25 +156,20 @@ def test_a_plain_prompt_as_a_chat(folder: Path) -> None:
         load(rows(6), folder, form="poem")
 
 
+TURN = "{% for m in messages %}[{{ m.role }}]"
+START = "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+THOUGHT = "{% if m.role == 'assistant' %}<think></think>{% endif %}"
+
+
 @pytest.mark.parametrize(
     ("template", "told"),
     [
-        # A completion that the end of the turn holds, and a template without an end: EOS.
-        (
-            "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
-            "end<|end|>",
-        ),
-        # A turn that starts with more where the reply is known.
-        (
-            "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}<|end|>\n"
-            "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
-            "<think></think>end<|end|>",
-        ),
-        # No continuation: what comes before the reply differs.
-        (
-            "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<go>{% endif %}",
-            "end<|end|>",
-        ),
+        # A template that ends no turn: EOS.
+        (TURN + "{{ m.content }}" + START, "end<|end|>"),
+        # A turn that begins with more where the reply is known. The reply occurs in the end of the turn, too.
+        (TURN + THOUGHT + "{{ m.content }}<|end|>\n" + START, "<think></think>end<|end|>"),
+        # What comes before the reply differs where the reply is known.
+        (TURN + "{{ m.content }}<|end|>" + START.replace("[assistant]", "<go>"), "end<|end|>"),
     ],
 )
 def test_the_end_of_a_turn_is_found(tmp_path: Path, template: str, told: str) -> None:
@@ -255,7 +251,7 @@ def test_tokenizers_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
         load(rows(6), make_tokenizer(tmp_path / "t", eos=None))
     with pytest.raises(DataError, match="no tokenizer can be loaded from"):
         load(rows(6), tmp_path)
-    with pytest.raises(DataError, match="the backbone's embedding has the ids 0 to 99"):
+    with pytest.raises(DataError, match=r"the backbone's embedding has the ids 0 to 99"):
         load(rows(6), folder, vocabulary=100)
     load(rows(6), folder, vocabulary=320)
     file = make_tokenizer(tmp_path / "u") / "tokenizer.json"
@@ -268,7 +264,7 @@ def test_tokenizers_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
 
 def test_labelled_texts(folder: Path) -> None:
     source = from_arrays(["good", "bad"] * 3, ["up", "down"] * 3, splits=[0, 0, 0, 0, 2, 2])
-    with pytest.raises(DataError, match="holds texts, where instructions are needed. Make instructions of them"):
+    with pytest.raises(DataError, match=r"holds texts, where instructions are needed\. Make instructions of them"):
         load_instructions(source, folder)
     made = as_instructions(source, "{text}\nOptions: {options}\nAnswer:")
     data = load_instructions(made, folder)

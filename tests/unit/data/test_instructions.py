@@ -133,11 +133,16 @@ def said(role: str, content: Any = "x") -> dict[str, Any]:
         ({"prompt": "a", "completion": "\udc00"}, "the completion of records row 1 is not valid Unicode"),
         ({**GOOD, "options": ["a", "\ud83d"]}, "the option 1 of records row 1 is not valid Unicode"),
         ({"messages": [said("user", "\ud83d"), said("assistant")]}, "content of message 0 .* is not valid Unicode"),
+        (
+            {"prompt": "a", "completion": "a\0", "options": ["a\0"], "domain": "y"},
+            r"the class of records row 1, by its completion, is 'y: a.x00', which holds a control character",
+        ),
         ({**GOOD, "split": "later"}, "row 1 has the split 'later'; allowed are"),
     ],
 )
 def test_rows_that_are_refused(record: Any, told: str) -> None:
-    good = {**GOOD, "split": "train"} if isinstance(record, dict) and "split" in record else GOOD
+    more = {"split": "train", "domain": "x"} if isinstance(record, dict) else {}
+    good = GOOD | {key: value for key, value in more.items() if key in record}
     with pytest.raises(DataError, match=told):
         instructions_from([good, record])
 

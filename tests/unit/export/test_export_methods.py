@@ -26,6 +26,8 @@ from lamina.learner import Learner
 from lamina.methods import METHODS
 
 ROUTED = ("color", "duallora")
+PER_TOKEN = ("moram",)
+"""Methods that weight adapters for every token, which no format holds."""
 PER_TASK = ("olora", "inflora", "sora", *ROUTED)
 """Methods that keep an adapter per task."""
 UNIFIED = {
@@ -63,7 +65,7 @@ def model_of(world: str, method: str, folder: Path, **more: object) -> Path:
 
 
 @pytest.mark.parametrize("world", [slow(name) if name == "bert" else name for name in WORLDS])
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ROUTED])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ROUTED + PER_TOKEN])
 def test_one_adapter_and_a_checkpoint(method: str, world: str, tmp_path: Path):
     model = model_of(world, method, tmp_path)
     assert export_merged(model, tmp_path / "merged").differences[0].agreement == 1
@@ -81,7 +83,7 @@ def test_one_adapter_and_a_checkpoint(method: str, world: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("world", [slow(name) if name == "bert" else name for name in WORLDS])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in PER_TOKEN])
 def test_an_adapter_per_task(method: str, world: str, tmp_path: Path):
     if method == "duallora" and world == "fused":
         pytest.skip("it needs attention without relative positions, and says so when a model is made")
@@ -118,6 +120,15 @@ def test_a_router_is_refused_by_formats_with_one_update(method: str, tmp_path: P
     model = model_of("split", method, tmp_path)
     for export in (export_peft, export_merged, export_onnx):
         with pytest.raises(MethodError, match=rf"{method!r} selects or scales adapters for each input.*peft-tasks"):
+            export(model, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["base", "m"]
+
+
+@pytest.mark.parametrize("method", PER_TOKEN)
+def test_weights_for_every_token_are_refused_by_every_format(method: str, tmp_path: Path):
+    model = model_of("split", method, tmp_path)
+    for export in (export_peft, export_merged, export_onnx, export_tasks):
+        with pytest.raises(MethodError, match=rf"{method!r} selects or scales adapters for each input.*No format does"):
             export(model, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["base", "m"]
 

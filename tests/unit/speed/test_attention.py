@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from tests.languages import tiny_language
 from tests.tiny import noise, raw_bert, raw_vit, timm_vit, tiny_bert, tiny_texts
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from lamina.learner import Learner
 from lamina.speed import accelerate
-from lamina.speed.attention import softmax, use_plain_attention
+from lamina.speed.attention import attention, softmax, use_plain_attention
 from lamina.types import Batch
 
 
@@ -62,3 +64,44 @@ def test_text_backbones_get_it_in_bf16_only(dtype: torch.dtype, name: str):
     torch.testing.assert_close(learner.features(batch), plain.features(batch), rtol=0.05, atol=0.05)
     accelerated.close()
     assert learner.backbone.module.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("kind", ["padding", "boolean", "none"])
+def test_heads_that_share_keys_and_masks_of_what_each_token_sees_are_those_of_the_fused_attention(name: str, kind: str):
+    backbone = tiny_language(name)
+    ids_bt = torch.randint(4, 300, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 9, [1] * 6 + [0] * 3, [1] * 7 + [0] * 2])
+    real_bt = mask.bool()
+    if kind == "boolean":  # the last three tokens follow the first three, as a second option would
+        mask = torch.ones(9, 9).tril().bool() & real_bt[:, None, None] | torch.eye(9, dtype=torch.bool)
+        mask[..., 6:, 3:6] = False
+    elif kind == "none":
+        mask = real_bt = torch.ones_like(ids_bt).bool()
+        mask = mask.long()
+    inputs = {"input_ids": ids_bt, "attention_mask": mask}
+    with torch.no_grad():
+        plain_btd = backbone.hidden(inputs)
+        undo = use_plain_attention(backbone.module)
+        found_btd = backbone.hidden(inputs)
+        undo()
+        again_btd = backbone.hidden(inputs)
+    torch.testing.assert_close(found_btd[real_bt], plain_btd[real_bt], rtol=1e-4, atol=1e-5)
+    assert torch.equal(again_btd, plain_btd)
+
+
+@pytest.mark.parametrize("shared", [1, 2, 4])
+def test_queries_of_a_group_attend_to_the_keys_of_their_group(shared: int):
+    """Head h of the queries uses head h // shared of the keys and values, with a boolean mask and with an additive one."""
+    query, key, value = (
+        noise((2, heads, 5, 8), part) for heads, part in ((4, "q"), (4 // shared, "k"), (4 // shared, "v"))
+    )
+    seen = torch.ones(5, 5).tril().bool()[None, None].expand(2, 1, 5, 5)
+    added = torch.zeros(2, 1, 5, 5).masked_fill(~seen, torch.finfo(torch.float32).min)
+    expected = scaled_dot_product_attention(
+        query, key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1), seen, scale=0.3
+    ).transpose(1, 2)
+    for mask in (seen, added):
+        found, weights = attention(nn.Identity(), query, key, value, mask, scaling=0.3)
+        assert weights is None
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
