@@ -195,8 +195,10 @@ def test_a_completion_that_takes_too_long_is_refused(serve: Client) -> None:
     assert last["error"]["code"] == "overloaded"
 
 
-def test_texts_of_one_batch_do_not_depend_on_each_other(assistant: Path) -> None:
-    model = Model(assistant)
+@pytest.mark.parametrize("method", ["olora", "color"])
+def test_texts_of_one_batch_do_not_depend_on_each_other(method: str, assistant: Path, tmp_path: Path) -> None:
+    """CoLoR selects an adapter for each prompt."""
+    model = Model(assistant if method == "olora" else assistants.learnt(tmp_path, method=method))
     prompts = ["The film 1 is a joy.\nGood?", "A", "Many more words than in the others, to be padded " * 3, "The book"]
     together = model.complete(prompts, max_new_tokens=8)
     assert together == [model.complete(prompt, max_new_tokens=8)[0] for prompt in prompts]
