@@ -23,7 +23,13 @@ from typing import Any
 
 from lamina.engine import checkpoint
 
-PRELOADED = ["lamina.runs", "lamina.cli", "transformers.models.vit.modeling_vit", "sklearn.datasets"]
+PRELOADED = [
+    "lamina.runs",
+    "lamina.cli",
+    "transformers.models.vit.modeling_vit",
+    "transformers.models.llama.modeling_llama",
+    "sklearn.datasets",
+]
 SMALL = {
     "data.source": "digits",
     "data.per_class": 12,

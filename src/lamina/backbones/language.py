@@ -3,7 +3,7 @@
 Shape letters: b batch, t tokens, n positions to score, d width.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +68,10 @@ def token_logits(module: nn.Module, language: LanguageHead, hidden_nd: Tensor) -
     return logits if language.softcap is None else language.softcap * (logits / language.softcap).tanh()
 
 
+Each = Callable[[Tensor], Tensor]
+"""Is called with the newest token of every text (b,), and returns which texts end with it (b,)."""
+
+
 def continued(
     module: nn.Module,
     ids_bt: Tensor,
@@ -77,10 +81,11 @@ def continued(
     stop: Sequence[int],
     pad: int,
     positions: int | None = None,
+    each: Each | None = None,
 ) -> Tensor:
     """Returns the prompts with the tokens that follow greedily. `Backbone.generate` documents the arguments. positions: of the
     model; later tokens have the last one."""
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, StoppingCriteriaList
 
     # A configuration of its own: that beside the weights may sample, or punish repetition.
     settings = GenerationConfig(
@@ -90,8 +95,13 @@ def continued(
     before, model.generation_config = model.generation_config, settings
     # A table of positions has no entry for a later token.
     within = [] if positions is None else [model.register_forward_pre_hook(_Within(positions), with_kwargs=True)]
+    ending = StoppingCriteriaList()
+    if each is not None:
+        ending.append(lambda ids_bk, _, **__: each(ids_bk[:, -1]))
     try:
-        found: Tensor = model.generate(input_ids=ids_bt, attention_mask=mask_bt, generation_config=settings)
+        found: Tensor = model.generate(
+            input_ids=ids_bt, attention_mask=mask_bt, generation_config=settings, stopping_criteria=ending
+        )
     finally:
         model.generation_config = before
         for hook in within:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lamina.backbones.language import LanguageHead, continued, hidden_states, recomputing, token_logits
+from lamina.backbones.language import Each, LanguageHead, continued, hidden_states, recomputing, token_logits
 from lamina.backbones.layouts import StoredLayer, transformers_state
 from lamina.errors import BackboneError
 
@@ -144,15 +144,27 @@ class Backbone:
         """
         return token_logits(self.module, self._language(), hidden_nd)
 
-    def generate(self, ids_bt: Tensor, mask_bt: Tensor, *, most: int, stop: Sequence[int], pad: int) -> Tensor:
+    def generate(
+        self,
+        ids_bt: Tensor,
+        mask_bt: Tensor,
+        *,
+        most: int,
+        stop: Sequence[int],
+        pad: int,
+        each: Each | None = None,
+    ) -> Tensor:
         """Returns prompts (b, t), padded on the left, with the tokens that follow greedily, (b, t + n) with n up to `most`.
 
         stop: tokens that end a text. pad: id of the padding token. Keys and values of earlier tokens are kept. Tokens beyond
-        the last position of the model mean nothing.
+        the last position of the model mean nothing. each: is called with the newest token of every text (b,), padding for
+        those that have ended; returns which texts end with it (b,).
         Raises BackboneError for a backbone that is not a causal language model.
         """
         self._language()
-        return continued(self.module, ids_bt, mask_bt, most=most, stop=stop, pad=pad, positions=self.positions)
+        return continued(
+            self.module, ids_bt, mask_bt, most=most, stop=stop, pad=pad, positions=self.positions, each=each
+        )
 
     def recomputing(self) -> AbstractContextManager[None]:
         """Within the context a forward of a causal language model keeps little for its backward, which computes it again.

@@ -17,7 +17,7 @@ from lamina.errors import ConfigError
 
 if TYPE_CHECKING:
     from lamina.config import ModelConfig
-    from lamina.model import Card, GateResult
+    from lamina.model import Card, GateResult, Model
 
 
 def create(
@@ -57,6 +57,8 @@ def create(
 
         lamina create intents --backbone all-MiniLM-L6-v2/ --set gate.task_drop=0.02
 
+        lamina create assistant --backbone SmolLM2-135M-Instruct/ --method olora
+
         lamina create groceries --from-run runs/groceries-lamina-seed0
     """
     from lamina.model import Model
@@ -78,9 +80,7 @@ def create(
             task_count=tasks,
         )
     facts, name = made.facts, shlex.quote(str(model))
-    print(
-        f"{model}: method {facts.config.method['name']}, backbone {facts.base.name}, {len(made.classes)} classes learnt"
-    )
+    print(f"{model}: method {facts.config.method['name']}, backbone {facts.base.name}, {_known(made)} learnt")
     if not facts.config.probes.per_class:
         print(
             f"It keeps no examples, so earlier tasks are measured only on data that you give. `lamina configure {name} "
@@ -94,10 +94,13 @@ def create(
 def learn(
     model: Where,
     data: Annotated[
-        str, typer.Argument(help="Folder of class folders, Parquet or CSV file(s), saved dataset, or `hf:owner/name`.")
+        str,
+        typer.Argument(
+            help="Folder of class folders, Parquet, CSV or JSON lines file(s), saved dataset, or `hf:owner/name`."
+        ),
     ],
     name: Annotated[
-        str | None, typer.Option("--name", "-n", help="Name of the task. Default: that of the data.")
+        str | None, typer.Option("--name", "--task", "-n", help="Name of the task. Default: that of the data.")
     ] = None,
     classes: Annotated[
         list[str] | None, typer.Option("--class", help="Learn only this class of the data. Repeatable.")
@@ -133,6 +136,8 @@ def learn(
         lamina learn groceries 2026-11/
 
         lamina learn groceries photos.parquet --name november --class Kiwi --class Lime
+
+        lamina learn assistant invoices.jsonl --task invoices
     """
     from lamina.model import GateRefused, Model
 
@@ -168,7 +173,7 @@ def learn(
     elif as_json:
         print("null")
     if not as_json:
-        _print_learnt(model, learnt.card, len(opened.classes))
+        _print_learnt(model, learnt.card, opened)
         if said := _method_keeps(opened.facts.config):
             print(said)
 
@@ -184,14 +189,14 @@ def status(model: Where, as_json: Annotated[bool, typer.Option("--json", help="P
         content = {"version": facts.version, "facts": facts.model_dump(mode="json")}
         print(json.dumps(content | {"cards": [card.model_dump(mode="json") for card in cards]}, indent=1))
         return
-    print(f"{model}: version {facts.version}, {len(opened.classes)} classes, method {facts.config.method['name']}")
+    print(f"{model}: version {facts.version}, {_known(opened)}, method {facts.config.method['name']}")
     print(f"backbone: {facts.base.name} ({facts.base.parameters:,} parameters, {facts.base.hash[:12]})")
     if cards:
+        own = facts.kind != "language"
         rows = [
             (
                 task.name,
-                str(len(task.classes)),
-                str(len(task.new_classes)),
+                *((str(len(task.classes)), str(len(task.new_classes))) if own else ()),
                 _share(card.figures.accuracy),
                 str(sum(kept.examples for kept in opened.store.kept_now(card).values())),
                 "forced" if card.forced else "imported" if card.imported_from else "passed" if card.gate else "-",
@@ -200,7 +205,8 @@ def status(model: Where, as_json: Annotated[bool, typer.Option("--json", help="P
             for task in card.tasks
         ]
         print()
-        print_table(("task", "classes", "new", "accuracy when learnt", "examples kept", "gate"), rows)
+        names = ("task", *(("classes", "new") if own else ()), "accuracy when learnt", "examples kept", "gate")
+        print_table(names, rows)
     kept = sum(part.bytes for card in cards for part in opened.store.kept_now(card).values())
     work = file_bytes(model / WORK) if (model / WORK).is_dir() else 0
     waits = f" and {size_of(work)} work that waits" if work else ""
@@ -217,7 +223,8 @@ def status(model: Where, as_json: Annotated[bool, typer.Option("--json", help="P
         print(
             f"Task {plan['name']!r} was trained on another version, so it cannot be accepted now. --discard drops it."
         )
-    print(f"Next: lamina predict {name} FILE" if cards else f"Next: lamina learn {name} FOLDER")
+    given, taught = ('"..."', "DATA") if facts.kind == "language" else ("FILE", "FOLDER")
+    print(f"Next: lamina predict {name} {given}" if cards else f"Next: lamina learn {name} {taught}")
 
 
 def history(model: Where, as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False) -> None:
@@ -250,7 +257,7 @@ def rollback(
         raise ConfigError("name the task to go back to, or give --all to go back to before the first.")
     opened = Model(model)
     card = opened.rollback(task)
-    known = f"{len(opened.classes)} classes" if card else "nothing learnt"
+    known = _known(opened) if card else "nothing learnt"
     print(f"{model}: version {opened.version}, as after {card.name!r} ({known})" if card else f"{model}: {known}")
     print("Later versions stay on disk: a rollback to one of them brings it back.")
 
@@ -386,14 +393,24 @@ def print_gate(found: "GateResult", as_json: bool = False) -> None:
         print(f"limit broken: {problem}")
 
 
-def _print_learnt(model: Path, card: "Card", known: int) -> None:
+def _print_learnt(model: Path, card: "Card", opened: "Model") -> None:
     name, task = shlex.quote(str(model)), card.tasks[-1]
     kept = ", ".join(f"{part.examples} {what} ({size_of(part.bytes)})" for what, part in card.kept.items())
     print(
         f"\nlearnt {task.name!r}{' (forced)' if card.forced else ''}: version {card.version} knows "
-        f"{known} class{'es' if known != 1 else ''}; {card.seconds['total']:.1f} s; kept: {kept or 'no examples'}"
+        f"{_known(opened)}; {card.seconds['total']:.1f} s; kept: {kept or 'no examples'}"
     )
-    print(f"Next: lamina predict {name} FILE, lamina serve {name}, or lamina learn {name} with the next data")
+    given = '"..."' if opened.facts.kind == "language" else "FILE"
+    print(f"Next: lamina predict {name} {given}, lamina serve {name}, or lamina learn {name} with the next data")
+
+
+def _known(opened: "Model") -> str:
+    """Returns how much a model has learnt: classes, or tasks of a language model."""
+    if opened.facts.kind == "language":
+        tasks = sum(len(card.tasks) for card in opened.cards)
+        return f"{tasks} task{'s' * (tasks != 1)}"
+    known = len(opened.classes)
+    return f"{known} class{'es' * (known != 1)}"
 
 
 def _method_keeps(config: "ModelConfig") -> str | None:
@@ -422,5 +439,7 @@ def _share(value: float | None) -> str:
 
 
 def _examples(kind: str) -> str:
+    if kind == "language":
+        return "JSON lines, Parquet or CSV with prompt and completion, or messages; or labelled texts"
     images = "a folder with one folder of images for each class, or a Parquet file"
     return images if kind == "image" else "a CSV or Parquet file with the columns text and label"

@@ -1,4 +1,4 @@
-"""`lamina predict`: classes, probabilities and tasks of files or texts."""
+"""`lamina predict`: classes, probabilities and tasks of files or texts; completions of prompts."""
 
 import csv
 import json
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from lamina.cli.complete import Given, complete
 from lamina.cli.tables import print_table
 from lamina.errors import DataError
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 Where = Annotated[Path, typer.Argument(help="Directory of the model.", metavar="MODEL")]
 Format = Literal["table", "json", "csv"]
+LANGUAGE = "Language models"
 
 
 def predict(
@@ -26,16 +28,48 @@ def predict(
         list[str] | None,
         typer.Argument(
             help="Image files, folders of them, or `-` for standard input (an image, or paths, one a line). For text "
-            "models: .txt files with a text on each line, .csv or .jsonl files with a column `text`, or `-`."
+            "models: .txt files with a text on each line, .csv or .jsonl files with a column `text`, or `-`. For language "
+            "models: prompts, or `-` (a prompt on each line).",
+            metavar="[INPUTS]...",
         ),
     ] = None,
-    text: Annotated[list[str] | None, typer.Option("--text", help="A text to classify. Repeatable.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", help="A text to classify, or a prompt. Repeatable.")
+    ] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Number of classes shown for each input.")] = 1,
     form: Annotated[
         Format, typer.Option("--format", "-f", help="table, json (a line for each input) or csv.")
     ] = "table",
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
+    prompts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--file",
+            rich_help_panel=LANGUAGE,
+            help="A .txt file with a prompt on each line, or a .jsonl file with `prompt` or `messages`, and perhaps "
+            "`options`. Repeatable.",
+        ),
+    ] = None,
+    options: Annotated[
+        str | None,
+        typer.Option(
+            rich_help_panel=LANGUAGE,
+            help="Texts to rank by their likelihood, separated by commas, instead of generating.",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", rich_help_panel=LANGUAGE, help="Ask with the tokenizer's chat template, as a user."),
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, rich_help_panel=LANGUAGE, help="Most generated tokens. Default: evaluation.max_new_tokens (64)."
+        ),
+    ] = None,
 ) -> None:
-    """Print class, probability, and the task that the class was learnt in.
+    """Print class, probability, and the task that the class was learnt in. A language model completes prompts, greedily, or
+    ranks options.
 
     An input that cannot be read is named in its place. Exit code 0: all predicted. 1: some could not be read. 2: an error.
 
@@ -46,10 +80,24 @@ def predict(
         lamina predict intents --text "what is my balance" --format json
 
         find . -name '*.jpg' | lamina predict groceries - --format csv > labels.csv
+
+        lamina predict assistant "Which date is on invoice 17?" --chat
+
+        lamina predict assistant --file prompts.jsonl --options yes,no --json
     """
     from lamina.model import Model
 
     opened = Model(model)
+    form = "json" if as_json else form
+    if opened.facts.kind == "language":
+        if top != 1 or form == "csv":
+            raise DataError("--top and --format csv are for classifiers. Leave them out; --options ranks texts.")
+        listed = () if options is None else tuple(one.strip() for one in options.split(","))
+        asked = [*(files or []), *(text or [])]
+        complete(opened, Given(asked, prompts or [], listed, max_new_tokens, chat, form == "json"))
+        return
+    if prompts or options is not None or chat or max_new_tokens is not None:
+        raise DataError("--file, --options, --chat and --max-new-tokens are for language models. Leave them out.")
     named = _texts(files or [], text or []) if opened.facts.kind == "text" else _images(files or [], text or [])
     if not files and not text:
         raise DataError("there is nothing to predict. Give files, a folder, --text, or `-` for standard input.")

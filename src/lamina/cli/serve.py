@@ -54,16 +54,37 @@ def serve(
         float, typer.Option(min=0.1, rich_help_panel=LIMITS, help="Upload of a request.")
     ] = 60,
     max_deadline_seconds: Annotated[
-        float, typer.Option(min=0.1, rich_help_panel=LIMITS, help="From the upload to the prediction.")
-    ] = 10,
+        float | None,
+        typer.Option(
+            min=0.1, rich_help_panel=LIMITS, help="From the upload to the prediction. Default: 10; language models 300."
+        ),
+    ] = None,
     max_connections: Annotated[int, typer.Option(min=1, rich_help_panel=LIMITS, help="Open connections.")] = 256,
-    max_queue: Annotated[int, typer.Option(min=1, rich_help_panel=LIMITS, help="Inputs that wait.")] = 512,
-    max_batch: Annotated[int, typer.Option(min=1, rich_help_panel=LIMITS, help="Inputs computed together.")] = 32,
+    max_queue: Annotated[
+        int | None,
+        typer.Option(min=1, rich_help_panel=LIMITS, help="Inputs that wait. Default: 512; language models 64."),
+    ] = None,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(min=1, rich_help_panel=LIMITS, help="Inputs computed together. Default: 32; language models 8."),
+    ] = None,
     max_wait_ms: Annotated[
         float, typer.Option(min=0, rich_help_panel=LIMITS, help="A batch waits for inputs being decoded.")
     ] = 3,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, rich_help_panel=LIMITS, help="Language models: tokens generated for a request.")
+    ] = 512,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Language models: complete chats too (/v1/chat/completions). The tokenizer must have a chat template.",
+        ),
+    ] = True,
 ) -> None:
     """Serve predictions over HTTP, with a page for the browser at /. New versions of the model are picked up while it runs.
+
+    A language model is served with an OpenAI-compatible interface below /v1/.
 
     Examples:
 
@@ -74,15 +95,19 @@ def serve(
     given = dict(locals())
     _check_installed()
     from lamina import serve as serving
+    from lamina.model import Model
 
-    limits = serving.Limits(**{name: given[f"max_{name}"] for name in serving.Limits.__dataclass_fields__})
-    serving.check_limits(limits)
+    language = Model(model).facts.kind == "language"
+    named = {name: given[f"max_{name}"] for name in serving.Limits.__dataclass_fields__}
+    named = {name: value for name, value in named.items() if value is not None}
+    limits = serving.Limits.of_language(**named) if language else serving.Limits(**named)
+    serving.check_limits(limits, language=language)
     token = None if token_file is None else serving.read_token(token_file)
     bound = serving.bind(host, port)
     _log()
     try:
         hosts = serving.allowed_hosts(bound, host, allow_host or [])
-        app = serving.create_app(model, limits=limits, token=token, hosts=hosts, device=_device(device))
+        app = serving.create_app(model, limits=limits, token=token, hosts=hosts, device=_device(device), chat=chat)
     except LaminaError:
         bound.close()
         raise
@@ -129,11 +154,18 @@ def _device(name: str | None) -> str | None:
 
 def _greeting(model: Path, url: str, app: Any, token_file: Path | None) -> str:
     about = app.about()
+    tasks = f"{about['tasks']} task{'' if about['tasks'] == 1 else 's'}"
+    if about["kind"] == "language":
+        return (
+            f"{model}: version {about['version']}, a language model of {tasks}, called {about['name']!r}\n"
+            f"page:    {url}\n"
+            f"OpenAI:  base_url={url}/v1\n"
+            "Ctrl-C stops."
+        )
     header = f' -H "Authorization: Bearer $(cat {shlex.quote(str(token_file))})"' if token_file else ""
     what = "-F file=@photo.jpg" if about["kind"] == "image" else '--json \'{"texts": ["..."]}\''
     return (
-        f"{model}: version {about['version']}, {about['classes']} classes from {about['tasks']} task"
-        f"{'' if about['tasks'] == 1 else 's'}\n"
+        f"{model}: version {about['version']}, {about['classes']} classes from {tasks}\n"
         f"page:    {url}\n"
         f"predict: curl{header} {what} {url}/predict\n"
         "Ctrl-C stops."

@@ -78,9 +78,12 @@ def print_evaluation(found: "Evaluation") -> None:
         rows.append((name, f"{counts.correct / counts.total:.1%}", f"{low:.1%} to {high:.1%}", str(counts.total)))
     print_table(("class", "accuracy", "95 % interval", "examples"), rows)
     total = sum(counts.total for counts in found.figures.classes.values())
-    print(
-        f"\naccuracy {found.figures.accuracy:.1%} on {total} examples, calibration error {found.figures.calibration_error:.3f}"
-    )
+    error, rouge = found.figures.calibration_error, found.figures.rouge_l
+    more = f", calibration error {error:.3f}" if error is not None else ""
+    more += f", ROUGE-L of generated texts {rouge:.3f}" if rouge is not None else ""
+    print(f"\naccuracy {found.figures.accuracy:.1%} on {total} examples{more}")
+    if error is None:
+        print("correct: the best option, or exactly the text that is wanted; calibration does not apply")
     if found.unknown:
         print(f"not measured, since the model does not know them: {', '.join(found.unknown)}")
     if found.skipped:

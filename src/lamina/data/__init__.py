@@ -10,8 +10,10 @@ from torch import Tensor
 
 from lamina.data.audit import Audit, audit, render
 from lamina.data.instruction_table import Form, InstructionTable, tokenise_instructions, truncation
+from lamina.data.instruction_tokens import InstructionTokens, KeptInstructions, Ragged, ragged
 from lamina.data.instructions import Message, Row, as_instructions, instructions_from
 from lamina.data.pixels import PixelStore, decode_once, default_cache
+from lamina.data.prompts import Chat, Prompt, PromptReader, TooLong
 from lamina.data.sources import Columns, Source, from_arrays, open_source
 from lamina.data.summary import as_dict, describe_source, difference, kinds
 from lamina.data.tokens import TokenTable, load_tokenizer, text_tokens, tokenise_once
@@ -21,16 +23,23 @@ from lamina.types import Augment, Ints, LabelledData, Table
 
 __all__ = [
     "Audit",
+    "Chat",
     "Columns",
     "Form",
     "ImageTransform",
     "InstructionTable",
+    "InstructionTokens",
+    "KeptInstructions",
     "Message",
     "PixelStore",
     "PixelTable",
+    "Prompt",
+    "PromptReader",
+    "Ragged",
     "Row",
     "Source",
     "TokenTable",
+    "TooLong",
     "as_dict",
     "as_instructions",
     "audit",
@@ -45,6 +54,7 @@ __all__ = [
     "load_texts",
     "load_tokenizer",
     "open_source",
+    "ragged",
     "render",
     "text_tokens",
     "tokenise_instructions",

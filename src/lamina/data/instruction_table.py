@@ -1,6 +1,6 @@
 """Tokenises every instruction once.
 
-Shape letters: n rows, b rows of a batch, t tokens, m options, s tokens of an option.
+Shape letters: n rows.
 """
 
 from collections.abc import Sequence
@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lamina.data.instruction_rows import rank_of, unicode_of
+from lamina.data.instruction_tokens import InstructionTokens, ragged
 from lamina.data.names import shown
 from lamina.data.records import Row, Source
-from lamina.data.tokens import LONGEST, MULTIPLE, check_length, check_vocabulary, limit_of, load_tokenizer, reason_of
+from lamina.data.tokens import LONGEST, check_length, check_vocabulary, limit_of, load_tokenizer, reason_of
 from lamina.errors import ConfigError, DataError
-from lamina.types import SPLITS, Augment, Instruction, Ints, LabelledData
+from lamina.types import SPLITS, Instruction, Ints, LabelledData
 
 Form = Literal["plain", "chat"]
 DEFAULT_LENGTH = 512
@@ -27,29 +26,6 @@ _PROBES = ("a", "1", ".")
 """Texts that show what a tokenizer puts around a text. One of them comes to a token."""
 _STAND_IN = "LaminaCompletion"
 """Stands for a completion while a chat template is asked what it writes around it."""
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """Lists of token ids, one after another; list k is ids[starts[k] : starts[k + 1]]."""
-
-    ids: NDArray[np.int32]
-    starts: Ints
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def lengths(self, rows: Ints) -> Ints:
-        return self.starts[rows + 1] - self.starts[rows]
-
-    def row(self, k: int) -> NDArray[np.int32]:
-        return self.ids[self.starts[k] : self.starts[k + 1]]
-
-
-def ragged(lists: Sequence[NDArray[np.int32]]) -> Ragged:
-    """Returns these lists of token ids, one after another."""
-    starts = np.cumsum([0, *map(len, lists)], dtype=np.int64)
-    return Ragged(np.concatenate([np.zeros(0, np.int32), *lists]), starts)
 
 
 @dataclass(frozen=True)
@@ -162,69 +138,35 @@ class Renderer:
         return str(text)
 
 
-class InstructionTable:
+class InstructionTable(InstructionTokens):
     """Token ids of all prompts, completions and options.
 
     Prompts and completions are tokenised apart, so that the tokens of a prompt are the same in training and in ranking.
     Every completion and every option ends with EOS, or with the chat template's end of a turn.
     """
 
-    augments = False
-
     def __init__(self, source: Source, renderer: Renderer, tokens: "_Tokens", *, pad_id: int, max_length: int) -> None:
+        completions = ragged(tokens.completions)
+        ends = np.unique(completions.starts[1:])
+        super().__init__(
+            prompts=ragged(tokens.prompts),
+            completions=completions,
+            options=ragged(tokens.options),
+            set_starts=np.array([0, *tokens.set_ends], np.int64),
+            sets_n=np.array(tokens.sets, np.int64),
+            right_n=np.array(tokens.right, np.int64),
+            stops=tuple(sorted({int(completions.ids[end - 1]) for end in ends if end})),
+            pad_id=pad_id,
+            max_length=max_length,
+        )
         self.source, self.renderer = source, renderer
-        self.prompts, self.completions = ragged(tokens.prompts), ragged(tokens.completions)
-        self.options = ragged(tokens.options)
-        """Of all sets of options."""
-        self.set_starts = np.array([0, *tokens.set_ends], np.int64)
-        """The options of set k are set_starts[k] to set_starts[k + 1]."""
-        self.sets_n, self.right_n = np.array(tokens.sets, np.int64), np.array(tokens.right, np.int64)
         self.truncated_n = np.array(tokens.truncated, np.bool_)
         """Whether the middle of a prompt was cut, (n,)."""
-        ends = np.unique(self.completions.starts[1:])
-        self.stops = tuple(sorted({int(self.completions.ids[end - 1]) for end in ends if end}))
-        """The tokens that completions end with."""
-        self.pad_id, self.max_length = pad_id, max_length
-
-    def __len__(self) -> int:
-        return len(self.prompts)
 
     @property
     def truncated(self) -> int:
         """The number of rows whose prompt was cut."""
         return int(self.truncated_n.sum())
-
-    def lengths(self, rows: Ints) -> Ints:
-        return self.prompts.lengths(rows) + self.completions.lengths(rows)
-
-    def prompt_lengths(self, rows: Ints) -> Ints:
-        """Returns the number of tokens of each prompt, (b,)."""
-        return self.prompts.lengths(rows)
-
-    def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:  # noqa: ARG002 - texts have no augmentation
-        """Returns `input_ids`, `attention_mask` and `completion_mask` (b, t) int64, padded on the right to the longest, rounded
-        up to a multiple of 8 and at most `max_length`."""
-        inputs = self._padded([np.concatenate([self.prompts.row(k), self.completions.row(k)]) for k in rows])
-        place_t = np.arange(inputs["input_ids"].shape[1])
-        asked_bt = place_t < self.prompts.lengths(rows)[:, None]
-        given_bt = place_t < self.lengths(rows)[:, None]
-        return {**inputs, "completion_mask": torch.from_numpy((given_bt & ~asked_bt).astype(np.int64))}
-
-    def questions(self, rows: Ints) -> tuple[dict[str, Tensor], Tensor]:
-        """Returns the prompts, as `inputs` does, with `option_ids` and `option_mask` (b, m, s) int64; and the position (b,) of
-        the right option, -1 where a row has no options, or its completion is none of them."""
-        sets = [self._set(k) for k in rows]
-        m = max(map(len, sets), default=0)
-        s = max((len(ids) for options in sets for ids in options), default=0)
-        ids_bms = np.full((len(rows), m, s), self.pad_id, np.int64)
-        mask_bms = np.zeros((len(rows), m, s), np.int64)
-        for b, options in enumerate(sets):
-            for k, ids in enumerate(options):
-                ids_bms[b, k, : len(ids)] = ids
-                mask_bms[b, k, : len(ids)] = 1
-        inputs = self._padded([self.prompts.row(k) for k in rows])
-        options_ = {"option_ids": torch.from_numpy(ids_bms), "option_mask": torch.from_numpy(mask_bms)}
-        return {**inputs, **options_}, torch.from_numpy(self.right_n[rows])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Returns these tokens as text, without special tokens."""
@@ -235,21 +177,6 @@ class InstructionTable:
         found = _row(self.source, row)
         prompt = self.renderer.render(found, self.source.where(row)).prompt
         return Instruction(prompt=prompt, completion=found.completion, options=found.options)
-
-    def _set(self, row: int) -> list[NDArray[np.int32]]:
-        """The token ids of the options of a row."""
-        k = int(self.sets_n[row])
-        return [] if k < 0 else [self.options.row(o) for o in range(self.set_starts[k], self.set_starts[k + 1])]
-
-    def _padded(self, lists: list[NDArray[np.int32]]) -> dict[str, Tensor]:
-        lengths_b = np.array([len(ids) for ids in lists], np.int64)
-        longest = int(lengths_b.max(initial=1))
-        t = min(-(-longest // MULTIPLE) * MULTIPLE, self.max_length)
-        mask_bt = np.arange(t) < lengths_b[:, None]
-        ids_bt = np.full((len(lists), t), self.pad_id, np.int64)
-        if lists:
-            ids_bt[mask_bt] = np.concatenate(lists)
-        return {"input_ids": torch.from_numpy(ids_bt), "attention_mask": torch.from_numpy(mask_bt.astype(np.int64))}
 
 
 def tokenise_instructions(

@@ -10,7 +10,7 @@ and shared, and the scores are those of one sequence per option.
 Shape letters: b batch, t tokens, d width, m options, s tokens of an option, n chosen tokens, v vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -131,13 +131,20 @@ class LanguageLearner(Learner):
             found_n[own_n] = log_uv[which_n[own_n] - start, token_n[own_n]]
         return found_n
 
-    def generate(self, batch: Batch, most: int, stop: Sequence[int], pad: int) -> list[list[int]]:
+    def generate(
+        self,
+        batch: Batch,
+        most: int,
+        stop: Sequence[int],
+        pad: int,
+        each: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[list[int]]:
         """Returns the tokens that follow each prompt of a batch, greedily: up to `most` of them, to the model's last position,
         or to a token in `stop`, which is not returned. Keys and values of earlier tokens are kept. pad: id of the padding
-        token."""
+        token. each: as in `Backbone.generate`."""
         ids_bt, mask_bt = (left_padded(batch.inputs[name], batch.inputs["attention_mask"], fill)
                            for name, fill in (("input_ids", pad), ("attention_mask", 0)))  # fmt: skip
-        found_bt = self.backbone.generate(ids_bt, mask_bt, most=most, stop=stop, pad=pad)
+        found_bt = self.backbone.generate(ids_bt, mask_bt, most=most, stop=stop, pad=pad, each=each)
         room_b = [
             most if self.backbone.positions is None else self.backbone.positions - n for n in mask_bt.sum(1).tolist()
         ]

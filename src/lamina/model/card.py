@@ -75,8 +75,11 @@ class Figures(Part):
     """What was measured of a task when it was learnt, on its held-out examples."""
 
     accuracy: float | None = None
+    """Of a language model: the share of examples with the best option, or exactly the text, that is wanted."""
     calibration_error: float | None = None
-    """Expected calibration error, 15 bins."""
+    """Expected calibration error, 15 bins; None for language models."""
+    rouge_l: float | None = None
+    """Mean ROUGE-L (F1) of the texts that a language model generated; None without such texts, or without rouge-score."""
     classes: dict[str, ClassFigures] = Field(default_factory=dict)
 
 
@@ -101,7 +104,7 @@ class Card(Part):
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings given for this task only, by dotted key."""
     temperature: float = Field(1.0, gt=0)
-    """Scores are divided by it before their softmax."""
+    """Scores are divided by it before their softmax. Does not apply to language models."""
     figures: Figures = Figures()
     gate: GateResult | None = None
     """What was compared with the version before; None for the first."""

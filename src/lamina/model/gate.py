@@ -20,11 +20,15 @@ class Outcomes(NamedTuple):
 
     labels_n: Ints
     predicted_n: Ints
-    confidence_n: Floats
-    """Probability of the predicted class."""
+    """Predicted class. Of a language model: the label where the completion is right, and -1 where it is wrong."""
+    confidence_n: Floats | None
+    """Probability of the predicted class; None for language models, whose probabilities are those of texts."""
+    rouge_l: float | None = None
+    """Mean ROUGE-L of generated texts; None where nothing was generated, or it cannot be measured."""
 
     def select(self, keep: Ints | NDArray[np.bool_]) -> "Outcomes":
-        return Outcomes(self.labels_n[keep], self.predicted_n[keep], self.confidence_n[keep])
+        confidence_n = None if self.confidence_n is None else self.confidence_n[keep]
+        return Outcomes(self.labels_n[keep], self.predicted_n[keep], confidence_n)
 
     @property
     def correct(self) -> int:
@@ -68,9 +72,10 @@ class GateResult(Part):
     negative_flips: float | None = None
     """Over all probes; None where there are none."""
     calibration_before: float | None = None
+    """None for language models too."""
     calibration_after: float | None = None
     milliseconds_before: float | None = None
-    """Of one prediction."""
+    """Of one prediction. Of a language model: to rank the options of a prompt, or to the first token."""
     milliseconds_after: float | None = None
     new_accuracy: float | None = None
     unmeasured: tuple[str, ...] = ()
@@ -164,9 +169,16 @@ def _change(name: str, before: Outcomes, after: Outcomes) -> Change:
     )
 
 
-def _calibration(outcomes: Outcomes) -> float:
+def _calibration(outcomes: Outcomes) -> float | None:
+    if outcomes.confidence_n is None:
+        return None
     return calibration_error(outcomes.confidence_n, outcomes.predicted_n == outcomes.labels_n)
 
 
 def _joined(parts: Sequence[Outcomes]) -> Outcomes:
-    return Outcomes(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    confidence = [part.confidence_n for part in parts if part.confidence_n is not None]
+    return Outcomes(
+        np.concatenate([part.labels_n for part in parts]),
+        np.concatenate([part.predicted_n for part in parts]),
+        np.concatenate(confidence) if len(confidence) == len(parts) else None,
+    )

@@ -21,6 +21,7 @@ import numpy as np
 from lamina import __version__
 from lamina.backbones import Backbone
 from lamina.config import ModelConfig, fingerprint
+from lamina.data import load_tokenizer
 from lamina.data.names import listed
 from lamina.data.streams import Scenario, Stream
 from lamina.data.summary import count
@@ -33,8 +34,9 @@ from lamina.files import replace_text, write_checked
 from lamina.model import kept
 from lamina.model.card import Card, Facts, LearntTask
 from lamina.model.gate import GateResult, Outcomes, Probes, judged
+from lamina.model.language import LanguagePredictor, answered, first_milliseconds
 from lamina.model.predictor import Predictor, check_hash, load_backbone, milliseconds, outcomes, temperature_of
-from lamina.model.settings import load_model_config, refuse_fixed
+from lamina.model.settings import load_model_config, refuse_fixed, refuse_inapplicable
 from lamina.model.store import BASE, PLAN, WORK, Store
 from lamina.model.tasks import Labelled, Request, figures_of, labelled_examples, new_task
 from lamina.record import CodeRecord, MachineRecord, SourceRecord
@@ -88,6 +90,7 @@ class _Learning:
         settings = {"data.source": self.request.source, **dict(self.request.settings)}
         config = load_model_config(None, list(settings.items()), base=self.facts.config)
         refuse_fixed(self.facts.config, config, self.store.path)
+        refuse_inapplicable(config, self.facts.kind)
         if config.backbone.name != self.facts.config.backbone.name:
             raise ModelError(
                 f"backbone.name = {config.backbone.name!r}: {self.store.path} has a backbone of its own. Leave it out; if its "
@@ -123,6 +126,12 @@ class _Learning:
         )
 
     def _describe(self, task: Task) -> None:
+        if self.facts.kind == "language":
+            counts = ", ".join(f"{len(task.split(split))} {split}" for split in SPLITS if len(task.split(split)))
+            names = [self.all_names[label] for label in task.classes]
+            told = "" if names == [task.name] else f", completions {listed(names, 8)}"
+            self.tell(f"task {len(self.earlier) + 1}, {self.request.name!r}: instructions{told}; {counts}")
+            return
         new = [name for name in (self.all_names[label] for label in task.classes) if name in self.new_classes]
         known = [name for name in (self.all_names[label] for label in task.classes) if name not in self.new_classes]
         parts = []
@@ -177,8 +186,10 @@ class _Learning:
             self._start(loop)
             loop.spend("load", time.perf_counter() - setup.started)
             loop.run(until="evaluate")
-            temperature = temperature_of(loop.learner, loop.consolidation, task, config.evaluation.batch_size)
-            new = outcomes(loop.learner, loop.consolidation, task.test, config.evaluation.batch_size, temperature)
+            temperature = 1.0
+            if not loop.learner.answers:
+                temperature = temperature_of(loop.learner, loop.consolidation, task, config.evaluation.batch_size)
+            new = self._outcomes(loop, task.test, temperature)
             gate = self._judge(loop, before, new, temperature)
         self.tell(f"accuracy on {len(task.test)} held-out examples of {task.name!r}: {new.accuracy:.1%}")
         if gate is not None and not gate.accepted and not self.request.force:
@@ -196,11 +207,14 @@ class _Learning:
     def _earlier(self, backbone: Backbone) -> tuple[Task, ...]:
         """Returns the tasks learnt before, with their probes as test and their kept training examples as train."""
         transform = image_transform(self.config.run, backbone) if backbone.image is not None else None
+        tokenise = None
+        if backbone.language is not None and backbone.tokenizer is not None:
+            tokenise = load_tokenizer(backbone.tokenizer)
         found: list[Task] = []
         ids = {name: label for label, name in enumerate(self.class_names)}
         for card in self.lineage:
             sets = {
-                what: kept.unpacked(self.store.kept(card.folder, what), transform)
+                what: kept.unpacked(self.store.kept(card.folder, what), transform, tokenise)
                 for what in (kept.PROBES, kept.REHEARSAL)
             }
             for part in card.tasks:
@@ -263,14 +277,16 @@ class _Learning:
         mark = [[name, len(examples), data] for name, examples, data in sets]
         saved = checkpoint.read_json(file) if file.is_file() else None
         if saved is None or saved["sets"] != mark:
-            predictor = open_version(self.store, self.facts, self.lineage[-1], setup.device)
+            predictor = open_deployed(self.store, self.facts, self.lineage[-1], setup.device)
             try:
                 told = [predictor.outcomes(examples) for _, examples, _ in sets]
                 saved = {
                     "sets": mark,
                     "predicted": [outcome.predicted_n.tolist() for outcome in told],
-                    "confidence": [outcome.confidence_n.tolist() for outcome in told],
-                    "milliseconds": predictor.milliseconds(setup.stream[-1].test),
+                    "confidence": [
+                        None if outcome.confidence_n is None else outcome.confidence_n.tolist() for outcome in told
+                    ],
+                    "milliseconds": predictor.milliseconds(one) if len(one := setup.stream[-1].test) else 0.0,
                 }
             finally:
                 predictor.close()
@@ -280,7 +296,11 @@ class _Learning:
             (
                 name,
                 examples,
-                Outcomes(examples.labels_n, np.array(predicted, np.int64), np.array(confidence, np.float64)),
+                Outcomes(
+                    examples.labels_n,
+                    np.array(predicted, np.int64),
+                    None if confidence is None else np.array(confidence, np.float64),
+                ),
             )
             for (name, examples, _), predicted, confidence in zip(
                 sets, saved["predicted"], saved["confidence"], strict=True
@@ -291,7 +311,7 @@ class _Learning:
         """Returns the examples of known classes of the data given as a probe. Others are named and left out."""
         config = load_model_config(None, [("data.source", self.request.probe)], base=self.config)
         known = {name for card in self.lineage for part in card.tasks for name in part.classes}
-        names = [name if name in known else "" for name in self.class_names]
+        names = [name if name in known else "" for name in self.class_names] if self.facts.kind != "language" else None
         learnt_from = [card.fingerprint for card in self.lineage]
         found = labelled_examples(config.run, setup.backbone, names, learnt_from, self.watch)
         if found.unknown:
@@ -320,13 +340,11 @@ class _Learning:
     ) -> GateResult | None:
         if self.facts.head is None and self.config.gate.new_accuracy is None:
             return None
-        size, one = self.config.evaluation.batch_size, loop.stream[-1].test
-        probes = [
-            Probes(name, then, outcomes(loop.learner, loop.consolidation, examples, size, temperature))
-            for name, examples, then in before
-        ]
+        one = loop.stream[-1].test
+        probes = [Probes(name, then, self._outcomes(loop, examples, temperature)) for name, examples, then in before]
         measured = {label for _, examples, _ in before for label in np.unique(examples.labels_n).tolist()}
-        after = milliseconds(loop.learner, loop.consolidation, one)
+        time_of = first_milliseconds if loop.learner.answers else milliseconds
+        after = time_of(loop.learner, loop.consolidation, one) if len(one) else 0.0
         return judged(
             self.request.name,
             probes,
@@ -334,8 +352,21 @@ class _Learning:
             self.config.gate,
             new=new,
             milliseconds=(self.milliseconds, after) if self.milliseconds else None,
-            unmeasured=[task.name for task in self.earlier if not measured & set(task.classes)],
+            unmeasured=self._unmeasured(before, measured),
         )
+
+    def _unmeasured(self, before: Sequence[tuple[str, Examples, Outcomes]], classes: set[int]) -> list[str]:
+        """Returns the earlier tasks that nothing was measured of. classes: those of which something was measured."""
+        if self.facts.kind == "language":  # whose tasks may share classes, such as yes and no
+            names = {name for name, _, _ in before}
+            return [task.name for task in self.earlier if task.name not in names]
+        return [task.name for task in self.earlier if not classes & set(task.classes)]
+
+    def _outcomes(self, loop: Loop, examples: Examples, temperature: float) -> Outcomes:
+        section = self.config.evaluation
+        if loop.learner.answers:
+            return answered(loop.learner, loop.consolidation, examples, section.batch_size, section.max_new_tokens)
+        return outcomes(loop.learner, loop.consolidation, examples, section.batch_size, temperature)
 
     def _commit(
         self, setup: Setup, loop: Loop, task: Task, new: Outcomes, gate: GateResult | None, temperature: float
@@ -408,7 +439,17 @@ class _Learning:
         return tuple(setup.data.domain_names[domain] for domain in found.tolist())
 
 
-def open_version(store: Store, facts: Facts, card: Card, device: str = "cpu") -> Predictor:
+def open_deployed(store: Store, facts: Facts, card: Card, device: str = "cpu") -> Predictor | LanguagePredictor:
     """Returns one version of a model in memory."""
     documents, tensors = store.state(card.folder)
-    return Predictor(facts, card, documents, tensors, load_backbone(facts, store.path), device)
+    kind = LanguagePredictor if facts.kind == "language" else Predictor
+    return kind(facts, card, documents, tensors, load_backbone(facts, store.path), device)
+
+
+def open_version(store: Store, facts: Facts, card: Card, device: str = "cpu") -> Predictor:
+    """Returns one version of a classifier in memory. Raises ModelError for a language model."""
+    found = open_deployed(store, facts, card, device)
+    if isinstance(found, LanguagePredictor):
+        found.close()
+        raise ModelError(f"{store.path} is a language model, and this needs a classifier.")
+    return found

@@ -9,6 +9,7 @@ from typing import Any
 from lamina import backbones
 from lamina.backbones import Backbone
 from lamina.config import ModelConfig
+from lamina.data import Chat
 from lamina.data.inputs import Input, payloads
 from lamina.data.names import listed
 from lamina.engine import device
@@ -23,9 +24,10 @@ from lamina.model import kept, learning, readme
 from lamina.model.card import Base, Card, Facts, Figures
 from lamina.model.from_run import version_of_run
 from lamina.model.gate import GateResult
-from lamina.model.learning import Learnt, open_version
+from lamina.model.language import Completion, LanguagePredictor
+from lamina.model.learning import Learnt, open_deployed
 from lamina.model.predictor import Prediction, Predictor, load_backbone
-from lamina.model.settings import load_model_config, refuse_fixed
+from lamina.model.settings import load_model_config, refuse_fixed, refuse_inapplicable
 from lamina.model.store import BASE, FILE, WORK, Store
 from lamina.model.tasks import Request, figures_of, labelled_examples
 from lamina.runs import directory, limits
@@ -55,7 +57,7 @@ class Model:
         self.path = Path(path)
         self.store = Store(self.path)
         self.store.facts()
-        self._predictor: Predictor | None = None
+        self._predictor: Predictor | LanguagePredictor | None = None
         self._loaded: tuple[Facts, str] | None = None
 
     # -- making one ---------------------------------------------------------------------------------------------------
@@ -136,6 +138,7 @@ class Model:
                 f"{weights[:12]}. Put the right ones there."
             )
         parameters = sum(p.numel() for p in backbone.module.parameters())
+        refuse_inapplicable(config, backbone.kind)
         check(config, backbone)
         where = device.resolve(config.device)
         config = config.model_copy(
@@ -257,6 +260,7 @@ class Model:
         with self.store.writing():
             facts = self.store.facts()
             config = load_model_config(None, list(settings.items()), base=facts.config)
+            refuse_inapplicable(config, facts.kind)
             if facts.versions:
                 refuse_fixed(facts.config, config, self.path)
             base = facts.base
@@ -292,40 +296,98 @@ class Model:
     # -- using it -----------------------------------------------------------------------------------------------------
 
     def predictor(self, where: str | None = None) -> Predictor:
-        """Returns the newest version in memory. It is loaded again when the model has changed.
+        """Returns the newest version of a classifier in memory. It is loaded again when the model has changed.
 
-        where: cpu or cuda; by default as configured.
+        where: cpu or cuda; by default as configured. Raises ModelError for a language model.
         """
+        found = self.deployed(where)
+        if isinstance(found, LanguagePredictor):
+            raise ModelError(f"{self.path} is a language model, and this needs a classifier.")
+        return found
+
+    def language(self, where: str | None = None) -> LanguagePredictor:
+        """Returns the newest version of a language model in memory, as `predictor` does. Raises ModelError for a classifier."""
+        found = self.deployed(where)
+        if isinstance(found, Predictor):
+            raise ModelError(f"{self.path} is a classifier, which ranks no options and writes no text.")
+        return found
+
+    def deployed(self, where: str | None = None) -> Predictor | LanguagePredictor:
+        """Returns the newest version in memory, whatever it predicts."""
         facts = self.store.facts()
         wanted = (facts, where or device.resolve(facts.config.device))
         if self._predictor is None or self._loaded != wanted:
             if facts.head is None:
                 raise ModelError(f"{self.path} has learnt no task yet. `lamina learn {self.path} DATA` teaches it one.")
-            fresh = open_version(self.store, facts, self.store.card(facts.head), wanted[1])
+            fresh = open_deployed(self.store, facts, self.store.card(facts.head), wanted[1])
             if self._predictor is not None:
                 self._predictor.close()
             self._predictor, self._loaded = fresh, wanted
         return self._predictor
 
-    def predict(self, inputs: Input | Iterable[Input], top: int = 1) -> list[Prediction]:
+    def predict(
+        self,
+        inputs: Input | Iterable[Input | Chat],
+        top: int = 1,
+        *,
+        options: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        max_new_tokens: int | None = None,
+        chat: bool | None = None,
+    ) -> list[Prediction] | list[Completion]:
         """Returns a prediction for each input: for images a file, a folder of files, encoded bytes, an array (h, w, 3) uint8 or
-        a PIL image; for texts a string. An input that cannot be read gets an error in its place."""
-        predictor = self.predictor()
-        return predictor.predict(payloads(inputs, predictor.kind), top)
+        a PIL image; for texts a string. An input that cannot be read gets an error in its place.
+
+        A language model returns what `complete` returns, which documents options, max_new_tokens and chat. They are for
+        language models only, and `top` is for classifiers only; a ModelError says so.
+        """
+        found = self.deployed()
+        if isinstance(found, LanguagePredictor):
+            if top != 1:
+                raise ModelError(f"top = {top}: a language model has no classes. Give `options` to rank texts.")
+            return self.complete(inputs, options, max_new_tokens=max_new_tokens, chat=chat)  # type: ignore[arg-type]
+        if (options, max_new_tokens, chat) != (None, None, None):
+            raise ModelError(
+                "options, max_new_tokens and chat are for language models. Leave them out for a classifier."
+            )
+        return found.predict(payloads(inputs, found.kind), top)  # type: ignore[arg-type]
+
+    def complete(
+        self,
+        prompts: str | Iterable[str | Chat],
+        options: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        chat: bool | None = None,
+    ) -> list[Completion]:
+        """Returns what a language model says to each prompt: generated text, or ranked options.
+
+        prompts: a text, several, or chats (lists of {role, content}). options: texts to rank, for all prompts or one list for
+        each. max_new_tokens: the most tokens that are generated; by default evaluation.max_new_tokens. stop: texts that end a
+        completion. chat: whether texts are rendered with the tokenizer's chat template; by default as data.form says.
+        A prompt that cannot be read gets an error in its place. Raises ModelError for a classifier, and DataError for wrong
+        options.
+        """
+        several: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
+        if several and all(isinstance(one, Mapping) for one in several):
+            several = [several]  # one chat
+        return self.language().complete(several, options, max_new_tokens=max_new_tokens, stop=stop, chat=chat)
 
     def evaluate(self, data: str | os.PathLike[str], watch: Watch = lambda *_: None) -> Evaluation:
         """Measure the newest version on labelled data: on its test split, or on all of it where it has none. Classes are
-        matched by name. Raises ModelError where the model knows none of them."""
-        predictor, facts = self.predictor(), self.store.facts()
+        matched by name; a language model may be asked about any. Raises ModelError where there is nothing to measure."""
+        predictor, facts = self.deployed(), self.store.facts()
         config = load_model_config(None, [("data.source", os.fspath(data))], base=facts.config).run
-        names = [name if k in predictor.classes else "" for k, name in enumerate(predictor.class_names)]
+        names = None
+        if isinstance(predictor, Predictor):
+            names = [name if k in predictor.classes else "" for k, name in enumerate(predictor.class_names)]
         learnt_from = [card.fingerprint for card in self.cards]
         found = labelled_examples(config, predictor.backbone, names, learnt_from, watch)
         if not len(found.examples):
-            raise ModelError(
-                f"{data} has no example of a class that {self.path} knows: {listed(predictor.labels, 20)}."
-            )
-        figures = figures_of(predictor.outcomes(found.examples), predictor.class_names)
+            known = predictor.labels if isinstance(predictor, Predictor) else ()
+            told = f"no example of a class that {self.path} knows: {listed(known, 20)}" if known else "no example"
+            raise ModelError(f"{data} has {told}.")
+        figures = figures_of(predictor.outcomes(found.examples), found.class_names)
         return Evaluation(os.fspath(data), figures, tuple(found.unknown), found.skipped)
 
     def gate(self) -> GateResult | None:

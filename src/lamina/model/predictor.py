@@ -3,11 +3,9 @@
 Shape letters: b batch, j outputs of the head, c classes.
 """
 
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lamina import backbones, data
-from lamina.backbones import Backbone, Kind
+from lamina.backbones import Backbone
 from lamina.config import RunConfig
 from lamina.data import ImageTransform, PixelStore, PixelTable
 from lamina.data.arrays import ArrayItems
@@ -26,18 +24,16 @@ from lamina.data.decoding import DAMAGE, decode
 from lamina.data.inputs import Item
 from lamina.data.records import Source
 from lamina.engine.consolidate import Consolidation, under
-from lamina.engine.loop import restore
 from lamina.errors import DataError, ModelError, TrainingError
-from lamina.learner import Learner, class_scores, learner_of
+from lamina.learner import Learner, class_scores
 from lamina.maths import classifiers
 from lamina.maths.calibration import left_out_scores
 from lamina.maths.class_statistics import Statistics
-from lamina.methods import METHODS
 from lamina.methods.base import hashed_order
 from lamina.model.card import Card, Facts
+from lamina.model.deployed import Deployed
 from lamina.model.gate import Outcomes
 from lamina.runs.setup import image_transform
-from lamina.speed import accelerate, precision
 from lamina.types import Batch, Examples, Task
 
 DECODERS = 4
@@ -79,12 +75,8 @@ class Prediction:
         return self.guesses[0]
 
 
-class Predictor:
-    """A version of a model in memory. Its weights are folded, so a prediction costs what the bare backbone costs.
-
-    It may be used by one thread at a time; others wait. `close` frees its threads.
-    Raises ModelError for a version without a task.
-    """
+class Predictor(Deployed):
+    """A version of a classifier in memory. Raises ModelError for a version without a task."""
 
     def __init__(
         self,
@@ -95,48 +87,21 @@ class Predictor:
         backbone: Backbone,
         device: str = "cpu",
     ) -> None:
-        config = facts.config.run
-        self.version = facts.version if card.folder == facts.head else card.version
-        self.card, self.config, self.backbone = card, config, backbone
-        self.class_names, self.temperature = card.class_names, card.temperature
-        self._lock, self._open = threading.Lock(), ExitStack()
-        dtype = precision.DTYPES["bf16" if config.precision == "bf16" else "fp32"]
-        where = torch.device(device)
-        self.learner = learner_of(backbone, config.backbone.targets, config.backbone.blocks, dtype, where)
-        method = METHODS[config.method["name"]]
-        settings = {key: value for key, value in config.method.items() if key != "name"}
-        self.method = method(method.config_type(**settings), facts.task_count)
-        self.consolidation = Consolidation(config.consolidation, self.method)
-        try:
-            restore(self.learner, self.method, self.consolidation, documents["state"]["outline"], tensors)
-        except (LookupError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            raise ModelError(
-                f"version {card.folder} does not fit its settings or its backbone ({type(error).__name__}: {error}). It was "
-                f"edited, or is of another model."
-            ) from error
+        super().__init__(facts, card, documents, tensors, backbone, device)
         self.classes = tuple(dict.fromkeys(output.label for output in self.learner.outputs))
         if not self.classes:
+            self.close()
             raise ModelError("the model has learnt no task yet, so it cannot predict. `lamina learn` teaches it one.")
         columns = [[j for j, o in enumerate(self.learner.outputs) if o.label == label] for label in self.classes]
         most = max(map(len, columns))
         self._outputs_cm = torch.tensor([own + own[:1] * (most - len(own)) for own in columns])
         """The outputs of every class; the first one again where a class has fewer than others."""
-        self._reader = Reader(config, backbone)
-        self._open.callback(accelerate(self.learner).close)
-        for layer in self.learner.layers.values():
-            layer.fold_live()
-
-    @property
-    def kind(self) -> Kind:
-        return self.backbone.kind
+        self._reader = Reader(self.config, backbone)
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The names of the classes that it knows, in the order in which they came."""
         return tuple(self.class_names[label] for label in self.classes)
-
-    def close(self) -> None:
-        self._open.close()
 
     # -- predictions --------------------------------------------------------------------------------------------------
 
@@ -166,7 +131,7 @@ class Predictor:
 
     def scores(self, batch: Batch) -> Tensor:
         """Returns the scores of all outputs, (b, j), on the CPU. Raises TrainingError for scores that are not finite."""
-        with self._lock, torch.no_grad():
+        with self.lock, torch.no_grad():
             scores_bj = self.consolidation.predict(self.learner, batch.to(self.learner.device)).cpu()
         if not (scores_bj < torch.inf).all():
             raise TrainingError(
@@ -177,12 +142,12 @@ class Predictor:
     def outcomes(self, examples: Examples) -> Outcomes:
         """Returns the predictions for labelled examples, whose labels are class ids of the model."""
         size = self.config.evaluation.batch_size
-        with self._lock:
+        with self.lock:
             return outcomes(self.learner, self.consolidation, examples, size, self.temperature)
 
     def milliseconds(self, examples: Examples, repeats: int = 7) -> float:
         """Returns the least time of one prediction, for the first of these examples."""
-        with self._lock:
+        with self.lock:
             return milliseconds(self.learner, self.consolidation, examples, repeats)
 
     def read(self, inputs: Sequence[Item]) -> tuple[Batch | None, list[str | None]]:

@@ -11,7 +11,8 @@ from lamina.methods import METHODS
 from lamina.model.card import Card, Facts
 from lamina.model.store import README, Store
 
-PIPELINE = {"image": "image-classification", "text": "text-classification"}
+PIPELINE = {"image": "image-classification", "text": "text-classification", "language": "text-generation"}
+KINDS = {"image": "An image classifier", "text": "A text classifier", "language": "A language model"}
 _MOST = 30
 """Classes that are named one by one."""
 
@@ -26,20 +27,22 @@ def text(name: str, facts: Facts, cards: Sequence[Card]) -> str:
     """Returns the model card of a model of this name, in Markdown."""
     method = METHODS[facts.config.method["name"]]
     classes = list(dict.fromkeys(label for card in cards for task in card.tasks for label in task.classes))
+    language = facts.kind == "language"
+    knows = f"{sum(len(card.tasks) for card in cards)} tasks" if language else f"{len(classes)} classes"
     parts = [
         _metadata(name, facts, cards),
         f"# {_plain(name)}\n",
-        f"{'An image' if facts.kind == 'image' else 'A text'} classifier that learns task after task: version {facts.version}, "
-        f"{len(classes)} classes. Pre-trained weights are frozen; `{method.name}` ({method.paper.title}, {method.paper.venue}) "
+        f"{KINDS[facts.kind]} that learns task after task: version {facts.version}, "
+        f"{knows}. Pre-trained weights are frozen; `{method.name}` ({method.paper.title}, {method.paper.venue}) "
         "adds low-rank adapters.\n",
         "## What it knows\n",
-        _tasks(cards) if cards else "Nothing yet.\n",
+        (_instructions(cards) if language else _tasks(cards)) if cards else "Nothing yet.\n",
     ]
-    if classes:
+    if classes and not language:
         parts.append(f"Classes: {_plain(listed(classes, _MOST))}\n")
     if len(cards) > 1:
         parts += ["## What was forgotten\n", _forgetting(cards)]
-    parts += ["## Data and licence\n", _data(facts, cards), "## Use\n", _use(name, facts.kind)]
+    parts += ["## Data and licence\n", _data(facts, cards), "## Use\n", _use(name, facts)]
     return "\n".join(parts)
 
 
@@ -91,6 +94,22 @@ def _tasks(cards: Sequence[Card]) -> str:
     return "\n".join(lines)
 
 
+def _instructions(cards: Sequence[Card]) -> str:
+    lines = ["| task | learnt | training examples | accuracy when learnt | gate |", "|---|---|---:|---:|---|"]
+    for card in cards:
+        for task in card.tasks:
+            gate = "forced" if card.forced else "imported" if card.imported_from else "passed" if card.gate else "-"
+            lines.append(
+                f"| {_plain(task.name)} | {card.created[:10]} | {task.examples.get('train', 0)} | {_share(task.accuracy)} | "
+                f"{gate} |"
+            )
+    lines.append(
+        "\nAccuracy when learnt: share of held-out examples with the best option, or exactly the text, that is wanted. "
+        "Calibration does not apply to a language model.\n"
+    )
+    return "\n".join(lines)
+
+
 def _forgetting(cards: Sequence[Card]) -> str:
     found = curves(cards)
     if not found:
@@ -121,9 +140,17 @@ def _data(facts: Facts, cards: Sequence[Card]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _use(name: str, kind: str) -> str:
-    given = "photo.jpg" if kind == "image" else '--text "..."'
-    python = '"photo.jpg"' if kind == "image" else '["..."]'
+def _use(name: str, facts: Facts) -> str:
+    if facts.kind == "language":
+        chat = ", chat=True" if facts.config.data.form == "chat" else ""
+        return (
+            f'```sh\nlamina predict {name} "..."{" --chat" * bool(chat)}\nlamina serve {name}     # an OpenAI-compatible API\n'
+            f'curl --json \'{{"model": "{name}", "messages": [{{"role": "user", "content": "..."}}]}}\' \\\n'
+            f"  http://127.0.0.1:8000/v1/chat/completions\n```\n\n```python\nfrom lamina import Model\n\n"
+            f'(completion,) = Model("{name}").complete("..."{chat})\nprint(completion.text)\n```\n'
+        )
+    given = "photo.jpg" if facts.kind == "image" else '--text "..."'
+    python = '"photo.jpg"' if facts.kind == "image" else '["..."]'
     return (
         f"```sh\nlamina predict {name} {given}\nlamina serve {name}\n```\n\n```python\nfrom lamina import Model\n\n"
         f'print(Model("{name}").predict({python}))\n```\n'

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lamina import config as configuration
-from lamina.backbones import is_language
+from lamina.backbones import Kind, is_language
 from lamina.config import ModelConfig
 from lamina.errors import ConfigError
 from lamina.runs.setup import method_settings
@@ -31,6 +31,8 @@ def load_model_config(
     config = configuration.load(
         file, given, method_settings=method_settings(), schema=ModelConfig, is_language=is_language
     )
+    if config.stream.scenario == "domain" and is_language(config.backbone.name):  # the default of language models
+        config = config.model_copy(update={"stream": config.stream.model_copy(update={"scenario": "class"})})
     if config.stream != configuration.StreamConfig(validation=config.stream.validation):
         raise ConfigError(
             "stream: a model has no stream in advance; its tasks come with `lamina learn`. Of this section, only "
@@ -52,3 +54,13 @@ def refuse_fixed(old: ModelConfig, new: ModelConfig, where: Path) -> None:
                 f"{key} = {now!r}: the weights of {where} depend on it, and it is {then!r} there. Leave it out; it can be "
                 "chosen when a model is made (`lamina create`)."
             )
+
+
+def refuse_inapplicable(config: ModelConfig, kind: Kind) -> None:
+    """Raises ConfigError for a limit of the gate that is not measured for this kind of backbone."""
+    limit = config.gate.calibration_error
+    if kind == "language" and limit is not None:
+        raise ConfigError(
+            f"gate.calibration_error = {limit}: the model is a language model, whose calibration is not measured. Leave it out "
+            "(null); gate.task_drop, class_drop, negative_flips, new_accuracy and slowdown apply."
+        )

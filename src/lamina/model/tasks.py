@@ -75,11 +75,12 @@ def new_task(
         validation=config.stream.validation,
         measured_per_class=config.evaluation.per_class,
     )
+    theirs = _class_names(labelled, request.name)
     names = list(class_names)
     for label in classes:
-        if labelled.class_names[label] not in names:
-            names.append(labelled.class_names[label])
-    ids = np.array([names.index(name) if name in names else -1 for name in labelled.class_names], np.int64)
+        if theirs[label] not in names:
+            names.append(theirs[label])
+    ids = np.array([names.index(name) if name in names else -1 for name in theirs], np.int64)
     cut = stream[0]
     parts = {
         split: Examples(cut.split(split).table, cut.split(split).rows_n, ids[cut.split(split).labels_n])
@@ -87,6 +88,13 @@ def new_task(
     }
     task = Task(name=request.name, classes=tuple(ids[list(classes)].tolist()), domain=cut.domain, **parts)
     return task, tuple(names), stream.fingerprint
+
+
+def _class_names(labelled: LabelledData, task: str) -> tuple[str, ...]:
+    """Returns the names of the classes. Instructions without options or domains are one class, which is named after the
+    task."""
+    nameless = labelled.kind == "instructions" and labelled.class_names == labelled.domain_names == ("all",)
+    return (task,) if nameless else labelled.class_names
 
 
 def _position(name: str, names: Sequence[str], role: str, where: str) -> int:
@@ -106,15 +114,22 @@ class Labelled(NamedTuple):
     """Of the data."""
     skipped: tuple[str, ...]
     """Damaged images that were left out."""
+    class_names: tuple[str, ...]
+    """By class id."""
 
 
 def labelled_examples(
-    config: RunConfig, backbone: Backbone, class_names: Sequence[str], learnt_from: Collection[str | None], watch: Watch
+    config: RunConfig,
+    backbone: Backbone,
+    class_names: Sequence[str] | None,
+    learnt_from: Collection[str | None],
+    watch: Watch,
 ) -> Labelled:
     """Returns the test examples of a configuration's data. Where it has no test split of its own, all of it is used; but of
     data that a task was learnt from, only what was held out then.
 
-    class_names: by class id; empty for a class that is not known. learnt_from: fingerprints of the data of all tasks.
+    class_names: by class id; empty for a class that is not known; None for language models, which may be asked anything.
+    learnt_from: fingerprints of the data of all tasks.
     """
     try:
         source = open_source(config)
@@ -122,6 +137,7 @@ def labelled_examples(
         source = error.source
     check_kind(config, source, backbone)
     labelled = decode(config, source, backbone, watch)
+    class_names = labelled.class_names if class_names is None else class_names
     ids = np.array([class_names.index(name) if name in class_names else -1 for name in labelled.class_names], np.int64)
     labels_n = ids[labelled.labels_n]
     measured = (
@@ -132,7 +148,7 @@ def labelled_examples(
     used = {labelled.class_names[k] for k in np.unique(labelled.labels_n).tolist()}
     unknown = sorted(name for name in used if name not in class_names)
     examples = Examples(labelled.table, rows_n, labels_n[rows_n])
-    return Labelled(examples, unknown, labelled.fingerprint, tuple(labelled.skipped))
+    return Labelled(examples, unknown, labelled.fingerprint, tuple(labelled.skipped), tuple(class_names))
 
 
 def figures_of(found: Outcomes, class_names: Sequence[str]) -> Figures:
@@ -142,7 +158,8 @@ def figures_of(found: Outcomes, class_names: Sequence[str]) -> Figures:
     right_n = found.predicted_n == found.labels_n
     return Figures(
         accuracy=found.accuracy,
-        calibration_error=calibration_error(found.confidence_n, right_n),
+        calibration_error=None if found.confidence_n is None else calibration_error(found.confidence_n, right_n),
+        rouge_l=found.rouge_l,
         classes={
             class_names[label]: ClassFigures(
                 correct=int(right_n[found.labels_n == label].sum()), total=int((found.labels_n == label).sum())

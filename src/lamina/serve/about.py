@@ -3,7 +3,7 @@
 from pathlib import PurePath
 from typing import Any
 
-from lamina.model import Card, GateResult
+from lamina.model import Card, GateResult, Predictor
 from lamina.model.store import EVENTS
 from lamina.serve.versions import Refused, Version, Versions
 
@@ -52,10 +52,15 @@ def _tasks(versions: Versions) -> dict[str, Any]:
     return {
         "version": version.number,
         "kind": version.predictor.kind,
-        "classes": list(version.predictor.labels),
+        "classes": list(labels(version)),
         "tasks": found,
         "history": history(versions),
     }
+
+
+def labels(version: Version) -> tuple[str, ...]:
+    """Returns the classes that a version knows; a language model has none."""
+    return version.predictor.labels if isinstance(version.predictor, Predictor) else ()
 
 
 def accuracies(lineage: list[Card]) -> dict[str, list[dict[str, Any]]]:
@@ -116,7 +121,7 @@ def card(versions: Versions) -> dict[str, Any]:
         "refused": refused(versions.refused),
         "versions": list(facts.versions),
         "tasks": sum(len(one.tasks) for one in version.lineage),
-        "classes": len(version.predictor.labels),
+        "classes": len(labels(version)),
         "base": {
             "name": PurePath(facts.base.name).name,
             "hash": facts.base.hash,

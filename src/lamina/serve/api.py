@@ -17,12 +17,14 @@ from lamina import __version__
 from lamina.data.decoding import BOMB, DAMAGE, at_most, full_size
 from lamina.errors import ConfigError
 from lamina.model import Prediction
-from lamina.serve import about, page, schemas
+from lamina.serve import about, chats, page, schemas
 from lamina.serve.batching import Batcher
 from lamina.serve.body import Held, Share, Upload, read_body, texts_of, uploads_of
+from lamina.serve.generating import Generator
 from lamina.serve.guard import Guard, log
 from lamina.serve.limits import Limits, Refusal, beyond
 from lamina.serve.metrics import CONTENT_TYPE, Metrics
+from lamina.serve.shapes import error_of
 from lamina.serve.versions import Version, Versions
 
 ROUTES = frozenset({"/", "/predict", "/tasks", "/model", "/health", "/ready", "/metrics", "/openapi.json"})
@@ -33,13 +35,25 @@ SMALL = 2**16
 
 
 class Parts(NamedTuple):
-    """What the routes need."""
+    """What the route of predictions needs."""
 
     limits: Limits
     versions: Versions
     batcher: Batcher
     held: Held
     metrics: Metrics
+
+
+class Information(NamedTuple):
+    """What the routes that inform need."""
+
+    limits: Limits
+    versions: Versions
+    batcher: Batcher | Generator
+    held: Held
+    metrics: Metrics
+    chat: bool
+    """Whether a language model completes chats."""
 
 
 def create_app(
@@ -50,20 +64,27 @@ def create_app(
     hosts: frozenset[str] | None = None,
     device: str | None = None,
     seconds: float = 1.0,
+    chat: bool = True,
 ) -> Guard:
     """Returns the ASGI application that serves a model. Its newest version is loaded at once.
 
     token: that requests must carry. hosts: names that the Host header may give; None for any. device: cpu or cuda; by default
-    as the model is configured. seconds: between two looks at the model's directory.
-    Raises ModelError for what is no model, or has learnt no task; ConfigError for an empty token.
+    as the model is configured. seconds: between two looks at the model's directory. chat: whether a language model completes
+    chats too, and not only texts.
+    Raises ModelError for what is no model, or has learnt no task; ConfigError for an empty token, and for chats without a chat
+    template.
     """
     if token is not None and not token.strip():
         raise ConfigError("the token is empty, so every request would carry it. Give one, or None for no token.")
-    limits = limits or Limits()
     metrics = Metrics()
     versions = Versions(path, device=device, seconds=seconds)
-    batcher = Batcher(limits, metrics.batches.observe)
-    parts = Parts(limits, versions, batcher, Held(limits), metrics)
+    language = versions.current.predictor.kind == "language"
+    if limits is None:
+        limits = Limits.of_language() if language else Limits()
+    if language and chat:
+        _check_chats(versions)
+    batcher: Batcher | Generator = (Generator if language else Batcher)(limits, metrics.batches.observe)
+    held = Held(limits)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -81,9 +102,12 @@ def create_app(
     app = FastAPI(
         title="lamina", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, redirect_slashes=False
     )
-    _add_errors(app, metrics)
-    _add_predict(app, parts)
-    _add_information(app, parts, bool(token))
+    _add_errors(app, metrics, f"{chats.TEXT} completes texts" if language else "")
+    if isinstance(batcher, Generator):
+        chats.add_routes(app, chats.Parts(limits, versions, batcher, held, metrics, chat))
+    else:
+        _add_predict(app, Parts(limits, versions, batcher, held, metrics))
+    _add_information(app, Information(limits, versions, batcher, held, metrics, chat), bool(token))
     return Guard(
         app,
         limits=limits,
@@ -92,36 +116,51 @@ def create_app(
         hosts=hosts,
         version=lambda: versions.current.number,
         about=lambda: about.card(versions),
-        routes=ROUTES,
+        routes=ROUTES | (chats.ROUTES if language else frozenset()),
     )
 
 
-def _add_errors(app: FastAPI, metrics: Metrics) -> None:
-    """Every refusal is JSON with a message."""
+def _check_chats(versions: Versions) -> None:
+    """Raises ConfigError where the tokenizer has no chat template."""
+    predictor = versions.current.language
+    if not predictor.reader.chats:
+        versions.close()
+        raise ConfigError(
+            f"the tokenizer {predictor.backbone.tokenizer} has no chat template, so chats cannot be completed. Put "
+            "chat_template.jinja beside tokenizer.json, or serve completions of plain texts only: --no-chat."
+        )
 
-    def failed(status: int, message: str, reason: str, headers: Any = None) -> JSONResponse:
+
+def _add_errors(app: FastAPI, metrics: Metrics, there_is: str) -> None:
+    """Every refusal is JSON with a message. there_is: what to say where there is no such route."""
+
+    def failed(request: Request, status: int, message: str, reason: str, headers: Any = None) -> JSONResponse:
         metrics.refusals.labels(reason).inc()
-        return JSONResponse({"error": message}, status, headers)
+        return JSONResponse(error_of(request.url.path, status, message), status, headers)
 
     @app.exception_handler(Refusal)
-    async def refusal(_: Request, error: Refusal) -> JSONResponse:
-        return failed(error.status, error.message, error.reason, error.headers)
+    async def refusal(request: Request, error: Refusal) -> JSONResponse:
+        metrics.refusals.labels(error.reason).inc()
+        content = error_of(request.url.path, error.status, error.message, error.code, error.param)
+        return JSONResponse(content, error.status, error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def validation(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def validation(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        return failed(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", "malformed")
+        return failed(request, 422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", "malformed")
 
     @app.exception_handler(HTTPException)
-    async def other(_: Request, error: HTTPException) -> JSONResponse:
+    async def other(request: Request, error: HTTPException) -> JSONResponse:
         allowed = (error.headers or {}).get("Allow")
         told = f"{error.detail}; allowed is {allowed}" if allowed else str(error.detail)
-        return failed(error.status_code, told, "route", error.headers)
+        if error.status_code == 404 and there_is:
+            told = f"{told}; {there_is}"
+        return failed(request, error.status_code, told, "route", error.headers)
 
     @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
         log.error("a request failed", exc_info=error)
-        return failed(500, "internal error; the log of the server has the details", "internal")
+        return failed(request, 500, "internal error; the log of the server has the details", "internal")
 
 
 def _add_predict(app: FastAPI, parts: Parts) -> None:
@@ -228,9 +267,11 @@ def _refuse_unreadable(found: list[Prediction], names: list[str | None] | None) 
             raise Refusal(422, f"{where}{name}: {prediction.error[:300]}", "input")
 
 
-def _add_information(app: FastAPI, parts: Parts, token: bool) -> None:
+def _add_information(app: FastAPI, parts: Information, token: bool) -> None:
     versions = parts.versions
-    html, policy = page.render(versions.path.resolve().name, versions.current.predictor.kind, parts.limits, token=token)
+    predictor = versions.current.predictor
+    asks = page.Asks(parts.chat, predictor.config.data.form == "chat")
+    html, policy = page.render(versions.path.resolve().name, predictor.kind, parts.limits, token=token, asks=asks)
     closed = schemas.refusals(401, 421, 422)
 
     @app.get("/", include_in_schema=False)

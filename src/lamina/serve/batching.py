@@ -126,7 +126,7 @@ class Batcher:
 
     async def _predict(self, version: Version, payloads: Sequence[Payload], top: int, due: float) -> list[Prediction]:
         loop = asyncio.get_running_loop()
-        if version.predictor.kind == "text":
+        if version.classifier.kind == "text":
             return await self._put(Job(version, payloads, top, due, loop.create_future()))
         read = [self._unless_late(partial(self._read, version, payload), due) for payload in payloads]
         parts = await loop.run_in_executor(self._decoders, lambda: [one() for one in read])
@@ -137,7 +137,7 @@ class Batcher:
 
     def _read(self, version: Version, payload: Payload) -> tuple[Batch | None, list[str | None]]:
         with self._large if is_large(payload) else nullcontext():
-            return version.predictor.read([payload])
+            return version.classifier.read([payload])
 
     async def _put(self, job: Job) -> list[Prediction]:
         self._queue.append(job)
@@ -213,7 +213,7 @@ def compute(
     """Returns the predictions for each request's inputs, computed in batches of at most `size`."""
     if isinstance(inputs[0], Batch):
         whole = joint([part for part in inputs if isinstance(part, Batch)])
-        found = [guess for piece in _pieces(whole, size) for guess in version.predictor.predictions(piece, top)]
+        found = [guess for piece in _pieces(whole, size) for guess in version.classifier.predictions(piece, top)]
     else:
         texts = [text for part in inputs if not isinstance(part, Batch) for text in part]
         found = []
@@ -256,7 +256,7 @@ def _pieces(whole: Batch, size: int) -> list[Batch]:
 
 def _predict_texts(version: Version, texts: Sequence[Payload], top: int) -> list[Prediction]:
     """Returns a prediction for each text. One that the tokenizer refuses has an error, and the others do not suffer."""
-    predictor = version.predictor
+    predictor = version.classifier
     try:
         batch, errors = predictor.read(texts)
     except DataError as error:

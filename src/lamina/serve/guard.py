@@ -11,6 +11,7 @@ from typing import Any
 
 from lamina.serve.limits import Limits, Refusal, beyond
 from lamina.serve.metrics import Metrics
+from lamina.serve.shapes import OPENAI, error_of
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -88,7 +89,12 @@ class Guard:
             await self.app(scope, receive, send)
             return
         started, status = time.perf_counter(), 0
-        route = scope["path"] if scope["path"] in self.routes else "other"
+        path = scope["path"]
+        route = (
+            path
+            if path in self.routes
+            else next((r for r in self.routes if path.startswith(f"{r}/") and r != "/"), "other")
+        )
 
         body = Incoming(receive, expects=any(name == b"expect" for name, _ in scope["headers"]))
 
@@ -106,15 +112,17 @@ class Guard:
             async with asyncio.timeout(self.limits.request_seconds + self.limits.deadline_seconds):
                 await self.app(scope, body.receive, sending)
         except Refusal as refusal:
-            await self.refuse(refusal, sending)
+            await self.refuse(refusal, sending, scope["path"])
         except TimeoutError:
             if status == 0:
                 seconds = self.limits.request_seconds
-                await self.refuse(beyond("request_seconds", f"the request took more than {seconds:g} s", 408), sending)
+                late = beyond("request_seconds", f"the request took more than {seconds:g} s", 408)
+                await self.refuse(late, sending, scope["path"])
         except Exception as error:
             if not status:
                 log.error("a request failed: %s %s", scope["method"], route, exc_info=error)
-                await respond(sending, 500, {"error": "internal error; the log of the server has the details"})
+                told = "internal error; the log of the server has the details"
+                await respond(sending, 500, error_of(scope["path"], 500, told))
         finally:
             self.metrics.requests.labels(route, str(status)).inc()
             self.metrics.seconds.labels(route).observe(time.perf_counter() - started)
@@ -129,7 +137,7 @@ class Guard:
                 raise Refusal(
                     421, f"the Host header names {name[:100]!r}; --allow-host NAME accepts one more name", "host"
                 )
-        if scope["path"] == "/predict" and (b"sec-fetch-site", b"cross-site") in headers:
+        if scope["path"].startswith(("/predict", OPENAI)) and (b"sec-fetch-site", b"cross-site") in headers:
             raise Refusal(403, "a page of another site may not use this server from a browser", "site")
         if self._token is None or scope["path"] in OPEN:
             return
@@ -138,10 +146,11 @@ class Guard:
         if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
             raise Refusal(401, "a token is needed: Authorization: Bearer TOKEN", "token")
 
-    async def refuse(self, refusal: Refusal, send: Send) -> None:
-        """Send a refusal."""
+    async def refuse(self, refusal: Refusal, send: Send, path: str) -> None:
+        """Send a refusal of a request to this path."""
         self.metrics.refusals.labels(refusal.reason).inc()
-        await respond(send, refusal.status, {"error": refusal.message}, refusal.headers)
+        content = error_of(path, refusal.status, refusal.message, refusal.code, refusal.param)
+        await respond(send, refusal.status, content, refusal.headers)
 
     def _with_security(self, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         present = {name.lower() for name, _ in headers}

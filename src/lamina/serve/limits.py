@@ -1,8 +1,12 @@
 """Limits of the server, and how a request beyond one is refused."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 MB = 2**20
+LANGUAGE: Mapping[str, float] = {"deadline_seconds": 300, "queue": 64, "batch": 8}
+"""Defaults that differ for language models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,7 @@ class Limits:
     request_seconds: float = 60
     """From the end of the headers to the response, upload included."""
     deadline_seconds: float = 10
-    """From the end of the upload to the prediction."""
+    """From the end of the upload to the prediction, or to the end of a completion."""
     connections: int = 256
     """Open at one time."""
     queue: int = 512
@@ -41,6 +45,14 @@ class Limits:
     """Images or texts that are computed together."""
     wait_ms: float = 3
     """How long a batch waits for images that are being decoded."""
+
+    new_tokens: int = 512
+    """Tokens that are generated for a request."""
+
+    @classmethod
+    def of_language(cls, **given: Any) -> "Limits":
+        """Returns limits with the defaults for language models, which take longer and are asked less often."""
+        return cls(**{**LANGUAGE, **given})
 
     @property
     def pixels(self) -> int:
@@ -61,11 +73,22 @@ def flag(limit: str) -> str:
 
 
 class Refusal(Exception):
-    """A request that is not granted: the status of the response, its message, and what was wrong for the metrics."""
+    """A request that is not granted: the status of the response, its message, and what was wrong for the metrics. code, param:
+    what was wrong, for OpenAI's shape."""
 
-    def __init__(self, status: int, message: str, reason: str, *, retry: bool = False) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        reason: str,
+        *,
+        retry: bool = False,
+        code: str | None = None,
+        param: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.reason = status, message, reason
+        self.code, self.param = code, param
         self.headers = {"Retry-After": "1"} if retry else {}
         if status == 401:
             self.headers["WWW-Authenticate"] = 'Bearer realm="lamina"'

@@ -21,16 +21,21 @@ class Metrics:
         self.refusals = Counter(
             "lamina_refusals", "Refused requests, by what was wrong.", ["reason"], registry=self.registry
         )
-        self.predictions = Counter("lamina_predictions", "Images or texts that were predicted.", registry=self.registry)
+        self.predictions = Counter(
+            "lamina_predictions", "Images, texts or prompts that were predicted.", registry=self.registry
+        )
+        self.tokens = Counter(
+            "lamina_tokens", "Tokens of prompts and of completions.", ["kind"], registry=self.registry
+        )
         self.batches = Histogram(
             "lamina_batch_inputs",
-            "Images or texts that were computed together.",
+            "Images, texts or prompts that were computed together.",
             buckets=BATCHES,
             registry=self.registry,
         )
         self.queue = Gauge(
             "lamina_queue_inputs",
-            "Images or texts that are being decoded, wait or are computed.",
+            "Images, texts or prompts that are being decoded, wait or are computed.",
             registry=self.registry,
         )
         self.held = Gauge("lamina_body_bytes", "Bytes of request bodies in memory.", registry=self.registry)

@@ -38,7 +38,7 @@ async function call(path, options = {}) {
   let content = {};
   try { content = await response.json(); } catch { /* the status says enough */ }
   if (!response.ok) {
-    const error = new Error(content.error || `the server responded with status ${response.status}`);
+    const error = new Error(content.error?.message || content.error || `the server responded with status ${response.status}`);
     error.status = response.status;
     throw error;
   }
@@ -105,7 +105,8 @@ function work() {
 
 function progress() {
   by("tools").hidden = !by("results").children.length;
-  by("progress").textContent = done < asked ? `${done} of ${asked} predicted` : `${plural(asked, "input")} predicted`;
+  const [input, predicted] = kind === "language" ? ["prompt", "completed"] : ["input", "predicted"];
+  by("progress").textContent = done < asked ? `${done} of ${asked} ${predicted}` : `${plural(asked, input)} ${predicted}`;
 }
 
 function take(files) {
@@ -129,7 +130,9 @@ function listen() {
     token = by("token").value.trim();
     start();
   });
-  if (kind === "image") {
+  if (kind === "language") {
+    listenForPrompts();
+  } else if (kind === "image") {
     const input = by("files"), area = by("drop");
     input.addEventListener("change", () => { take(input.files); input.value = ""; });
     for (const name of ["dragenter", "dragover"]) {
@@ -216,7 +219,8 @@ function chart(tasks) {
 }
 
 function tell(model, about) {
-  by("summary").textContent = `Version ${model.version} knows ${plural(model.classes, "class")} from ${plural(model.tasks, "task")}.`;
+  const known = kind === "language" ? "" : `${plural(model.classes, "class")} from `;
+  by("summary").textContent = `Version ${model.version} knows ${known}${plural(model.tasks, "task")}.`;
   chart(about.tasks);
   by("tasks").replaceChildren(...about.tasks.map((task, k) => {
     const newest = task.accuracy.length ? task.accuracy[task.accuracy.length - 1].accuracy : null;
@@ -255,6 +259,10 @@ function classes(names, folded) {
 
 function curl() {
   const auth = document.body.dataset.token === "yes" ? " -H \"Authorization: Bearer $TOKEN\"" : "";
+  if (kind === "language") {
+    by("curl").textContent = curlForPrompts(auth);
+    return;
+  }
   const input = kind === "image" ? "-F file=@photo.jpg" : "--json '{\"texts\": [\"...\"]}'";
   by("curl").textContent = `curl${auth} ${input} ${new URL("predict", location.href).href}`;
 }

@@ -19,6 +19,8 @@ from lamina.speed import return_large_blocks
 SHORTEST_TOKEN = 16
 HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 """What --allow-host may give."""
+GRACEFUL = 10
+"""Most seconds that requests under way have to end when the server stops; a completion that takes longer is broken off."""
 KEEP_ALIVE = 3600
 """Seconds, for uvicorn. The limit on the time of headers also ends a connection that waits for its next request."""
 
@@ -38,12 +40,14 @@ def read_token(file: Path) -> str:
     return token
 
 
-def check_limits(limits: Limits) -> None:
-    """Raises ConfigError for limits that are not finite, or exclude each other."""
+def check_limits(limits: Limits, *, language: bool = False) -> None:
+    """Raises ConfigError for limits that are not finite, or exclude each other. language: of a language model."""
     for limit, value in asdict(limits).items():
         if not math.isfinite(value):
             raise ConfigError(f"{flag(limit)} {value}: it must be a finite number.")
-    if limits.queue < max(limits.files, limits.texts, limits.batch):
+    if language and limits.queue < limits.batch:
+        raise ConfigError(f"{flag('queue')} {limits.queue}: it must be at least {flag('batch')} ({limits.batch}).")
+    if not language and limits.queue < max(limits.files, limits.texts, limits.batch):
         raise ConfigError(
             f"{flag('queue')} {limits.queue}: it must be at least as large as {flag('files')}, {flag('texts')} and "
             f"{flag('batch')} ({max(limits.files, limits.texts, limits.batch)})."
@@ -115,7 +119,7 @@ def run(app: Guard, bound: socket.socket, limits: Limits) -> None:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=int(limits.deadline_seconds) + 1,
+        timeout_graceful_shutdown=int(min(limits.deadline_seconds, GRACEFUL)) + 1,
         h11_max_incomplete_event_size=limits.header_kb * 1024,
     )
     return_large_blocks()

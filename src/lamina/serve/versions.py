@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from lamina.errors import LaminaError, ModelError
-from lamina.model import Card, Facts, Model, Predictor, Store, kept
+from lamina.model import Card, Facts, LanguagePredictor, Model, Predictor, Store, kept
 from lamina.runs.setup import image_transform
 
 log = logging.getLogger("lamina.serve")
 RETRY = 10
 """Looks at the model's directory until a version is tried again that failed for a passing reason, such as a lack of memory."""
+MOST_ASKED = 64
+"""Probes of a task of a language model that are checked before a version is served."""
 ALLOWED_LOSS = 0.02
 """Accuracy on the kept probes may be this much below the recorded one: another CPU rounds otherwise."""
 
@@ -30,7 +32,7 @@ ALLOWED_LOSS = 0.02
 class Version:
     """One version in memory, and what the model says about it."""
 
-    predictor: Predictor
+    predictor: Predictor | LanguagePredictor
     facts: Facts
     lineage: list[Card]
     checked: str
@@ -42,6 +44,18 @@ class Version:
     @property
     def number(self) -> int:
         return self.predictor.version
+
+    @property
+    def classifier(self) -> Predictor:
+        """The predictor of a classifier."""
+        assert isinstance(self.predictor, Predictor)
+        return self.predictor
+
+    @property
+    def language(self) -> LanguagePredictor:
+        """The predictor of a language model."""
+        assert isinstance(self.predictor, LanguagePredictor)
+        return self.predictor
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,7 @@ class Refused:
 def load(path: Path, device: str | None = None) -> Version:
     """Returns the newest version of a model, checked. Raises LaminaError where it cannot be loaded, or fails the check."""
     model = Model(path)
-    predictor = model.predictor(device)
+    predictor = model.deployed(device)
     try:
         facts = model.facts
         lineage = model.store.lineage(predictor.card.folder)
@@ -66,18 +80,22 @@ def load(path: Path, device: str | None = None) -> Version:
     return Version(predictor, facts, lineage, checked)
 
 
-def check(store: Store, predictor: Predictor, lineage: list[Card]) -> str:
+def check(store: Store, predictor: Predictor | LanguagePredictor, lineage: list[Card]) -> str:
     """Returns what a check of a version on the model's probes has found; without probes, on noise. Raises ModelError where a
-    prediction is not finite, or the probes of earlier tasks are predicted worse than when the version was learnt."""
+    prediction is not finite, or the probes of earlier tasks are predicted worse than when the version was learnt.
+
+    Of a language model, tasks with more than 64 probes are left out, since generating takes long.
+    """
     transform = image_transform(predictor.config, predictor.backbone) if predictor.kind == "image" else None
+    tokenise = predictor.reader.tokenise if isinstance(predictor, LanguagePredictor) else None
     recorded = {} if predictor.card.gate is None else {change.name: change for change in predictor.card.gate.tasks}
     examples, correct, expected, compared = 0, 0, 0.0, 0
     for card in lineage:
-        probes = kept.unpacked(store.kept(card.folder, kept.PROBES), transform)
-        if not len(probes):
+        probes = kept.unpacked(store.kept(card.folder, kept.PROBES), transform, tokenise)
+        if not len(probes) or (tokenise is not None and len(probes) > MOST_ASKED):
             continue
         found = predictor.outcomes(probes)
-        if not np.isfinite(found.confidence_n).all():
+        if found.confidence_n is not None and not np.isfinite(found.confidence_n).all():
             raise ModelError(
                 f"a prediction for the probes of task {card.name!r} is not finite: the weights are damaged."
             )
@@ -88,8 +106,7 @@ def check(store: Store, predictor: Predictor, lineage: list[Card]) -> str:
             correct += found.correct
             expected += change.after * len(probes)
     if not examples:
-        predictor.scores(_noise(predictor))
-        return "no probes are kept; predictions for noise are finite"
+        return _check_noise(predictor)
     if compared and expected - correct > max(1.0, ALLOWED_LOSS * compared):
         raise ModelError(
             f"it predicts {correct} of {compared} probes of earlier tasks correctly, where {expected:.0f} were correct when it "
@@ -98,6 +115,15 @@ def check(store: Store, predictor: Predictor, lineage: list[Card]) -> str:
     recorded_as = "as recorded" if round(expected) == correct else f"{expected:.0f} as recorded"
     told = f"; {correct} of {compared} correct, {recorded_as}" if compared else ""
     return f"{examples} probes, all predictions finite{told}"
+
+
+def _check_noise(predictor: Predictor | LanguagePredictor) -> str:
+    """Returns what predictions for something that is in no data have shown. Raises ModelError where one is not finite."""
+    if isinstance(predictor, LanguagePredictor):
+        predictor.check_finite()
+        return "no probes are used; the log-likelihood of a text is finite"
+    predictor.scores(_noise(predictor))
+    return "no probes are kept; predictions for noise are finite"
 
 
 def _noise(predictor: Predictor) -> Any:

@@ -19,6 +19,7 @@ from lamina.data import (
     open_source,
     truncation,
 )
+from lamina.engine.answers import questions
 from lamina.errors import ConfigError, DataError
 from lamina.types import Examples, Instructions, LabelledData
 
@@ -73,7 +74,7 @@ def test_prompt_and_completion(folder: Path) -> None:
 def test_the_prompt_of_a_question_is_that_of_training(folder: Path) -> None:
     table, data = load(rows(6), folder)
     examples = Examples(table, np.arange(6), data.labels_n)
-    batch = examples.questions(np.array([4, 1]))
+    batch = questions(examples, np.array([4, 1]))
     assert batch.labels_b.tolist() == [0, 1]
     for b, row in enumerate((4, 1)):
         ids = batch.inputs["input_ids"][b][batch.inputs["attention_mask"][b].bool()].tolist()

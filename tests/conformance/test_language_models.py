@@ -729,7 +729,7 @@ def test_every_method_rehearses_and_ends_in_the_same_bits_when_stopped(name: str
 
     def process(number: int) -> Loop:
         moments = iter(range(10**6))
-        return make(tmp_path / "pieces", should_stop=lambda: next(moments) >= 20 + number % 4)
+        return make(tmp_path / "pieces", should_stop=lambda: next(moments) >= 12 + number % 4)
 
     _, processes = run_in_pieces(process)
     assert processes > 2

@@ -1,0 +1,278 @@
+"""OpenAI's interface of a language model: what it completes, streams and refuses, and what happens to a client that goes."""
+
+import asyncio
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from tests import assistants
+from tests.assistants import instructions
+
+from lamina.errors import ConfigError
+from lamina.model import Model
+from lamina.serve import Limits, Refusal, create_app
+from lamina.serve.generating import Generator
+
+CHAT = "/v1/chat/completions"
+ASKED = {"model": "assistant", "messages": [{"role": "user", "content": "The film is a joy. Good?"}], "max_tokens": 6}
+Client = Callable[..., TestClient]
+
+
+@pytest.fixture(scope="module")
+def assistant(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model of two tasks. Tests that change it copy it."""
+    return assistants.learnt(tmp_path_factory.mktemp("assistant"))
+
+
+@pytest.fixture
+def serve(assistant: Path) -> Iterator[Client]:
+    clients: list[TestClient] = []
+
+    def made(path: Path = assistant, *, token: str | None = None, seconds: float = 0.05, **limits: float) -> TestClient:
+        client = TestClient(create_app(path, limits=Limits.of_language(**limits), token=token, seconds=seconds))
+        client.__enter__()
+        clients.append(client)
+        return client
+
+    yield made
+    for client in clients:
+        client.__exit__(None, None, None)
+
+
+def refusal(response: Any) -> dict[str, Any]:
+    content: dict[str, Any] = response.json()
+    assert content.keys() == {"error"}
+    assert content["error"].keys() == {"message", "type", "param", "code"}
+    return content["error"]
+
+
+def events(body: str) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in body.split("\n\n") if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def test_a_chat_is_completed(serve: Client, assistant: Path) -> None:
+    response = serve().post(CHAT, json=ASKED)
+    assert response.status_code == 200
+    content = response.json()
+    (expected,) = Model(assistant).complete([ASKED["messages"]], max_new_tokens=6)
+    (choice,) = content["choices"]
+    assert choice["message"] == {"role": "assistant", "content": expected.text, "refusal": None}
+    assert choice["finish_reason"] == expected.ended
+    assert content["object"] == "chat.completion"
+    assert content["system_fingerprint"] == "version-2"
+    assert response.headers["x-model-version"] == "2"
+    assert content["usage"] == {
+        "prompt_tokens": expected.prompt_tokens,
+        "completion_tokens": expected.tokens,
+        "total_tokens": expected.prompt_tokens + expected.tokens,
+    }
+
+
+def test_a_stream_comes_to_the_same_text(serve: Client) -> None:
+    client = serve()
+    whole = client.post(CHAT, json=ASKED).json()
+    response = client.post(CHAT, json={**ASKED, "stream": True, "stream_options": {"include_usage": True}})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *parts, last = events(response.text)
+    assert parts[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    text = "".join(part["choices"][0]["delta"].get("content", "") for part in parts)
+    assert text == whole["choices"][0]["message"]["content"]
+    assert parts[-1]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
+    assert last["choices"] == []
+    assert last["usage"] == whole["usage"]
+    text = {"model": "assistant", "prompt": "The film", "max_tokens": 4}
+    whole = client.post("/v1/completions", json=text).json()
+    parts = events(client.post("/v1/completions", json={**text, "stream": True}).text)
+    assert "".join(part["choices"][0]["text"] for part in parts) == whole["choices"][0]["text"]
+    assert {part["object"] for part in parts} == {"text_completion"}
+
+
+def test_a_stop_text_ends_a_completion_and_is_no_part_of_it(serve: Client) -> None:
+    client = serve()
+    text = {"model": "assistant", "prompt": "The film", "max_tokens": 24}
+    whole = client.post("/v1/completions", json=text).json()["choices"][0]["text"]
+    stop = whole[len(whole) // 2 :][:2]
+    assert stop
+    assert "\ufffd" not in stop
+    for stream in (False, True):
+        response = client.post("/v1/completions", json={**text, "stop": [stop], "stream": stream})
+        parts = events(response.text) if stream else [response.json()]
+        assert "".join(part["choices"][0]["text"] for part in parts) == whole[: whole.index(stop)]
+        assert parts[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code", "param", "told"),
+    [
+        ({"model": "other"}, 404, "model_not_found", "model", "'assistant'"),
+        ({"temperature": 0.7}, 400, "invalid_value", "temperature", "greedy"),
+        ({"n": 2}, 400, "invalid_value", "n", "greedy"),
+        ({"tools": []}, 400, "unknown_parameter", "tools", "not permitted"),
+        ({"logprobs": True}, 400, "invalid_value", "logprobs", "not supported"),
+        ({"max_tokens": 0}, 400, "invalid_value", "max_tokens", "greater"),
+        ({"max_tokens": 10_000}, 400, "invalid_value", "max_tokens", "--max-new-tokens"),
+        ({"messages": []}, 400, "invalid_value", "messages", "at least 1"),
+        ({"messages": [{"role": "system", "content": "Be brief."}]}, 400, "invalid_value", "messages", "user"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "invalid_value", "messages.0.role", "developer"),
+        ({"messages": [{"role": "user", "content": "joy " * 400}]}, 400, "context_length_exceeded", "messages", "256"),
+        ({"max_tokens": 250}, 400, "context_length_exceeded", "messages", "at most"),
+        ({"stop": [""]}, 400, "invalid_value", "stop", "characters"),
+        ({"stop": ["a"] * 5}, 400, "invalid_value", "stop", "at most 4"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_is_wrong_is_named(
+    serve: Client, change: dict[str, Any], status: int, code: str, param: str, told: str
+) -> None:
+    response = serve().post(CHAT, json={**ASKED, **change})
+    found = refusal(response)
+    assert (response.status_code, found["code"], found["param"]) == (status, code, param), found
+    assert told in found["message"]
+
+
+def test_what_has_no_effect_is_accepted(serve: Client) -> None:
+    client = serve()
+    free = {"temperature": 0, "n": 1, "seed": 7, "top_p": 0.5, "user": "someone", "presence_penalty": 0}
+    parts = [{"type": "text", "text": ASKED["messages"][0]["content"]}]
+    asked = {**ASKED, **free, "messages": [{"role": "user", "content": parts}]}
+    del asked["max_tokens"]
+    asked["max_completion_tokens"] = 6
+    assert client.post(CHAT, json=asked).json()["choices"] == client.post(CHAT, json=ASKED).json()["choices"]
+
+
+def test_the_other_routes(serve: Client) -> None:
+    client = serve(token="secret-secret-secret")
+    assert refusal(client.get("/v1/models"))["code"] == "invalid_api_key"
+    client.headers["Authorization"] = "Bearer secret-secret-secret"
+    (entry,) = client.get("/v1/models").json()["data"]
+    assert entry["id"] == "assistant"
+    assert client.get("/v1/models/assistant").json() == entry
+    assert refusal(client.get("/v1/models/x"))["code"] == "model_not_found"
+    response = client.post("/predict", json={"texts": ["x"]})
+    assert response.status_code == 404
+    assert CHAT in response.json()["error"]
+    assert refusal(client.get("/v1/embeddings"))["code"] == "not_found"
+    assert refusal(client.get(CHAT))["code"] == "method_not_allowed"
+    assert (
+        refusal(client.post(CHAT, content=b"{", headers={"Content-Type": "application/json"}))["code"] == "invalid_json"
+    )
+    assert client.post(CHAT, content=b"{}", headers={"Content-Type": "text/plain"}).status_code == 415
+    assert client.post(CHAT, json=ASKED, headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {CHAT, "/v1/completions", "/v1/models"} <= paths.keys()
+    assert "/predict" not in paths
+    assert client.post(CHAT, json=ASKED).status_code == 200
+    assert 'lamina_tokens_total{kind="completion"} ' in client.get("/metrics").text
+    assert client.get("/tasks").json()["classes"] == []
+    page = client.get("/")
+    assert 'id="as-chat"' in page.text
+    assert "unsafe" not in page.headers["content-security-policy"]
+
+
+def test_a_full_queue_refuses_with_429() -> None:
+    generator = Generator(Limits.of_language(queue=1))
+    generator.admit()
+    with pytest.raises(Refusal, match="--max-queue") as refused:
+        generator.admit()
+    assert (refused.value.status, refused.value.headers["Retry-After"]) == (429, "1")
+    generator.leave()
+    generator.admit()
+    generator.close()
+
+
+def test_a_completion_that_takes_too_long_is_refused(serve: Client) -> None:
+    client = serve(deadline_seconds=0.0001)
+    response = client.post(CHAT, json=ASKED)
+    assert response.status_code == 503
+    assert "--max-deadline-seconds" in refusal(response)["message"]
+    (*_, last) = events(client.post(CHAT, json={**ASKED, "stream": True}).text)
+    assert last["error"]["code"] == "overloaded"
+
+
+def test_texts_of_one_batch_do_not_depend_on_each_other(assistant: Path) -> None:
+    model = Model(assistant)
+    prompts = ["The film 1 is a joy.\nGood?", "A", "Many more words than in the others, to be padded " * 3, "The book"]
+    together = model.complete(prompts, max_new_tokens=8)
+    assert together == [model.complete(prompt, max_new_tokens=8)[0] for prompt in prompts]
+    ranked = model.complete(prompts, ["yes", "no"])
+    alone = [model.complete(prompt, ["yes", "no"])[0] for prompt in prompts]
+    assert [one.text for one in ranked] == [one.text for one in alone]
+
+
+def test_a_tokenizer_without_chat_template_is_refused_at_start(tmp_path: Path) -> None:
+    base = assistants.backbone(tmp_path / "llama", template=None)
+    path = assistants.learnt(tmp_path, base, tasks=1)
+    with pytest.raises(ConfigError, match=r"chat template.*--no-chat"):
+        create_app(path)
+    with TestClient(create_app(path, chat=False)) as client:
+        text = {"model": "assistant", "prompt": "The film", "max_tokens": 2}
+        assert client.post("/v1/completions", json=text).status_code == 200
+        assert refusal(client.post(CHAT, json=ASKED))["code"] == "no_chat_template"
+
+
+def test_a_new_version_is_picked_up(serve: Client, assistant: Path, tmp_path: Path) -> None:
+    path = tmp_path / "assistant"
+    shutil.copytree(assistant, path)
+    client = serve(path)
+    assert client.get("/model").json()["checked"] == "6 probes, all predictions finite; 2 of 4 correct, as recorded"
+    Model(path).learn(instructions(tmp_path / "song.jsonl", "song"), name="songs", force=True)
+    for _ in range(200):
+        if client.post(CHAT, json=ASKED).headers["x-model-version"] == "3":
+            break
+    else:
+        raise AssertionError(client.get("/model").json()["refused"])
+
+
+class Slow:
+    """Stands for a version whose completions take long."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    @property
+    def language(self) -> "Slow":
+        return self
+
+    def generate(self, asked: list[Any], each: Callable[[int, str], bool]) -> list[str]:
+        import time
+
+        ended = [False] * len(asked)
+        for _ in range(200):
+            for k in range(len(asked)):
+                ended[k] = ended[k] or each(k, "x")
+            self.steps.append(len(ended) - sum(ended))
+            if all(ended):
+                break
+            time.sleep(0.005)
+        return ["done"] * len(asked)
+
+
+def test_what_waits_is_completed_together_and_a_client_that_goes_ends_its_own() -> None:
+    async def main() -> None:
+        import time
+
+        sizes: list[int] = []
+        generator = Generator(Limits.of_language(batch=3), sizes.append)
+        running = asyncio.create_task(generator.run())
+        version: Any = Slow()
+        due = time.monotonic() + 60
+        jobs = [generator.put(version, None, due) for _ in range(5)]  # type: ignore[arg-type]
+        await jobs[0].texts.get()
+        jobs[0].cancelled = jobs[3].cancelled = True
+        await asyncio.sleep(0.05)
+        assert version.steps[-1] == 2
+        for job in jobs:
+            job.cancelled = True
+        await asyncio.wait([job.done for job in jobs], timeout=10)
+        assert sizes == [3]
+        assert [job.done.cancelled() for job in jobs] == [False, False, False, True, True]
+        running.cancel()
+        generator.close()
+
+    asyncio.run(main())
