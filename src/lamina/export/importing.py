@@ -237,6 +237,11 @@ def _check_request(facts: Facts, lineage: Sequence[Card], name: str, classes: tu
 def _exported(found: ForeignAdapter) -> dict[str, Any] | None:
     """Returns what an export of lamina says of itself; None for an adapter that is none. Raises ModelError where that is
     damaged."""
+    if facts.kind == "language":
+        raise ModelError(
+            "an adapter is imported into a classifier only, and this model is a language model. Fold the adapter into its base "
+            "with peft's merge_and_unload, save that, and begin with it: `lamina create MODEL --backbone FOLDER`."
+        )
     told = found.path / FACTS
     if not (told.exists() or told.is_symlink()):
         return None
