@@ -214,6 +214,11 @@ def _content(parts: _Parts, state: RunState) -> tuple[dict[str, Any], dict[str, 
 
 
 def _check_request(facts: Facts, lineage: Sequence[Card], name: str, classes: tuple[str, ...], *, given: bool) -> None:
+    if facts.kind == "language":
+        raise ModelError(
+            "an adapter is imported into a classifier only, and this model is a language model. Fold the adapter into its base "
+            "with peft's merge_and_unload, save that, and begin with it: `lamina create MODEL --backbone FOLDER`."
+        )
     method, config = facts.config.method["name"], facts.config.consolidation
     if method in REFUSED:
         raise MethodError(f"method {method!r} cannot take an adapter that was trained elsewhere: {REFUSED[method]}.")

@@ -14,10 +14,11 @@ from lamina.backbones import Backbone, copy_files
 from lamina.backbones.files import copy_tokenizer, locate
 from lamina.data.instruction_table import Renderer
 from lamina.data.records import Row
-from lamina.errors import DataError, MethodError, ModelError
+from lamina.errors import MethodError, ModelError
 from lamina.export.adapter import BASE
 from lamina.export.checking import by_library, silently
 from lamina.export.language_opened import OpenedLanguage
+from lamina.export.opened import SENTENCES
 from lamina.export.updates import Factors, state_of
 from lamina.export.written import Draft, told, write_json
 from lamina.methods.color import CoLoR
@@ -115,28 +116,25 @@ def write_tokenizer(draft: Draft[OpenedLanguage]) -> None:
 
     opened = draft.opened
     folder = opened.backbone.tokenizer
-    if folder is None:
-        raise DataError(
-            f"backbone {opened.backbone.name!r} has no tokenizer beside its weights. Put tokenizer.json there."
-        )
+    assert folder is not None
     copy_tokenizer(folder, draft.folder)
-    mine = opened.table.renderer
+    mine = opened.renderer
     with by_library("loading the written tokenizer with transformers", "Other versions of transformers may help."):
-        theirs = Renderer(AutoTokenizer.from_pretrained(draft.folder), draft.folder, opened.saved.config.data.form)
-        for number in opened.examples.rows_n.tolist():
-            row, where = opened.table.source.read(number), opened.table.source.where(number)
-            assert isinstance(row, Row)
-            text = mine.render(row, where)
-            if theirs.render(row, where) != text or theirs.ids([text.prompt]) != mine.ids([text.prompt]):
-                raise ModelError(
-                    f"the written tokenizer makes other tokens of {where} than lamina does, so nothing was written. Install "
-                    f"the transformers that the tokenizer was saved with."
-                )
+        theirs = Renderer(AutoTokenizer.from_pretrained(draft.folder), draft.folder, mine.form)
+        rendered = [mine.render(Row(text, "."), text) for text in SENTENCES]
+        same = rendered == [theirs.render(Row(text, "."), text) for text in SENTENCES]
+        texts = [one.prompt for one in rendered] + [one.prompt for one in opened.read]
+        wrong = next((text for text in texts if mine.ids([text]) != theirs.ids([text])), None)
+    if not same or wrong is not None:
+        raise ModelError(
+            f"the written tokenizer makes other tokens of {wrong or SENTENCES[0]!r} than lamina does, so nothing was written. "
+            f"Install the transformers that the tokenizer was saved with."
+        )
 
 
 def write_generation(folder: Path, opened: OpenedLanguage, settings: Mapping[str, Any] | None = None) -> None:
     """Write the settings of generation: greedy by default, ended by the tokens that completions were trained to end with."""
-    more = {"eos_token_id": list(opened.stops), "pad_token_id": opened.table.pad_id}
+    more = {"eos_token_id": list(opened.stops), "pad_token_id": opened.pad}
     write_json(folder / GENERATION, {**(settings or {"do_sample": False}), **more})
 
 

@@ -18,6 +18,7 @@ from lamina import backbones, data
 from lamina.backbones import Backbone
 from lamina.config import RunConfig
 from lamina.data.arrays import ArrayItems
+from lamina.data.instruction_table import Renderer
 from lamina.data.records import Row, Source
 from lamina.engine import checkpoint
 from lamina.errors import DataError, LaminaError, ModelError
@@ -25,10 +26,10 @@ from lamina.export.opened import SENTENCES
 from lamina.learner import LanguageLearner, learner_of
 from lamina.methods import METHODS
 from lamina.methods.base import Method
-from lamina.model import Model
+from lamina.model import Model, kept
 from lamina.runs.directory import CONFIG, begun, read_record
 from lamina.runs.setup import check_kind, decode, make_stream, open_source
-from lamina.types import Batch, Examples, Instruction, LabelledData
+from lamina.types import Batch, Examples, Instruction, Instructions, Ints, LabelledData
 
 MOST_PROMPTS, PART = 16, 8
 """Prompts that an export is compared on, and how many of them are in one batch."""
@@ -131,10 +132,11 @@ class OpenedLanguage:
     saved: Saved
     learner: LanguageLearner
     method: Method[Any]
-    examples: Examples
-    """The prompts, with their completions."""
+    examples: tuple[Examples, ...]
+    """The prompts with their completions, in one part for each table that holds some."""
     origin: str
-    table: data.InstructionTable
+    renderer: Renderer
+    """Makes prompts and tokens of texts."""
     as_run: float | None = field(default=None)
     """Share of prompts after which the same tokens are generated in the precision that the model runs in; None if that is
     float32."""
@@ -176,14 +178,14 @@ class OpenedLanguage:
     @cached_property
     def whole(self) -> tuple[Batch, ...]:
         """Prompts with their completions."""
-        return tuple(self.examples.batch(part) for part in self._parts())
+        return tuple(examples.batch(part) for examples, part in self._parts())
 
     @cached_property
     def asked(self) -> tuple[Batch, ...]:
         """The prompts alone."""
         found = []
-        for part in self._parts():
-            inputs, right_b = self.table.questions(self.examples.rows_n[part])
+        for examples, part in self._parts():
+            inputs, right_b = table_of(examples).questions(examples.rows_n[part])
             names = ("input_ids", "attention_mask")
             found.append(Batch(inputs={name: inputs[name] for name in names}, labels_b=right_b))
         return tuple(found)
@@ -191,7 +193,16 @@ class OpenedLanguage:
     @cached_property
     def read(self) -> tuple[Instruction, ...]:
         """The prompts as texts, in the order of `whole` and `asked`."""
-        return tuple(self.table.read(int(row)) for part in self._parts() for row in self.examples.rows_n[part])
+        return tuple(table_of(one).read(int(row)) for one, part in self._parts() for row in one.rows_n[part])
+
+    @property
+    def pad(self) -> int:
+        """Id of the padding token."""
+        return table_of(self.examples[0]).pad_id
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Returns these tokens as text, without special tokens."""
+        return table_of(self.examples[0]).decode(tokens)
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
@@ -199,24 +210,38 @@ class OpenedLanguage:
         own: Any = self.backbone.module
         theirs = own.generation_config.eos_token_id
         theirs = [theirs] if isinstance(theirs, int) else list(theirs or ())
-        return tuple(dict.fromkeys([*self.table.stops, *theirs]))
+        mine = [token for examples in self.examples for token in table_of(examples).stops]
+        return tuple(dict.fromkeys([*mine, *theirs]))
 
-    def _parts(self) -> list[Any]:
-        order_n = np.argsort(self.examples.lengths(), kind="stable")
-        return [order_n[start : start + PART] for start in range(0, len(order_n), PART)]
+    def _parts(self) -> list[tuple[Examples, Ints]]:
+        found = []
+        for examples in self.examples:
+            order_n = np.argsort(examples.lengths(), kind="stable")
+            found += [(examples, order_n[start : start + PART]) for start in range(0, len(order_n), PART)]
+        return found
+
+
+def table_of(examples: Examples) -> Instructions:
+    """Returns the table of instructions."""
+    assert isinstance(examples.table, Instructions)
+    return examples.table
 
 
 def open_language(path: Path, inputs: str | os.PathLike[str] | None = None) -> OpenedLanguage:
-    """Returns the language model of a finished run or a model, in float32, with prompts: those given, else test examples of
-    its data, else sentences.
+    """Returns the language model of a finished run or a model, in float32, with prompts: those given, else a model's probes or
+    test examples of a run's data, else sentences.
 
     inputs: a file with a prompt per line. Raises ModelError where other weights are in the base's place, or nothing was
     learnt; DataError for a file that cannot be read.
     """
     found = saved(path)
     learner, method = _restored(found, torch.float32)
-    table, examples, origin = _prompts(found, learner.backbone, None if inputs is None else Path(inputs))
-    return OpenedLanguage(found, learner, method, examples, origin, table)
+    if learner.backbone.tokenizer is None:
+        raise DataError(f"backbone {found.backbone!r} has no tokenizer beside its weights. Put tokenizer.json there.")
+    tokenise = data.load_tokenizer(learner.backbone.tokenizer)
+    examples, origin = _prompts(found, learner.backbone, tokenise, None if inputs is None else Path(inputs))
+    renderer = Renderer(tokenise, learner.backbone.tokenizer, found.config.data.form)
+    return OpenedLanguage(found, learner, method, examples, origin, renderer)
 
 
 def in_its_precision(opened: OpenedLanguage) -> LanguageLearner | None:
@@ -241,8 +266,8 @@ def _restored(found: Saved, dtype: torch.dtype) -> tuple[LanguageLearner, Method
     return learner, method
 
 
-def _prompts(found: Saved, backbone: Backbone, inputs: Path | None) -> tuple[data.InstructionTable, Examples, str]:
-    """Returns a table of instructions, those to compare on, and what they are."""
+def _prompts(found: Saved, backbone: Backbone, tokenise: Any, inputs: Path | None) -> tuple[tuple[Examples, ...], str]:
+    """Returns instructions to compare on, and what they are."""
     if inputs is not None:
         if not inputs.is_file():
             raise DataError(f"{inputs} is no file. Give a file with a prompt per line.")
@@ -250,29 +275,46 @@ def _prompts(found: Saved, backbone: Backbone, inputs: Path | None) -> tuple[dat
         texts = [line for line in lines if line][:MOST_PROMPTS]
         if not texts:
             raise DataError(f"{inputs} holds no prompt. Give a file with a prompt per line.")
-        return *_of_texts(found, backbone, texts), f"{len(texts)} prompts from {inputs}"
+        return _of_texts(found, backbone, texts), f"{len(texts)} prompts from {inputs}"
+    if found.version is not None:
+        probes = _probes(found.path, tokenise)
+        if probes:
+            return probes, f"{sum(map(len, probes))} probes of {len(probes)} task{'s' if len(probes) > 1 else ''}"
+        return _of_texts(found, backbone, SENTENCES), f"{len(SENTENCES)} sentences, since the model keeps no probes"
     try:
         return _of_data(found.config, backbone)
     except LaminaError as error:
         reason = str(error).splitlines()[0].rstrip(".")
     told = f"{len(SENTENCES)} sentences, since its data is not at hand ({reason})"
-    return *_of_texts(found, backbone, SENTENCES), told
+    return _of_texts(found, backbone, SENTENCES), told
 
 
-def _of_data(config: RunConfig, backbone: Backbone) -> tuple[data.InstructionTable, Examples, str]:
+def _probes(path: Path, tokenise: Any) -> tuple[Examples, ...]:
+    """Returns probes that the model keeps, evenly over its tasks."""
+    model = Model(path)
+    stored = [model.store.kept(card.folder, kept.PROBES) for card in model.cards]
+    sets = [kept.unpacked(packed, None, tokenise) for packed in stored if packed is not None]
+    each = max(1, MOST_PROMPTS // max(1, len(sets)))
+    return tuple(_evenly(examples, each) for examples in sets if len(examples))
+
+
+def _evenly(examples: Examples, most: int) -> Examples:
+    return examples.select(np.linspace(0, len(examples) - 1, min(most, len(examples))).astype(np.int64))
+
+
+def _of_data(config: RunConfig, backbone: Backbone) -> tuple[tuple[Examples, ...], str]:
     """Takes test examples of every task, evenly; training examples where a task has no others."""
     source = open_source(config)
     check_kind(config, source, backbone)
     parts = [task.test if len(task.test) else task.train for task in make_stream(config, data.undecoded(source))]
     each = max(1, MOST_PROMPTS // len(parts))
-    chosen = [part.select(np.linspace(0, len(part) - 1, min(each, len(part))).astype(np.int64)) for part in parts]
-    rows_n = np.concatenate([part.rows_n for part in chosen])[:MOST_PROMPTS]
+    rows_n = np.concatenate([_evenly(part, each).rows_n for part in parts])[:MOST_PROMPTS]
     labelled = decode(config, source, backbone, lambda *_: None, rows_n)
     origin = f"{len(rows_n)} prompts of {len(parts)} task{'s' if len(parts) > 1 else ''}"
-    return *_examples(labelled, rows_n), origin
+    return (_examples(labelled, rows_n),), origin
 
 
-def _of_texts(found: Saved, backbone: Backbone, texts: Sequence[str]) -> tuple[data.InstructionTable, Examples]:
+def _of_texts(found: Saved, backbone: Backbone, texts: Sequence[str]) -> tuple[Examples, ...]:
     zeros_n = np.zeros(len(texts), np.int64)
     source = Source(
         kind="instructions",
@@ -286,9 +328,8 @@ def _of_texts(found: Saved, backbone: Backbone, texts: Sequence[str]) -> tuple[d
         fingerprint="",
     )
     labelled = decode(found.config, source, backbone, lambda *_: None, np.arange(len(texts)))
-    return _examples(labelled, np.arange(len(texts)))
+    return (_examples(labelled, np.arange(len(texts))),)
 
 
-def _examples(labelled: LabelledData, rows_n: Any) -> tuple[data.InstructionTable, Examples]:
-    assert isinstance(labelled.table, data.InstructionTable)
-    return labelled.table, Examples(labelled.table, rows_n, np.zeros(len(rows_n), np.int64))
+def _examples(labelled: LabelledData, rows_n: Ints) -> Examples:
+    return Examples(labelled.table, rows_n, np.zeros(len(rows_n), np.int64))

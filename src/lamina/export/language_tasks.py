@@ -60,7 +60,7 @@ def export_language_tasks(
             "names": list(names),
             "tasks": [{"name": name, "folder": folder} for name, folder in zip(names, folders, strict=True)],
             "form": opened.saved.config.data.form,
-            "pad": opened.table.pad_id,
+            "pad": opened.pad,
             "most": MOST_NEW,
             "transposed": flipped,
         }

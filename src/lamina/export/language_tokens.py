@@ -50,7 +50,7 @@ def generated(opened: OpenedLanguage, learner: LanguageLearner) -> tuple[tuple[i
     with learner.folded():
         for batch in opened.asked:
             with opened.method.answering(learner, batch):
-                written += learner.generate(batch, MOST_NEW, opened.stops, opened.table.pad_id)
+                written += learner.generate(batch, MOST_NEW, opened.stops, opened.pad)
     return tuple(map(tuple, written))
 
 
@@ -58,7 +58,7 @@ def places(opened: OpenedLanguage) -> list[Tensor]:
     """Returns where scores are compared, (b, t) boolean for every batch: evenly over the real tokens."""
     masks = [batch.inputs["attention_mask"].bool() for batch in opened.whole]
     vocabulary = opened.backbone.vocabulary or 1
-    most = max(len(opened.examples), min(MOST_STATES, MOST_NUMBERS // vocabulary))
+    most = max(sum(map(len, opened.examples)), min(MOST_STATES, MOST_NUMBERS // vocabulary))
     total = sum(int(mask_bt.sum()) for mask_bt in masks)
     chosen_n = torch.zeros(total, dtype=torch.bool)
     chosen_n[torch.linspace(0, total - 1, min(most, total)).long()] = True
@@ -79,7 +79,7 @@ def of_plain(opened: OpenedLanguage, model: Any) -> Computed:
         max_new_tokens=MOST_NEW,
         do_sample=False,
         eos_token_id=list(opened.stops),
-        pad_token_id=opened.table.pad_id,
+        pad_token_id=opened.pad,
         repetition_penalty=1.0,
     )
     with torch.no_grad():
@@ -90,7 +90,7 @@ def of_plain(opened: OpenedLanguage, model: Any) -> Computed:
                 logits.append(found_tv[place_t[mask_t]].float())
         model.generation_config = settings
         for batch in opened.asked:
-            ids_bt, mask_bt = _padded_left(batch, opened.table.pad_id)
+            ids_bt, mask_bt = _padded_left(batch, opened.pad)
             found_bt = model.generate(input_ids=ids_bt, attention_mask=mask_bt, generation_config=settings)
             written += [_until(row, opened.stops) for row in found_bt[:, ids_bt.shape[1] :].tolist()]
     return Computed(torch.cat(logits), tuple(written))
@@ -145,7 +145,7 @@ def _apart(opened: OpenedLanguage, batch: Batch, mine: Sequence[int], theirs: Se
 
 
 def _told(opened: OpenedLanguage, tokens: Sequence[int]) -> str:
-    told = repr(opened.table.decode(tokens))
+    told = repr(opened.decode(tokens))
     return told if len(told) <= 60 else told[:57] + "..."
 
 

@@ -1,6 +1,7 @@
 """Exports of causal language models: every family and method, reloaded by plain peft and transformers; or refused by name."""
 
 import json
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.unit.export.language_worlds import base, instructions, run_of
 
 from lamina import runs
 from lamina.errors import MethodError, ModelError
-from lamina.export import Exported, export_merged, export_onnx, export_peft, export_tasks
+from lamina.export import Exported, export_merged, export_onnx, export_peft, export_tasks, import_adapter
 from lamina.export.checking import page_tensors
 from lamina.export.language_files import VLLM_RANKS, told_rank
 from lamina.export.language_opened import open_language
@@ -24,6 +25,7 @@ from lamina.export.written import Draft
 from lamina.files import write_checked
 from lamina.methods import METHODS
 from lamina.methods.color import nearest_task
+from lamina.model import Model
 from lamina.types import Batch
 
 ALL = ["q", "k", "v", "out", "up", "down"]
@@ -144,17 +146,19 @@ def test_the_printed_code_writes_what_lamina_writes(form: str, tmp_path: Path, c
     run = run_of(tmp_path, data__form=form)
     done = export_peft(run, tmp_path / "peft")
     opened = open_language(run)
-    row: Any = opened.table.source.read(int(opened.examples.rows_n[0]))
-    prompt_bt = torch.from_numpy(opened.table.prompts.row(int(opened.examples.rows_n[0])).astype("int64"))[None]
+    table: Any = opened.examples[0].table
+    first = int(opened.examples[0].rows_n[0])
+    row = table.source.read(first)
+    prompt_bt = torch.from_numpy(table.prompts.row(first).astype("int64"))[None]
     batch = Batch(
         inputs={"input_ids": prompt_bt, "attention_mask": torch.ones_like(prompt_bt)}, labels_b=torch.zeros(1).long()
     )
     with opened.learner.folded():
-        mine = opened.learner.generate(batch, 64, opened.stops, opened.table.pad_id)[0]
+        mine = opened.learner.generate(batch, 64, opened.stops, opened.pad)[0]
     capsys.readouterr()
     with warnings.catch_warnings(action="ignore"):  # of peft
         exec(done.code.replace('"a prompt"', repr(row.prompt)), {"BASE": str(tmp_path / "base")})
-    assert capsys.readouterr().out == opened.table.decode(mine) + "\n"
+    assert capsys.readouterr().out == opened.decode(mine) + "\n"
     assert (tmp_path / "peft" / "chat_template.jinja").is_file()
     assert json.loads((tmp_path / "peft" / "generation_config.json").read_text())["eos_token_id"] == [1]
 
@@ -167,6 +171,21 @@ def test_prompts_are_those_given_or_of_the_data_or_sentences(tmp_path: Path):
     assert done.differences[0].inputs.startswith("2 prompts from")
     (tmp_path / "data").rename(tmp_path / "away")
     assert "since its data is not at hand" in export_merged(run, tmp_path / "c").differences[0].inputs
+
+
+def test_a_model_is_compared_on_its_probes(tmp_path: Path):
+    made, files = base("llama", tmp_path / "base"), instructions(tmp_path / "data")
+    settings = {"threads": 1, "precision": "fp32", "data.max_length": 64, "training.lr": 0.02, "probes.per_class": 3}
+    model = Model.create(tmp_path / "m", backbone=str(made), method="olora", settings=settings)
+    for name in ("reviews", "towns"):
+        model.learn(files / f"{name}.jsonl", name=name, force=True)
+    for number, export in enumerate((export_peft, export_merged, export_tasks)):
+        done = export(tmp_path / "m", tmp_path / str(number))
+        exact(done)
+        assert re.match(r"\d+ probes of 2 tasks", done.differences[0].inputs)
+    assert json.loads((tmp_path / "0" / "export.json").read_text())["model_version"] == 2
+    with pytest.raises(ModelError, match=r"imported into a classifier only.*merge_and_unload"):
+        import_adapter(tmp_path / "m", tmp_path / "0", name="more", classes=["a"])
 
 
 def test_what_cannot_be_exported(tmp_path: Path):
