@@ -14,6 +14,7 @@ from lamina.speed.cuda_graph import GraphedGradients, worth_recording
 from lamina.speed.fused_block import fuse
 from lamina.speed.instance import replace
 from lamina.speed.prefetch import prefetched
+from lamina.speed.rms_norm import lean_norms
 from lamina.speed.split_batch import SplitBatch, Workers
 from lamina.types import Batch
 
@@ -40,8 +41,8 @@ class Accelerated(Steps):
 def accelerate(learner: Learner) -> Accelerated:
     """Make a learner faster until the result is closed. The result tells a loop how to make batches and gradients.
 
-    Adapted layers compose their weights. On a CPU, bf16 backbones also get plain attention and fused blocks; float32
-    backbones compute the two halves of a batch in parallel if the number of threads, as it is now, is even.
+    Adapted layers compose their weights. On a CPU, bf16 backbones also get plain attention, lean norms and fused blocks;
+    float32 backbones compute the two halves of a batch in parallel if the number of threads, as it is now, is even.
     Raises ValueError where the learner is accelerated already.
     """
     layers = [ComposedLinear(layer) for layer in learner.layers.values()]
@@ -53,6 +54,7 @@ def accelerate(learner: Learner) -> Accelerated:
             undo.callback(replace(one.layer, "with_live", one))
         if on_cpu and learner.dtype == torch.bfloat16:
             undo.callback(use_plain_attention(backbone.module))
+            undo.callback(lean_norms(backbone.module))
             for path in backbone.stages[1:] if backbone.fusible else ():
                 undo.callback(fuse(backbone.module.get_submodule(path)))
         elif on_cpu and learner.dtype == torch.float32 and torch.get_num_threads() % 2 == 0:
