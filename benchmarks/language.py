@@ -49,7 +49,7 @@ from rivals import peak_memory_mb
 from torch import Tensor
 
 from lamina import backbones, data
-from lamina.engine.answers import questions as as_questions
+from lamina.engine.completions import questions as as_questions
 from lamina.learner import LanguageLearner
 from lamina.speed import keeping_memory
 from lamina.types import Batch, Examples, LabelledData

@@ -182,12 +182,12 @@ class CostRecord(Part):
         return self.seconds.get("total")
 
 
-class AnswerRecord(Part):
-    """An example and the answers to it."""
+class PredictionRecord(Part):
+    """An example and its predictions."""
 
     task: str
-    question: str
-    wanted: str
+    prompt: str
+    expected: str
     before: str
     """Before the stream."""
     learnt: str | None = None
@@ -200,12 +200,12 @@ class LanguageRecord(Part):
     """What is recorded of language models only."""
 
     zero_shot: tuple[tuple[int, int], ...]
-    """Right answers and examples of each task, before the stream."""
+    """Correct predictions and examples of each task, before the stream."""
     rouge_l: tuple[tuple[float | None, ...], ...] = ()
     """Mean ROUGE-L of each task before the stream and after each task; None where no text was generated."""
     perplexity: tuple[float, ...] = ()
     """Of a text from outside the stream, before it and after each task."""
-    answers: tuple[AnswerRecord, ...] = ()
+    predictions: tuple[PredictionRecord, ...] = ()
     tokens: int | None = None
     """Tokens trained on, padding and kept examples not included."""
     padding_share: float | None = None
@@ -364,7 +364,7 @@ class Record(Part):
             backbone=self.backbone,
             machine=self.machine,
             code=self.code,
-            language=self.language and self.language.model_copy(update={"answers": ()}),
+            language=self.language and self.language.model_copy(update={"predictions": ()}),
             cost=self.cost,
         )
 

@@ -106,6 +106,10 @@ class Instructions(Table, Protocol):
         """Returns these tokens as text, without special tokens."""
         ...
 
+    def expected(self, row: int) -> str:
+        """Returns the completion of a row as its tokens read, without special tokens and surrounding white space."""
+        ...
+
     def read(self, row: int) -> Instruction:
         """Returns the instruction of a row, as text."""
         ...

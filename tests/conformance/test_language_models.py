@@ -41,7 +41,7 @@ from torch import Tensor
 
 from lamina.config import ConsolidationConfig, RehearsalConfig
 from lamina.engine import checkpoint
-from lamina.engine.answers import plain, questions
+from lamina.engine.completions import plain, questions
 from lamina.engine.batches import Order
 from lamina.engine.consolidate import update_of
 from lamina.engine.loop import Loop
@@ -125,13 +125,13 @@ def asked(examples: Examples) -> Batch:
 
 
 def scores(loop: Loop, batch: Batch, task: str | None = None) -> Tensor:
-    with loop.learner.folded(), loop.consolidation.answering(loop.learner, batch, task):
+    with loop.learner.folded(), loop.consolidation.predicting(loop.learner, batch, task):
         return learner_in(loop).option_scores(batch)
 
 
 def written(loop: Loop, batch: Batch, most: int = 6, task: str | None = None) -> list[list[int]]:
     table: Any = loop.stream[0].train.table
-    with loop.learner.folded(), loop.consolidation.answering(loop.learner, batch, task):
+    with loop.learner.folded(), loop.consolidation.predicting(loop.learner, batch, task):
         return learner_in(loop).generate(batch, most, table.stops, table.pad_id)
 
 
@@ -535,10 +535,10 @@ def test_folding_changes_the_cost_and_not_the_prediction(
     for loop in (midway(name, world), trail(name, world).loop):
         batch, free = asked(loop.stream[1].test), asked(loop.stream[2].test)
         table: Any = loop.stream[0].train.table
-        with torch.no_grad(), loop.consolidation.answering(loop.learner, batch):
+        with torch.no_grad(), loop.consolidation.predicting(loop.learner, batch):
             live_bm = learner_in(loop).option_scores(batch)
         close(scores(loop, batch).nan_to_num(neginf=0), live_bm.nan_to_num(neginf=0), 1e-4)
-        with torch.no_grad(), loop.consolidation.answering(loop.learner, free):
+        with torch.no_grad(), loop.consolidation.predicting(loop.learner, free):
             live = learner_in(loop).generate(free, 6, table.stops, table.pad_id)
         assert written(loop, free) == live
 

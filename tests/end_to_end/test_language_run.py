@@ -66,18 +66,18 @@ def test_a_run_on_a_file_of_instructions(lamina: Command, tmp_path: Path, model:
     assert language is not None
     assert [total for _, total in language.zero_shot] == [5, 5, 5]
     assert len(language.perplexity) == 4
-    assert len({answer.task for answer in language.answers}) == 3
-    assert all(answer.learnt is not None for answer in language.answers)
+    assert len({answer.task for answer in language.predictions}) == 3
+    assert all(answer.learnt is not None for answer in language.predictions)
     assert language.tokens == sum(lengths_of(instructions))
     assert language.padding_share is not None
     assert 0 <= language.padding_share < 1
     assert language.truncated == 0
     assert Record.model_validate_json(record.model_dump_json()) == record
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    for answer in language.answers:
+    for answer in language.predictions:
         assert answer.question in page
     options = {*OPTIONS["film"], *OPTIONS["city"]}
-    assert {answer.end for answer in language.answers if answer.task != "note"} <= options
+    assert {answer.end for answer in language.predictions if answer.task != "note"} <= options
     assert "positive" in page
 
     said = lamina("evaluate", "run")
@@ -108,7 +108,7 @@ def test_chats_are_run_through_the_chat_template(lamina: Command, tmp_path: Path
     assert said.code == 0, said.err
     language = read(tmp_path / "run").language
     assert language is not None
-    assert "<|turn|>user" in language.answers[0].question
+    assert "<|turn|>user" in language.predictions[0].question
 
 
 # -- stopping and going on --------------------------------------------------------------------------------------------

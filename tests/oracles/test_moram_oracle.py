@@ -265,7 +265,7 @@ def test_a_language_model_learns_and_ranks_options_through_the_mixture(tmp_path:
     with torch.no_grad():
         with learner.bare():
             bare_bm = learner.option_scores(asked)
-        with method.answering(learner, asked):
+        with method.predicting(learner, asked):
             assert torch.equal(learner.option_scores(asked), bare_bm), "before the first task"
     for task in (first, second):
         method.begin(learner, task, lambda **_: iter(()))
@@ -292,7 +292,7 @@ def test_a_language_model_learns_and_ranks_options_through_the_mixture(tmp_path:
     assert method.loss(learner, taught, second).item() == pytest.approx(-tokens.mean().item(), rel=1e-4)
     prompts, options = ([5, 9, 7, 8, 20, 33], [4, 6, 11, 12]), ([7, 2], [9, 30, 2])
     wanted = [[log_p(THRESHOLD, prompt + option)[-len(option) :].sum() for option in options] for prompt in prompts]
-    with torch.no_grad(), method.answering(learner, asked):
+    with torch.no_grad(), method.predicting(learner, asked):
         found_bm = learner.option_scores(asked)
     torch.testing.assert_close(found_bm, torch.tensor(wanted), atol=1e-4, rtol=1e-4)
     assert (found_bm - bare_bm).abs().max() > 1e-2

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,6 @@ def find_family(settings: Mapping[str, Any], name: str) -> Family:
     return family
 
 
-@lru_cache(maxsize=64)
 def is_language(name: str) -> bool:
     """Returns whether the backbone of this name is a causal language model, from its config.json alone. False where there is
     no such backbone."""

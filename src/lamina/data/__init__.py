@@ -16,7 +16,7 @@ from lamina.data.pixels import PixelStore, decode_once, default_cache
 from lamina.data.prompts import Chat, Prompt, PromptReader, TooLong
 from lamina.data.sources import Columns, Source, from_arrays, open_source
 from lamina.data.summary import as_dict, describe_source, difference, kinds
-from lamina.data.tokens import TokenTable, load_tokenizer, text_tokens, tokenise_once
+from lamina.data.tokens import TokenTable, load_tokenizer, text_windows, tokenise_once
 from lamina.data.transforms import ImageTransform, PixelTable
 from lamina.errors import ConfigError, DataError
 from lamina.types import Augment, Ints, LabelledData, Table
@@ -56,7 +56,7 @@ __all__ = [
     "open_source",
     "ragged",
     "render",
-    "text_tokens",
+    "text_windows",
     "tokenise_instructions",
     "tokenise_once",
     "truncation",
@@ -147,8 +147,7 @@ def load_instructions(
     table = tokenise_instructions(
         source, tokenizer, max_length=max_length, positions=positions, vocabulary=vocabulary, form=form, used=used
     )
-    # What the model is shown depends on these too.
-    return _labelled(source, table, np.arange(len(source)), (), also=f"{table.max_length} {form}".encode())
+    return _labelled(source, table, np.arange(len(source)), (), also=table.digest)
 
 
 def undecoded(source: Source) -> LabelledData:

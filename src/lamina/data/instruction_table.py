@@ -3,6 +3,7 @@
 Shape letters: n rows.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamina.data.instruction_rows import rank_of, unicode_of
-from lamina.data.instruction_tokens import InstructionTokens, ragged
+from lamina.data.instruction_tokens import InstructionTokens, cut, ragged
 from lamina.data.names import shown
 from lamina.data.records import Row, Source
 from lamina.data.tokens import LONGEST, check_length, check_vocabulary, limit_of, load_tokenizer, reason_of
@@ -158,25 +159,29 @@ class InstructionTable(InstructionTokens):
             stops=tuple(sorted({int(completions.ids[end - 1]) for end in ends if end})),
             pad_id=pad_id,
             max_length=max_length,
+            tokenise=renderer.tokenise,
         )
         self.source, self.renderer = source, renderer
+        self._read: dict[int, Instruction] = {}
+        """Texts that were asked for: those of the test examples, evaluation after evaluation."""
         self.truncated_n = np.array(tokens.truncated, np.bool_)
         """Whether the middle of a prompt was cut, (n,)."""
 
-    @property
-    def truncated(self) -> int:
-        """The number of rows whose prompt was cut."""
-        return int(self.truncated_n.sum())
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Returns these tokens as text, without special tokens."""
-        return str(self.renderer.tokenise.decode(list(tokens), skip_special_tokens=True))
-
     def read(self, row: int) -> Instruction:
         """Returns the instruction of a row as text. Its prompt is whole, also where the tokens are cut."""
-        found = _row(self.source, row)
-        prompt = self.renderer.render(found, self.source.where(row)).prompt
-        return Instruction(prompt=prompt, completion=found.completion, options=found.options)
+        if row not in self._read:
+            found = _row(self.source, row)
+            prompt = self.renderer.render(found, self.source.where(row)).prompt
+            self._read[row] = Instruction(prompt=prompt, completion=found.completion, options=found.options)
+        return self._read[row]
+
+    @property
+    def digest(self) -> bytes:
+        """A hash of all tokens: it changes with the tokenizer, its chat template, and how much is cut."""
+        told = hashlib.blake2b(digest_size=16)
+        for part in (self.prompts, self.completions, self.options):
+            told.update(part.ids.tobytes() + part.starts.tobytes())
+        return told.digest()
 
 
 def tokenise_instructions(
@@ -312,10 +317,8 @@ class _Tokens:
                 " data.max_length higher"
             )
         self.truncated.append(len(asked) > room or len(rendered.prompt) > LONGEST)
-        if len(asked) > room:
-            last = room // 2
-            asked = np.concatenate([asked[: room - last], asked[len(asked) - last :]])
-        self.prompts.append(asked)
+        # Without options, a prompt that is asked must not tell how long its completion is: it is cut for training only.
+        self.prompts.append(cut(asked, room if listed else self.max_length - 1))
         self.completions.append(given)
         self.sets.append(which)
         self.right.append(rank_of(row.completion, row.options))

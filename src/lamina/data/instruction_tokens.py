@@ -39,12 +39,18 @@ def ragged(lists: Sequence[NDArray[np.int32]]) -> Ragged:
     return Ragged(np.concatenate([np.zeros(0, np.int32), *lists]), starts)
 
 
+def cut(ids: NDArray[np.int32], room: int) -> NDArray[np.int32]:
+    """Returns these tokens without their middle, if they are more than there is room for."""
+    last = room // 2
+    return ids if len(ids) <= room else np.concatenate([ids[: room - last], ids[len(ids) - last :]])
+
+
 class InstructionTokens:
     """Token ids of prompts, completions and options, and how they are padded.
 
     options: of all sets of options; set k has the options set_starts[k] to set_starts[k + 1]. sets_n: the set of every row, -1
     for none. right_n: the position of the right option, -1 for none. stops: tokens that completions end with. max_length: the
-    most tokens of a row.
+    most tokens of a row. tokenise: the tokenizer that made the ids.
     """
 
     augments = False
@@ -61,27 +67,37 @@ class InstructionTokens:
         stops: tuple[int, ...],
         pad_id: int,
         max_length: int,
+        tokenise: Any = None,
     ) -> None:
         self.prompts, self.completions, self.options = prompts, completions, options
         self.set_starts, self.sets_n, self.right_n = set_starts, sets_n, right_n
-        self.stops, self.pad_id, self.max_length = stops, pad_id, max_length
+        self.stops, self.pad_id, self.max_length, self.tokenise = stops, pad_id, max_length, tokenise
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def lengths(self, rows: Ints) -> Ints:
-        return self.prompts.lengths(rows) + self.completions.lengths(rows)
+        lengths_b: Ints = np.minimum(self.prompts.lengths(rows) + self.completions.lengths(rows), self.max_length)
+        return lengths_b
 
-    def prompt_lengths(self, rows: Ints) -> Ints:
-        """Returns the number of tokens of each prompt, (b,)."""
-        return self.prompts.lengths(rows)
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Returns these tokens as text, without special tokens."""
+        return str(self.tokenise.decode(list(tokens), skip_special_tokens=True))
+
+    def expected(self, row: int) -> str:
+        """Returns the completion of a row as its tokens read, without special tokens and surrounding white space."""
+        return self.decode(self.completions.row(row).tolist()).strip()
 
     def inputs(self, rows: Ints, augment: Augment | None) -> dict[str, Tensor]:  # noqa: ARG002 - texts have no augmentation
         """Returns `input_ids`, `attention_mask` and `completion_mask` (b, t) int64, padded on the right to the longest, rounded
         up to a multiple of 8 and at most `max_length`."""
-        inputs = self._padded([np.concatenate([self.prompts.row(k), self.completions.row(k)]) for k in rows])
+        completions = [self.completions.row(k) for k in rows]
+        prompts = [
+            cut(self.prompts.row(k), self.max_length - len(ids)) for k, ids in zip(rows, completions, strict=True)
+        ]
+        inputs = self._padded([np.concatenate(both) for both in zip(prompts, completions, strict=True)])
         place_t = np.arange(inputs["input_ids"].shape[1])
-        asked_bt = place_t < self.prompts.lengths(rows)[:, None]
+        asked_bt = place_t < np.array([len(ids) for ids in prompts])[:, None]
         given_bt = place_t < self.lengths(rows)[:, None]
         return {**inputs, "completion_mask": torch.from_numpy((given_bt & ~asked_bt).astype(np.int64))}
 
@@ -120,17 +136,12 @@ class InstructionTokens:
 class KeptInstructions(InstructionTokens):
     """Instructions that are kept as token ids and as text, without the data that they come from.
 
-    instructions: of every row. tokenise: the tokenizer that made the ids. The other arguments are those of
-    `InstructionTokens`.
+    instructions: of every row. The other arguments are those of `InstructionTokens`.
     """
 
-    def __init__(self, *, instructions: Sequence[Instruction], tokenise: Any, **tokens: Any) -> None:
+    def __init__(self, *, instructions: Sequence[Instruction], **tokens: Any) -> None:
         super().__init__(**tokens)
-        self.instructions, self.tokenise = tuple(instructions), tokenise
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Returns these tokens as text, without special tokens."""
-        return str(self.tokenise.decode(list(tokens), skip_special_tokens=True))
+        self.instructions = tuple(instructions)
 
     def read(self, row: int) -> Instruction:
         """Returns the instruction of a row as text."""

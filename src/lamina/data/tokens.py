@@ -21,6 +21,7 @@ MULTIPLE = 8
 _FIRST_READ = 4096
 _PER_TOKEN = 32
 """Characters of a text that are read first, and for each token that is kept."""
+_WINDOW = 512
 LONGEST = 2**20
 """Characters of a text that are ever read."""
 
@@ -201,19 +202,30 @@ def load_tokenizer(where: Path | str) -> Any:
         ) from error
 
 
-def text_tokens(file: str | None, tokenizer: Path | str) -> Tensor:
-    """Returns the tokens (t,) of a text file, or of the short English text that lamina carries.
+def text_windows(
+    file: str | None, tokenizer: Path | str, *, positions: int | None = None, vocabulary: int | None = None
+) -> tuple[Tensor, ...]:
+    """Returns the tokens of a text file, or of the short English text that lamina carries, in windows (t,) of at most 512
+    tokens. Every window begins with what the tokenizer puts before a text, such as BOS.
 
     Raises DataError for a file that cannot be read, or that comes to fewer than two tokens.
     """
+    name = "the text that lamina carries" if file is None else f"evaluation.text = {file!r}"
     try:
         carried = resources.files("lamina") / "assets" / "general.txt"
         text = carried.read_text("utf-8") if file is None else Path(file).expanduser().read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"evaluation.text = {file!r} cannot be read as UTF-8 text ({reason_of(error)}). Correct the path, or leave it out"
+            f"{name} cannot be read as UTF-8 text ({reason_of(error)}). Correct the path, or leave it out"
         ) from error
-    ids = load_tokenizer(tokenizer)(text[:LONGEST], add_special_tokens=False)["input_ids"]
+    tokenise = load_tokenizer(tokenizer)
+    ids = [int(token) for token in tokenise(text[:LONGEST], add_special_tokens=False, verbose=False)["input_ids"]]
     if len(ids) < 2:
-        raise DataError(f"evaluation.text = {file!r} comes to {count(len(ids), 'token')}; two are needed at least")
-    return torch.tensor(ids, dtype=torch.int64)
+        raise DataError(f"{name} comes to {count(len(ids), 'token')}; two are needed at least")
+    whole = [int(token) for token in tokenise(text[:LONGEST], verbose=False)["input_ids"]]
+    before = whole[: next((k for k in range(len(whole)) if whole[k : k + len(ids)] == ids), 0)]
+    if vocabulary is not None:
+        check_vocabulary(tokenise, np.array([*before, *ids]), vocabulary, tokenizer)
+    size = min(_WINDOW, positions or _WINDOW) - len(before)
+    parts = [before + ids[start : start + size] for start in range(0, len(ids), size)]
+    return tuple(torch.tensor(part) for part in parts if len(part) > 1)

@@ -68,7 +68,7 @@ class Consolidation:
     def check(self, learner: Learner) -> None:
         """Raises BackboneError where the backbone has no features of several blocks, and they are asked for; MethodError for a
         unified classifier on a language model."""
-        if learner.answers and self.config.classifier != "own":
+        if learner.generates and self.config.classifier != "own":
             raise MethodError(
                 f"consolidation.classifier = {self.config.classifier!r} does not go with a language model: its predictions are "
                 f"tokens, not classes. Leave it at 'own'."
@@ -191,12 +191,12 @@ class Consolidation:
 
     @property
     def selects(self) -> bool:
-        """Whether `answering` depends on the task, if it is given."""
+        """Whether `predicting` depends on the task, if it is given."""
         return self.method.selects
 
-    def answering(self, learner: Learner, batch: Batch, task: str | None = None) -> AbstractContextManager[None]:
+    def predicting(self, learner: Learner, batch: Batch, task: str | None = None) -> AbstractContextManager[None]:
         """As that of the method."""
-        return self.method.answering(learner, batch, task)
+        return self.method.predicting(learner, batch, task)
 
     # -- parts ----------------------------------------------------------------------------------------------------------
 

@@ -7,12 +7,14 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Shown:
-    """An example whose answers are recorded."""
+    """An example whose predictions are recorded."""
 
     task: int
-    question: str
-    wanted: str
-    given: tuple[str, ...]
+    row: int
+    """In the data."""
+    prompt: str
+    expected: str
+    predicted: tuple[str, ...]
     """Before the stream, and after each task that the example was measured after."""
 
 
@@ -21,7 +23,7 @@ class LanguageState:
     """What is measured of language models only."""
 
     zero_shot: tuple[tuple[int, int], ...]
-    """Right answers and examples of each task, before the stream."""
+    """Correct predictions and examples of each task, before the stream."""
     rouge_l: tuple[tuple[float | None, ...], ...] = ()
     """Mean ROUGE-L of each task before the stream and after each task; None where no text was generated."""
     perplexity: tuple[float, ...] = ()
@@ -34,5 +36,5 @@ class LanguageState:
             zero_shot=tuple((int(right), int(total)) for right, total in content["zero_shot"]),
             rouge_l=tuple(tuple(row) for row in content["rouge_l"]),
             perplexity=tuple(content["perplexity"]),
-            shown=tuple(Shown(**{**one, "given": tuple(one["given"])}) for one in content["shown"]),
+            shown=tuple(Shown(**{**one, "predicted": tuple(one["predicted"])}) for one in content["shown"]),
         )

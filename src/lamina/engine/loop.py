@@ -11,7 +11,7 @@ task, epoch, step, sample).
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from lamina.config import ConsolidationConfig, EvaluationConfig, RehearsalConfig, TrainingConfig
 from lamina.data.streams import Stream
 from lamina.engine import checkpoint, optim
-from lamina.engine.answers import questions as as_questions
 from lamina.engine.batches import Order
+from lamina.engine.completions import questions as as_questions
 from lamina.engine.consolidate import Consolidation
 from lamina.engine.finite import check_finite
 from lamina.engine.measure import Measure
@@ -33,7 +33,7 @@ from lamina.engine.rehearsal import Kept
 from lamina.engine.state import Loss, Phase, Position, RunState, TaskEntry, now
 from lamina.engine.steps import Planned, Steps
 from lamina.errors import CheckpointError, MethodError, TrainingError
-from lamina.learner import Learner
+from lamina.learner import LanguageLearner, Learner
 from lamina.maths.metrics import AccuracyMatrix
 from lamina.methods.base import Method, Pass, Step
 from lamina.types import Augment, Batch, Examples, Task
@@ -73,8 +73,8 @@ class Loop:
     identity: fingerprints of configuration, stream and weights; a checkpoint with other ones is refused.
     on_event: called with every step and at the end of every phase. should_stop: asked between steps and batches.
     trained: for tasks trained by other processes, the folder of their checkpoints, from which their result is taken.
-    steps: how batches and gradients are made; `lamina.speed.accelerate` returns a faster way. text_t: tokens of a text from
-    outside the stream, whose perplexity is measured with every task (language models only).
+    steps: how batches and gradients are made; `lamina.speed.accelerate` returns a faster way. text: tokens of a text from
+    outside the stream in windows, whose perplexity is measured with every task (language models only).
     Raises MethodError where the method does not fit the scenario of the stream, the consolidation, or rehearsal.
     """
 
@@ -97,7 +97,7 @@ class Loop:
         rehearsal: RehearsalConfig | None = None,
         trained: Mapping[int, Path] | None = None,
         steps: Steps | None = None,
-        text_t: Tensor | None = None,
+        text: Sequence[Tensor] = (),
     ) -> None:
         if stream.scenario not in method.scenarios:
             raise MethodError(
@@ -106,7 +106,7 @@ class Loop:
             )
         self.rehearsal = rehearsal or RehearsalConfig()
         check_rehearsal(self.rehearsal, type(method))
-        check_language(learner, method)
+        check_language(learner, method, stream.scenario)
         self.learner, self.method, self.stream = learner, method, stream
         self.training, self.evaluation, self.seed = training, evaluation, seed
         self.checkpoints, self.checkpoint_seconds = checkpoints, checkpoint_seconds
@@ -115,7 +115,7 @@ class Loop:
         self.consolidation = Consolidation(consolidation or ConsolidationConfig(), method)
         self.consolidation.check(learner)
         self.trained = trained or {}
-        self.steps, self.text_t = steps or Steps(), text_t
+        self.steps, self.text = steps or Steps(), text
         self.state = RunState()
         self.last_predictions: dict[str, Tensor] = {}
         """Class id predicted for every test example after the last task, by the number of its task."""
@@ -176,7 +176,7 @@ class Loop:
 
     def begin_method(self, task: Task) -> None:
         """What the method does at the beginning of a task."""
-        of_classes = self.method.trains and not self.learner.answers
+        of_classes = self.method.trains and not self.learner.generates
         if of_classes and len(task.classes) == 1 and not len(self.kept()):
             self.note(
                 f"task {task.name!r} has a single class: the cross-entropy over its own outputs is 0, so adapters learn "
@@ -212,7 +212,7 @@ class Loop:
             Planned(kept.with_new(size), self.training.epochs * (len(task.train) // size), self.note),
         )
         since, first = time.perf_counter(), self.position.step
-        order = Order(task.train, size, seed=self.seed, task=task.name, by_length=self.learner.answers)
+        order = Order(task.train, size, seed=self.seed, task=task.name, by_length=self.learner.generates)
         makers = (
             partial(self._training_batch, task, order, step, step // per_epoch, kept) for step in range(first, steps)
         )
@@ -349,7 +349,7 @@ class Loop:
             self.stream,
             self.evaluation,
             lambda examples, questions: self._batches("evaluate", examples, questions=questions),
-            self.text_t,
+            self.text,
         )
 
     def _count(self, task: Task) -> int:
@@ -436,12 +436,22 @@ class Loop:
         self.on_event(Event(task=self.position.task, phase=phase, **facts))
 
 
-def check_language(learner: Learner, method: Method[Any]) -> None:
-    """Raises MethodError for a language model with a method that needs a classifier."""
-    if learner.answers and method.refuses_language:
+def check_language(learner: Learner, method: Method[Any], scenario: str) -> None:
+    """Raises MethodError for a language model with a method that needs a classifier, or with a stream of classes."""
+    if learner.generates and method.refuses_language:
         raise MethodError(
             f"method {method.name!r} cannot adapt the language model {learner.backbone.name!r}: {method.refuses_language}. "
             f"Choose another method; `lamina methods` lists them."
+        )
+    if scenario in ("class", "task") and learner.generates:
+        raise MethodError(
+            f"stream.scenario = {scenario!r}: the tasks of a language model are domains, because the options of an example are "
+            f"those of its whole domain. Choose domain, or mixed with whole domains."
+        )
+    if isinstance(learner, LanguageLearner) and learner.recompute and method.routes_training:
+        raise MethodError(
+            f"training.gradient_checkpointing does not go with method {method.name!r}, which selects adapters within a step. "
+            f"Leave it out."
         )
 
 

@@ -1,7 +1,7 @@
 """Measure: what is measured before a stream and after each of its tasks, as a new state of the run."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lamina.config import EvaluationConfig
 from lamina.data.streams import Stream
-from lamina.engine.answers import Answers, Examiner
+from lamina.engine.completions import Completions, Examiner
 from lamina.engine.consolidate import Consolidation
 from lamina.engine.evaluate import Predictions, predict_all
 from lamina.engine.language_state import LanguageState, Shown
@@ -27,7 +27,7 @@ Batches = Callable[[Examples, bool], Iterable[Batch]]
 class Measure:
     """Measures a learner and what is deployed of its method on the tasks of a stream.
 
-    text_t: tokens of a text from outside the stream, whose perplexity is measured too (language models only).
+    text: tokens of a text from outside the stream in windows, whose perplexity is measured too (language models only).
     """
 
     learner: Learner
@@ -35,15 +35,15 @@ class Measure:
     stream: Stream
     evaluation: EvaluationConfig
     batches: Batches
-    text_t: Tensor | None = None
+    text: Sequence[Tensor] = ()
 
     def before(self, state: RunState) -> RunState:
-        """Returns the state with what a language model answers to the questions of all tasks before it has learnt any. Other
-        models have no outputs yet."""
+        """Returns the state with the predictions of a language model on all tasks before it has learnt any. Other models have
+        no outputs yet."""
         if not isinstance(self.learner, LanguageLearner):
             return state
         with self.learner.folded():
-            found = {j: self.answers(self.learner, task) for j, task in enumerate(self.stream)}
+            found = {j: self.completions(self.learner, task) for j, task in enumerate(self.stream)}
         counts = [(one.predictions.correct, len(one.predictions.labels_n)) for one in found.values()]
         language = LanguageState(zero_shot=tuple(counts), shown=())
         return replace(state, language=self._noted(self.learner, language, found))
@@ -54,10 +54,10 @@ class Measure:
         measured = range(len(self.stream) if self.evaluation.unseen else task + 1)
         with self.learner.folded():  # folded once for all tasks
             if isinstance(self.learner, LanguageLearner):
-                answers = {j: self.answers(self.learner, self.stream[j]) for j in measured}
-                found = {j: one.predictions for j, one in answers.items()}
+                completions = {j: self.completions(self.learner, self.stream[j]) for j in measured}
+                found = {j: one.predictions for j, one in completions.items()}
                 assert state.language is not None
-                state = replace(state, language=self._noted(self.learner, state.language, answers))
+                state = replace(state, language=self._noted(self.learner, state.language, completions))
             else:
                 found = {j: self.predictions(self.stream[j]) for j in measured}
         totals = {j: len(p.labels_n) for j, p in found.items()}
@@ -65,7 +65,9 @@ class Measure:
         state = replace(
             state,
             matrix=state.matrix.with_row({j: (p.correct, totals[j]) for j, p in found.items()}),
-            task_aware=state.task_aware.with_row({j: (p.task_aware_correct, totals[j]) for j, p in found.items()}),
+            task_aware=state.task_aware.with_row({j: (p.task_aware_correct, totals[j]) for j, p in found.items()})
+            if self.deployed.selects or not self.learner.generates
+            else state.task_aware,  # a language model whose adapter does not depend on the task
             task_inference=(*state.task_inference, tuple(int(n.sum()) for n, _ in inferred if n is not None)),
         )
         flips = [negative_flips(last[str(j)].numpy(), found[j].predicted_n, found[j].labels_n) for j in range(task)]
@@ -86,14 +88,22 @@ class Measure:
             task_aware=self.stream.task_aware,
         )
 
-    def answers(self, learner: LanguageLearner, task: Task) -> Answers:
-        """Returns what a language model answers to the examples of a task."""
+    def completions(self, learner: LanguageLearner, task: Task) -> Completions:
+        """Returns the predictions of a language model for the examples of a task."""
         examiner = Examiner(learner, self.deployed, task.name, self.evaluation.max_new_tokens)
         return examiner.ask(task.split(self.evaluation.split), lambda examples: self.batches(examples, True))
 
-    def _perplexity(self, learner: LanguageLearner, text_t: Tensor) -> float:
-        """Returns the perplexity of a text. Raises TrainingError where it is not finite."""
-        found = float(torch.tensor(learner.text_loss(text_t), dtype=torch.float64).exp())
+    def _perplexity(self, learner: LanguageLearner) -> float:
+        """Returns the perplexity of the text. Raises TrainingError where it is not finite."""
+        total, count = 0.0, 0
+        for ids_t in self.text:
+            ids_1t = ids_t[None].to(learner.device)
+            inputs = {"input_ids": ids_1t, "attention_mask": torch.ones_like(ids_1t)}
+            batch = Batch(inputs=inputs, labels_b=ids_1t.new_full((1,), -1))
+            with self.deployed.predicting(learner, batch):
+                lost, tokens = learner.text_loss(batch)
+            total, count = total + lost, count + tokens
+        found = float(torch.tensor(total / count, dtype=torch.float64).exp())
         if not math.isfinite(found):
             raise TrainingError(
                 f"the perplexity of the text from outside the stream is {found}. Training diverged: use a smaller training.lr, "
@@ -101,18 +111,20 @@ class Measure:
             )
         return found
 
-    def _noted(self, learner: LanguageLearner, before: LanguageState, found: Mapping[int, Answers]) -> LanguageState:
-        """Returns the state with one more row of answers."""
-        shown = {(one.task, one.question): one for one in before.shown}
-        for j, answers in found.items():
-            for answer in answers.shown:
-                key = (j, answer.question)
-                old = shown.get(key, Shown(task=j, question=answer.question, wanted=answer.wanted, given=()))
-                shown[key] = replace(old, given=(*old.given, answer.given))
+    def _noted(
+        self, learner: LanguageLearner, before: LanguageState, found: Mapping[int, Completions]
+    ) -> LanguageState:
+        """Returns the state with one more row of predictions."""
+        shown = {(one.task, one.row): one for one in before.shown}
+        for j, completions in found.items():
+            for one in completions.shown:
+                new = Shown(task=j, row=one.row, prompt=one.prompt, expected=one.expected, predicted=())
+                old = shown.get((j, one.row), new)
+                shown[j, one.row] = replace(old, predicted=(*old.predicted, one.predicted))
         rouge = [found[j].rouge_l if j in found else None for j in range(len(self.stream))]
         perplexity = before.perplexity
-        if self.text_t is not None:
-            perplexity = (*perplexity, self._perplexity(learner, self.text_t))
+        if self.text:
+            perplexity = (*perplexity, self._perplexity(learner))
         return replace(
             before, shown=tuple(shown.values()), rouge_l=(*before.rouge_l, tuple(rouge)), perplexity=perplexity
         )

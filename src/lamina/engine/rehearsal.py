@@ -88,7 +88,7 @@ class Kept:
             new = next(count for count in range(len(batch)) if self.with_new(count) == len(batch))
             loss = own(batch.select(slice(new)))
             with in_training():
-                if learner.answers:
+                if learner.generates:
                     return loss + self.ratio * learner.loss_of_all(batch.select(slice(new, None)))
                 return loss + learner.loss_of_all(batch, balanced=True)
 

@@ -101,7 +101,7 @@ def _next_scores(opened: OpenedLanguage) -> Tensor:
     with learner.folded():
         for batch in opened.asked:
             last_b = batch.inputs["attention_mask"].sum(1) - 1
-            with opened.method.answering(learner, batch):
+            with opened.method.predicting(learner, batch):
                 hidden_btd = learner.backbone.hidden(batch.inputs)
             found.append(learner.backbone.token_logits(hidden_btd[torch.arange(len(batch)), last_b]))
     return torch.cat(found)

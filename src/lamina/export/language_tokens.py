@@ -38,7 +38,7 @@ def of_learner(opened: OpenedLanguage, learner: LanguageLearner | None = None) -
     logits = []
     with learner.folded():
         for batch, place_bt in zip(opened.whole, places(opened), strict=True):
-            with opened.method.answering(learner, batch):
+            with opened.method.predicting(learner, batch):
                 hidden_btd = learner.backbone.hidden(batch.inputs)
             logits.append(learner.backbone.token_logits(hidden_btd[place_bt]))
     return Computed(torch.cat(logits), generated(opened, learner))
@@ -49,7 +49,7 @@ def generated(opened: OpenedLanguage, learner: LanguageLearner) -> tuple[tuple[i
     written: list[list[int]] = []
     with learner.folded():
         for batch in opened.asked:
-            with opened.method.answering(learner, batch):
+            with opened.method.predicting(learner, batch):
                 written += learner.generate(batch, MOST_NEW, opened.stops, opened.pad)
     return tuple(map(tuple, written))
 
@@ -134,7 +134,7 @@ def _apart(opened: OpenedLanguage, batch: Batch, mine: Sequence[int], theirs: Se
     ids_t = batch.inputs["input_ids"][batch.inputs["attention_mask"].bool()]
     ids_1t = torch.cat([ids_t, torch.tensor(list(mine[:first]), dtype=ids_t.dtype)])[None]
     learner = opened.learner
-    with learner.folded(), opened.method.answering(learner, batch):
+    with learner.folded(), opened.method.predicting(learner, batch):
         hidden_1td = learner.backbone.hidden({"input_ids": ids_1t, "attention_mask": torch.ones_like(ids_1t)})
         logits_v = learner.backbone.token_logits(hidden_1td[:, -1])[0]
     scores = [

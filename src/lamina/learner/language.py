@@ -16,6 +16,7 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lamina.learner.head import Head, drawn
 from lamina.learner.learner import Draw, Learner
@@ -45,7 +46,7 @@ class LanguageLearner(Learner):
     """Whether training keeps the inputs of blocks only, and computes the rest again in the backward."""
 
     @property
-    def answers(self) -> bool:
+    def generates(self) -> bool:
         return True
 
     # -- training -----------------------------------------------------------------------------------------------------
@@ -74,14 +75,29 @@ class LanguageLearner(Learner):
             hidden_btd = self.backbone.hidden(batch.inputs)
         wanted_bt = batch.inputs["completion_mask"][:, 1:].bool()
         row_n, _ = wanted_bt.nonzero(as_tuple=True)
-        log_nv = F.log_softmax(self.backbone.token_logits(hidden_btd[:, :-1][wanted_bt]), 1)
-        token_n = batch.inputs["input_ids"][:, 1:][wanted_bt]
+        states_nd, token_n = hidden_btd[:, :-1][wanted_bt], batch.inputs["input_ids"][:, 1:][wanted_bt]
+        uniform_n = None
         if draw is not None:
             place_n = (wanted_bt.cumsum(1) - 1)[wanted_bt]
-            count = int(place_n.max()) + 1
-            uniform_n = torch.stack([draw(k) for k in range(count)])[place_n, row_n]
+            uniform_n = torch.stack([draw(k) for k in range(int(place_n.max()) + 1)])[place_n, row_n]
+        if len(token_n) <= ROWS:
+            return self._log_of(states_nd, token_n, uniform_n), row_n
+        # The scores over the vocabulary are the largest tensors of a step: those of one part at a time are held.
+        parts = [None] * len(token_n) if uniform_n is None else torch.split(uniform_n, ROWS)
+        found = [
+            checkpoint(self._log_of, states, tokens, uniform, use_reentrant=False)
+            for states, tokens, uniform in zip(
+                torch.split(states_nd, ROWS), torch.split(token_n, ROWS), parts, strict=False
+            )
+        ]
+        return torch.cat(found), row_n
+
+    def _log_of(self, states_nd: Tensor, token_n: Tensor, uniform_n: Tensor | None) -> Tensor:
+        """Returns log p(token | state), (n,) float32. uniform_n: the tokens are drawn with these numbers instead."""
+        log_nv = F.log_softmax(self.backbone.token_logits(states_nd), 1)
+        if uniform_n is not None:
             token_n = drawn(log_nv, uniform_n)
-        return log_nv.gather(1, token_n[:, None])[:, 0], row_n
+        return log_nv.gather(1, token_n[:, None])[:, 0]
 
     # -- prediction ---------------------------------------------------------------------------------------------------
 
@@ -151,20 +167,11 @@ class LanguageLearner(Learner):
         rows = found_bt[:, ids_bt.shape[1] :].tolist()
         return [until(row[:room], stop) for row, room in zip(rows, room_b, strict=True)]
 
-    def text_loss(self, ids_t: Tensor, window: int = 512) -> float:
-        """Returns the mean negative log-likelihood of the tokens of a text, given those before them in a window, which is at
-        most as long as the model's longest input."""
-        total, count = 0.0, 0
-        window = min(window, self.backbone.positions or window)
-        for start in range(0, len(ids_t), window):
-            part_t = ids_t[start : start + window].to(self.device)
-            if len(part_t) > 1:
-                ids_1t = part_t[None]
-                hidden_td = self.backbone.hidden({"input_ids": ids_1t, "attention_mask": torch.ones_like(ids_1t)})[0]
-                logits_tv = self.backbone.token_logits(hidden_td[:-1])
-                total += F.cross_entropy(logits_tv, part_t[1:], reduction="sum").item()
-                count += len(part_t) - 1
-        return total / count
+    def text_loss(self, batch: Batch) -> tuple[float, int]:
+        """Returns the negative log-likelihood of the tokens of a window, given those before them, and their number."""
+        ids_t = batch.inputs["input_ids"][0, 1:]
+        logits_tv = self.backbone.token_logits(self.backbone.hidden(batch.inputs)[0, :-1])
+        return F.cross_entropy(logits_tv, ids_t, reduction="sum").item(), len(ids_t)
 
 
 def packed(prompt_bt: Tensor, mask_bt: Tensor, option_bms: Tensor, own_bms: Tensor) -> tuple[dict[str, Tensor], Tensor]:

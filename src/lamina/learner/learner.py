@@ -62,7 +62,7 @@ class Learner:
         self.head = self.head_type(backbone.width, self.device)
 
     @property
-    def answers(self) -> bool:
+    def generates(self) -> bool:
         """Whether predictions are completions, not classes: see `LanguageLearner`."""
         return False
 

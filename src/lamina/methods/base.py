@@ -135,7 +135,9 @@ class Method(ABC, Generic[C]):
     refuses: ClassVar[tuple[Refusal, ...]] = ()
     """The parts of `consolidation` that it cannot be combined with."""
     selects: ClassVar[bool] = False
-    """Whether `answering` depends on the task, if it is given."""
+    """Whether `predicting` depends on the task, if it is given."""
+    routes_training: ClassVar[bool] = False
+    """Whether `loss` selects adapters for the time of its forward only."""
     refuses_language: ClassVar[str] = ""
     """Why it cannot adapt a causal language model; empty if it can."""
     independent: ClassVar[bool] = False
@@ -191,7 +193,7 @@ class Method(ABC, Generic[C]):
         return self.predict(learner, batch)
 
     @contextmanager
-    def answering(self, learner: Learner, batch: Batch, task: str | None = None) -> Iterator[None]:
+    def predicting(self, learner: Learner, batch: Batch, task: str | None = None) -> Iterator[None]:
         """Within the context the learner completes these prompts, as far as a method selects adapters per input. By default
         it does not. task: given that all examples are of this task. For language models only."""
         yield

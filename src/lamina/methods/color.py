@@ -124,7 +124,7 @@ class CoLoR(Method[CoLoRConfig]):
         return own_outputs(learner, through_adapters(learner, batch, [task], chosen_b), [task], chosen_b)
 
     @contextmanager
-    def answering(self, learner: Learner, batch: Batch, task: str | None = None) -> Iterator[None]:
+    def predicting(self, learner: Learner, batch: Batch, task: str | None = None) -> Iterator[None]:
         tasks = [name for name in self.learnt(learner) if task in (None, name)]
         if not tasks:
             with learner.bare():

@@ -91,6 +91,7 @@ class MoRAM(Method[MoRAMConfig]):
         extra="Every token is compared with the keys of all tasks, so updates cannot be folded into the weight.",
     )
     config_type = MoRAMConfig
+    routes_training = True
     refuses = (
         Refusal("init", "its atoms start from the pre-trained weights"),
         Refusal("merging", "atoms are weighted for every token, so there is no single weight to merge"),
@@ -117,7 +118,7 @@ class MoRAM(Method[MoRAMConfig]):
             yield
 
     @contextmanager
-    def answering(self, learner: Learner, batch: Batch, task: str | None = None) -> Iterator[None]:
+    def predicting(self, learner: Learner, batch: Batch, task: str | None = None) -> Iterator[None]:
         with self.activated(learner, self.config.threshold):
             yield
 

@@ -9,6 +9,7 @@
     A, B         down_ri, up_or: the live branch of a task                 (r, i), (o, r)
     Σ τ_i        in memory as `sum/<site>`, float64                        (o, i)
     τ_i          for TIES: in memory as `up/<task>/<site>`, `down/...`     (o, r), (r, i)
+                 for DARE: the seed of its draws as `dare/<task>`          ()
     θ - θ_pre    finished branch "merged" of every site                    (o, i) in factors
     λ            scale
     MemFT        finished branch "memory", and the outputs of the head as deployed
@@ -131,7 +132,7 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         weight = self.config.kl
         if weight == 0:
             return learner.loss(batch, task)
-        if learner.answers:
+        if learner.generates:
             raise MethodError(
                 f"method.kl = {weight} compares features that a classifier reads, and a language model has none. Leave it at 0."
             )
@@ -159,16 +160,18 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
     def merged(self, site: AdapterSite, task: str) -> Tensor:
         """Returns the updates of all tasks, merged, (o, i) float64; that of the task is stored."""
         up_or, down_ri = (factor.detach() for factor in site.live()[task].factors())
+        if "dare" in self.config.merge:
+            self.memory[f"dare/{task}"] = torch.tensor(seed_of("dare", torch.initial_seed()))
         if "ties" in self.config.merge:
             self.memory |= {f"up/{task}/{site.name}": up_or.clone(), f"down/{task}/{site.name}": down_ri.clone()}
-            tasks = [
-                key.split("/")[1] for key in self.memory if key.startswith("up/") and key.endswith(f"/{site.name}")
-            ]
+            end = f"/{site.name}"  # a task's name may hold a slash
+            stored = [key for key in self.memory if key.startswith("up/") and key.endswith(end)]
+            tasks = [key.removeprefix("up/").removesuffix(end) for key in stored]
             return agreeing([self.thinned(site, name) for name in sorted(tasks)])
         # Float64: the order of the sum then changes it far less than the rounding of the weight.
         new_oi, key = up_or.double() @ down_ri.double(), f"sum/{site.name}"
         if self.config.merge == "dare":
-            new_oi = dropped(new_oi, self.config.density, draws_of(site, task))
+            new_oi = dropped(new_oi, self.config.density, self.draws_of(site, task))
         self.memory[key] = self.memory[key] + new_oi if key in self.memory else new_oi
         return self.memory[key]
 
@@ -177,7 +180,11 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         update_oi = self.memory[f"up/{task}/{site.name}"].double() @ self.memory[f"down/{task}/{site.name}"].double()
         if self.config.merge == "ties":
             return trimmed(update_oi, self.config.density)
-        return dropped(update_oi, self.config.density, draws_of(site, task))
+        return dropped(update_oi, self.config.density, self.draws_of(site, task))
+
+    def draws_of(self, site: AdapterSite, task: str) -> torch.Generator:
+        """Returns the generator of what DARE drops from the update of a task, the same whenever it is merged."""
+        return torch.Generator().manual_seed(seed_of(int(self.memory[f"dare/{task}"]), site.name))
 
     def reset_outputs(self, learner: Learner, tasks: list[str]) -> None:
         """Set the outputs of these tasks to their values after training."""
@@ -234,7 +241,7 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         else:
             updates = sum(8 * site.d_out * site.d_in for site in sites)
         examples = outputs * kept
-        if learner.answers:  # without outputs, only the examples tell how many classes there are
+        if learner.generates:  # without outputs, only the examples tell how many classes there are
             examples = sum(len(value) for key, value in self.memory.items() if key.startswith("labels/"))
         example = dict.fromkeys(("labels", *INPUTS[learner.backbone.kind]), 0)
         for key, value in self.memory.items():  # only the texts themselves know their length
@@ -242,12 +249,8 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
             if kind in example:
                 example[kind] = max(example[kind], value[:1].numel() * value.element_size())
         stored = 8 * tasks + examples * sum(example.values()) if kept else 0
+        updates += 8 * tasks if "dare" in self.config.merge else 0
         return updates + 4 * outputs * (learner.backbone.width + 1) + stored
-
-
-def draws_of(site: AdapterSite, task: str) -> torch.Generator:
-    """Returns the generator of what DARE drops from the update of a task, the same whenever it is merged."""
-    return torch.Generator().manual_seed(seed_of("dare", site.name, task))
 
 
 def feature_divergence(before_bd: Tensor, after_bd: Tensor) -> Tensor:

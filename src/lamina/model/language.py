@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lamina.backbones import Backbone
 from lamina.data import Chat, Prompt, PromptReader
-from lamina.engine.answers import Examiner, questions
+from lamina.engine.completions import Examiner, questions
 from lamina.engine.consolidate import Consolidation
 from lamina.errors import DataError, ModelError, TrainingError
 from lamina.learner import LanguageLearner, Learner
@@ -127,8 +127,8 @@ class Unaware(NamedTuple):
     def selects(self) -> bool:
         return False
 
-    def answering(self, learner: Learner, batch: Batch, task: str | None = None) -> AbstractContextManager[None]:
-        return self.deployed.answering(learner, batch, task)
+    def predicting(self, learner: Learner, batch: Batch, task: str | None = None) -> AbstractContextManager[None]:
+        return self.deployed.predicting(learner, batch, task)
 
 
 def answered(learner: Learner, deployed: Consolidation, examples: Examples, batch_size: int, longest: int) -> Outcomes:
@@ -157,7 +157,7 @@ def first_milliseconds(learner: Learner, deployed: Consolidation, examples: Exam
     with learner.folded():
         for _ in range(repeats):
             started = time.perf_counter()
-            with deployed.answering(learner, batch):
+            with deployed.predicting(learner, batch):
                 if ranked:
                     learner.option_scores(batch).cpu()
                 else:
@@ -260,7 +260,7 @@ class LanguagePredictor(Deployed):
         """Returns the options of each prompt of a batch, the best first. Raises TrainingError for likelihoods that are not
         finite."""
         batch = self._batch(prompts)
-        with self.lock, self.learner.folded(), self.consolidation.answering(self.learner, batch):
+        with self.lock, self.learner.folded(), self.consolidation.predicting(self.learner, batch):
             scores_bm = self.learner.option_scores(batch).cpu()
         found = []
         for prompt, scores_m in zip(prompts, scores_bm, strict=True):
@@ -293,7 +293,7 @@ class LanguagePredictor(Deployed):
                     writing.broken_off = True
             return torch.tensor([writing.done for writing in writings], device=token_b.device)
 
-        with self.lock, self.learner.folded(), self.consolidation.answering(self.learner, batch):
+        with self.lock, self.learner.folded(), self.consolidation.predicting(self.learner, batch):
             self.learner.generate(batch, max(room), self.reader.stops, self.reader.pad_id, take)
         return [writing.completion() for writing in writings]
 

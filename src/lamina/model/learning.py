@@ -187,7 +187,7 @@ class _Learning:
             loop.spend("load", time.perf_counter() - setup.started)
             loop.run(until="evaluate")
             temperature = 1.0
-            if not loop.learner.answers:
+            if not loop.learner.generates:
                 temperature = temperature_of(loop.learner, loop.consolidation, task, config.evaluation.batch_size)
             new = self._outcomes(loop, task.test, temperature)
             gate = self._judge(loop, before, new, temperature)
@@ -343,7 +343,7 @@ class _Learning:
         one = loop.stream[-1].test
         probes = [Probes(name, then, self._outcomes(loop, examples, temperature)) for name, examples, then in before]
         measured = {label for _, examples, _ in before for label in np.unique(examples.labels_n).tolist()}
-        time_of = first_milliseconds if loop.learner.answers else milliseconds
+        time_of = first_milliseconds if loop.learner.generates else milliseconds
         after = time_of(loop.learner, loop.consolidation, one) if len(one) else 0.0
         return judged(
             self.request.name,
@@ -364,7 +364,7 @@ class _Learning:
 
     def _outcomes(self, loop: Loop, examples: Examples, temperature: float) -> Outcomes:
         section = self.config.evaluation
-        if loop.learner.answers:
+        if loop.learner.generates:
             return answered(loop.learner, loop.consolidation, examples, section.batch_size, section.max_new_tokens)
         return outcomes(loop.learner, loop.consolidation, examples, section.batch_size, temperature)
 

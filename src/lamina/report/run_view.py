@@ -10,7 +10,7 @@ import yaml
 
 from lamina.maths import metrics
 from lamina.maths.metrics import DEFINITIONS, FORMULAS, AccuracyMatrix, Floats
-from lamina.record import AnswerRecord, ClassRecord, CostRecord, LineageRecord, Record
+from lamina.record import ClassRecord, CostRecord, LineageRecord, PredictionRecord, Record
 from lamina.report import charts
 from lamina.report.charts import Series
 from lamina.report.text import count, interval, percent, plain, points, scaled, signed
@@ -95,7 +95,7 @@ def result(run: Record, planned: int) -> str:
     kind = {"image": "test images", "text": "test texts"}.get(
         (run.backbone and run.backbone.kind) or "", "test examples"
     )
-    verb, kind = ("answers", "test questions") if run.language else ("classifies", kind)
+    verb, kind = ("predicts", "test examples") if run.language else ("classifies", kind)
     so_far = f"So far, after {learnt} of" if learnt < planned else "After"
     text = f"{so_far} {count(planned, 'task')}, it {verb} {percent(micro)} of {kind} correctly{also}."
     lost = round(100 * found.forgetting, 1)
@@ -287,7 +287,7 @@ def run_view(run: Record, label: str, style: int, low: float) -> dict[str, Any]:
         "lineage": [(task, learnt.get(task.name) or LineageRecord(task=task.name)) for task in run.stream.tasks],
         "machine": {name: value for name, value in run.machine if value is not None},
         "method": _method(run),
-        "answers": answers(run),
+        "predictions": predictions(run),
         "record": run,
     }
 
@@ -298,12 +298,12 @@ def headlines(run: Record) -> list[str]:
     return [*[*TITLES.values()][:HEADLINES], *(TITLES[key] for key in own)]
 
 
-def answers(run: Record) -> list[tuple[str, list[AnswerRecord]]]:
-    """Returns the recorded answers of a language model, task by task."""
+def predictions(run: Record) -> list[tuple[str, list[PredictionRecord]]]:
+    """Returns the recorded predictions of a language model, task by task."""
     if run.language is None:
         return []
-    tasks = dict.fromkeys(one.task for one in run.language.answers)
-    return [(task, [one for one in run.language.answers if one.task == task]) for task in tasks]
+    tasks = dict.fromkeys(one.task for one in run.language.predictions)
+    return [(task, [one for one in run.language.predictions if one.task == task]) for task in tasks]
 
 
 def lowest_shown(runs: Sequence[Record]) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from lamina import data, record, report
 from lamina.config import RunConfig
 from lamina.engine import checkpoint
-from lamina.engine.answers import Examiner, questions
+from lamina.engine.completions import Examiner, questions
 from lamina.engine.evaluate import predict_all
 from lamina.engine.loop import Event, Loop
 from lamina.engine.order import in_order

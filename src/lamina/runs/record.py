@@ -15,7 +15,6 @@ from lamina.engine.rehearsal import keep
 from lamina.engine.state import Clock, now
 from lamina.methods.base import describe
 from lamina.record import (
-    AnswerRecord,
     BackboneRecord,
     ClassRecord,
     CodeRecord,
@@ -24,6 +23,7 @@ from lamina.record import (
     LineageRecord,
     MachineRecord,
     MethodRecord,
+    PredictionRecord,
     Record,
     SourceRecord,
     StreamRecord,
@@ -133,14 +133,14 @@ def _language(setup: Setup, loop: Loop) -> LanguageRecord | None:
         zero_shot=state.zero_shot,
         rouge_l=state.rouge_l,
         perplexity=state.perplexity,
-        answers=tuple(
-            AnswerRecord(
+        predictions=tuple(
+            PredictionRecord(
                 task=setup.stream[one.task].name,
-                question=one.question,
-                wanted=one.wanted,
-                before=one.given[0],
-                learnt=one.given[_when_learnt(loop, one.task)],
-                end=one.given[-1],
+                prompt=one.prompt,
+                expected=one.expected,
+                before=one.predicted[0],
+                learnt=one.predicted[_when_learnt(loop, one.task)],
+                end=one.predicted[-1],
             )
             for one in state.shown
         ),
@@ -157,7 +157,7 @@ def _truncated(examples: Examples) -> int:
 
 
 def _when_learnt(loop: Loop, task: int) -> int:
-    """Returns the place of the answers after a task among its answers: before the stream, then after each task measured."""
+    """Returns the place of the prediction after a task: one before the stream comes first, then those after each task."""
     return 1 + task if loop.evaluation.unseen else 1
 
 
@@ -185,7 +185,7 @@ def _times(clock: Clock, task: int) -> dict[str, Any]:
 
 def _classes(setup: Setup, loop: Loop) -> tuple[ClassRecord, ...]:
     """For every class: examples of it in all tasks, and how many the last model predicts correctly."""
-    if loop.learner.answers:
+    if loop.learner.generates:
         return ()  # predictions are positions of options, or texts
     counts: dict[int, tuple[int, int]] = {}
     for j in range(loop.matrix.tasks):

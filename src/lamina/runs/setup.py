@@ -126,11 +126,17 @@ class Setup:
                 f"for example with --set stream.validation=0.2"
             )
 
-    def _text(self) -> Tensor | None:
-        """Returns the tokens of the text whose perplexity is measured; None for backbones that are no language models."""
-        if self.backbone.language is None or self.backbone.tokenizer is None:
-            return None
-        return data.text_tokens(self.config.evaluation.text, self.backbone.tokenizer)
+    def _text(self) -> tuple[Tensor, ...]:
+        """Returns the tokens of the text whose perplexity is measured; none for backbones that are no language models."""
+        backbone = self.backbone
+        if backbone.language is None or backbone.tokenizer is None:
+            return ()
+        return data.text_windows(
+            self.config.evaluation.text,
+            backbone.tokenizer,
+            positions=backbone.positions,
+            vocabulary=backbone.vocabulary,
+        )
 
     def loop(self, out: Path, make_loop: MakeLoop = Loop) -> Loop:
         """Returns a new loop whose checkpoints lie in the directory `out`."""
@@ -159,7 +165,7 @@ class Setup:
                 checkpoints=out / "checkpoints",
                 checkpoint_seconds=config.checkpoint_seconds,
                 steps=self.accelerated,
-                text_t=self._text(),
+                text=self._text(),
                 identity={
                     "configuration": configuration.fingerprint(config, self.method.config_type),
                     "stream": self.stream.fingerprint,

@@ -19,7 +19,7 @@ from lamina.data import (
     open_source,
     truncation,
 )
-from lamina.engine.answers import questions
+from lamina.engine.completions import questions
 from lamina.errors import ConfigError, DataError
 from lamina.types import Examples, Instructions, LabelledData
 
@@ -68,7 +68,7 @@ def test_prompt_and_completion(folder: Path) -> None:
     assert (inputs["input_ids"][inputs["attention_mask"] == 0] == 0).all()
     assert (inputs["attention_mask"].diff(dim=1) <= 0).all()
     assert (inputs["completion_mask"] <= inputs["attention_mask"]).all()
-    assert table.prompt_lengths(np.array([1])).tolist() == [len(prompt)]
+    assert table.prompts.lengths(np.array([1])).tolist() == [len(prompt)]
 
 
 def test_the_prompt_of_a_question_is_that_of_training(folder: Path) -> None:
@@ -210,12 +210,12 @@ def test_the_middle_of_a_long_prompt_is_cut(folder: Path) -> None:
     assert len(cut) == room
     assert cut == long[: -(-room // 2)] + long[len(long) - room // 2 :]
     assert same == completion
-    assert table.truncated == 5
+    assert table.truncated_n.sum() == 5
     assert truncation(data) == {"train": 4, "val": 0, "test": 1}
     assert table.inputs(np.arange(6), None)["input_ids"].shape[1] <= 24
     # The text is whole.
     assert table.read(0).prompt == "one two three four five six seven eight nine ten?"
-    assert whole.truncated == 0
+    assert whole.truncated_n.sum() == 0
 
 
 def test_a_completion_that_leaves_no_room(folder: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_completion_that_leaves_no_room(folder: Path) -> None:
         DataError, match=r"records row 1 has a completion or an option of 12 tokens.*max_length is 12, .*prompt of \d"
     ):
         load(records, folder, max_length=12)
-    assert load(records, folder, max_length=13)[0].prompt_lengths(np.array([1])).tolist() == [1]
+    assert load(records, folder, max_length=13)[0].prompts.lengths(np.array([1])).tolist() == [1]
     options = {"prompt": "a", "completion": "b", "options": ["b", "0123456789"]}
     with pytest.raises(DataError, match="records row 0 has a completion or an option of 12 tokens"):
         load([options, options], folder, max_length=12)
@@ -235,7 +235,7 @@ def test_of_a_very_long_prompt_beginning_and_end_are_read(folder: Path) -> None:
     prompt = text(folder, split(table, 0)[0])
     assert prompt.startswith("start ")
     assert prompt.endswith(" end")
-    assert table.truncated == 2
+    assert table.truncated_n.sum() == 2
 
 
 def test_lengths_that_are_allowed(folder: Path, tmp_path: Path) -> None:

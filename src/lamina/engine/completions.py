@@ -1,11 +1,11 @@
-"""What a language model answers to the examples of one task: the best option, or generated text; and its perplexity.
+"""Predictions of a language model on one task: the best option of each prompt, or generated text.
 
 Shape letters: n examples, b batch, m options.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -18,40 +18,41 @@ from lamina.learner import LanguageLearner, Learner
 from lamina.types import Batch, Examples, Instruction, Instructions, Ints
 
 SHOWN = 5
-"""Examples of each task whose answers are recorded."""
+"""Examples of each task whose predictions are recorded."""
 
 
-class Answering(Protocol):
-    """A method, or what is deployed of it."""
+class Deployed(Protocol):
+    """A method, or consolidation around it."""
 
     @property
     def selects(self) -> bool:
-        """Whether `answering` depends on the task, if it is given."""
+        """Whether `predicting` depends on the task, if it is given."""
         ...
 
-    def answering(self, learner: Learner, batch: Batch, task: str | None = None) -> AbstractContextManager[None]: ...
+    def predicting(self, learner: Learner, batch: Batch, task: str | None = None) -> AbstractContextManager[None]: ...
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The answer to one example, as text."""
+class ShownPrediction:
+    """The prediction for one example, as text."""
 
-    question: str
-    wanted: str
-    given: str
+    row: int
+    prompt: str
+    expected: str
+    predicted: str
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Of one model to the examples of one task."""
+class Completions:
+    """Predictions of one model for the examples of one task."""
 
     predictions: Predictions
-    """With the position of the right option as label, and of the best one as prediction. For an example without options
-    they are 0, and 0 where the generated text is what is wanted (else 1)."""
+    """The label is the position of the right option, the prediction that of the best one. For an example without options the
+    label is 0, and the prediction is 0 for an exact match and 1 otherwise."""
     rouge_l: float | None
     """Mean ROUGE-L (F1) of the generated texts; None where nothing was generated, or rouge-score is not installed."""
-    shown: tuple[Answer, ...]
-    """The answers to a few examples, evenly spaced."""
+    shown: tuple[ShownPrediction, ...]
+    """A few examples, evenly spaced."""
 
 
 def questions(examples: Examples, positions: Ints) -> Batch:
@@ -63,21 +64,21 @@ def questions(examples: Examples, positions: Ints) -> Batch:
 
 
 Found = tuple[Ints, Ints, Ints, list[str]]
-"""Right and best option, the best if the task is given, and the answers as text."""
+"""Right option, best option, best option if the task is given, and the predicted texts."""
 
 
 @dataclass(frozen=True)
 class Examiner:
-    """Asks a learner the questions of one task. longest: the most tokens that are generated."""
+    """Evaluates a language model on one task. longest: the most tokens that are generated."""
 
     learner: LanguageLearner
-    predictor: Answering
+    deployed: Deployed
     task: str
     longest: int
 
-    def ask(self, examples: Examples, batches: Callable[[Examples], Iterable[Batch]]) -> Answers:
-        """Returns the answers to all examples, with live branches folded. Where an example has options, their
-        log-likelihoods are compared; otherwise text is generated greedily. The right answers are compared only afterwards.
+    def ask(self, examples: Examples, batches: Callable[[Examples], Iterable[Batch]]) -> Completions:
+        """Returns the predictions for all examples, with live branches folded. Options are compared by log-likelihood; text is
+        generated greedily where there are none. The expected completions are compared only afterwards.
 
         batches: cuts the examples it is given into batches of questions.
         Raises TrainingError where a log-likelihood is not finite.
@@ -85,48 +86,54 @@ class Examiner:
         table = examples.table
         assert isinstance(table, Instructions)
         read = [table.read(int(row)) for row in examples.rows_n]
+        # A chat template may write something before each reply. Generated text begins with it, too.
+        read = [one if one.options else replace(one, completion=table.expected(int(row)))
+                for one, row in zip(read, examples.rows_n, strict=True)]  # fmt: skip
         order_n = np.argsort(examples.lengths(), kind="stable")
         ranked_n = np.array([bool(read[k].options) for k in order_n], dtype=bool)
-        given: list[str] = [""] * len(read)
+        texts: list[str] = [""] * len(read)
         labels_n, predicted_n, aware_n = (np.zeros(len(read), np.int64) for _ in range(3))
         with self.learner.folded():
-            for answer, positions_n in ((self.ranked, order_n[ranked_n]), (self.generated, order_n[~ranked_n])):
+            for predict, positions_n in ((self.ranked, order_n[ranked_n]), (self.generated, order_n[~ranked_n])):
                 start = 0
                 for batch in batches(examples.select(positions_n)) if len(positions_n) else ():
                     own_b = positions_n[start : start + len(batch)]
                     start += len(batch)
-                    found = answer(batch, [read[k] for k in own_b], table)
-                    labels_n[own_b], predicted_n[own_b], aware_n[own_b], texts = found
-                    for k, text in zip(own_b, texts, strict=True):
-                        given[k] = text
-        free = [(one.completion, text) for one, text in zip(read, given, strict=True) if not one.options]
+                    found = predict(batch, [read[k] for k in own_b], table)
+                    labels_n[own_b], predicted_n[own_b], aware_n[own_b], found_texts = found
+                    for k, text in zip(own_b, found_texts, strict=True):
+                        texts[k] = text
+        free = [(one.completion, text) for one, text in zip(read, texts, strict=True) if not one.options]
         chosen = np.unique(np.linspace(0, len(read) - 1, SHOWN).astype(int)) if read else ()
-        shown = tuple(Answer(read[k].prompt, read[k].completion, given[k]) for k in chosen)
-        return Answers(Predictions(labels_n, predicted_n, aware_n, None), rouge_l(free), shown)
+        shown = tuple(
+            ShownPrediction(int(examples.rows_n[k]), read[k].prompt, read[k].completion, texts[k]) for k in chosen
+        )
+        return Completions(Predictions(labels_n, predicted_n, aware_n, None), rouge_l(free), shown)
 
     def ranked(self, batch: Batch, read: Sequence[Instruction], _: Instructions) -> Found:
-        with self.predictor.answering(self.learner, batch):
+        """Returns the best options of a batch."""
+        with self.deployed.predicting(self.learner, batch):
             best_b = self._checked(self.learner.option_scores(batch)).argmax(1)
         aware_b = best_b
-        if self.predictor.selects:
-            with self.predictor.answering(self.learner, batch, self.task):
+        if self.deployed.selects:
+            with self.deployed.predicting(self.learner, batch, self.task):
                 aware_b = self._checked(self.learner.option_scores(batch)).argmax(1)
         texts = [one.options[k] for one, k in zip(read, best_b.tolist(), strict=True)]
         return batch.labels_b.cpu().numpy(), best_b.numpy(), aware_b.numpy(), texts
 
     def generated(self, batch: Batch, read: Sequence[Instruction], table: Instructions) -> Found:
+        """Returns the texts generated for a batch."""
+
         def written(task: str | None) -> list[str]:
-            with self.predictor.answering(self.learner, batch, task):
-                return [
-                    table.decode(ids) for ids in self.learner.generate(batch, self.longest, table.stops, table.pad_id)
-                ]
+            with self.deployed.predicting(self.learner, batch, task):
+                found = self.learner.generate(batch, self.longest, table.stops, table.pad_id)
+            return [table.decode(ids) for ids in found]
 
         def wrong_b(texts: list[str]) -> Ints:
-            pairs = zip(read, texts, strict=True)
-            return np.array([plain(text) != plain(one.completion) for one, text in pairs], np.int64)
+            return np.array([text.strip() != one.completion for one, text in zip(read, texts, strict=True)], np.int64)
 
         texts = written(None)
-        aware = written(self.task) if self.predictor.selects else texts
+        aware = written(self.task) if self.deployed.selects else texts
         return np.zeros(len(read), np.int64), wrong_b(texts), wrong_b(aware), texts
 
     def _checked(self, scores_bm: Tensor) -> Tensor:
@@ -139,14 +146,9 @@ class Examiner:
         return scores_bm
 
 
-def plain(text: str) -> str:
-    """Returns a text without white space at its ends, as exact matches are compared."""
-    return text.strip()
-
-
 def rouge_l(pairs: list[tuple[str, str]]) -> float | None:
-    """Returns the mean ROUGE-L (F1, without stemming) of (wanted, given) texts; None for no pairs, and if rouge-score is not
-    installed."""
+    """Returns the mean ROUGE-L (F1, without stemming) of (expected, predicted) texts; None for no pairs, and if rouge-score is
+    not installed."""
     if not pairs:
         return None
     try:
@@ -154,4 +156,4 @@ def rouge_l(pairs: list[tuple[str, str]]) -> float | None:
     except ImportError:
         return None
     scorer = RougeScorer(["rougeL"])
-    return float(np.mean([scorer.score(wanted, given)["rougeL"].fmeasure for wanted, given in pairs]))
+    return float(np.mean([scorer.score(expected, text)["rougeL"].fmeasure for expected, text in pairs]))
