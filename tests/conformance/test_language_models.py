@@ -984,9 +984,8 @@ def test_a_faster_run_is_the_same(name: str, world: World, tmp_path: Path):
 def test_the_perplexity_is_that_of_the_model_that_predicts(name: str, trail: Walks):
     language = trail(name, LLAMA).loop.state.language
     assert language is not None
-    assert len(set(language.perplexity)) == 4, (
-        "every task changes it, also through adapters that are selected per input"
-    )
+    before, *after = language.perplexity
+    assert before not in after, "tasks change it, also through adapters that are selected per input"
 
 
 def test_scores_of_long_completions_are_computed_part_by_part(midway: Walks, monkeypatch: pytest.MonkeyPatch):
