@@ -38,6 +38,7 @@ COST_DEFINITIONS = {
 LANGUAGE: dict[str, tuple[str, Callable[[float], str]]] = {
     "zero_shot_accuracy": ("Zero-shot", lambda v: f"{100 * v:.1f}"),
     "backward_transfer": ("Backward transfer", lambda v: signed(f"{100 * v:.1f}")),
+    "forward_transfer": ("Forward transfer", lambda v: signed(f"{100 * v:.1f}")),
     "perplexity_before": ("Perplexity before", lambda v: f"{v:.1f}"),
     "perplexity_after": ("Perplexity after", lambda v: f"{v:.1f}"),
     "tokens_per_second": ("Tokens/s", lambda v: f"{v:,.0f}"),
@@ -78,7 +79,7 @@ class Run:
         speed = language.tokens / train if language.tokens and train else None
         shown = {key: found[key] for key in LANGUAGE if key in found}
         if self.joint:
-            shown["backward_transfer"] = math.nan
+            shown |= dict.fromkeys(("backward_transfer", "forward_transfer", "zero_shot_accuracy"), math.nan)
         return shown | {"tokens_per_second": speed}
 
 

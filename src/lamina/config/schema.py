@@ -228,10 +228,10 @@ class EvaluationConfig(Section):
     per_task: int | None = Field(None, ge=1)
     """Measure on at most this many test and validation examples of each task, as equally many of each class as there are."""
     max_new_tokens: int = Field(64, ge=1)
-    """Language models: the most tokens that are generated for an example without options."""
+    """Language models: the most tokens that are generated for an example without options. A longer completion never matches."""
     text: str | None = None
-    """Language models: a text file from outside the stream, whose perplexity shows what the stream does to general ability.
-    Not set: a short English text that lamina carries."""
+    """Language models: a text file from outside the stream, whose perplexity is measured before the stream and after each
+    task. Not set: a short English text that lamina carries."""
 
 
 class RunConfig(Section):
