@@ -45,7 +45,7 @@ class Parts(NamedTuple):
 
 
 class Information(NamedTuple):
-    """What the routes that inform need."""
+    """What the read-only routes need."""
 
     limits: Limits
     versions: Versions

@@ -162,18 +162,18 @@ def _asked(predictor: LanguagePredictor, asking: ChatRequest | TextRequest, limi
         if isinstance(asking, ChatRequest):
             prompt = predictor.reader.read([one.plain() for one in asking.messages], where="the chat")
         else:
-            prompt = predictor.reader.read(asking.prompt, chat=False)
+            prompt = predictor.reader.read(asking.text, chat=False)
     except TooLong as error:
         raise refused(400, str(error), "context_length_exceeded", param) from None
     except DataError as error:
         raise refused(400, str(error)[:300], "invalid_value", param) from None
     most, room = asking.most, predictor.reader.positions - len(prompt.ids)
     if most is not None and most > limits.new_tokens:
-        told = f"max_tokens is {most}; allowed are 1 to {limits.new_tokens} ({flag('new_tokens')})"
-        raise refused(400, told, "invalid_value", "max_tokens")
+        told = f"{asking.most_param} is {most}; allowed are 1 to {limits.new_tokens} ({flag('new_tokens')})"
+        raise refused(400, told, "invalid_value", asking.most_param)
     if most is not None and most > room:
         told = (
-            f"the prompt has {len(prompt.ids)} tokens and max_tokens is {most}; the backbone has positions for "
+            f"the prompt has {len(prompt.ids)} tokens and {asking.most_param} is {most}; the backbone has positions for "
             f"{predictor.reader.positions}. Shorten the prompt, or ask for at most {room}"
         )
         raise refused(400, told, "context_length_exceeded", param)

@@ -12,10 +12,11 @@ from fastapi.testclient import TestClient
 from tests import assistants
 from tests.assistants import instructions
 
-from lamina.errors import ConfigError
+from lamina.errors import ConfigError, TrainingError
 from lamina.model import Model
 from lamina.serve import Limits, Refusal, create_app
 from lamina.serve.generating import Generator
+from lamina.serve.versions import check
 
 CHAT = "/v1/chat/completions"
 ASKED = {"model": "assistant", "messages": [{"role": "user", "content": "The film is a joy. Good?"}], "max_tokens": 6}
@@ -113,7 +114,16 @@ def test_a_stop_text_ends_a_completion_and_is_no_part_of_it(serve: Client) -> No
         ({"model": "other"}, 404, "model_not_found", "model", "'assistant'"),
         ({"temperature": 0.7}, 400, "invalid_value", "temperature", "greedy"),
         ({"n": 2}, 400, "invalid_value", "n", "greedy"),
-        ({"tools": []}, 400, "unknown_parameter", "tools", "not permitted"),
+        ({"tools": [{"type": "function"}]}, 400, "invalid_value", "tools", "not supported"),
+        ({"best": 1}, 400, "unknown_parameter", "best", "not permitted"),
+        ({"response_format": {"type": "json_object"}}, 400, "invalid_value", "response_format.type", "text"),
+        (
+            {"max_tokens": None, "max_completion_tokens": 9999},
+            400,
+            "invalid_value",
+            "max_completion_tokens",
+            "--max-new",
+        ),
         ({"logprobs": True}, 400, "invalid_value", "logprobs", "not supported"),
         ({"max_tokens": 0}, 400, "invalid_value", "max_tokens", "greater"),
         ({"max_tokens": 10_000}, 400, "invalid_value", "max_tokens", "--max-new-tokens"),
@@ -144,6 +154,37 @@ def test_what_has_no_effect_is_accepted(serve: Client) -> None:
     del asked["max_tokens"]
     asked["max_completion_tokens"] = 6
     assert client.post(CHAT, json=asked).json()["choices"] == client.post(CHAT, json=ASKED).json()["choices"]
+
+
+def test_neutral_values_of_clients_and_frameworks_are_accepted(serve: Client) -> None:
+    client = serve()
+    neutral = {
+        "tools": [],
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+        "logit_bias": {},
+        "logprobs": False,
+        "top_logprobs": None,
+    }
+    expected = client.post(CHAT, json=ASKED).json()["choices"]
+    assert client.post(CHAT, json={**ASKED, **neutral}).json()["choices"] == expected
+    text = {"model": "assistant", "prompt": "The film", "max_tokens": 4}
+    expected = client.post("/v1/completions", json=text).json()["choices"]
+    neutral = {"prompt": ["The film"], "best_of": 1, "logprobs": None, "suffix": None, "logit_bias": None}
+    assert client.post("/v1/completions", json={**text, **neutral}).json()["choices"] == expected
+    several = client.post("/v1/completions", json={**text, "prompt": ["The film", "A"]})
+    assert (several.status_code, refusal(several)["param"]) == (400, "prompt")
+
+
+def test_a_chat_goes_on_with_the_message_that_was_received(serve: Client) -> None:
+    client = serve()
+    message = client.post(CHAT, json=ASKED).json()["choices"][0]["message"]
+    more = {"annotations": [], "audio": None, "tool_calls": None, "function_call": None}
+    turns = [*ASKED["messages"], {**message, **more, "content": "Yes."}, {"role": "user", "content": "And the book?"}]
+    response = client.post(CHAT, json={**ASKED, "messages": turns})
+    assert response.status_code == 200, response.text
+    turns[1]["tool_calls"] = [{"id": "1"}]
+    assert refusal(client.post(CHAT, json={**ASKED, "messages": turns}))["param"] == "messages.1.tool_calls"
 
 
 def test_the_other_routes(serve: Client) -> None:
@@ -229,6 +270,17 @@ def test_a_new_version_is_picked_up(serve: Client, assistant: Path, tmp_path: Pa
             break
     else:
         raise AssertionError(client.get("/model").json()["refused"])
+
+
+def test_damaged_weights_are_not_served(assistant: Path) -> None:
+    """Whatever NaN is compared to, the first token is the likeliest and an outcome is finite."""
+    model = Model(assistant)
+    predictor = model.language()
+    for layer in predictor.learner.layers.values():
+        for weight_oi in (layer.base_oi, layer.folded_oi, layer.weight_oi):
+            weight_oi.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="NaN"):
+        check(model.store, predictor, model.store.lineage(predictor.card.folder))
 
 
 class Slow:
