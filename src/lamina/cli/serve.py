@@ -41,8 +41,9 @@ def serve(
     ] = 50,
     max_texts: Annotated[int, typer.Option(min=1, rich_help_panel=LIMITS, help="Texts per request.")] = 256,
     max_text_characters: Annotated[
-        int, typer.Option(min=1, rich_help_panel=LIMITS, help="Characters of a text.")
-    ] = 20_000,
+        int | None,
+        typer.Option(min=1, rich_help_panel=LIMITS, help="Characters of a text. Default: 20000; of a prompt 32000."),
+    ] = None,
     max_header_kb: Annotated[int, typer.Option(min=1, rich_help_panel=LIMITS, help="Headers of a request.")] = 32,
     max_header_seconds: Annotated[
         float, typer.Option(min=0.1, rich_help_panel=LIMITS, help="Until the headers have come.")
@@ -71,14 +72,17 @@ def serve(
     max_wait_ms: Annotated[
         float, typer.Option(min=0, rich_help_panel=LIMITS, help="A batch waits for inputs being decoded.")
     ] = 3,
+    max_prompt_tokens: Annotated[
+        int, typer.Option(min=1, rich_help_panel=LIMITS, help="Language models: tokens of a prompt.")
+    ] = 4096,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, rich_help_panel=LIMITS, help="Language models: tokens generated for a request.")
-    ] = 512,
+    ] = 2048,
     chat: Annotated[
         bool,
         typer.Option(
             "--chat/--no-chat",
-            help="Language models: complete chats too (/v1/chat/completions). The tokenizer must have a chat template.",
+            help="Language models: complete chats too (/v1/chat/completions), if the tokenizer has a chat template.",
         ),
     ] = True,
 ) -> None:
@@ -112,6 +116,9 @@ def serve(
         bound.close()
         raise
     print(_greeting(model, serving.url_of(bound), app, token_file), flush=True)
+    if language and chat and not app.about()["chat_template"]:
+        told = "the tokenizer has no chat template, so only /v1/completions is served, not /v1/chat/completions."
+        print(f"note: {told}", file=sys.stderr)
     if hosts is None and token is None:
         print(
             "note: everyone who reaches this address may use it; --token-file FILE asks for a token.", file=sys.stderr

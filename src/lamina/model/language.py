@@ -199,6 +199,7 @@ class LanguagePredictor(Deployed):
                 positions=backbone.positions,
                 vocabulary=backbone.vocabulary,
                 form=self.config.data.form,
+                module=backbone.module,
             )
         except BaseException:
             self.close()

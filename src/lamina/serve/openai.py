@@ -159,6 +159,11 @@ class ChatRequest(Sampling):
     """Only text."""
 
     @property
+    def characters(self) -> int:
+        """Characters of all messages."""
+        return sum(len(one.plain()["content"]) for one in self.messages)
+
+    @property
     def most(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
@@ -186,6 +191,11 @@ class TextRequest(Sampling):
     def text(self) -> str:
         """The prompt."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+
+    @property
+    def characters(self) -> int:
+        """Characters of the prompt."""
+        return len(self.text)
 
     @property
     def most(self) -> int | None:
