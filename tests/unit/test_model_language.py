@@ -1,6 +1,7 @@
 """Living language models: what the gate compares, and how text is put together from tokens."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 from tests import assistants
 from tests.assistants import backbone, instructions, small
 
-from lamina.data import Prompt
+from lamina.data import Prompt, PromptReader
+from lamina.data.prompts import stop_tokens
 from lamina.errors import ConfigError
 from lamina.model import Asked, Model, language, learning
 from lamina.model.language import Writing
@@ -81,3 +83,25 @@ def test_settings_of_a_completion_are_checked(base: Path, tmp_path: Path) -> Non
         model.complete("The film", max_new_tokens=0)
     with pytest.raises(ConfigError, match="empty text"):
         model.complete("The film", stop=["a", ""])
+
+
+@pytest.mark.parametrize("form", ["plain", "chat"])
+def test_the_model_card_asks_as_the_model_was_taught(base: Path, tmp_path: Path, form: str) -> None:
+    model = small(tmp_path / "it's mine", base, settings={"data.form": form})
+    card = (model.path / "README.md").read_text()
+    assert shlex.quote("it's mine") in card
+    assert ("/v1/chat/completions" in card) == ("messages" in card) == ("--chat" in card) == (form == "chat")
+    shell = card.split("```sh\n")[1].split("```")[0].replace("\\\n", " ")
+    body = shlex.split(shell.splitlines()[2])[2]
+    assert json.loads(body)["model"] == "it's mine"
+
+
+def test_a_reader_stops_where_the_base_says(base: Path) -> None:
+    class Module:
+        class generation_config:
+            eos_token_id = (1, 7)
+
+    assert stop_tokens((1, 2), Module()) == (1, 2, 7)
+    assert stop_tokens((1,), None) == (1,)
+    reader = PromptReader(base, positions=64, vocabulary=None, module=Module())
+    assert {1, 7} <= set(reader.stops)

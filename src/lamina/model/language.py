@@ -139,8 +139,8 @@ class Unaware(NamedTuple):
 def outcomes_of(
     learner: Learner, deployed: Consolidation, examples: Examples, batch_size: int, longest: int
 ) -> Outcomes:
-    """Returns which of these instructions are completed rightly: the best option is the right one, or the generated text is
-    what is wanted. longest: the most tokens that are generated."""
+    """Returns which of these instructions are completed correctly: the best option is the right one, or the generated text is
+    an exact match. longest: the most tokens that are generated."""
     assert isinstance(learner, LanguageLearner)
     if not len(examples):
         return Outcomes(examples.labels_n, examples.labels_n, None)
@@ -322,7 +322,7 @@ class LanguagePredictor(Deployed):
     # -- measuring ----------------------------------------------------------------------------------------------------
 
     def outcomes(self, examples: Examples) -> Outcomes:
-        """Returns which of these instructions are completed rightly."""
+        """Returns which of these instructions are completed correctly."""
         section = self.config.evaluation
         with self.lock:
             return outcomes_of(self.learner, self.consolidation, examples, section.batch_size, section.max_new_tokens)

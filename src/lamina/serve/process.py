@@ -108,7 +108,7 @@ def url_of(bound: socket.socket) -> str:
 
 def run(app: Guard, bound: socket.socket, limits: Limits) -> None:
     """Serve until Ctrl-C or SIGTERM. Then predictions under way have a second more than their deadline to end, and completions
-    at most 10 seconds."""
+    at most 11 seconds."""
     grace = limits.deadline_seconds
     if app.about()["kind"] == "language":
         grace = min(grace, GRACEFUL)
