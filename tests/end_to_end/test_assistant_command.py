@@ -106,6 +106,8 @@ def test_a_prompt_is_completed_and_options_are_ranked(
     assert found["text"] == found["options"][0]["option"]
     assert sum(one["probability"] for one in found["options"]) == pytest.approx(1, abs=1e-4)
     assert found["options"][0]["log_likelihood"] >= found["options"][1]["log_likelihood"]
+    found = json.loads(lamina("predict", model, prompt, "--options=yes, sir", "--options=no", "--json").out)
+    assert {one["option"] for one in found["options"]} == {"yes, sir", "no"}
     (tmp_path / "lines.txt").write_text(f"{prompt}\nA book\n")
     (tmp_path / "lines.jsonl").write_text(
         json.dumps({"prompt": prompt})
@@ -139,6 +141,7 @@ def test_a_prompt_is_completed_and_options_are_ranked(
 
 def test_what_is_wrong_is_named(lamina: Command, model: Path, tmp_path: Path, base: Path) -> None:
     assert "nothing to predict" in lamina.refused("predict", model)
+    assert "--max-files is for classifiers" in lamina.refused("serve", model, "--max-files=3")
     assert "yes" in lamina.refused("predict", model, "x", "--options=yes,yes")
     assert "--top" in lamina.refused("predict", model, "x", "--top=3")
     assert "does not exist" in lamina.refused("predict", model, "--file", tmp_path / "gone.txt")

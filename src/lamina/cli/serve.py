@@ -17,6 +17,7 @@ LIMITS = "Limits"
 
 
 def serve(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="Directory of a model that has learnt a task.")],
     host: Annotated[
         str, typer.Option(help="Address to listen at. 0.0.0.0: all networks; then set a token.")
@@ -102,6 +103,7 @@ def serve(
     from lamina.model import Model
 
     language = Model(model).facts.kind == "language"
+    _refuse_idle(context, serving.ONLY_CLASSIFIERS if language else serving.ONLY_LANGUAGE, language=language)
     named = {name: given[f"max_{name}"] for name in serving.Limits.__dataclass_fields__}
     named = {name: value for name, value in named.items() if value is not None}
     limits = serving.Limits.of_language(**named) if language else serving.Limits(**named)
@@ -127,6 +129,14 @@ def serve(
     with contextlib.suppress(KeyboardInterrupt):
         serving.run(app, bound, limits)
     print("stopped", file=sys.stderr)
+
+
+def _refuse_idle(context: typer.Context, limits: tuple[str, ...], *, language: bool) -> None:
+    """Raises ConfigError for a given limit that has no effect on a model of this kind."""
+    for limit in limits:
+        if str(getattr(context.get_parameter_source(f"max_{limit}"), "name", "")) == "COMMANDLINE":
+            theirs = "classifiers, and this is a language model" if language else "language models"
+            raise ConfigError(f"--max-{limit.replace('_', '-')} is for {theirs}. Leave it out.")
 
 
 def _log() -> None:

@@ -8,6 +8,9 @@ MB = 2**20
 LANGUAGE: Mapping[str, float] = {"deadline_seconds": 300, "queue": 64, "batch": 8, "text_characters": 32_000}
 """Defaults that differ for language models."""
 
+ONLY_CLASSIFIERS = ("body_mb", "files", "megapixels", "texts", "wait_ms")
+ONLY_LANGUAGE = ("prompt_tokens", "new_tokens")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:

@@ -224,8 +224,7 @@ def parsed(body: bytes, kind: type[Asking]) -> Asking:
     try:
         found = kind.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        names = [str(part) for part in first["loc"] if not str(part).startswith(("list[", "str", "function-"))]
+        first, names = _deepest(error)
         param = ".".join(names) or None
         code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
         told = first["msg"].removeprefix("Value error, ")
@@ -235,6 +234,17 @@ def parsed(body: bytes, kind: type[Asking]) -> Asking:
         told = f"stop: at most {STOPS} texts of 1 to {STOP_CHARACTERS} characters are allowed"
         raise refused(400, told, "invalid_value", "stop")
     return found
+
+
+def _deepest(error: ValidationError) -> tuple[Any, list[str]]:
+    """Returns the first error, or the one that lies deepest in the same value: a list of parts is judged as a text first. Also
+    returns its place, without the names of types."""
+    found = [
+        (one, [str(part) for part in one["loc"] if not str(part).startswith(("list[", "str", "function-"))])
+        for one in error.errors()
+    ]
+    place = found[0][1]
+    return max((one for one in found if one[1][: len(place)] == place), key=lambda one: len(one[1]))
 
 
 @dataclass(frozen=True)
