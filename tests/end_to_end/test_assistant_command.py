@@ -59,7 +59,8 @@ def test_learns_instructions_task_by_task(lamina: Command, model: Path, tmp_path
     assert figures.calibration_error is None
     card = (model / "README.md").read_text()
     assert 'pipeline_tag: "text-generation"' in card
-    assert "chat/completions" in card
+    assert "/v1/completions" in card
+    assert "messages" not in card  # it was taught without the chat template
     assert "classifier" not in card
     assert "deleted" in lamina("forget", model).out
     assert "freed" in lamina("prune", model, "--keep=1").out
@@ -105,9 +106,13 @@ def test_a_prompt_is_completed_and_options_are_ranked(
     assert found["text"] == found["options"][0]["option"]
     assert sum(one["probability"] for one in found["options"]) == pytest.approx(1, abs=1e-4)
     assert found["options"][0]["log_likelihood"] >= found["options"][1]["log_likelihood"]
+    found = json.loads(lamina("predict", model, prompt, "--options=yes, sir", "--options=no", "--json").out)
+    assert {one["option"] for one in found["options"]} == {"yes, sir", "no"}
     (tmp_path / "lines.txt").write_text(f"{prompt}\nA book\n")
     (tmp_path / "lines.jsonl").write_text(
         json.dumps({"prompt": prompt})
+        + "\n\n"
+        + json.dumps("one\u2028line\u0085only", ensure_ascii=False)
         + "\n"
         + json.dumps({"prompt": prompt, "options": ["yes", "no"]})
         + "\n"
@@ -115,16 +120,17 @@ def test_a_prompt_is_completed_and_options_are_ranked(
         + "\n"
     )
     one_line = prompt.replace("\n", " ")
-    (tmp_path / "lines.txt").write_text(f"{one_line}\nA book\n")
+    (tmp_path / "lines.txt").write_text(f"{one_line}\nA\u2028book\n")
     said = lamina("predict", model, "--file", tmp_path / "lines.txt", "--json", "--max-new-tokens=3")
-    assert [json.loads(line)["prompt"] for line in said.out.splitlines()] == [one_line, "A book"]
+    assert [json.loads(line)["prompt"] for line in said.out.strip().split("\n")] == [one_line, "A\u2028book"]
     lines = [
         json.loads(line)
-        for line in lamina(
-            "predict", model, "--file", tmp_path / "lines.jsonl", "--json", "--max-new-tokens=5"
-        ).out.splitlines()
+        for line in lamina("predict", model, "--file", tmp_path / "lines.jsonl", "--json", "--max-new-tokens=5")
+        .out.strip()
+        .split("\n")
     ]
     assert lines[0]["text"] == completion.text
+    assert lines.pop(1)["prompt"] == "one\u2028line\u0085only"
     assert "options" in lines[1]
     assert lines[2]["finish_reason"] in ("stop", "length")
     chat = json.loads(lamina("predict", model, "Hi", "--chat", "--json", "--max-new-tokens=5").out)
@@ -135,6 +141,7 @@ def test_a_prompt_is_completed_and_options_are_ranked(
 
 def test_what_is_wrong_is_named(lamina: Command, model: Path, tmp_path: Path, base: Path) -> None:
     assert "nothing to predict" in lamina.refused("predict", model)
+    assert "--max-files is for classifiers" in lamina.refused("serve", model, "--max-files=3")
     assert "yes" in lamina.refused("predict", model, "x", "--options=yes,yes")
     assert "--top" in lamina.refused("predict", model, "x", "--top=3")
     assert "does not exist" in lamina.refused("predict", model, "--file", tmp_path / "gone.txt")

@@ -50,6 +50,11 @@ def test_the_openai_client_completes_and_streams(server: Server) -> None:
         text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
         assert text == whole.choices[0].message.content
         assert parts[-1].usage == whole.usage
+        replied = whole.choices[0].message.model_copy(update={"content": "Yes."})
+        turns: Any = [*ASKED, replied, {"role": "user", "content": "And the book?"}]
+        second = client.chat.completions.create(model="assistant", messages=turns, max_tokens=2)
+        assert second.usage is not None
+        assert second.usage.prompt_tokens > whole.usage.prompt_tokens
         plain = client.completions.create(model="assistant", prompt="The film", max_tokens=4)
         assert plain.object == "text_completion"
 

@@ -44,7 +44,7 @@ class Line:
 
 
 def complete(opened: "Model", given: Given) -> None:
-    """Print what a language model says to each prompt. Exits with code 1 where some could not be read."""
+    """Print the completion of each prompt. Exits with code 1 where some could not be read."""
     if len(set(given.options)) != len(given.options) or "" in given.options:
         raise DataError(f"--options {','.join(given.options)}: give different texts, separated by commas.")
     lines = [*_lines(given)]
@@ -120,7 +120,7 @@ def _as_json(line: Line, found: "Completion") -> dict[str, Any]:
 def _lines(given: Given) -> Iterator[Line]:
     for prompt in given.prompts:
         if prompt == "-":
-            yield from (_text(line, given) for line in sys.stdin.read().splitlines() if line.strip())
+            yield from (_text(line, given) for line in sys.stdin.read().split("\n") if line.strip())
         else:
             yield _text(prompt, given)
     for file in given.files:
@@ -134,23 +134,25 @@ def _text(prompt: str, given: Given) -> Line:
 def _file(path: Path, given: Given) -> Iterator[Line]:
     if not path.is_file():
         raise DataError(f"--file {path} does not exist. Give a .txt file (a prompt on each line) or a .jsonl file.")
+    if path.suffix.lower() == ".jsonl":
+        from lamina.data.json_files import read_json_lines
+
+        for record, number in zip(*read_json_lines(path), strict=True):
+            yield _record(record, f"{path} line {number}", given)
+        return
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise DataError(f"--file {path} cannot be read as UTF-8 text ({error}).") from error
-    lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
     if path.suffix.lower() in (".csv", ".parquet", ".json"):
         raise DataError(f"--file {path}: allowed are .jsonl files and files of text with a prompt on each line.")
-    for number, line in lines:
-        yield _record(line, f"{path} line {number}", given) if path.suffix.lower() == ".jsonl" else _text(line, given)
+    for line in content.split("\n"):  # U+2028 and the like may stand inside a text
+        if line.strip():
+            yield _text(line, given)
 
 
-def _record(line: str, where: str, given: Given) -> Line:
+def _record(found: Any, where: str, given: Given) -> Line:
     """Returns the prompt of a line of JSON. The reply at the end of a chat is left out."""
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON ({error}).") from error
     if isinstance(found, str):
         return _text(found, given)
     record = found if isinstance(found, dict) else {}

@@ -1,6 +1,7 @@
 """`lamina predict`: classes, probabilities and tasks of files or texts; completions of prompts."""
 
 import csv
+import io
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -51,10 +52,11 @@ def predict(
         ),
     ] = None,
     options: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             rich_help_panel=LANGUAGE,
-            help="Texts to rank by their likelihood, separated by commas, instead of generating.",
+            help="Texts to rank by their likelihood, separated by commas, instead of generating. Given several times, each "
+            "is one text, which may hold commas.",
         ),
     ] = None,
     chat: Annotated[
@@ -92,11 +94,12 @@ def predict(
     if opened.facts.kind == "language":
         if top != 1 or form == "csv":
             raise DataError("--top and --format csv are for classifiers. Leave them out; --options ranks texts.")
-        listed = () if options is None else tuple(one.strip() for one in options.split(","))
+        given = options or []
+        listed = tuple(one.strip() for one in (given[0].split(",") if len(given) == 1 else given))
         asked = [*(files or []), *(text or [])]
         complete(opened, Given(asked, prompts or [], listed, max_new_tokens, chat, form == "json"))
         return
-    if prompts or options is not None or chat or max_new_tokens is not None:
+    if prompts or options or chat or max_new_tokens is not None:
         raise DataError("--file, --options, --chat and --max-new-tokens are for language models. Leave them out.")
     named = _texts(files or [], text or []) if opened.facts.kind == "text" else _images(files or [], text or [])
     if not files and not text:
@@ -164,24 +167,18 @@ def _lines(name: str) -> Iterable[str]:
     except (OSError, ValueError) as error:
         raise DataError(f"{name} cannot be read as UTF-8 text ({error}).") from error
     if path.suffix.lower() == ".csv":
-        rows = list(csv.DictReader(content.splitlines()))
+        rows = list(csv.DictReader(io.StringIO(content)))
         if rows and "text" not in rows[0]:
             raise DataError(f"{name} has no column `text`; it has {', '.join(map(str, rows[0]))}.")
         return [row["text"] or "" for row in rows]
     if path.suffix.lower() == ".jsonl":
-        return [
-            _text_of(line, f"{name} line {number}")
-            for number, line in enumerate(content.splitlines(), 1)
-            if line.strip()
-        ]
-    return [line for line in content.splitlines() if line.strip()]
+        from lamina.data.json_files import read_json_lines
+
+        return [_text_of(found, f"{name} line {number}") for found, number in zip(*read_json_lines(path), strict=True)]
+    return [line for line in content.split("\n") if line.strip()]  # U+2028 and the like may stand inside a text
 
 
-def _text_of(line: str, where: str) -> str:
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON ({error}).") from error
+def _text_of(found: Any, where: str) -> str:
     text = found.get("text") if isinstance(found, dict) else found
     if not isinstance(text, str):
         raise DataError(f"{where} holds no text: it must be a text, or an object with the key `text`.")

@@ -17,6 +17,7 @@ LIMITS = "Limits"
 
 
 def serve(
+    context: typer.Context,
     model: Annotated[Path, typer.Argument(help="Directory of a model that has learnt a task.")],
     host: Annotated[
         str, typer.Option(help="Address to listen at. 0.0.0.0: all networks; then set a token.")
@@ -41,8 +42,9 @@ def serve(
     ] = 50,
     max_texts: Annotated[int, typer.Option(min=1, rich_help_panel=LIMITS, help="Texts per request.")] = 256,
     max_text_characters: Annotated[
-        int, typer.Option(min=1, rich_help_panel=LIMITS, help="Characters of a text.")
-    ] = 20_000,
+        int | None,
+        typer.Option(min=1, rich_help_panel=LIMITS, help="Characters of a text. Default: 20000; of a prompt 32000."),
+    ] = None,
     max_header_kb: Annotated[int, typer.Option(min=1, rich_help_panel=LIMITS, help="Headers of a request.")] = 32,
     max_header_seconds: Annotated[
         float, typer.Option(min=0.1, rich_help_panel=LIMITS, help="Until the headers have come.")
@@ -71,14 +73,17 @@ def serve(
     max_wait_ms: Annotated[
         float, typer.Option(min=0, rich_help_panel=LIMITS, help="A batch waits for inputs being decoded.")
     ] = 3,
+    max_prompt_tokens: Annotated[
+        int, typer.Option(min=1, rich_help_panel=LIMITS, help="Language models: tokens of a prompt.")
+    ] = 4096,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, rich_help_panel=LIMITS, help="Language models: tokens generated for a request.")
-    ] = 512,
+    ] = 2048,
     chat: Annotated[
         bool,
         typer.Option(
             "--chat/--no-chat",
-            help="Language models: complete chats too (/v1/chat/completions). The tokenizer must have a chat template.",
+            help="Language models: complete chats too (/v1/chat/completions), if the tokenizer has a chat template.",
         ),
     ] = True,
 ) -> None:
@@ -98,6 +103,7 @@ def serve(
     from lamina.model import Model
 
     language = Model(model).facts.kind == "language"
+    _refuse_idle(context, serving.ONLY_CLASSIFIERS if language else serving.ONLY_LANGUAGE, language=language)
     named = {name: given[f"max_{name}"] for name in serving.Limits.__dataclass_fields__}
     named = {name: value for name, value in named.items() if value is not None}
     limits = serving.Limits.of_language(**named) if language else serving.Limits(**named)
@@ -112,6 +118,9 @@ def serve(
         bound.close()
         raise
     print(_greeting(model, serving.url_of(bound), app, token_file), flush=True)
+    if language and chat and not app.about()["chat_template"]:
+        told = "the tokenizer has no chat template, so only /v1/completions is served, not /v1/chat/completions."
+        print(f"note: {told}", file=sys.stderr)
     if hosts is None and token is None:
         print(
             "note: everyone who reaches this address may use it; --token-file FILE asks for a token.", file=sys.stderr
@@ -120,6 +129,14 @@ def serve(
     with contextlib.suppress(KeyboardInterrupt):
         serving.run(app, bound, limits)
     print("stopped", file=sys.stderr)
+
+
+def _refuse_idle(context: typer.Context, limits: tuple[str, ...], *, language: bool) -> None:
+    """Raises ConfigError for a given limit that has no effect on a model of this kind."""
+    for limit in limits:
+        if str(getattr(context.get_parameter_source(f"max_{limit}"), "name", "")) == "COMMANDLINE":
+            theirs = "classifiers, and this is a language model" if language else "language models"
+            raise ConfigError(f"--max-{limit.replace('_', '-')} is for {theirs}. Leave it out.")
 
 
 def _log() -> None:

@@ -4,7 +4,7 @@ They are rendered and tokenised as those of instructions are. They are never cut
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +16,7 @@ from torch import Tensor
 from lamina.data.instruction_rows import row_of
 from lamina.data.instruction_table import Form, Renderer
 from lamina.data.instruction_tokens import InstructionTokens, ragged
+from lamina.data.names import shown
 from lamina.data.records import Columns
 from lamina.data.tokens import check_vocabulary, limit_of, load_tokenizer, reason_of
 from lamina.errors import DataError
@@ -34,6 +35,14 @@ class TooLong(DataError):
         self.tokens = tokens
 
 
+def stop_tokens(own: Iterable[int], module: Any) -> tuple[int, ...]:
+    """Returns the tokens that end a text: those that completions end with, and those that the base's generation_config.json
+    names. own: of the completions. module: of the backbone."""
+    named = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
+    named = [named] if isinstance(named, int) else named or ()
+    return tuple(dict.fromkeys((*own, *named)))
+
+
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """A prompt as token ids."""
@@ -49,16 +58,29 @@ class Prompt:
 class PromptReader:
     """Turns texts and chats into prompts for a language model.
 
-    Raises DataError for a tokenizer that cannot be used.
+    module: of the backbone, which may name further tokens that end a text. Raises DataError for a tokenizer that cannot be
+    used.
     """
 
     def __init__(
-        self, tokenizer: Path | str, *, positions: int | None, vocabulary: int | None, form: Form = "plain"
+        self,
+        tokenizer: Path | str,
+        *,
+        positions: int | None,
+        vocabulary: int | None,
+        form: Form = "plain",
+        module: Any = None,
     ) -> None:
         self.name, self.vocabulary, self.form = tokenizer, vocabulary, form
         self.tokenise: Any = load_tokenizer(tokenizer)
         self._lock = threading.Lock()
         """Fast tokenizers refuse two threads at a time."""
+        self._decoder: Any = load_tokenizer(tokenizer)
+        """One of its own: else the text that is generated would wait while a long prompt is tokenised."""
+        self._decoding = threading.Lock()
+        added = getattr(self.tokenise, "added_tokens_decoder", {}).values()
+        self.special = frozenset((*self.tokenise.all_special_tokens, *(str(one) for one in added if one.special)))
+        """Special tokens as text."""
         self._renderers: dict[Form, Renderer] = {
             "plain": Renderer(self.tokenise, tokenizer, "plain"),
             "chat": Renderer(self.tokenise, tokenizer, "chat"),
@@ -69,7 +91,7 @@ class PromptReader:
         eos = int(self.tokenise.eos_token_id)
         self.pad_id = int(self.tokenise.pad_token_id if self.tokenise.pad_token_id is not None else eos)
         ends = {eos, self._end_of_turn()} if self.chats else {eos}
-        self.stops = tuple(sorted(ends))
+        self.stops = stop_tokens(sorted(ends), module)
         """Tokens that end a completion."""
 
     @property
@@ -95,11 +117,14 @@ class PromptReader:
 
         options: texts to rank; without them, text is to be generated. chat: whether a text is rendered as one message of a
         user; by default as `data.form` says. Raises DataError where it is blank, no text, or refused by the chat template, and
-        for options that are blank or not distinct; TooLong where the backbone has no position for a completion.
+        for options that are blank or not distinct; also for a text of a chat that holds a special token, which could pretend to
+        be another turn. Raises TooLong where the backbone has no position for a completion.
         """
         form: Form = self.form if chat is None else "chat" if chat else "plain"
         reply = options[0] if options else _STAND_IN
         record: dict[str, Any] = {"options": list(options) or None}
+        if form == "chat" or not isinstance(prompt, str):
+            self._refuse_special(prompt, options, where)
         if isinstance(prompt, str):
             record |= {"prompt": prompt, "completion": reply}
         else:
@@ -128,6 +153,16 @@ class PromptReader:
         spaced = not rendered.chat and rendered.completion[:1] == " "
         return Prompt(asked, tuple(options), listed, spaced)
 
+    def _refuse_special(self, prompt: str | Chat, options: Sequence[str], where: str) -> None:
+        texts = [prompt] if isinstance(prompt, str) else [text for turn in prompt for text in turn.values()]
+        for text in (*texts, *options):
+            found = next((token for token in self.special if isinstance(text, str) and token in text), None)
+            if found is not None:
+                raise DataError(
+                    f"{where} holds {shown(found)!r}, a special token of the tokenizer. In a chat only the template writes "
+                    "those. Remove it"
+                )
+
     def questions(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Returns these prompts as the inputs of one batch of questions, padded on the right."""
         sizes = [len(prompt.option_ids) for prompt in prompts]
@@ -146,5 +181,5 @@ class PromptReader:
 
     def text(self, tokens: Sequence[int]) -> str:
         """Returns these tokens as text, without special tokens."""
-        with self._lock:
-            return str(self.tokenise.decode(list(tokens), skip_special_tokens=True))
+        with self._decoding:
+            return str(self._decoder.decode(list(tokens), skip_special_tokens=True))

@@ -75,7 +75,7 @@ class Figures(Part):
     """What was measured of a task when it was learnt, on its held-out examples."""
 
     accuracy: float | None = None
-    """Of a language model: the share of examples with the best option, or exactly the text, that is wanted."""
+    """Of a language model: the share of examples with the right option, or with an exact match."""
     calibration_error: float | None = None
     """Expected calibration error, 15 bins; None for language models."""
     rouge_l: float | None = None

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from lamina.backbones import Backbone
 from lamina.data import Chat, Prompt, PromptReader
 from lamina.engine.completions import Examiner, questions
 from lamina.engine.consolidate import Consolidation
-from lamina.errors import DataError, ModelError, TrainingError
+from lamina.errors import ConfigError, DataError, ModelError, TrainingError
 from lamina.learner import LanguageLearner, Learner
 from lamina.model.card import Card, Facts
 from lamina.model.deployed import Deployed
@@ -41,7 +42,7 @@ class Ranked(NamedTuple):
 
 @dataclass(frozen=True)
 class Completion:
-    """What a language model says to one prompt: generated text, or the ranked options; or why it can say nothing."""
+    """The completion of one prompt: generated text, or the ranked options; or why there is none."""
 
     text: str = ""
     """Generated; of ranked options, the best one."""
@@ -73,6 +74,8 @@ class Writing:
     decode: Callable[[Sequence[int]], str]
     stops: tuple[int, ...]
     tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    """What is certain by now."""
     sent: str = ""
     ended: End | None = None
     broken_off: bool = False
@@ -89,17 +92,19 @@ class Writing:
             self.tokens.append(token)
             if len(self.tokens) >= self.asked.most:
                 self.ended = "length"
-        text = self._text()
+        text = self._decoded()
         places = [place for stop in self.asked.stop if (place := text.find(stop)) >= 0]
         if places:
             self.ended, text = "stop", text[: min(places)]
-        certain = text.rstrip(INCOMPLETE) if self.ended else self._certain(text)
-        if not certain.startswith(self.sent):
-            return ""  # the tokenizer changed what came before; the rest comes when it grows past what was sent
-        new, self.sent = certain[len(self.sent) :], certain
+        self.text = text.rstrip(INCOMPLETE) if self.ended else self._certain(text)
+        if self.sent.startswith(self.text):
+            return ""
+        # Some tokenizers decode earlier tokens otherwise when more follow. What was sent cannot be taken back.
+        same = sum(1 for _ in takewhile(bool, map(str.__eq__, self.sent, self.text)))
+        new, self.sent = self.text[same:], self.text
         return new
 
-    def _text(self) -> str:
+    def _decoded(self) -> str:
         text = self.decode(self.tokens)
         return text.removeprefix(" ") if self.asked.prompt.spaced else text
 
@@ -110,7 +115,7 @@ class Writing:
         return text[: len(text) - held]
 
     def completion(self) -> Completion:
-        return Completion(self.sent, self.ended, len(self.asked.prompt.ids), len(self.tokens))
+        return Completion(self.text, self.ended, len(self.asked.prompt.ids), len(self.tokens))
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -131,9 +136,11 @@ class Unaware(NamedTuple):
         return self.deployed.predicting(learner, batch, task)
 
 
-def answered(learner: Learner, deployed: Consolidation, examples: Examples, batch_size: int, longest: int) -> Outcomes:
-    """Returns which of these instructions are completed rightly: the best option is the right one, or the generated text is
-    what is wanted. longest: the most tokens that are generated."""
+def outcomes_of(
+    learner: Learner, deployed: Consolidation, examples: Examples, batch_size: int, longest: int
+) -> Outcomes:
+    """Returns which of these instructions are completed correctly: the best option is the right one, or the generated text is
+    an exact match. longest: the most tokens that are generated."""
     assert isinstance(learner, LanguageLearner)
     if not len(examples):
         return Outcomes(examples.labels_n, examples.labels_n, None)
@@ -192,6 +199,7 @@ class LanguagePredictor(Deployed):
                 positions=backbone.positions,
                 vocabulary=backbone.vocabulary,
                 form=self.config.data.form,
+                module=backbone.module,
             )
         except BaseException:
             self.close()
@@ -210,19 +218,26 @@ class LanguagePredictor(Deployed):
         options: Sequence[str] | Sequence[Sequence[str]] | None = None,
         *,
         max_new_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         chat: bool | None = None,
         each: Callable[[int, str], bool] | None = None,
     ) -> list[Completion]:
         """Returns a completion of each prompt, a text or a chat; one that cannot be read has an error.
 
         options: texts to rank, for all prompts or one list for each; without them, text is generated. max_new_tokens: by
-        default evaluation.max_new_tokens. stop: texts that end a completion. chat: whether texts are rendered with the chat
-        template; by default as data.form says. each: is called with the number of a prompt and its newest text; returns
-        whether to break off.
+        default evaluation.max_new_tokens. stop: a text that ends a completion, or several. chat: whether texts are
+        rendered with the chat template; by default as data.form says. each: is called with the number of a prompt and its
+        newest text; returns whether to break off. Raises ConfigError for a max_new_tokens below 1, and for an empty stop text.
         """
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in stops:
+            raise ConfigError("stop holds an empty text, which would end every completion at once. Leave it out.")
         asked = [one if isinstance(one, str) else tuple(one) for one in prompts]
         most = self.config.evaluation.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if most < 1:
+            raise ConfigError(
+                f"max_new_tokens is {most}; it must be at least 1. Leave it out for {self.config.evaluation.max_new_tokens}."
+            )
         found: list[Completion] = [Completion()] * len(asked)
         ranked: list[int] = []
         written: list[int] = []
@@ -239,9 +254,7 @@ class LanguagePredictor(Deployed):
         for numbers, predict in ((ranked, self._rank), (written, self._write)):
             for start in range(0, len(numbers), size):
                 part = numbers[start : start + size]
-                for k, one in zip(
-                    part, predict([Asked(read[k], most, tuple(stop)) for k in part], part, each), strict=True
-                ):
+                for k, one in zip(part, predict([Asked(read[k], most, stops) for k in part], part, each), strict=True):
                     found[k] = one
         return found
 
@@ -309,10 +322,10 @@ class LanguagePredictor(Deployed):
     # -- measuring ----------------------------------------------------------------------------------------------------
 
     def outcomes(self, examples: Examples) -> Outcomes:
-        """Returns which of these instructions are completed rightly."""
+        """Returns which of these instructions are completed correctly."""
         section = self.config.evaluation
         with self.lock:
-            return answered(self.learner, self.consolidation, examples, section.batch_size, section.max_new_tokens)
+            return outcomes_of(self.learner, self.consolidation, examples, section.batch_size, section.max_new_tokens)
 
     def milliseconds(self, examples: Examples, repeats: int = 7) -> float:
         """Returns the least time of one prediction, for the first of these instructions."""

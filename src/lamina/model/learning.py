@@ -20,7 +20,7 @@ import numpy as np
 
 from lamina import __version__
 from lamina.backbones import Backbone
-from lamina.config import ModelConfig, fingerprint
+from lamina.config import EvaluationConfig, ModelConfig, fingerprint
 from lamina.data import load_tokenizer
 from lamina.data.names import listed
 from lamina.data.streams import Scenario, Stream
@@ -34,7 +34,7 @@ from lamina.files import replace_text, write_checked
 from lamina.model import kept
 from lamina.model.card import Card, Facts, LearntTask
 from lamina.model.gate import GateResult, Outcomes, Probes, judged
-from lamina.model.language import LanguagePredictor, answered, first_milliseconds
+from lamina.model.language import LanguagePredictor, first_milliseconds, outcomes_of
 from lamina.model.predictor import Predictor, check_hash, load_backbone, milliseconds, outcomes, temperature_of
 from lamina.model.settings import load_model_config, refuse_fixed, refuse_inapplicable
 from lamina.model.store import BASE, PLAN, WORK, Store
@@ -76,6 +76,7 @@ class _Learning:
         self.earlier: tuple[Task, ...] = ()
         self.new_classes: tuple[str, ...] = ()
         self.all_names: tuple[str, ...] = ()
+        self.probe_names: tuple[str, ...] = ()
         self.milliseconds = 0.0
         self.facts = store.facts()
         self.lineage = store.lineage(self.facts.head)
@@ -113,7 +114,9 @@ class _Learning:
         theirs = [names[label] for label in task.classes]
         self.new_classes = tuple(name for name in theirs if name not in known)
         scenario: Scenario = "mixed"
-        if len(self.new_classes) in (0, len(theirs)):
+        if labelled.kind == "instructions":
+            scenario = "domain"
+        elif len(self.new_classes) in (0, len(theirs)):
             scenario = "class" if self.new_classes else "domain"
         self.all_names = names
         return Stream(
@@ -322,7 +325,16 @@ class _Learning:
             raise ModelError(
                 f"--probe {self.request.probe} has no example of a class that the model knows: {listed(sorted(known), 10)}."
             )
+        if names is None:
+            found = self._with_own_labels(found)
         return found
+
+    def _with_own_labels(self, found: Labelled) -> Labelled:
+        """Returns labelled data of a language model with the model's class ids, and further ids for classes that are new."""
+        self.probe_names = tuple(dict.fromkeys((*self.all_names, *found.class_names)))
+        ids = np.array([self.probe_names.index(name) for name in found.class_names], np.int64)
+        examples = Examples(found.examples.table, found.examples.rows_n, ids[found.examples.labels_n])
+        return found._replace(examples=examples, class_names=self.probe_names)
 
     def _start(self, loop: Loop) -> None:
         """Set a loop to where this task's training is."""
@@ -341,14 +353,17 @@ class _Learning:
         if self.facts.head is None and self.config.gate.new_accuracy is None:
             return None
         one = loop.stream[-1].test
-        probes = [Probes(name, then, self._outcomes(loop, examples, temperature)) for name, examples, then in before]
+        section = self.facts.config.evaluation  # as the version before was measured, and as others measure this one
+        probes = [
+            Probes(name, then, self._outcomes(loop, examples, temperature, section)) for name, examples, then in before
+        ]
         measured = {label for _, examples, _ in before for label in np.unique(examples.labels_n).tolist()}
         time_of = first_milliseconds if loop.learner.generates else milliseconds
         after = time_of(loop.learner, loop.consolidation, one) if len(one) else 0.0
         return judged(
             self.request.name,
             probes,
-            self.all_names,
+            self.probe_names or self.all_names,
             self.config.gate,
             new=new,
             milliseconds=(self.milliseconds, after) if self.milliseconds else None,
@@ -362,10 +377,13 @@ class _Learning:
             return [task.name for task in self.earlier if task.name not in names]
         return [task.name for task in self.earlier if not classes & set(task.classes)]
 
-    def _outcomes(self, loop: Loop, examples: Examples, temperature: float) -> Outcomes:
-        section = self.config.evaluation
+    def _outcomes(
+        self, loop: Loop, examples: Examples, temperature: float, section: EvaluationConfig | None = None
+    ) -> Outcomes:
+        """Returns the predictions of what is trained. section: by default that of this task."""
+        section = section or self.config.evaluation
         if loop.learner.generates:
-            return answered(loop.learner, loop.consolidation, examples, section.batch_size, section.max_new_tokens)
+            return outcomes_of(loop.learner, loop.consolidation, examples, section.batch_size, section.max_new_tokens)
         return outcomes(loop.learner, loop.consolidation, examples, section.batch_size, temperature)
 
     def _commit(

@@ -357,16 +357,17 @@ class Model:
         options: Sequence[str] | Sequence[Sequence[str]] | None = None,
         *,
         max_new_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         chat: bool | None = None,
     ) -> list[Completion]:
-        """Returns what a language model says to each prompt: generated text, or ranked options.
+        """Returns the completion of each prompt: generated text, or ranked options.
 
         prompts: a text, several, or chats (lists of {role, content}). options: texts to rank, for all prompts or one list for
-        each. max_new_tokens: the most tokens that are generated; by default evaluation.max_new_tokens. stop: texts that end a
-        completion. chat: whether texts are rendered with the tokenizer's chat template; by default as data.form says.
-        A prompt that cannot be read gets an error in its place. Raises ModelError for a classifier, and DataError for wrong
-        options.
+        each. max_new_tokens: the most tokens that are generated; by default evaluation.max_new_tokens. stop: a text that
+        ends a completion, or several. chat: whether texts are rendered with the tokenizer's chat template; by default as
+        data.form says.
+        A prompt that cannot be read gets an error in its place. Raises ModelError for a classifier, DataError for wrong
+        options, and ConfigError for a max_new_tokens below 1 or an empty stop text.
         """
         several: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
         if several and all(isinstance(one, Mapping) for one in several):

@@ -1,9 +1,11 @@
 """The model card: README.md in the directory of a model, in the Hub's metadata format, written again after every change."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from lamina.data.names import listed, shown
 from lamina.files import replace_text
@@ -104,7 +106,7 @@ def _instructions(cards: Sequence[Card]) -> str:
                 f"{gate} |"
             )
     lines.append(
-        "\nAccuracy when learnt: share of held-out examples with the best option, or exactly the text, that is wanted. "
+        "\nAccuracy when learnt: share of held-out examples with the right option, or with an exact match. "
         "Calibration does not apply to a language model.\n"
     )
     return "\n".join(lines)
@@ -141,19 +143,23 @@ def _data(facts: Facts, cards: Sequence[Card]) -> str:
 
 
 def _use(name: str, facts: Facts) -> str:
+    quoted, python_name = shlex.quote(name), json.dumps(name, ensure_ascii=False)
     if facts.kind == "language":
         chat = ", chat=True" if facts.config.data.form == "chat" else ""
+        asked: dict[str, Any] = {"messages": [{"role": "user", "content": "..."}]} if chat else {"prompt": "..."}
+        body = shlex.quote(json.dumps({"model": name, **asked}, ensure_ascii=False))
         return (
-            f'```sh\nlamina predict {name} "..."{" --chat" * bool(chat)}\nlamina serve {name}     # an OpenAI-compatible API\n'
-            f'curl --json \'{{"model": "{name}", "messages": [{{"role": "user", "content": "..."}}]}}\' \\\n'
-            f"  http://127.0.0.1:8000/v1/chat/completions\n```\n\n```python\nfrom lamina import Model\n\n"
-            f'(completion,) = Model("{name}").complete("..."{chat})\nprint(completion.text)\n```\n'
+            f"```sh\nlamina predict {quoted} '...'{' --chat' * bool(chat)}\n"
+            f"lamina serve {quoted}     # an OpenAI-compatible API\n"
+            f"curl --json {body} \\\n"
+            f"  http://127.0.0.1:8000/v1/{'chat/' * bool(chat)}completions\n```\n\n```python\nfrom lamina import Model\n\n"
+            f'(completion,) = Model({python_name}).complete("..."{chat})\nprint(completion.text)\n```\n'
         )
     given = "photo.jpg" if facts.kind == "image" else '--text "..."'
     python = '"photo.jpg"' if facts.kind == "image" else '["..."]'
     return (
-        f"```sh\nlamina predict {name} {given}\nlamina serve {name}\n```\n\n```python\nfrom lamina import Model\n\n"
-        f'print(Model("{name}").predict({python}))\n```\n'
+        f"```sh\nlamina predict {quoted} {given}\nlamina serve {quoted}\n```\n\n```python\nfrom lamina import Model\n\n"
+        f"print(Model({python_name}).predict({python}))\n```\n"
     )
 
 

@@ -3,7 +3,7 @@
 from pathlib import PurePath
 from typing import Any
 
-from lamina.model import Card, GateResult, Predictor
+from lamina.model import Card, GateResult, LanguagePredictor, Predictor
 from lamina.model.store import EVENTS
 from lamina.serve.versions import Refused, Version, Versions
 
@@ -110,6 +110,8 @@ def card(versions: Versions) -> dict[str, Any]:
     """Returns the card of the served version."""
     version = versions.current
     facts, newest = version.facts, version.predictor.card
+    predictor = version.predictor
+    asked = {"chat_template": predictor.reader.chats} if isinstance(predictor, LanguagePredictor) else {}
     return {
         "name": versions.path.resolve().name,
         "kind": facts.kind,
@@ -136,6 +138,7 @@ def card(versions: Versions) -> dict[str, Any]:
         "forgetting": forgetting(version.lineage),
         "forced": newest.forced,
         "gate": gate(newest.gate),
+        **asked,
     }
 
 

@@ -45,7 +45,7 @@ class Parts(NamedTuple):
 
 
 class Information(NamedTuple):
-    """What the routes that inform need."""
+    """What the read-only routes need."""
 
     limits: Limits
     versions: Versions
@@ -70,20 +70,22 @@ def create_app(
 
     token: that requests must carry. hosts: names that the Host header may give; None for any. device: cpu or cuda; by default
     as the model is configured. seconds: between two looks at the model's directory. chat: whether a language model completes
-    chats too, and not only texts.
-    Raises ModelError for what is no model, or has learnt no task; ConfigError for an empty token, and for chats without a chat
-    template.
+    chats too, if its tokenizer has a chat template.
+    Raises ModelError for what is no model, or has learnt no task; ConfigError for an empty token.
     """
     if token is not None and not token.strip():
         raise ConfigError("the token is empty, so every request would carry it. Give one, or None for no token.")
-    metrics = Metrics()
     versions = Versions(path, device=device, seconds=seconds)
     language = versions.current.predictor.kind == "language"
+    metrics = Metrics(language=language)
     if limits is None:
         limits = Limits.of_language() if language else Limits()
-    if language and chat:
-        _check_chats(versions)
-    batcher: Batcher | Generator = (Generator if language else Batcher)(limits, metrics.batches.observe)
+    chat = chat and language and versions.current.language.reader.chats
+    batcher: Batcher | Generator
+    if language:
+        batcher = Generator(limits, metrics.batches.observe, metrics.first.observe)
+    else:
+        batcher = Batcher(limits, metrics.batches.observe)
     held = Held(limits)
 
     @asynccontextmanager
@@ -118,17 +120,6 @@ def create_app(
         about=lambda: about.card(versions),
         routes=ROUTES | (chats.ROUTES if language else frozenset()),
     )
-
-
-def _check_chats(versions: Versions) -> None:
-    """Raises ConfigError where the tokenizer has no chat template."""
-    predictor = versions.current.language
-    if not predictor.reader.chats:
-        versions.close()
-        raise ConfigError(
-            f"the tokenizer {predictor.backbone.tokenizer} has no chat template, so chats cannot be completed. Put "
-            "chat_template.jinja beside tokenizer.json, or serve completions of plain texts only: --no-chat."
-        )
 
 
 def _add_errors(app: FastAPI, metrics: Metrics, there_is: str) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from lamina.data import Prompt, TooLong
 from lamina.errors import DataError
@@ -19,7 +20,7 @@ from lamina.serve import schemas
 from lamina.serve.body import Held, Share, read_body
 from lamina.serve.generating import Generator, Job
 from lamina.serve.guard import log
-from lamina.serve.limits import Limits, Refusal, flag
+from lamina.serve.limits import Limits, Refusal, beyond, flag
 from lamina.serve.metrics import Metrics
 from lamina.serve.openai import ChatRequest, Reply, TextRequest, listing, parsed, refused
 from lamina.serve.shapes import error_of
@@ -28,6 +29,8 @@ from lamina.serve.versions import Versions
 CHAT, TEXT, MODELS = "/v1/chat/completions", "/v1/completions", "/v1/models"
 ROUTES = frozenset({CHAT, TEXT, MODELS})
 DONE = b"data: [DONE]\n\n"
+GRACE = 1.0
+"""Seconds after the deadline in which the generating thread may end a completion by itself."""
 REFUSALS = (400, 401, 403, 404, 408, 413, 415, 421, 429, 503)
 
 
@@ -40,7 +43,7 @@ class Parts(NamedTuple):
     held: Held
     metrics: Metrics
     chat: bool
-    """Whether the tokenizer has a chat template."""
+    """Whether chats are completed."""
 
     @property
     def name(self) -> str:
@@ -91,6 +94,8 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
 
         @app.post(CHAT, include_in_schema=False)
         async def no_chat() -> None:
+            if parts.versions.current.language.reader.chats:
+                raise refused(404, f"chats are switched off (--no-chat); use {TEXT}", "no_chats")
             raise refused(
                 404, f"the tokenizer has no chat template, so there are no chats; use {TEXT}", "no_chat_template"
             )
@@ -145,35 +150,55 @@ async def _respond(request: Request, parts: Parts, kind: type[ChatRequest] | typ
     job.done.add_done_callback(partial(_count, parts.metrics))
     if asking.stream:
         counted = asking.stream_options is not None and asking.stream_options.include_usage
-        return StreamingResponse(
-            _parts_of(job, reply, counted=counted, path=request.url.path), 200, headers, "text/event-stream"
-        )
+        events = _parts_of(job, reply, generator.late, counted=counted, path=request.url.path)
+        return Events(events, headers, partial(generator.drop, job))
     try:
-        await _unless_gone(request, job)
+        await _unless_gone(request, job, generator.late)
         return JSONResponse(reply.whole(job.done.result()), headers=headers)
     finally:
-        job.cancelled = True
+        generator.drop(job)
+
+
+class Events(StreamingResponse):
+    """A stream of server-sent events. over: is called at its end, also where the client goes before its first event."""
+
+    def __init__(self, events: AsyncIterator[bytes], headers: dict[str, str], over: Callable[[], None]) -> None:
+        super().__init__(events, 200, headers, "text/event-stream")
+        self.over = over
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.over()
 
 
 def _asked(predictor: LanguagePredictor, asking: ChatRequest | TextRequest, limits: Limits) -> Asked:
     """Returns the prompt of a request. Raises Refusal for one that cannot be read, or is too long."""
     param = "messages" if isinstance(asking, ChatRequest) else "prompt"
+    if asking.characters > limits.text_characters:  # before it is tokenised, which takes long
+        what = "the messages have" if isinstance(asking, ChatRequest) else "the prompt has"
+        raise beyond("text_characters", f"{what} {asking.characters} characters; allowed are {limits.text_characters}")
     try:
         if isinstance(asking, ChatRequest):
             prompt = predictor.reader.read([one.plain() for one in asking.messages], where="the chat")
         else:
-            prompt = predictor.reader.read(asking.prompt, chat=False)
+            prompt = predictor.reader.read(asking.text, chat=False)
     except TooLong as error:
         raise refused(400, str(error), "context_length_exceeded", param) from None
     except DataError as error:
         raise refused(400, str(error)[:300], "invalid_value", param) from None
+    if len(prompt.ids) > limits.prompt_tokens:
+        most_read = f"{limits.prompt_tokens} ({flag('prompt_tokens')})"
+        told = f"the prompt has {len(prompt.ids)} tokens; allowed are {most_read}. Shorten it"
+        raise refused(400, told, "context_length_exceeded", param)
     most, room = asking.most, predictor.reader.positions - len(prompt.ids)
     if most is not None and most > limits.new_tokens:
-        told = f"max_tokens is {most}; allowed are 1 to {limits.new_tokens} ({flag('new_tokens')})"
-        raise refused(400, told, "invalid_value", "max_tokens")
+        told = f"{asking.most_param}: allowed are 1 to {limits.new_tokens} ({flag('new_tokens')}), not {most}"
+        raise refused(400, told, "invalid_value", asking.most_param)
     if most is not None and most > room:
         told = (
-            f"the prompt has {len(prompt.ids)} tokens and max_tokens is {most}; the backbone has positions for "
+            f"the prompt has {len(prompt.ids)} tokens and {asking.most_param} is {most}; the backbone has positions for "
             f"{predictor.reader.positions}. Shorten the prompt, or ask for at most {room}"
         )
         raise refused(400, told, "context_length_exceeded", param)
@@ -182,8 +207,9 @@ def _asked(predictor: LanguagePredictor, asking: ChatRequest | TextRequest, limi
     return Asked(prompt, most or min(room, limits.new_tokens), asking.stops)
 
 
-async def _unless_gone(request: Request, job: Job) -> None:
-    """Wait for a job. Where the client goes first, nothing more is generated for it. Raises Refusal then."""
+async def _unless_gone(request: Request, job: Job, late: Callable[[], Refusal]) -> None:
+    """Wait for a job. Where the client goes first, nothing more is generated for it. Raises Refusal then, and where the time
+    is over before the first token. late: makes that refusal."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -191,7 +217,10 @@ async def _unless_gone(request: Request, job: Job) -> None:
 
     watching = asyncio.ensure_future(gone())
     try:
-        await asyncio.wait((watching, job.done), return_when=asyncio.FIRST_COMPLETED)
+        left = max(job.due - time.monotonic(), 0) + GRACE
+        done, _ = await asyncio.wait((watching, job.done), timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise late()
         if not job.done.done():
             raise Refusal(400, "the client closed the connection before the completion ended", "disconnected")
     finally:
@@ -200,27 +229,33 @@ async def _unless_gone(request: Request, job: Job) -> None:
             await watching
 
 
-async def _parts_of(job: Job, reply: Reply, *, counted: bool, path: str) -> AsyncIterator[bytes]:
-    """Yields the server-sent events of a completion. A client that goes ends its generation."""
-    try:
-        if reply.chat:
-            yield _event(reply.part("", first=True, usage=counted))
-        while (text := await job.texts.get()) is not None:
-            yield _event(reply.part(text, usage=counted))
+async def _parts_of(
+    job: Job, reply: Reply, late: Callable[[], Refusal], *, counted: bool, path: str
+) -> AsyncIterator[bytes]:
+    """Yields the server-sent events of a completion. late: makes the refusal of one that takes too long."""
+
+    async def next_text() -> str | None:
         try:
-            found = job.done.result()
-        except Refusal as refusal:
-            yield _event(error_of(path, refusal.status, refusal.message))
-        except Exception as error:  # noqa: BLE001 - the response has begun
-            log.error("a completion failed", exc_info=error)
-            yield _event(error_of(path, 500, "internal error; the log of the server has the details"))
-        else:
-            yield _event(reply.end(found, usage=counted))
-            if counted:
-                yield _event(reply.counted(found))
-        yield DONE
-    finally:
-        job.cancelled = True
+            return await asyncio.wait_for(job.texts.get(), max(job.due - time.monotonic(), 0) + GRACE)
+        except TimeoutError:  # while a prompt is read, or waits, no token tells the time
+            raise late() from None
+
+    if reply.chat:
+        yield _event(reply.part("", first=True, usage=counted))
+    try:
+        while (text := await next_text()) is not None:
+            yield _event(reply.part(text, usage=counted))
+        found = job.done.result()
+    except Refusal as refusal:
+        yield _event(error_of(path, refusal.status, refusal.message))
+    except Exception as error:  # noqa: BLE001 - the response has begun
+        log.error("a completion failed", exc_info=error)
+        yield _event(error_of(path, 500, "internal error; the log of the server has the details"))
+    else:
+        yield _event(reply.end(found, usage=counted))
+        if counted:
+            yield _event(reply.counted(found))
+    yield DONE
 
 
 def _event(content: dict[str, Any]) -> bytes:

@@ -17,6 +17,12 @@ from lamina.serve.limits import Limits, Refusal, beyond, flag
 from lamina.serve.versions import Version
 
 T = TypeVar("T")
+BATCH_TOKENS = 2**14
+"""Most prompt tokens of a batch, padding included."""
+SHORT = 512
+"""Tokens up to which prompts share a batch whatever their lengths."""
+RATIO = 4
+"""A longer prompt shares a batch with those of at least this fraction of its length: the others would wait for it."""
 
 
 @dataclass(eq=False)
@@ -32,16 +38,30 @@ class Job:
     cancelled: bool = False
     """Whether nobody waits for it."""
     late: bool = False
+    began: float = field(default_factory=time.monotonic)
+    first: bool = False
+    """Whether its first token has come."""
+
+
+def fits(sizes: Sequence[int]) -> bool:
+    """Returns whether prompts of these sizes, in tokens, may make one batch."""
+    longest = max(sizes)
+    return len(sizes) * longest <= BATCH_TOKENS and (longest <= SHORT or RATIO * min(sizes) >= longest)
 
 
 class Generator:
     """Completes prompts. Its methods are called on the event loop; `run` must be running.
 
-    on_batch: is called with the number of prompts of every batch.
+    on_batch: is called with the number of prompts of every batch. on_first: with the seconds to the first token of a prompt.
     """
 
-    def __init__(self, limits: Limits, on_batch: Callable[[int], None] = lambda _: None) -> None:
-        self.limits, self.on_batch = limits, on_batch
+    def __init__(
+        self,
+        limits: Limits,
+        on_batch: Callable[[int], None] = lambda _: None,
+        on_first: Callable[[float], None] = lambda _: None,
+    ) -> None:
+        self.limits, self.on_batch, self.on_first = limits, on_batch, on_first
         self.admitted = 0
         """Prompts that are read, wait, or are completed."""
         self._queue: deque[Job] = deque()
@@ -70,6 +90,13 @@ class Generator:
         self._queue.append(job)
         self._arrived.set()
         return job
+
+    def drop(self, job: Job) -> None:
+        """Nobody waits for a job any more. It leaves the queue at once, or ends with its next token."""
+        job.cancelled = True
+        if job in self._queue:
+            self._queue.remove(job)
+            job.done.cancel()
 
     def late(self) -> Refusal:
         """Returns the refusal of a completion that took too long."""
@@ -108,9 +135,11 @@ class Generator:
         """Returns the first jobs of the queue that make one batch. Those that nobody waits for, or that are late, are
         dropped."""
         jobs: list[Job] = []
+        sizes: list[int] = []
         while self._queue and len(jobs) < self.limits.batch:
             job = self._queue[0]
-            if jobs and job.version is not jobs[0].version:
+            size = len(job.asked.prompt.ids)
+            if jobs and (job.version is not jobs[0].version or not fits([*sizes, size])):
                 break
             self._queue.popleft()
             if job.cancelled:
@@ -119,6 +148,7 @@ class Generator:
                 self._fail(job, self.late())
             else:
                 jobs.append(job)
+                sizes.append(size)
         return jobs
 
     def _fail(self, job: Job, error: Exception) -> None:
@@ -132,6 +162,9 @@ class Generator:
 
         def each(k: int, text: str) -> bool:
             job = jobs[k]
+            if not job.first:
+                job.first = True
+                loop.call_soon_threadsafe(self.on_first, time.monotonic() - job.began)
             if text:
                 loop.call_soon_threadsafe(job.texts.put_nowait, text)
             job.late = job.late or time.monotonic() > job.due

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from lamina.serve.limits import Limits, Refusal, beyond
+from lamina.serve.limits import Limits, Refusal, flag
 from lamina.serve.metrics import Metrics
 from lamina.serve.shapes import OPENAI, error_of
 
@@ -115,8 +115,9 @@ class Guard:
             await self.refuse(refusal, sending, scope["path"])
         except TimeoutError:
             if status == 0:
-                seconds = self.limits.request_seconds
-                late = beyond("request_seconds", f"the request took more than {seconds:g} s", 408)
+                seconds = self.limits.request_seconds + self.limits.deadline_seconds
+                told = f"the request took more than {seconds:g} s ({flag('request_seconds')} and {flag('deadline_seconds')})"
+                late = Refusal(408, told, "request_seconds")
                 await self.refuse(late, sending, scope["path"])
         except Exception as error:
             if not status:

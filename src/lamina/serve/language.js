@@ -17,7 +17,7 @@ async function* parts(response) {
   let rest = "";
   for (;;) {
     const { value, done: ended } = await reader.read();
-    if (ended) return;
+    if (ended) throw new Error("the completion was broken off: the connection ended early");
     const events = (rest + value).split("\n\n");
     rest = events.pop();
     for (const event of events) {

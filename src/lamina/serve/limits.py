@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 MB = 2**20
-LANGUAGE: Mapping[str, float] = {"deadline_seconds": 300, "queue": 64, "batch": 8}
+LANGUAGE: Mapping[str, float] = {"deadline_seconds": 300, "queue": 64, "batch": 8, "text_characters": 32_000}
 """Defaults that differ for language models."""
+
+ONLY_CLASSIFIERS = ("body_mb", "files", "megapixels", "texts", "wait_ms")
+ONLY_LANGUAGE = ("prompt_tokens", "new_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,7 @@ class Limits:
     texts: int = 256
     """Texts of a request."""
     text_characters: int = 20_000
-    """Characters of a text."""
+    """Characters of a text, or of all messages of a chat."""
     header_kb: int = 32
     """Request line and headers together."""
     header_seconds: float = 10
@@ -46,7 +49,9 @@ class Limits:
     wait_ms: float = 3
     """How long a batch waits for images that are being decoded."""
 
-    new_tokens: int = 512
+    prompt_tokens: int = 4096
+    """Tokens of a prompt."""
+    new_tokens: int = 2048
     """Tokens that are generated for a request."""
 
     @classmethod
@@ -96,4 +101,4 @@ class Refusal(Exception):
 
 def beyond(limit: str, message: str, status: int = 413) -> Refusal:
     """Returns the refusal of a request that is beyond a limit. It names the limit's option."""
-    return Refusal(status, f"{message} ({flag(limit)})", limit, retry=status == 503)
+    return Refusal(status, f"{message} ({flag(limit)})", limit, retry=status in (429, 503))

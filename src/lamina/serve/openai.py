@@ -1,4 +1,4 @@
-"""Requests and responses of OpenAI's interface, as far as a language model that completes greedily has a use for them."""
+"""Requests and responses of OpenAI's interface that apply to greedy completion."""
 
 import json
 import time
@@ -18,7 +18,10 @@ STOP_CHARACTERS = 256
 
 def _zero(value: float | None) -> float | None:
     if value:
-        raise ValueError(f"{value:g} is not supported: completions are greedy. Leave it out, or give 0")
+        raise ValueError(
+            f"{value:g} is not supported: completions are greedy. Give 0, or leave it out; to sample, export the model "
+            "merged and serve it with vLLM"
+        )
     return value
 
 
@@ -36,6 +39,20 @@ def _off(value: bool | None) -> bool | None:
     return value
 
 
+def _empty(value: Any) -> Any:
+    if value:
+        raise ValueError("is not supported. Leave it out, or give null")
+    return value
+
+
+def _one_text(value: str | list[str]) -> str | list[str]:
+    if not isinstance(value, str) and len(value) != 1:
+        raise ValueError(f"{len(value)} prompts are given; a request holds one. Send a request for each")
+    return value
+
+
+Empty = Annotated[Any, AfterValidator(_empty)]
+"""Only null, or a list, an object or a text that is empty: clients and frameworks send such values."""
 Zero = Annotated[float | None, AfterValidator(_zero)]
 
 
@@ -76,6 +93,8 @@ class Sampling(Shape):
     """Has no effect: nothing is random."""
     user: str | None = None
     """Has no effect."""
+    logit_bias: Empty = None
+    """Only empty."""
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -93,11 +112,25 @@ class Message(Shape):
     content: str | list[Part]
     name: str | None = None
     """Has no effect."""
+    refusal: Empty = None
+    """Only null: a client sends back the message that it got."""
+    annotations: Empty = None
+    """Only empty."""
+    audio: Empty = None
+    """Only null."""
+    tool_calls: Empty = None
+    """Only empty."""
+    function_call: Empty = None
+    """Only null."""
 
     def plain(self) -> dict[str, str]:
         """Returns the message as chat templates know it."""
         content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class TextFormat(Shape):
+    type: Literal["text"]
 
 
 class ChatRequest(Sampling):
@@ -112,22 +145,66 @@ class ChatRequest(Sampling):
     """Only false."""
     metadata: dict[str, str] | None = None
     """Has no effect."""
+    tools: Empty = None
+    """Only empty."""
+    tool_choice: Literal["none", "auto"] | None = None
+    """Has no effect: there are no tools."""
+    parallel_tool_calls: bool | None = None
+    """Has no effect."""
+    functions: Empty = None
+    """Only empty."""
+    top_logprobs: Empty = None
+    """Only null or 0."""
+    response_format: TextFormat | None = None
+    """Only text."""
+
+    @property
+    def characters(self) -> int:
+        """Characters of all messages."""
+        return sum(len(one.plain()["content"]) for one in self.messages)
 
     @property
     def most(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def most_param(self) -> str:
+        """The parameter that `most` comes from."""
+        return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
+
 
 class TextRequest(Sampling):
     """The body of /v1/completions."""
 
-    prompt: str
+    prompt: Annotated[str | list[str], AfterValidator(_one_text)]
+    """A text, or a list of one."""
     echo: Annotated[bool | None, AfterValidator(_off)] = None
     """Only false."""
+    best_of: Annotated[int | None, AfterValidator(_one)] = None
+    """Only 1."""
+    logprobs: Annotated[bool | None, AfterValidator(_off)] = None
+    """Only null or false."""
+    suffix: Empty = None
+    """Only empty."""
+
+    @property
+    def text(self) -> str:
+        """The prompt."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+
+    @property
+    def characters(self) -> int:
+        """Characters of the prompt."""
+        return len(self.text)
 
     @property
     def most(self) -> int | None:
         return self.max_tokens
+
+    @property
+    def most_param(self) -> str:
+        """The parameter that `most` comes from."""
+        return "max_tokens"
 
 
 Asking = TypeVar("Asking", bound=Sampling)
@@ -147,8 +224,7 @@ def parsed(body: bytes, kind: type[Asking]) -> Asking:
     try:
         found = kind.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        names = [str(part) for part in first["loc"] if not str(part).startswith(("list[", "str", "function-"))]
+        first, names = _deepest(error)
         param = ".".join(names) or None
         code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
         told = first["msg"].removeprefix("Value error, ")
@@ -158,6 +234,17 @@ def parsed(body: bytes, kind: type[Asking]) -> Asking:
         told = f"stop: at most {STOPS} texts of 1 to {STOP_CHARACTERS} characters are allowed"
         raise refused(400, told, "invalid_value", "stop")
     return found
+
+
+def _deepest(error: ValidationError) -> tuple[Any, list[str]]:
+    """Returns the first error, or the one that lies deepest in the same value: a list of parts is judged as a text first. Also
+    returns its place, without the names of types."""
+    found = [
+        (one, [str(part) for part in one["loc"] if not str(part).startswith(("list[", "str", "function-"))])
+        for one in error.errors()
+    ]
+    place = found[0][1]
+    return max((one for one in found if one[1][: len(place)] == place), key=lambda one: len(one[1]))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ SHORTEST_TOKEN = 16
 HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]")
 """What --allow-host may give."""
 GRACEFUL = 10
-"""Most seconds that requests under way have to end when the server stops; a completion that takes longer is broken off."""
+"""Most seconds that completions under way have to end when the server stops; one that takes longer is broken off."""
 KEEP_ALIVE = 3600
 """Seconds, for uvicorn. The limit on the time of headers also ends a connection that waits for its next request."""
 
@@ -107,7 +107,11 @@ def url_of(bound: socket.socket) -> str:
 
 
 def run(app: Guard, bound: socket.socket, limits: Limits) -> None:
-    """Serve until Ctrl-C or SIGTERM. Then requests under way have a second more than their deadline to end."""
+    """Serve until Ctrl-C or SIGTERM. Then predictions under way have a second more than their deadline to end, and completions
+    at most 11 seconds."""
+    grace = limits.deadline_seconds
+    if app.about()["kind"] == "language":
+        grace = min(grace, GRACEFUL)
     config = uvicorn.Config(
         app,
         http=limited(limits, lambda reason: app.metrics.refusals.labels(reason).inc()),
@@ -119,7 +123,7 @@ def run(app: Guard, bound: socket.socket, limits: Limits) -> None:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=int(min(limits.deadline_seconds, GRACEFUL)) + 1,
+        timeout_graceful_shutdown=int(grace) + 1,
         h11_max_incomplete_event_size=limits.header_kb * 1024,
     )
     return_large_blocks()

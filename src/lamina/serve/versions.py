@@ -107,6 +107,8 @@ def check(store: Store, predictor: Predictor | LanguagePredictor, lineage: list[
             expected += change.after * len(probes)
     if not examples:
         return _check_noise(predictor)
+    if isinstance(predictor, LanguagePredictor):
+        predictor.check_finite()  # texts and outcomes do not show it
     if compared and expected - correct > max(1.0, ALLOWED_LOSS * compared):
         raise ModelError(
             f"it predicts {correct} of {compared} probes of earlier tasks correctly, where {expected:.0f} were correct when it "
