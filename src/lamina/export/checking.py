@@ -1,4 +1,4 @@
-"""Compares what was written with the model: files are read again by plain peft, transformers, or a page of plain code."""
+"""Compares what was written with the model: files are read again by plain peft, transformers, or a plain script."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ from lamina.errors import LaminaError, ModelError
 from lamina.export.written import told
 from lamina.types import Batch
 
-LOADER, PAGE_SECONDS = "load.py", 600
+LOADER, SCRIPT_SECONDS = "load.py", 600
 INSTEAD = "Other versions of transformers or peft may help; `--format onnx` depends on neither."
 """What to do where these libraries fail."""
 
@@ -61,19 +61,19 @@ def logits_of(model: Any, batches: Sequence[Batch]) -> list[Tensor]:
         return [model(**dict(batch.inputs)).logits.float() for batch in batches]
 
 
-def write_page(folder: Path, name: str) -> None:
+def write_script(folder: Path, name: str) -> None:
     """Write `load.py`."""
-    text = (resources.files("lamina.export") / "pages" / f"{name}.txt").read_text(encoding="utf-8")
+    text = (resources.files("lamina.export") / "scripts" / f"{name}.txt").read_text(encoding="utf-8")
     (folder / LOADER).write_text(text, encoding="utf-8")
 
 
-def by_page(folder: Path, batches: Sequence[Batch], **environment: str) -> list[Tensor]:
+def by_script(folder: Path, batches: Sequence[Batch], **environment: str) -> list[Tensor]:
     """Returns the scores that `load.py` of a folder computes in a process of its own."""
-    found = page_tensors(folder, batches, **environment)
+    found = script_tensors(folder, batches, **environment)
     return [found[str(n)] for n in range(len(batches))]
 
 
-def page_tensors(folder: Path, batches: Sequence[Batch], **environment: str) -> dict[str, Tensor]:
+def script_tensors(folder: Path, batches: Sequence[Batch], **environment: str) -> dict[str, Tensor]:
     """Returns everything that `load.py` of a folder computes in a process of its own."""
     given, scores = folder / ".inputs.safetensors", folder / ".scores.safetensors"
     tensors = {
@@ -88,7 +88,7 @@ def page_tensors(folder: Path, batches: Sequence[Batch], **environment: str) -> 
             env=own,
             capture_output=True,
             text=True,
-            timeout=PAGE_SECONDS,
+            timeout=SCRIPT_SECONDS,
             check=False,
         )
         if done.returncode:
@@ -98,7 +98,7 @@ def page_tensors(folder: Path, batches: Sequence[Batch], **environment: str) -> 
         return found
     except subprocess.TimeoutExpired as error:
         raise ModelError(
-            f"{LOADER} of the export takes more than {PAGE_SECONDS} seconds, so nothing was written. Give fewer --inputs."
+            f"{LOADER} of the export takes more than {SCRIPT_SECONDS} seconds, so nothing was written. Give fewer --inputs."
         ) from error
     finally:
         given.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""`peft-tasks` of a language model: one PEFT adapter per task, the router if there is one, and a page that completes prompts.
+"""`peft-tasks` of a language model: one PEFT adapter per task, the router if there is one, and a script that completes prompts.
 
 Shape letters: b batch, n prompts, v vocabulary.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lamina.export.adapter import BASE, write_lora
-from lamina.export.checking import by_library, need, page_tensors, write_page
+from lamina.export.checking import by_library, need, script_tensors, write_script
 from lamina.export.language_adapter import note_precision
 from lamina.export.language_files import (
     base_of,
@@ -68,8 +68,8 @@ def export_language_tasks(
             centroids = {key: value for key, value in opened.method.memory.items() if key.startswith("centroids/")}
             save_tensors(draft.folder / ROUTER, centroids)
         write_json(draft.folder / LAYOUT, told | router)
-        write_page(draft.folder, "language")
-        compare(draft, "load.py with plain transformers", wanted, _by_page(draft, place))
+        write_script(draft.folder, "language")
+        compare(draft, "load.py with plain transformers", wanted, _by_script(draft, place))
         _check_adapters(draft, base, folders, updates)
         most = max((one.rank for factors in updates.values() for one in factors.values()), default=0)
         draft.notes.append(told_rank(most))
@@ -86,7 +86,7 @@ def export_language_tasks(
 
 
 def _router(opened: OpenedLanguage) -> dict[str, Any]:
-    """Returns what the page must know to choose adapters. Raises MethodError for a method whose choice it does not compute."""
+    """Returns what the script must know to choose adapters. Raises MethodError for a method whose choice it does not compute."""
     method = opened.method
     if isinstance(method, CoLoR):
         first = method.config.identify == "first expert"
@@ -107,9 +107,9 @@ def _next_scores(opened: OpenedLanguage) -> Tensor:
     return torch.cat(found)
 
 
-def _by_page(draft: Draft[OpenedLanguage], place: str) -> Computed:
+def _by_script(draft: Draft[OpenedLanguage], place: str) -> Computed:
     asked = draft.opened.asked
-    found = page_tensors(draft.folder, asked, BASE=place)
+    found = script_tensors(draft.folder, asked, BASE=place)
     scores_nv = torch.cat([found[str(n)] for n in range(len(asked))])
     rows = [row for n in range(len(asked)) for row in found[f"{n}.tokens"].tolist()]
     return Computed(scores_nv, tuple(tuple(token for token in row if token >= 0) for row in rows))

@@ -1,4 +1,4 @@
-"""`peft-tasks`: one PEFT adapter per task, the classifier, the router if there is one, and a page that computes the scores.
+"""`peft-tasks`: one PEFT adapter per task, the classifier, the router if there is one, and a script that computes the scores.
 
 Shape letters: b batch, d width, j outputs of the head.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from lamina.backbones.families import FAMILIES
 from lamina.errors import MethodError, ModelError
 from lamina.export.adapter import BASE, base_of, tell_outputs, write_adapter
-from lamina.export.checking import by_library, by_page, need, silently, write_page
+from lamina.export.checking import by_library, by_script, need, silently, write_script
 from lamina.export.heads import ENCODER, Layout
 from lamina.export.opened import Opened, open_model
 from lamina.export.outputs import LinearOutputs, linear_outputs, own_outputs, refuse_routed
@@ -71,20 +71,20 @@ def export_tasks(
             "labels": list(outputs.labels),
             **_pooling(opened),
         }
-        page, more = _router(opened, draft, layout, folders, names, named)
+        script, more = _router(opened, draft, layout, folders, names, named)
         write_json(draft.folder / LAYOUT, told | more)
-        write_page(draft.folder, page)
+        write_script(draft.folder, script)
         if layout.tokens:
             write_tokenizer(draft, opened)
         draft.facts["outputs"] = list(outputs.labels)
         tell_outputs(draft, outputs)
         reference = opened.scores if routed else [outputs.scores(features_bd) for features_bd in opened.features()]
-        found = by_page(draft.folder, opened.batches, BASE=place)
+        found = by_script(draft.folder, opened.batches, BASE=place)
         draft.compare("load.py with plain transformers", reference, found, outputs.labels)
         _check_adapters(draft, place, folders, names)
         draft.notes.append(
             "The scores are those of `load.py`: one adapter alone, loaded with peft, gives the features of its task only."
-            if page == "gated" or more.get("mode") == "route"
+            if script == "gated" or more.get("mode") == "route"
             else "The adapters act together: with peft, load all of them and activate all with `set_adapter`."
         )
         if not with_base:
@@ -125,7 +125,7 @@ def encoder_layout(opened: Opened) -> Layout:
     if auto is not type(backbone.module) or family.takes_patches or grey:
         raise ModelError(
             f"transformers' AutoModel does not compute the features of {type(backbone.module).__name__} from the same inputs, "
-            f"so a page of plain code cannot. `--format onnx` writes methods without a router."
+            f"so a plain script cannot. `--format onnx` writes methods without a router."
         )
     copy = type(config).from_dict(config.to_dict())
     return Layout(ENCODER, auto.__name__, "", copy, {}, (), backbone.kind == "text", family.options)
@@ -159,7 +159,7 @@ def _pooling(opened: Opened) -> dict[str, Any]:
 def _router(
     opened: Opened, draft: Draft[Opened], layout: Layout, folders: Sequence[str], names: Sequence[str], base: str
 ) -> tuple[str, dict[str, Any]]:
-    """Write what selects or scales adapters. Returns the page for it, and what it must know."""
+    """Write what selects or scales adapters. Returns the script for it, and what it must know."""
     method, learner = opened.predictor.method, opened.learner
     if isinstance(method, CoLoR):
         save_tensors(

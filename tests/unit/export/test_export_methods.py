@@ -18,7 +18,7 @@ from tests.unit.export.worlds import taught, with_tokenizer
 from lamina.adapters import AdaptedLinear
 from lamina.errors import MethodError, ModelError
 from lamina.export import Exported, export_merged, export_onnx, export_peft, export_tasks
-from lamina.export.checking import by_page
+from lamina.export.checking import by_script
 from lamina.export.opened import Opened, open_model
 from lamina.export.outputs import linear_outputs
 from lamina.export.written import Draft
@@ -157,7 +157,7 @@ def test_unified_classifiers(classifier: str, tmp_path: Path):
         assert apart_nj.abs().max() < 1e-4 * mine_nj.std(0).mean()
 
 
-def test_the_mean_over_tokens_gives_encoder_matrix_and_page(tmp_path: Path):
+def test_the_mean_over_tokens_gives_encoder_matrix_and_script(tmp_path: Path):
     model = model_of("bert", "olora", tmp_path, **{"backbone.pooling": "mean"})
     for export, out in ((export_merged, "merged"), (export_peft, "peft")):
         done = export(model, tmp_path / out)
@@ -299,7 +299,7 @@ def test_relative_paths(world: str, with_base: bool, tmp_path: Path, monkeypatch
         if with_base and (out / "load.py").exists():
             out.rename("moved")
             (tmp_path / "base").rename("hidden")
-            assert len(by_page(tmp_path / "moved", batches)) == len(batches)
+            assert len(by_script(tmp_path / "moved", batches)) == len(batches)
             (tmp_path / "hidden").rename("base")
             shutil.rmtree("moved")
 

@@ -17,7 +17,7 @@ from tests.unit.export.language_worlds import base, instructions, run_of
 from lamina import runs
 from lamina.errors import MethodError, ModelError
 from lamina.export import Exported, export_merged, export_onnx, export_peft, export_tasks, import_adapter
-from lamina.export.checking import page_tensors
+from lamina.export.checking import script_tensors
 from lamina.export.language_files import VLLM_RANKS, told_rank
 from lamina.export.language_opened import open_language
 from lamina.export.language_tokens import Computed, compare, of_learner
@@ -127,7 +127,7 @@ def test_an_adapter_per_task(name: str, method: str, settings: dict[str, Any], t
 
 
 @pytest.mark.slow
-def test_the_page_completes_texts_and_may_be_moved(tmp_path: Path):
+def test_the_script_completes_texts_and_may_be_moved(tmp_path: Path):
     import subprocess
 
     run = run_of(tmp_path, method="olora", data__form="chat")
@@ -138,7 +138,7 @@ def test_the_page_completes_texts_and_may_be_moved(tmp_path: Path):
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
     assert said.stdout.strip()
     (tmp_path / "hidden").rename(tmp_path / "base")
-    assert len(page_tensors(tmp_path / "moved", open_language(run).asked)) == 2 * len(open_language(run).asked)
+    assert len(script_tensors(tmp_path / "moved", open_language(run).asked)) == 2 * len(open_language(run).asked)
 
 
 @pytest.mark.parametrize("form", ["plain", pytest.param("chat", marks=pytest.mark.slow)])
