@@ -61,6 +61,35 @@ def logits_of(model: Any, batches: Sequence[Batch]) -> list[Tensor]:
         return [model(**dict(batch.inputs)).logits.float() for batch in batches]
 
 
+def together(base: Any, folders: Sequence[Path]) -> Any:
+    """Returns plain peft's model with several adapters, all of them active. base: what they are added to."""
+    from peft import PeftModel
+
+    names = [adapter_name(folder.name) for folder in folders]
+    model = PeftModel.from_pretrained(base, str(folders[0]), adapter_name=names[0])
+    for folder, name in zip(folders[1:], names[1:], strict=True):
+        model.load_adapter(str(folder), adapter_name=name)
+    model.base_model.set_adapter(names)  # that of PeftModel takes one name
+    return model.eval()
+
+
+def adapter_name(folder: str) -> str:
+    """Returns the name of a task's adapter in peft, which allows no dot: the number that its folder begins with."""
+    return folder.partition("-")[0]
+
+
+def told_together(folders: Sequence[str]) -> str:
+    """Returns how peft uses the adapters of these folders together."""
+    if not folders:
+        return "No task has changed a weight."
+    names = [adapter_name(folder) for folder in folders]
+    loading = f'PeftModel.from_pretrained(base, "tasks/{folders[0]}", adapter_name="{names[0]}")'
+    return (
+        f"The adapters act together. With peft: `model = {loading}`, then `model.load_adapter(FOLDER, adapter_name=NUMBER)` "
+        f"for each other folder in tasks/, then `model.base_model.set_adapter({names})`."
+    )
+
+
 def write_script(folder: Path, name: str) -> None:
     """Write `load.py`."""
     text = (resources.files("lamina.export") / "scripts" / f"{name}.txt").read_text(encoding="utf-8")
