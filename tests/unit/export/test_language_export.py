@@ -1,7 +1,6 @@
 """Exports of causal language models: every family and method, reloaded by plain peft and transformers; or refused by name."""
 
 import json
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -19,13 +18,14 @@ from lamina.errors import DataError, MethodError, ModelError
 from lamina.export import Exported, export_merged, export_onnx, export_peft, export_tasks, import_adapter
 from lamina.export.checking import script_tensors
 from lamina.export.language_files import VLLM_RANKS, told_rank
-from lamina.export.language_opened import open_language
+from lamina.export.language_opened import MOST_PROMPTS, open_language
 from lamina.export.language_tokens import Computed, compare, of_learner
 from lamina.export.written import Draft
 from lamina.files import write_checked
 from lamina.methods import METHODS
 from lamina.methods.color import nearest_task
 from lamina.model import Model
+from lamina.model.kept import PROBES
 from lamina.types import Batch
 
 ALL = ["q", "k", "v", "out", "up", "down"]
@@ -39,7 +39,7 @@ SAMPLING = {"do_sample": True, "temperature": 2.0, "repetition_penalty": 1.5, "e
 BF16 = torch.bfloat16
 
 
-def slow_but(names: tuple[str, ...], values: Any) -> list[Any]:
+def slow_but(names: tuple[Any, ...], values: Any) -> list[Any]:
     return [value if value in names else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
@@ -188,19 +188,25 @@ def test_prompts_are_those_given_or_of_the_data_or_sentences(tmp_path: Path):
     assert "since its data is not at hand" in export_merged(run, tmp_path / "c").differences[0].inputs
 
 
-def test_a_model_is_compared_on_its_probes(tmp_path: Path):
+@pytest.mark.parametrize("export", slow_but((export_peft,), [export_peft, export_merged, export_tasks]))
+def test_a_model_is_compared_on_its_probes(export: Any, tmp_path: Path):
     made, files = base("llama", tmp_path / "base"), instructions(tmp_path / "data")
     settings = {"threads": 1, "precision": "fp32", "data.max_length": 64, "training.lr": 0.02, "probes.per_class": 3}
     model = Model.create(tmp_path / "m", backbone=str(made), method="olora", settings=settings)
     for name in ("reviews", "towns"):
         model.learn(files / f"{name}.jsonl", name=name, force=True)
-    for number, export in enumerate((export_peft, export_merged, export_tasks)):
-        done = export(tmp_path / "m", tmp_path / str(number))
-        exact(done)
-        assert re.match(r"\d+ probes of 2 tasks", done.differences[0].inputs)
-    assert json.loads((tmp_path / "0" / "export.json").read_text())["model_version"] == 2
+    done = export(tmp_path / "m", tmp_path / "out")
+    exact(done)
+    probes = [model.store.kept(card.folder, PROBES) for card in model.cards]
+    count = sum(len(one["labels_n"]) for one in probes if one is not None)
+    assert 2 <= count <= MOST_PROMPTS
+    assert done.differences[0].inputs == f"{count} probes of 2 tasks"
+    read = [one.prompt for one in open_language(tmp_path / "m").read]
+    assert {prompt.partition(" ")[0] for prompt in read} == {"reviews", "towns"}
+    assert len(read) == count
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["model_version"] == 2
     with pytest.raises(ModelError, match=r"imported into a classifier only.*merge_and_unload"):
-        import_adapter(tmp_path / "m", tmp_path / "0", name="more", classes=["a"])
+        import_adapter(tmp_path / "m", tmp_path / "out", name="more", classes=["a"])
 
 
 def test_what_cannot_be_exported(tmp_path: Path):
