@@ -1,6 +1,7 @@
 """Exports of causal language models: every family and method, reloaded by plain peft and transformers; or refused by name."""
 
 import json
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -41,6 +42,12 @@ BF16 = torch.bfloat16
 
 def slow_but(names: tuple[Any, ...], values: Any) -> list[Any]:
     return [value if value in names else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a Llama, which tests leave as it is."""
+    return run_of(tmp_path_factory.mktemp("finished"))
 
 
 def exact(done: Exported) -> None:
@@ -175,8 +182,8 @@ def test_the_printed_code_writes_what_lamina_writes(form: str, tmp_path: Path, c
         assert settings == {"bos_token_id": 3, "do_sample": False, "eos_token_id": list(table.stops), "pad_token_id": 0}
 
 
-def test_prompts_are_those_given_or_of_the_data_or_sentences(tmp_path: Path):
-    run = run_of(tmp_path)
+def test_prompts_are_those_given_or_of_the_data_or_sentences(finished: Path, tmp_path: Path):
+    run = finished
     assert export_merged(run, tmp_path / "a").differences[0].inputs == "8 prompts of 2 tasks"
     (tmp_path / "lines.txt").write_text("Where is it?\n\nAnd when?\n")
     done = export_merged(run, tmp_path / "b", inputs=tmp_path / "lines.txt")
@@ -184,8 +191,11 @@ def test_prompts_are_those_given_or_of_the_data_or_sentences(tmp_path: Path):
     (tmp_path / "latin.txt").write_bytes("Où est-il ?".encode("latin-1"))
     with pytest.raises(DataError, match=r"latin.txt cannot be read as UTF-8 text .*a prompt per line"):
         export_merged(run, tmp_path / "c", inputs=tmp_path / "latin.txt")
-    (tmp_path / "data").rename(tmp_path / "away")
-    assert "since its data is not at hand" in export_merged(run, tmp_path / "c").differences[0].inputs
+    data = (finished.parent / "data").rename(tmp_path / "away")
+    try:
+        assert "since its data is not at hand" in export_merged(run, tmp_path / "c").differences[0].inputs
+    finally:
+        data.rename(finished.parent / "data")
 
 
 @pytest.mark.parametrize("export", slow_but((export_peft,), [export_peft, export_merged, export_tasks]))
@@ -224,7 +234,9 @@ def test_what_cannot_be_exported(tmp_path: Path):
 
 
 @pytest.mark.parametrize("export", [export_peft, export_merged])
-def test_an_update_of_another_size_is_not_written(export: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_update_of_another_size_is_not_written(
+    export: Any, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     from lamina.export import adapter, language_merged
 
     def scaled(save: Any) -> Any:
@@ -234,16 +246,15 @@ def test_an_update_of_another_size_is_not_written(export: Any, tmp_path: Path, m
 
         return saving
 
-    run = run_of(tmp_path)
     for module in (adapter, language_merged):
         monkeypatch.setattr(module, "save_file", scaled(module.save_file))
     with pytest.raises(ModelError, match=r"A score of 'token \d+' differs.*nothing was written"):
-        export(run, tmp_path / "out")
+        export(finished, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_other_generated_tokens_are_refused_where_the_model_is_clear(tmp_path: Path):
-    opened = open_language(run_of(tmp_path))
+def test_other_generated_tokens_are_refused_where_the_model_is_clear(finished: Path, tmp_path: Path):
+    opened = open_language(finished)
     draft = Draft(tmp_path / "out", tmp_path, "peft", opened)
     mine = of_learner(opened)
     compare(draft, "it", mine, mine)
@@ -254,9 +265,10 @@ def test_other_generated_tokens_are_refused_where_the_model_is_clear(tmp_path: P
     assert len(draft.differences) == 1
 
 
-def test_a_run_of_a_classifier_is_sent_to_lamina_create(tmp_path: Path):
+def test_a_run_of_a_classifier_is_sent_to_lamina_create(finished: Path, tmp_path: Path):
     settings = runs.load_config(None, []).model_dump(mode="json")
-    write_checked(run_of(tmp_path) / "config.json", settings)
+    shutil.copytree(finished, tmp_path / "run")
+    write_checked(tmp_path / "run" / "config.json", settings)
     with pytest.raises(ModelError, match=r"is a run of a classifier.*lamina create MODEL --from-run"):
         export_peft(tmp_path / "run", tmp_path / "out")
 
