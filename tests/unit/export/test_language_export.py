@@ -180,7 +180,12 @@ def test_the_printed_code_writes_what_lamina_writes(form: str, tmp_path: Path, c
         assert punished[0, prompt_bt.shape[1] :].tolist()[: len(mine)] != mine  # so the settings matter
         assert (tmp_path / name / "chat_template.jinja").is_file()
         settings = json.loads((tmp_path / name / "generation_config.json").read_text())
-        assert settings == {"bos_token_id": 3, "do_sample": False, "eos_token_id": list(opened.stops), "pad_token_id": 0}
+        assert settings == {
+            "bos_token_id": 3,
+            "do_sample": False,
+            "eos_token_id": list(opened.stops),
+            "pad_token_id": 0,
+        }
 
 
 def test_prompts_are_those_given_or_of_the_data_or_sentences(finished: Path, tmp_path: Path):
