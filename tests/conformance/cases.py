@@ -273,7 +273,7 @@ def make_loop(
         checkpoint_seconds=seconds,
         **{
             "evaluation": LANGUAGE_EVALUATION if language else EVALUATION,
-            "text_t": text() if language else None,
+            "text": (text(),) if language else (),
             **watch,
         },
     )

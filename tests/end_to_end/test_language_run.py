@@ -75,7 +75,7 @@ def test_a_run_on_a_file_of_instructions(lamina: Command, tmp_path: Path, model:
     assert Record.model_validate_json(record.model_dump_json()) == record
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     for answer in language.predictions:
-        assert answer.question in page
+        assert answer.prompt in page
     options = {*OPTIONS["film"], *OPTIONS["city"]}
     assert {answer.end for answer in language.predictions if answer.task != "note"} <= options
     assert "positive" in page
@@ -108,7 +108,7 @@ def test_chats_are_run_through_the_chat_template(lamina: Command, tmp_path: Path
     assert said.code == 0, said.err
     language = read(tmp_path / "run").language
     assert language is not None
-    assert "<|turn|>user" in language.predictions[0].question
+    assert "<|turn|>user" in language.predictions[0].prompt
 
 
 # -- stopping and going on --------------------------------------------------------------------------------------------

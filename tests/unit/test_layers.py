@@ -108,7 +108,7 @@ def test_the_engine_names_no_method(path: Path):
 
 
 EDGES = {
-    "transformers": ("backbones", "data/", "speed/attention.py", "export/"),
+    "transformers": ("backbones", "data/", "speed/attention.py", "speed/rms_norm.py", "export/"),
     "huggingface_hub": ("backbones", "data/"),
     "datasets": ("data/",),
     "pyarrow": ("data/",),

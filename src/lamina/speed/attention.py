@@ -10,8 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+LONG = 1024
+"""From more tokens on, PyTorch's fused attention is used, which keeps no softmax."""
 VECTOR = 32
 """How many bf16 numbers the longest vectors of a CPU hold. PyTorch's bf16 softmax computes what is left of a row number by
 number; its float32 softmax does not."""
@@ -58,6 +61,12 @@ def attention(
     transformers' own ("eager") converts the scores to float32 for a softmax that computes in float32 anyway. In bf16 these
     are four more passes over them, which pay for short rows only.
     """
+    if key_bhte.shape[2] > LONG:  # the softmaxes of all blocks would be kept
+        shared = query_bhne.shape[1] != key_bhte.shape[1]
+        mixed_bhne = F.scaled_dot_product_attention(
+            query_bhne, key_bhte, value_bhte, mask_b1nt, scale=scaling, enable_gqa=shared
+        )
+        return mixed_bhne.transpose(1, 2).contiguous(), None
     mixed_bnhe: Tensor = _Attention.apply(query_bhne, key_bhte, value_bhte, mask_b1nt, scaling)  # type: ignore[no-untyped-call]
     return mixed_bnhe, None
 

@@ -224,7 +224,9 @@ def test_a_completion_that_leaves_no_room(folder: Path) -> None:
         DataError, match=r"records row 1 has a completion or an option of 12 tokens.*max_length is 12, .*prompt of \d"
     ):
         load(records, folder, max_length=12)
-    assert load(records, folder, max_length=13)[0].prompts.lengths(np.array([1])).tolist() == [1]
+    table = load(records, folder, max_length=13)[0]
+    assert (table.inputs(np.array([1]), None)["completion_mask"] == 0).sum() == 1, "cut for training"
+    assert table.prompts.lengths(np.array([1])).tolist() == [4], "a question does not tell the length of its completion"
     options = {"prompt": "a", "completion": "b", "options": ["b", "0123456789"]}
     with pytest.raises(DataError, match="records row 0 has a completion or an option of 12 tokens"):
         load([options, options], folder, max_length=12)
