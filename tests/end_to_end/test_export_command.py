@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from tests.end_to_end.conftest import Command
 from tests.models import CLASSES, backbone, images, small
+from tests.unit.export.language_worlds import run_of
 
 
 @pytest.fixture
@@ -53,4 +54,11 @@ def test_what_does_not_go_together(lamina: Command, model: Path, tmp_path: Path)
     assert "does not exist" in lamina.refused(
         "export", model, tmp_path / "out", "--format", "merged", "--inputs", tmp_path / "nowhere"
     )
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_that_are_not_utf8(lamina: Command, tmp_path: Path):
+    (tmp_path / "latin.txt").write_bytes("Où est-il ?".encode("latin-1"))
+    asked = ("export", run_of(tmp_path), tmp_path / "out", "--format", "merged", "--inputs", tmp_path / "latin.txt")
+    assert "latin.txt cannot be read as UTF-8 text" in lamina.refused(*asked)
     assert not (tmp_path / "out").exists()

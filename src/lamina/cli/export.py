@@ -52,7 +52,7 @@ def export(
 
         lamina export groceries groceries-peft --format peft --with-base
 
-        lamina export runs/answers-lamina-seed0 answers --format merged
+        lamina export runs/instructions-lamina-seed0 instructions --format merged
     """
     from lamina.export import export_merged, export_onnx, export_peft, export_tasks
 

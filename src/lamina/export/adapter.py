@@ -16,7 +16,7 @@ from torch import Tensor
 from lamina.backbones.files import locate
 from lamina.errors import MethodError, ModelError
 from lamina.export.adapter_files import CONFIG, START, WEIGHTS
-from lamina.export.checking import by_library, by_page, logits_of, need, silently, write_page
+from lamina.export.checking import by_library, by_script, logits_of, need, silently, write_script
 from lamina.export.heads import ENCODER, MEANS, TEXTS, Layout, layout_of
 from lamina.export.opened import Opened, open_model
 from lamina.export.outputs import LinearOutputs, linear_outputs, refuse_routed
@@ -184,8 +184,8 @@ def _check(draft: Draft[Opened], layout: Layout, outputs: LinearOutputs, place: 
         draft.notes.append(MEANS + " So the adapter is for AutoModel, with the matrix and `load.py` beside it.")
         write_matrix(draft.folder, outputs)
         write_labels(draft.folder, outputs, opened)
-        write_page(draft.folder, "encoder")
-        found = by_page(draft.folder, opened.batches, BASE=place)
+        write_script(draft.folder, "encoder")
+        found = by_script(draft.folder, opened.batches, BASE=place)
         draft.compare("load.py with plain peft", reference, found, outputs.labels)
         return
     from peft import PeftModel

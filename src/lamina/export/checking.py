@@ -1,4 +1,4 @@
-"""Compares what was written with the model: files are read again by plain peft, transformers, or a page of plain code."""
+"""Compares what was written with the model: files are read again by plain peft, transformers, or a plain script."""
 
 import importlib.util
 import os
@@ -19,7 +19,7 @@ from lamina.errors import LaminaError, ModelError
 from lamina.export.written import told
 from lamina.types import Batch
 
-LOADER, PAGE_SECONDS = "load.py", 600
+LOADER, SCRIPT_SECONDS = "load.py", 600
 INSTEAD = "Other versions of transformers or peft may help; `--format onnx` depends on neither."
 """What to do where these libraries fail."""
 
@@ -61,19 +61,48 @@ def logits_of(model: Any, batches: Sequence[Batch]) -> list[Tensor]:
         return [model(**dict(batch.inputs)).logits.float() for batch in batches]
 
 
-def write_page(folder: Path, name: str) -> None:
+def together(base: Any, folders: Sequence[Path]) -> Any:
+    """Returns plain peft's model with several adapters, all of them active. base: what they are added to."""
+    from peft import PeftModel
+
+    names = [adapter_name(folder.name) for folder in folders]
+    model = PeftModel.from_pretrained(base, str(folders[0]), adapter_name=names[0])
+    for folder, name in zip(folders[1:], names[1:], strict=True):
+        model.load_adapter(str(folder), adapter_name=name)
+    model.base_model.set_adapter(names)  # that of PeftModel takes one name
+    return model.eval()
+
+
+def adapter_name(folder: str) -> str:
+    """Returns the name of a task's adapter in peft, which allows no dot: the number that its folder begins with."""
+    return folder.partition("-")[0]
+
+
+def told_together(folders: Sequence[str]) -> str:
+    """Returns how peft uses the adapters of these folders together."""
+    if not folders:
+        return "No task has changed a weight."
+    names = [adapter_name(folder) for folder in folders]
+    loading = f'PeftModel.from_pretrained(base, "tasks/{folders[0]}", adapter_name="{names[0]}")'
+    return (
+        f"The adapters act together. With peft: `model = {loading}`, then `model.load_adapter(FOLDER, adapter_name=NUMBER)` "
+        f"for each other folder in tasks/, then `model.base_model.set_adapter({names})`."
+    )
+
+
+def write_script(folder: Path, name: str) -> None:
     """Write `load.py`."""
-    text = (resources.files("lamina.export") / "pages" / f"{name}.txt").read_text(encoding="utf-8")
+    text = (resources.files("lamina.export") / "scripts" / f"{name}.txt").read_text(encoding="utf-8")
     (folder / LOADER).write_text(text, encoding="utf-8")
 
 
-def by_page(folder: Path, batches: Sequence[Batch], **environment: str) -> list[Tensor]:
+def by_script(folder: Path, batches: Sequence[Batch], **environment: str) -> list[Tensor]:
     """Returns the scores that `load.py` of a folder computes in a process of its own."""
-    found = page_tensors(folder, batches, **environment)
+    found = script_tensors(folder, batches, **environment)
     return [found[str(n)] for n in range(len(batches))]
 
 
-def page_tensors(folder: Path, batches: Sequence[Batch], **environment: str) -> dict[str, Tensor]:
+def script_tensors(folder: Path, batches: Sequence[Batch], **environment: str) -> dict[str, Tensor]:
     """Returns everything that `load.py` of a folder computes in a process of its own."""
     given, scores = folder / ".inputs.safetensors", folder / ".scores.safetensors"
     tensors = {
@@ -88,7 +117,7 @@ def page_tensors(folder: Path, batches: Sequence[Batch], **environment: str) -> 
             env=own,
             capture_output=True,
             text=True,
-            timeout=PAGE_SECONDS,
+            timeout=SCRIPT_SECONDS,
             check=False,
         )
         if done.returncode:
@@ -98,7 +127,7 @@ def page_tensors(folder: Path, batches: Sequence[Batch], **environment: str) -> 
         return found
     except subprocess.TimeoutExpired as error:
         raise ModelError(
-            f"{LOADER} of the export takes more than {PAGE_SECONDS} seconds, so nothing was written. Give fewer --inputs."
+            f"{LOADER} of the export takes more than {SCRIPT_SECONDS} seconds, so nothing was written. Give fewer --inputs."
         ) from error
     finally:
         given.unlink(missing_ok=True)

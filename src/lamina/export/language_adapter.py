@@ -10,6 +10,7 @@ from lamina.export.language_files import (
     placed,
     refuse_routed,
     refuse_unchanged,
+    settings_of,
     told_rank,
     transposed,
     usage,
@@ -46,16 +47,20 @@ def export_language_peft(
         from peft import PeftModel
 
         with by_library("loading the adapter with plain peft", OTHERWISE):
-            found = of_plain(opened, PeftModel.from_pretrained(base, str(draft.folder)).eval())
+            model = PeftModel.from_pretrained(base, str(draft.folder)).eval()
+            model.generation_config = settings_of(draft.folder)
+            found = of_plain(opened, model)
         compare(draft, f"plain peft, {type(base).__name__}", wanted, found)
         draft.notes.append(told_rank(next(iter(ready.values())).rank))
         if not with_base:
             draft.notes.append(f"BASE is the base model that it was trained on: {place}")
         where = f'"{target / BASE}"' if with_base else "BASE"
         loading = (
-            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            "from peft import PeftModel\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig\n"
             f"base = AutoModelForCausalLM.from_pretrained({where})\n"
-            f'model = PeftModel.from_pretrained(base, "{target}")'
+            f'model = PeftModel.from_pretrained(base, "{target}")\n'
+            f'model.generation_config = GenerationConfig.from_pretrained("{target}")'
         )
         draft.code = usage(opened, loading, str(target))
         return finished(draft)

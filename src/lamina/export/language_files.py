@@ -132,14 +132,27 @@ def write_tokenizer(draft: Draft[OpenedLanguage]) -> None:
         )
 
 
-def write_generation(folder: Path, opened: OpenedLanguage, settings: Mapping[str, Any] | None = None) -> None:
-    """Write the settings of generation: greedy by default, ended by the tokens that completions were trained to end with."""
-    more = {"eos_token_id": list(opened.stops), "pad_token_id": opened.pad}
-    write_json(folder / GENERATION, {**(settings or {"do_sample": False}), **more})
+def write_generation(folder: Path, opened: OpenedLanguage) -> None:
+    """Write the settings that lamina generates with, and none of the base's: greedily, without penalties, to the tokens that
+    end a completion."""
+    module: Any = opened.backbone.module
+    begin = module.generation_config.bos_token_id
+    settings = {} if begin is None else {"bos_token_id": begin}
+    settings |= {"do_sample": False, "eos_token_id": list(opened.stops), "pad_token_id": opened.pad}
+    write_json(folder / GENERATION, settings)
+
+
+def settings_of(folder: Path | str) -> Any:
+    """Returns the settings of generation as transformers reads them from a folder."""
+    from transformers import GenerationConfig
+
+    with by_library("loading the written generation_config.json", "Other versions of transformers may help."):
+        return GenerationConfig.from_pretrained(str(folder))
 
 
 def usage(opened: OpenedLanguage, loading: str, tokenizer: str) -> str:
-    """Returns lines that load a model and let it complete a prompt. loading: the lines that make `model`."""
+    """Returns lines that load a model and let it complete a prompt. loading: the lines that make `model`, with the settings of
+    generation that were written."""
     asked = 'tokens = tokenizer("a prompt", return_tensors="pt")'
     if opened.saved.config.data.form == "chat":
         asked = (
@@ -147,10 +160,9 @@ def usage(opened: OpenedLanguage, loading: str, tokenizer: str) -> str:
             "tokens = tokenizer.apply_chat_template(\n"
             '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n)'
         )
-    ends = f"max_new_tokens=64, do_sample=False, eos_token_id={list(opened.stops)}"
     return (
         f'{loading}\ntokenizer = AutoTokenizer.from_pretrained("{tokenizer}")\n{asked}\n'
-        f"found = model.generate(**tokens, {ends})\n"
+        "found = model.generate(**tokens, max_new_tokens=64)\n"
         'print(tokenizer.decode(found[0, tokens["input_ids"].shape[1]:], skip_special_tokens=True))'
     )
 

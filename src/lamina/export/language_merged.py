@@ -1,7 +1,7 @@
 """`merged` of a language model: the files of its base, with all updates folded into the weights.
 
-Only the adapted weights are written anew, in the type that they are stored in. All other tensors, and all other files, are
-those of the base bit for bit. So tied embeddings stay tied, and shards stay as they are.
+Only the adapted weights are written anew, in the type that they are stored in. All other tensors, and all other files
+but the settings of generation, are those of the base bit for bit. So tied embeddings stay tied, and shards stay as they are.
 """
 
 import os
@@ -16,11 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lamina.backbones import copy_files
-from lamina.backbones.files import Header, locate, read_headers, read_json, weight_files
+from lamina.backbones.files import Header, locate, read_headers, weight_files
 from lamina.errors import ModelError
 from lamina.export.language_adapter import note_precision
 from lamina.export.language_files import (
-    GENERATION,
     plain_model,
     refuse_routed,
     refuse_unchanged,
@@ -50,7 +49,7 @@ def export_language_merged(path: Path, target: Path, *, inputs: str | os.PathLik
         copy_files(opened.saved.backbone, draft.folder)
         weights = _write(opened, draft.folder, list(factors))
         write_tokenizer(draft)
-        write_generation(draft.folder, opened, read_json(draft.folder / GENERATION))
+        write_generation(draft.folder, opened)
         with _using(opened, weights):
             wanted = of_learner(opened)
             model = plain_model(str(draft.folder))

@@ -22,7 +22,7 @@ from lamina.data.instruction_table import Renderer
 from lamina.data.records import Row, Source
 from lamina.engine import checkpoint
 from lamina.errors import DataError, LaminaError, ModelError
-from lamina.export.opened import SENTENCES
+from lamina.export.opened import SENTENCES, lines_of
 from lamina.learner import LanguageLearner, learner_of
 from lamina.methods import METHODS
 from lamina.methods.base import Method
@@ -206,12 +206,8 @@ class OpenedLanguage:
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
-        """Tokens that end a text: those that completions end with, and those that the base's own files name."""
-        own: Any = self.backbone.module
-        theirs = own.generation_config.eos_token_id
-        theirs = [theirs] if isinstance(theirs, int) else list(theirs or ())
-        mine = [token for examples in self.examples for token in table_of(examples).stops]
-        return tuple(dict.fromkeys([*mine, *theirs]))
+        """Tokens that end a completion."""
+        return tuple(sorted({token for examples in self.examples for token in table_of(examples).stops}))
 
     def _parts(self) -> list[tuple[Examples, Ints]]:
         found = []
@@ -269,12 +265,7 @@ def _restored(found: Saved, dtype: torch.dtype) -> tuple[LanguageLearner, Method
 def _prompts(found: Saved, backbone: Backbone, tokenise: Any, inputs: Path | None) -> tuple[tuple[Examples, ...], str]:
     """Returns instructions to compare on, and what they are."""
     if inputs is not None:
-        if not inputs.is_file():
-            raise DataError(f"{inputs} is no file. Give a file with a prompt per line.")
-        lines = [line.strip() for line in inputs.read_text(encoding="utf-8").splitlines()]
-        texts = [line for line in lines if line][:MOST_PROMPTS]
-        if not texts:
-            raise DataError(f"{inputs} holds no prompt. Give a file with a prompt per line.")
+        texts = lines_of(inputs, "prompt")[:MOST_PROMPTS]
         return _of_texts(found, backbone, texts), f"{len(texts)} prompts from {inputs}"
     if found.version is not None:
         probes = _probes(found.path, tokenise)

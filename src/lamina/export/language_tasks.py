@@ -1,4 +1,4 @@
-"""`peft-tasks` of a language model: one PEFT adapter per task, the router if there is one, and a page that completes prompts.
+"""`peft-tasks` of a language model: one PEFT adapter per task, the router if there is one, and a script that completes prompts.
 
 Shape letters: b batch, n prompts, v vocabulary.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lamina.export.adapter import BASE, write_lora
-from lamina.export.checking import by_library, need, page_tensors, write_page
+from lamina.export.checking import by_library, need, script_tensors, together, told_together, write_script
 from lamina.export.language_adapter import note_precision
 from lamina.export.language_files import (
     base_of,
@@ -68,14 +68,16 @@ def export_language_tasks(
             centroids = {key: value for key, value in opened.method.memory.items() if key.startswith("centroids/")}
             save_tensors(draft.folder / ROUTER, centroids)
         write_json(draft.folder / LAYOUT, told | router)
-        write_page(draft.folder, "language")
-        compare(draft, "load.py with plain transformers", wanted, _by_page(draft, place))
-        _check_adapters(draft, base, folders, updates)
+        write_script(draft.folder, "language")
+        compare(draft, "load.py with plain transformers", wanted, _by_script(draft, place))
+        base = _check_adapters(draft, base, folders, updates)
+        used = [folder for folder, name in zip(folders, names, strict=True) if updates[name]]
+        if used and router["mode"] == "sum":
+            _check_together(draft, base, used, wanted)
         most = max((one.rank for factors in updates.values() for one in factors.values()), default=0)
         draft.notes.append(told_rank(most))
         draft.notes.append(
-            "The adapters act together: with peft, load all of them and activate all with `set_adapter`. One alone is not "
-            "the model."
+            f"{told_together(used)} One alone is not the model."
             if router["mode"] == "sum"
             else "`load.py` selects the adapter of a prompt. One adapter loaded with peft completes prompts of its task."
         )
@@ -86,7 +88,7 @@ def export_language_tasks(
 
 
 def _router(opened: OpenedLanguage) -> dict[str, Any]:
-    """Returns what the page must know to choose adapters. Raises MethodError for a method whose choice it does not compute."""
+    """Returns what the script must know to choose adapters. Raises MethodError for a choice that it does not compute."""
     method = opened.method
     if isinstance(method, CoLoR):
         first = method.config.identify == "first expert"
@@ -107,9 +109,9 @@ def _next_scores(opened: OpenedLanguage) -> Tensor:
     return torch.cat(found)
 
 
-def _by_page(draft: Draft[OpenedLanguage], place: str) -> Computed:
+def _by_script(draft: Draft[OpenedLanguage], place: str) -> Computed:
     asked = draft.opened.asked
-    found = page_tensors(draft.folder, asked, BASE=place)
+    found = script_tensors(draft.folder, asked, BASE=place)
     scores_nv = torch.cat([found[str(n)] for n in range(len(asked))])
     rows = [row for n in range(len(asked)) for row in found[f"{n}.tokens"].tolist()]
     return Computed(scores_nv, tuple(tuple(token for token in row if token >= 0) for row in rows))
@@ -117,8 +119,8 @@ def _by_page(draft: Draft[OpenedLanguage], place: str) -> Computed:
 
 def _check_adapters(
     draft: Draft[OpenedLanguage], base: Any, folders: Sequence[str], updates: dict[str, dict[str, Factors]]
-) -> None:
-    """Load every adapter with plain peft, and compare the next scores with those of its branch alone."""
+) -> Any:
+    """Load every adapter with plain peft, and compare the next scores with those of its branch alone. Returns the base."""
     from peft import PeftModel
 
     opened, learner = draft.opened, draft.opened.learner
@@ -143,3 +145,16 @@ def _check_adapters(
         labels = [f"token {token}" for token in range(found_bv.shape[1])]
         by = f"plain peft, the next token with task {name!r} alone"
         draft.compare(by, [reference_bv], [found_bv], labels, "the first batch")
+    return base
+
+
+def _check_together(draft: Draft[OpenedLanguage], base: Any, folders: Sequence[str], wanted: Computed) -> None:
+    """Load all adapters with plain peft, activate them, and compare the next scores with those of the model."""
+    batch = draft.opened.asked[0]
+    last_b = batch.inputs["attention_mask"].sum(1) - 1
+    with by_library("activating all adapters with plain peft", OTHERWISE), torch.no_grad():
+        model = together(base, [draft.folder / TASKS / folder for folder in folders])
+        found_bv = model(**dict(batch.inputs)).logits[torch.arange(len(batch)), last_b].float()
+    labels = [f"token {token}" for token in range(found_bv.shape[1])]
+    by = "plain peft, the next token with all adapters"
+    draft.compare(by, [wanted.logits_nv[: len(batch)]], [found_bv], labels, "the first batch")

@@ -71,28 +71,20 @@ def places(opened: OpenedLanguage) -> list[Tensor]:
 
 
 def of_plain(opened: OpenedLanguage, model: Any) -> Computed:
-    """Returns what a model of plain transformers, or of peft, computes: scores without any padding, tokens with padding."""
-    from transformers import GenerationConfig
-
+    """Returns what a model of plain transformers, or of peft, computes: scores without any padding, tokens with padding, by the
+    settings of generation that the model has from the written files."""
     logits, written = [], []
-    settings = GenerationConfig(
-        max_new_tokens=MOST_NEW,
-        do_sample=False,
-        eos_token_id=list(opened.stops),
-        pad_token_id=opened.pad,
-        repetition_penalty=1.0,
-    )
+    stops = model.generation_config.eos_token_id
     with torch.no_grad():
         for batch, place_bt in zip(opened.whole, places(opened), strict=True):
             ids_bt, mask_bt = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool()
             for ids_t, mask_t, place_t in zip(ids_bt, mask_bt, place_bt, strict=True):
                 found_tv = model(input_ids=ids_t[mask_t][None], use_cache=False).logits[0]
                 logits.append(found_tv[place_t[mask_t]].float())
-        model.generation_config = settings
         for batch in opened.asked:
             ids_bt, mask_bt = _padded_left(batch, opened.pad)
-            found_bt = model.generate(input_ids=ids_bt, attention_mask=mask_bt, generation_config=settings)
-            written += [_until(row, opened.stops) for row in found_bt[:, ids_bt.shape[1] :].tolist()]
+            found_bt = model.generate(input_ids=ids_bt, attention_mask=mask_bt, max_new_tokens=MOST_NEW)
+            written += [_until(row, stops) for row in found_bt[:, ids_bt.shape[1] :].tolist()]
     return Computed(torch.cat(logits), tuple(written))
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from lamina.data.names import listed
 from lamina.errors import ModelError
 from lamina.export.adapter import plain, tell_outputs
-from lamina.export.checking import INSTEAD, by_library, by_page, logits_of, write_page
+from lamina.export.checking import INSTEAD, by_library, by_script, logits_of, write_script
 from lamina.export.heads import ENCODER, IMAGES, MEANS, Layout, layout_of
 from lamina.export.opened import Opened, open_model
 from lamina.export.outputs import LinearOutputs, linear_outputs, refuse_routed
@@ -57,8 +57,8 @@ def export_merged(
             draft.notes.append(MEANS + " So this is the encoder, with the matrix and `load.py` beside it.")
             write_matrix(draft.folder, outputs)
             write_labels(draft.folder, outputs, opened)
-            write_page(draft.folder, "encoder")
-            found = by_page(draft.folder, opened.batches)
+            write_script(draft.folder, "encoder")
+            found = by_script(draft.folder, opened.batches)
             draft.compare("load.py with plain transformers", reference, found, outputs.labels)
             draft.code = f'python {target}/load.py "a text"'
             return finished(draft)

@@ -197,10 +197,23 @@ def _read(opened: Opened, path: Path) -> None:
         opened.images = tuple(decode(content, max(64, 2 * size)) for content in contents[:16])
         _take(opened, contents, f"images from {path}")
         return
+    _take(opened, lines_of(path, "text")[:MOST], f"texts from {path}")
+
+
+def lines_of(path: Path, what: str) -> list[str]:
+    """Returns the lines of a file that are not blank. what: each of them is. Raises DataError where there are none, or the file
+    cannot be read as UTF-8."""
     if not path.is_file():
-        raise DataError(f"{path} is no file. Give a file with a text per line.")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    _take(opened, [line for line in lines if line][:MOST], f"texts from {path}")
+        raise DataError(f"{path} is no file. Give a file with a {what} per line.")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} cannot be read as UTF-8 text ({error}). Save it as UTF-8, a {what} per line."
+        ) from error
+    if not any(lines):
+        raise DataError(f"{path} holds no {what}. Give a file with a {what} per line.")
+    return [line for line in lines if line]
 
 
 def _generate(opened: Opened) -> None:

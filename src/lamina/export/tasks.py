@@ -1,4 +1,4 @@
-"""`peft-tasks`: one PEFT adapter per task, the classifier, the router if there is one, and a page that computes the scores.
+"""`peft-tasks`: one PEFT adapter per task, the classifier, the router if there is one, and a script that computes the scores.
 
 Shape letters: b batch, d width, j outputs of the head.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from lamina.backbones.families import FAMILIES
 from lamina.errors import MethodError, ModelError
 from lamina.export.adapter import BASE, base_of, tell_outputs, write_adapter
-from lamina.export.checking import by_library, by_page, need, silently, write_page
+from lamina.export.checking import by_library, by_script, need, silently, together, told_together, write_script
 from lamina.export.heads import ENCODER, Layout
 from lamina.export.opened import Opened, open_model
 from lamina.export.outputs import LinearOutputs, linear_outputs, own_outputs, refuse_routed
@@ -71,21 +71,24 @@ def export_tasks(
             "labels": list(outputs.labels),
             **_pooling(opened),
         }
-        page, more = _router(opened, draft, layout, folders, names, named)
+        script, more = _router(opened, draft, layout, folders, names, named)
         write_json(draft.folder / LAYOUT, told | more)
-        write_page(draft.folder, page)
+        write_script(draft.folder, script)
         if layout.tokens:
             write_tokenizer(draft, opened)
         draft.facts["outputs"] = list(outputs.labels)
         tell_outputs(draft, outputs)
         reference = opened.scores if routed else [outputs.scores(features_bd) for features_bd in opened.features()]
-        found = by_page(draft.folder, opened.batches, BASE=place)
+        found = by_script(draft.folder, opened.batches, BASE=place)
         draft.compare("load.py with plain transformers", reference, found, outputs.labels)
         _check_adapters(draft, place, folders, names)
+        used = [folder for folder, name in zip(folders, names, strict=True) if of_branch(opened.learner, parts[name])]
+        if used and not routed:
+            _check_together(draft, place, used)
         draft.notes.append(
             "The scores are those of `load.py`: one adapter alone, loaded with peft, gives the features of its task only."
-            if page == "gated" or more.get("mode") == "route"
-            else "The adapters act together: with peft, load all of them and activate all with `set_adapter`."
+            if script == "gated" or more.get("mode") == "route"
+            else told_together(used)
         )
         if not with_base:
             draft.notes.append(f"The base is {place}; `load.py` finds another place in the environment variable BASE.")
@@ -125,7 +128,7 @@ def encoder_layout(opened: Opened) -> Layout:
     if auto is not type(backbone.module) or family.takes_patches or grey:
         raise ModelError(
             f"transformers' AutoModel does not compute the features of {type(backbone.module).__name__} from the same inputs, "
-            f"so a page of plain code cannot. `--format onnx` writes methods without a router."
+            f"so a plain script cannot. `--format onnx` writes methods without a router."
         )
     copy = type(config).from_dict(config.to_dict())
     return Layout(ENCODER, auto.__name__, "", copy, {}, (), backbone.kind == "text", family.options)
@@ -159,7 +162,7 @@ def _pooling(opened: Opened) -> dict[str, Any]:
 def _router(
     opened: Opened, draft: Draft[Opened], layout: Layout, folders: Sequence[str], names: Sequence[str], base: str
 ) -> tuple[str, dict[str, Any]]:
-    """Write what selects or scales adapters. Returns the page for it, and what it must know."""
+    """Write what selects or scales adapters. Returns the script for it, and what it must know."""
     method, learner = opened.predictor.method, opened.learner
     if isinstance(method, CoLoR):
         save_tensors(
@@ -233,6 +236,23 @@ def _check_adapters(draft: Draft[Opened], place: str, folders: Sequence[str], na
         draft.compare(
             f"plain peft, features of task {name!r} alone", [reference_btd], [found_btd], labels, "the first batch"
         )
+
+
+def _check_together(draft: Draft[Opened], place: str, folders: Sequence[str]) -> None:
+    """Load all adapters with plain peft, activate them, and compare the features of the first batch with the model's."""
+    import transformers
+
+    learner, batch = draft.opened.learner, draft.opened.batches[0]
+    with by_library("activating all adapters with plain peft"), torch.no_grad():
+        base = transformers.AutoModel.from_pretrained(place, dtype=torch.float32).eval()
+        model = together(base, [draft.folder / TASKS / folder for folder in folders])
+        found_btd = model(**dict(batch.inputs)).last_hidden_state[:, 0]
+    with learner.folded(), torch.no_grad():
+        module: Any = learner.backbone.module
+        reference_btd = module(**dict(batch.inputs)).last_hidden_state[:, 0]
+    labels = [str(number) for number in range(found_btd.shape[1])]
+    by = "plain peft, features with all adapters"
+    draft.compare(by, [reference_btd], [found_btd], labels, "the first batch")
 
 
 def folders_of(names: Sequence[str]) -> list[str]:

@@ -1,1 +1,0 @@
-"""The pages `load.py` that some exports bring along: they compute the scores with transformers and safetensors alone."""
