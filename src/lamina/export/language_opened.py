@@ -19,6 +19,7 @@ from lamina.backbones import Backbone
 from lamina.config import RunConfig
 from lamina.data.arrays import ArrayItems
 from lamina.data.instruction_table import Renderer
+from lamina.data.prompts import stop_tokens
 from lamina.data.records import Row, Source
 from lamina.engine import checkpoint
 from lamina.errors import DataError, LaminaError, ModelError
@@ -206,8 +207,9 @@ class OpenedLanguage:
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
-        """Tokens that end a completion."""
-        return tuple(sorted({token for examples in self.examples for token in table_of(examples).stops}))
+        """Tokens that end a completion: those of the data, and those that the base names."""
+        own = sorted({token for examples in self.examples for token in table_of(examples).stops})
+        return stop_tokens(own, self.backbone.module)
 
     def _parts(self) -> list[tuple[Examples, Ints]]:
         found = []
