@@ -336,3 +336,26 @@ def test_a_stalled_upload_ends(serve: Client) -> None:
     status, body = asyncio.run(call(app, [stalled]))
     assert status == 408
     assert "--max-idle-seconds" in body["error"]
+
+
+@pytest.mark.parametrize(("kind", "seconds"), [("image", 31), ("language", 11)])
+def test_what_is_under_way_has_time_to_end(monkeypatch: pytest.MonkeyPatch, kind: str, seconds: int) -> None:
+    from lamina.serve import process
+
+    found: list[Any] = []
+
+    class Stands:
+        def __init__(self, config: Any) -> None:
+            found.append(config.timeout_graceful_shutdown)
+
+        def run(self, sockets: Any) -> None:
+            del sockets
+
+    class App:
+        def about(self) -> dict[str, str]:
+            return {"kind": kind}
+
+    monkeypatch.setattr(process.uvicorn, "Server", Stands)
+    monkeypatch.setattr(process, "return_large_blocks", lambda: None)
+    process.run(App(), None, Limits(deadline_seconds=30))  # type: ignore[arg-type]
+    assert found == [seconds]
