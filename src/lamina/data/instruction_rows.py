@@ -89,8 +89,9 @@ def _messages(messages: Any, where: str) -> list[Message]:
                 " Correct it, or remove the message"
             )
         content = message.get("content")
-        # Chats without a system prompt are often written with an empty one.
-        blank = role == "system" and isinstance(content, str) and not content.strip()
+        # Chats without a system prompt are often written with an empty one, and a model may have replied nothing.
+        optional = role == "system" or (role == "assistant" and k < len(messages) - 1)
+        blank = optional and isinstance(content, str) and not content.strip()
         what = f"content of message {k} ({role})"
         found.append(Message(role, unicode_of(content, what, where) if blank else text_of(content, what, where)))
     if found[-1].role != "assistant":
