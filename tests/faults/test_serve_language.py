@@ -141,6 +141,7 @@ def endless(server: Server) -> str:
     raise AssertionError("every text ends")
 
 
+@pytest.mark.slow
 def test_a_client_that_goes_ends_its_generation(tmp_path: Path) -> None:
     base = assistants.backbone(tmp_path / "llama", positions=8192)
     server = Server(assistants.learnt(tmp_path, base, tasks=1), "--max-new-tokens=8000", "--no-chat")

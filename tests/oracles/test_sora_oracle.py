@@ -146,7 +146,7 @@ def test_an_idle_gate_falls_by_lam_of_its_start_however_long_the_task(tmp_path: 
             left.extend(v for b in gated(learner) for v in (b.gate / loop.method.total_rate).tolist())
             end(learner, *rest)
 
-        loop.method.loss = lambda learner, *_: sum(p.sum() for p in learner.trainable().values()) * 0.0  # type: ignore[method-assign]
+        loop.method.loss = lambda learner, *_, **__: sum(p.sum() for p in learner.trainable().values()) * 0.0  # type: ignore[method-assign]
         loop.method.after_step, loop.method.end = watched, ending  # type: ignore[method-assign]
         loop.run()
         half = len(rates) // 2

@@ -585,6 +585,7 @@ print(peak() - before)
 
 
 @smollm2
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_a_model_is_in_memory_once_while_it_is_loaded():
     told = subprocess.run([sys.executable, "-c", MEASURE, str(SMOLLM2)], capture_output=True, text=True, check=True)

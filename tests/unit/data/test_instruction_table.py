@@ -285,6 +285,7 @@ def test_no_rows_at_all(folder: Path) -> None:
     assert (inputs["option_ids"].shape, right_b.shape) == ((0, 0, 0), (0,))
 
 
+@pytest.mark.slow
 @pytest.mark.shared
 def test_the_shared_tasks_with_a_real_tokenizer() -> None:
     root = Path(__file__).resolve().parents[3]
