@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lamina.data.prompts import stop_tokens
 from lamina.engine.evaluate import Predictions
 from lamina.errors import TrainingError
 from lamina.learner import LanguageLearner, Learner
@@ -123,10 +124,11 @@ class Examiner:
 
     def generated(self, batch: Batch, read: Sequence[Instruction], table: Instructions) -> Found:
         """Returns the texts generated for a batch."""
+        stops = stop_tokens(table.stops, self.learner.backbone.module)
 
         def written(task: str | None) -> list[str]:
             with self.deployed.predicting(self.learner, batch, task):
-                found = self.learner.generate(batch, self.longest, table.stops, table.pad_id)
+                found = self.learner.generate(batch, self.longest, stops, table.pad_id)
             return [table.decode(ids) for ids in found]
 
         def wrong_b(texts: list[str]) -> Ints:

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lamina.data.prompts import stop_tokens
 from lamina.learner.head import Head, drawn
 from lamina.learner.learner import Draw, Learner
 from lamina.types import Batch, Task
@@ -157,9 +156,8 @@ class LanguageLearner(Learner):
         each: Callable[[Tensor], Tensor] | None = None,
     ) -> list[list[int]]:
         """Returns the tokens that follow each prompt of a batch, greedily: up to `most` of them, to the model's last position,
-        or to a token that ends a text: one in `stop`, or one that the base names. That token is not returned. Keys and values
-        of earlier tokens are kept. pad: id of the padding token. each: as in `Backbone.generate`."""
-        stop = stop_tokens(stop, self.backbone.module)
+        or to a token in `stop`, which is not returned. Keys and values of earlier tokens are kept. pad: id of the padding
+        token. each: as in `Backbone.generate`."""
         ids_bt, mask_bt = (left_padded(batch.inputs[name], batch.inputs["attention_mask"], fill)
                            for name, fill in (("input_ids", pad), ("attention_mask", 0)))  # fmt: skip
         found_bt = self.backbone.generate(ids_bt, mask_bt, most=most, stop=stop, pad=pad, each=each)
