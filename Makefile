@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: demo test test-slow lint wheel bench growth results lattice language tables clean
+.PHONY: demo test test-slow lint wheel bench bench-language growth results lattice language tables clean
 
 demo: .stamps/demo        ## learn five tasks of handwritten digits four ways and write a report
 	$(BIN)/lamina demo
@@ -35,6 +35,10 @@ bench: .stamps/bench      ## speed and memory against the bare backbone and agai
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/model.py
 	$(BIN)/python benchmarks/serving.py
+
+bench-language: runs/smollm2 ## tokens per second and memory of a language model against PEFT (an hour)
+	$(BIN)/python benchmarks/language.py
+	$(BIN)/python benchmarks/language.py --page docs/results/language-speed.md
 
 growth: .stamps/bench     ## how the cost of every method grows over 200 tasks (an hour; goes on where it stopped)
 	$(BIN)/python benchmarks/growth.py

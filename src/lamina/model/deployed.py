@@ -1,6 +1,7 @@
 """Deployed: one version of a model in memory, whatever it predicts."""
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -18,7 +19,7 @@ from lamina.model.card import Card, Facts
 from lamina.speed import accelerate, precision
 
 
-class Deployed:
+class Deployed(ABC):
     """A version of a model in memory. Its weights are folded, so a prediction costs what the bare backbone costs.
 
     It may be used by one thread at a time; others wait. `close` frees its threads.
@@ -56,6 +57,15 @@ class Deployed:
         self._open.callback(accelerate(self.learner).close)
         for layer in self.learner.layers.values():
             layer.fold_live()
+        try:
+            self.prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make what predictions need beside the learner. Raises what is wrong with it."""
 
     @property
     def kind(self) -> Kind:

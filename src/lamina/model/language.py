@@ -4,23 +4,21 @@ Shape letters: n examples, b batch, m options.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lamina.backbones import Backbone
 from lamina.data import Chat, Prompt, PromptReader
 from lamina.engine.completions import Examiner, questions
 from lamina.engine.consolidate import Consolidation
 from lamina.errors import ConfigError, DataError, ModelError, TrainingError
 from lamina.learner import LanguageLearner, Learner
-from lamina.model.card import Card, Facts
 from lamina.model.deployed import Deployed
 from lamina.model.gate import Outcomes
 from lamina.types import Batch, Examples, Ints
@@ -181,29 +179,17 @@ class LanguagePredictor(Deployed):
 
     learner: LanguageLearner
 
-    def __init__(
-        self,
-        facts: Facts,
-        card: Card,
-        documents: Mapping[str, Any],
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        backbone: Backbone,
-        device: str = "cpu",
-    ) -> None:
-        super().__init__(facts, card, documents, tensors, backbone, device)
-        try:
-            if backbone.tokenizer is None:
-                raise ModelError(f"backbone {backbone.name!r} has no tokenizer beside its weights. Put it there.")
-            self.reader = PromptReader(
-                backbone.tokenizer,
-                positions=backbone.positions,
-                vocabulary=backbone.vocabulary,
-                form=self.config.data.form,
-                module=backbone.module,
-            )
-        except BaseException:
-            self.close()
-            raise
+    def prepare(self) -> None:
+        backbone = self.backbone
+        if backbone.tokenizer is None:
+            raise ModelError(f"backbone {backbone.name!r} has no tokenizer beside its weights. Put it there.")
+        self.reader = PromptReader(
+            backbone.tokenizer,
+            positions=backbone.positions,
+            vocabulary=backbone.vocabulary,
+            form=self.config.data.form,
+            module=backbone.module,
+        )
 
     @property
     def tasks(self) -> tuple[str, ...]:

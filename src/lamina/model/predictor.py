@@ -4,7 +4,7 @@ Shape letters: b batch, j outputs of the head, c classes.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from lamina.maths import classifiers
 from lamina.maths.calibration import left_out_scores
 from lamina.maths.class_statistics import Statistics
 from lamina.methods.base import hashed_order
-from lamina.model.card import Card, Facts
+from lamina.model.card import Facts
 from lamina.model.deployed import Deployed
 from lamina.model.gate import Outcomes
 from lamina.runs.setup import image_transform
@@ -78,25 +78,15 @@ class Prediction:
 class Predictor(Deployed):
     """A version of a classifier in memory. Raises ModelError for a version without a task."""
 
-    def __init__(
-        self,
-        facts: Facts,
-        card: Card,
-        documents: Mapping[str, Any],
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        backbone: Backbone,
-        device: str = "cpu",
-    ) -> None:
-        super().__init__(facts, card, documents, tensors, backbone, device)
+    def prepare(self) -> None:
         self.classes = tuple(dict.fromkeys(output.label for output in self.learner.outputs))
         if not self.classes:
-            self.close()
             raise ModelError("the model has learnt no task yet, so it cannot predict. `lamina learn` teaches it one.")
         columns = [[j for j, o in enumerate(self.learner.outputs) if o.label == label] for label in self.classes]
         most = max(map(len, columns))
         self._outputs_cm = torch.tensor([own + own[:1] * (most - len(own)) for own in columns])
         """The outputs of every class; the first one again where a class has fewer than others."""
-        self._reader = Reader(self.config, backbone)
+        self._reader = Reader(self.config, self.backbone)
 
     @property
     def labels(self) -> tuple[str, ...]:
