@@ -2,6 +2,7 @@
 fit. Killed in any phase, a run resumed ends in the bits of the run that was never killed."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,7 @@ def test_a_run_on_a_file_of_instructions(lamina: Command, tmp_path: Path, model:
     options = {*OPTIONS["film"], *OPTIONS["city"]}
     assert {answer.end for answer in language.predictions if answer.task != "note"} <= options
     assert "positive" in page
+    assert not re.search(r"\bnan\b", said.out + page), "what is not measured is a dash"
 
     said = lamina("evaluate", "run")
     assert said.code == 0, said.err

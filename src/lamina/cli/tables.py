@@ -1,5 +1,6 @@
 """Tables on the terminal. Names of tasks and classes are printed as they are, never as rich's markup."""
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def print_records(records: "Iterable[Record]") -> None:
             f"{record.metrics.final_accuracy:.1%}",
             f"{record.metrics.average_accuracy:.1%}",
             f"{record.metrics.forgetting:.1%}",
-            f"{record.metrics.task_aware_accuracy:.1%}",
+            _share(record.metrics.task_aware_accuracy),
             f"{record.cost.total_seconds or 0.0:.0f}",
             f"{record.cost.trainable_parameters or 0:,}",
         )
@@ -48,6 +49,11 @@ def print_records(records: "Iterable[Record]") -> None:
     ]
     print()
     print_table(("method", "final accuracy", "average", "forgetting", "task-aware", "seconds", "trained"), rows)
+
+
+def _share(value: float) -> str:
+    """Returns a share as text; a dash where it was not measured."""
+    return "–" if math.isnan(value) else f"{value:.1%}"
 
 
 def print_summary(record: "Record", where: Path) -> None:
