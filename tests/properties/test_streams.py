@@ -172,6 +172,32 @@ def test_what_is_measured_can_be_limited_and_what_is_trained_on_stays(data: Labe
         assert all(cells[1].count(cell) == min(most, cells[0].count(cell)) for cell in cells[0])
 
 
+def test_a_task_is_limited_as_a_whole_with_equal_numbers_of_its_classes():
+    labels = [0] * 9 + [1] * 2 + [2] * 9 + [0, 1, 2] * 4
+    data = make_data(labels, [0] * len(labels), [0] * 20 + [2] * 12, 3)
+    plan = [PlannedTask(name="one", classes=(0, 1, 2))]
+    stream = make_stream(data, plan, "mixed", per_task=10, measured_per_task=6)
+    assert Counter(stream[0].train.labels_n.tolist()) == {0: 4, 1: 2, 2: 4}
+    assert Counter(stream[0].test.labels_n.tolist()) == {0: 2, 1: 2, 2: 2}
+    smaller = make_stream(data, plan, "mixed", per_task=4, measured_per_task=6)
+    assert set(smaller[0].train.rows_n) < set(stream[0].train.rows_n)
+    whole = make_stream(data, plan, "mixed", per_task=20)
+    assert (len(whole[0].train), len(whole[0].test)) == (20, 12)
+
+
+def test_the_order_of_domains_is_drawn_from_its_seed():
+    data = make_data([0, 0] * 6, [k // 2 for k in range(12)], [0, 2] * 6, 1)
+    names = [f"d{k}" for k in range(6)]
+    data = replace(data, domain_names=tuple(names))
+    given = [task.name for task in domain_plan(data)]
+    drawn = [[task.name for task in domain_plan(data, None, seed)] for seed in (1, 2, 1)]
+    assert given == names
+    assert drawn[0] == drawn[2]
+    assert drawn[0] != drawn[1]
+    assert sorted(drawn[0]) == sorted(drawn[1]) == names
+    assert [task.name for task in domain_plan(data, names[::-1])] == names[::-1]
+
+
 def test_the_datas_own_validation_split_is_used_as_it_is():
     data = make_data([0] * 9, [0] * 9, [0] * 5 + [1] * 2 + [2] * 2, 1)
     stream = make_stream(data, class_plan(data, 1), "class", validation=0.5)

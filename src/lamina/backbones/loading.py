@@ -238,8 +238,8 @@ class _Checkpoint:
         if self.family.kind != "language":
             return {}
         part = self.family.interleaved
-        joined = [f"{self.family.block.format(block)}.{part}" for block in range(self.blocks)] if part else []
-        return use_linear_layers(module, joined, self.config.num_attention_heads)
+        interleaved = [f"{self.family.block.format(block)}.{part}" for block in range(self.blocks)] if part else []
+        return use_linear_layers(module, interleaved, self.config.num_attention_heads)
 
     def _read(self) -> tuple[str, dict[str, Tensor], list[str]]:
         """The hash of the stored tensors, the tensors as transformers names them, and the names of those not read."""

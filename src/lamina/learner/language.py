@@ -3,8 +3,8 @@
     loss     mean over the completion tokens of a batch of  -log p(token | everything before it)
     ranking  log p(option | prompt) = Σ_k log p(o_k | prompt, o_1 ... o_{k-1}),  the last o_k being the end of the completion
 
-All options of a prompt are ranked in one forward: its tokens are followed by those of every option, each of which sees the
-prompt and itself only, and has the positions that follow the prompt. The keys and values of the prompt are thus computed once
+All options of a prompt are ranked in one forward: its tokens are followed by those of every option. An option sees the prompt
+and itself only, and has the positions that follow the prompt. The keys and values of the prompt are thus computed once
 and shared, and the scores are those of one sequence per option.
 
 Shape letters: b batch, t tokens, d width, m options, s tokens of an option, n chosen tokens, v vocabulary.
@@ -53,10 +53,10 @@ class LanguageLearner(Learner):
 
     def loss(self, batch: Batch, task: Task) -> Tensor:
         """Returns the mean negative log-likelihood () of the completion tokens of a batch."""
-        return -self._completion(batch)[0].mean()
+        return self.loss_of_all(batch)
 
     def loss_of_all(self, batch: Batch, *, balanced: bool = False) -> Tensor:
-        """As `loss`: all tasks share the head of the model. balanced: does not apply."""
+        """As `loss`: all tasks share the head of the model. balanced: ignored."""
         return -self._completion(batch)[0].mean()
 
     def log_likelihood(self, batch: Batch, task: Task, draw: Draw | None = None) -> Tensor:
@@ -103,7 +103,7 @@ class LanguageLearner(Learner):
 
     def features(self, batch: Batch, layers: int = 1) -> Tensor:
         """Returns the mean of the last hidden states over the tokens of the prompt, (b, d) float32. layers: must be 1."""
-        assert layers == 1, "a language model has features of its last block only"
+        assert layers == 1, "unified classifiers, which read several blocks, are refused for language models"
         mask_bt = batch.inputs["attention_mask"]
         if "completion_mask" in batch.inputs:
             mask_bt = mask_bt - batch.inputs["completion_mask"]

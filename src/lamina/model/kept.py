@@ -76,8 +76,8 @@ def _packed_instructions(table: InstructionTokens, rows_n: Ints) -> dict[str, Te
     }
     found: dict[str, Tensor] = {}
     for what, ids in lists.items():
-        joined = data.ragged(ids)
-        found |= {f"{what}_starts": torch.from_numpy(joined.starts), f"{what}_ids": torch.from_numpy(joined.ids)}
+        flat = data.ragged(ids)
+        found |= {f"{what}_starts": torch.from_numpy(flat.starts), f"{what}_ids": torch.from_numpy(flat.ids)}
     return found | {
         "set_starts": torch.from_numpy(np.cumsum([0, *map(len, options)], dtype=np.int64)),
         "sets_n": torch.tensor([sets.index(k) if k >= 0 else -1 for k in table.sets_n[rows_n].tolist()]).long(),

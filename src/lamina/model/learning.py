@@ -371,7 +371,7 @@ class _Learning:
         )
 
     def _unmeasured(self, before: Sequence[tuple[str, Examples, Outcomes]], classes: set[int]) -> list[str]:
-        """Returns the earlier tasks that nothing was measured of. classes: those of which something was measured."""
+        """Returns the earlier tasks without any measurement. classes: those that were measured."""
         if self.facts.kind == "language":  # whose tasks may share classes, such as yes and no
             names = {name for name, _, _ in before}
             return [task.name for task in self.earlier if task.name not in names]

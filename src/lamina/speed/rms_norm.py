@@ -3,7 +3,7 @@
     n = x / sqrt(mean(x^2) + eps)    in float32, rounded to the precision of x
     y = w n
 
-transformers computes it in nine operations, each of which autograd differentiates, and keeps x in float32.
+transformers computes it in nine operations, which autograd differentiates one by one, and keeps x in float32.
 
 Shape letters: b batch, t tokens, d width.
 """

@@ -105,3 +105,21 @@ def test_queries_of_a_group_attend_to_the_keys_of_their_group(shared: int):
         found, weights = attention(nn.Identity(), query, key, value, mask, scaling=0.3)
         assert weights is None
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["none", "additive", "boolean"])
+def test_long_inputs_have_the_same_attention_without_a_kept_softmax(kind: str, monkeypatch: pytest.MonkeyPatch):
+    query, key, value = (noise((2, heads, 12, 8), part) for heads, part in ((6, "q"), (2, "k"), (2, "v")))
+    query.requires_grad_()
+    sees = torch.ones(12, 12, dtype=torch.bool).tril()[None, None]
+    mask = {"none": None, "boolean": sees, "additive": torch.zeros(1, 1, 12, 12).masked_fill(~sees, -1e9)}[kind]
+
+    def computed() -> tuple[torch.Tensor, torch.Tensor]:
+        found, _ = attention(nn.Identity(), query, key, value, mask, scaling=0.3)
+        (gradient,) = torch.autograd.grad(found.square().sum(), query)
+        return found.detach(), gradient
+
+    short = computed()
+    monkeypatch.setattr("lamina.speed.attention.LONG", 11)
+    monkeypatch.setattr("lamina.speed.attention.softmax", None)  # it is not called
+    torch.testing.assert_close(computed(), short, atol=1e-5, rtol=1e-5)
