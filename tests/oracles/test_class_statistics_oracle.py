@@ -98,8 +98,9 @@ def test_joining_is_the_statistics_of_all_examples():
     first = output_n < 2
     old = of_features(torch.from_numpy(features_nd[first]), torch.from_numpy(output_n[first]), 2, 2)
     new = of_features(torch.from_numpy(features_nd[~first]), torch.from_numpy(output_n[~first]) - 2, 2, 2)
-    for found, expected in zip(concatenated(old, new), ours(features_nd, output_n, 2), strict=True):
-        same(found, expected.numpy())
+    whole = ours(features_nd, output_n, 2).tensors()
+    for name, found in concatenated(old, new).tensors().items():
+        same(found, whole[name].numpy())
 
 
 @pytest.mark.parametrize("d", [2, 5, 30])
@@ -129,6 +130,19 @@ def test_the_covariance_is_shrunk_by_the_number_given(rho: float):
     expected = (1 - rho) * cov + rho * np.trace(cov) / WIDTH * np.eye(WIDTH)
     same(covariance(statistics, rho), expected)
     by_oas = oas(torch.from_numpy(cov), int(counts_j.sum()) - ROWS)
+    same(covariance(statistics, "oas"), covariance(statistics, by_oas).numpy())
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.3, 1.0])
+def test_features_of_several_blocks_are_shrunk_towards_the_variance_of_their_block(rho: float):
+    features_nd, output_n = features()
+    wide_nd = np.hstack([features_nd, 50 * features_nd[:, ::-1] + features_nd**2])
+    statistics = of_features(torch.from_numpy(wide_nd), torch.from_numpy(output_n), ROWS, blocks=2)
+    cov = statistics.scatter_dd.numpy() / (len(output_n) - ROWS)
+    target = np.diag(np.repeat([np.trace(cov[:WIDTH, :WIDTH]), np.trace(cov[WIDTH:, WIDTH:])], WIDTH)) / WIDTH
+    same(covariance(statistics, rho), (1 - rho) * cov + rho * target)
+    scale = np.sqrt(target.diagonal())
+    by_oas = oas(torch.from_numpy(cov / scale / scale[:, None]), len(output_n) - ROWS)
     same(covariance(statistics, "oas"), covariance(statistics, by_oas).numpy())
 
 

@@ -94,6 +94,19 @@ def test_lda_without_shrinkage_is_the_same_in_any_linear_coordinates():
     np.testing.assert_allclose(there.numpy(), here.numpy(), rtol=1e-6)
 
 
+def test_a_factor_on_all_features_of_one_block_changes_no_score():
+    """Under shrinkage too, which would pull the covariance of small features towards that of large ones."""
+    unit_d = torch.tensor([1.0, 1, 1, 100, 100, 100], dtype=torch.float64)
+    (features_nd, output_n), others_nd = data(n=60), data(1)[0]
+    found = []
+    for factor_d in (torch.ones(WIDTH, dtype=torch.float64), unit_d):
+        fitted = classifiers.lda(of_features(features_nd * factor_d, output_n, ROWS, blocks=2))
+        found.append(relative(fitted.scores(others_nd * factor_d)))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6, atol=1e-8)
+    one_block = classifiers.lda(of_features(features_nd * unit_d, output_n, ROWS)).scores(others_nd * unit_d)
+    assert np.abs(relative(one_block) - found[0]).max() > 0.01
+
+
 # ------------------------------------------------------------------------------------------- ridge on random features
 
 
@@ -351,9 +364,9 @@ def test_a_saved_head_comes_back_with_the_same_bits(kind: str, tmp_path: Path):
 def test_saved_statistics_come_back_with_the_same_bits(class_covariance_rank: int, tmp_path: Path):
     save_file(statistics(class_covariance_rank).tensors(), tmp_path / "statistics.safetensors")
     again = Statistics.of_tensors(load_file(tmp_path / "statistics.safetensors"))
-    for found, expected in zip(again, statistics(class_covariance_rank), strict=True):
-        assert torch.equal(found, expected)
-        assert found.dtype == expected.dtype
+    for name, expected in statistics(class_covariance_rank).tensors().items():
+        assert torch.equal(again.tensors()[name], expected)
+        assert again.tensors()[name].dtype == expected.dtype
 
 
 @pytest.mark.parametrize("kind", ["ridge", "aligned", "mixed"])

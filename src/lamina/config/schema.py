@@ -184,6 +184,9 @@ class ConsolidationConfig(Section):
     drift: Literal["none", "linear", "linear+local", "random", "remeasured"] = "none"
     """Drift compensation of stored statistics: none; a linear map fitted on the new task; the map plus a local correction; or
     a random map of the same size (a control). remeasured: measured again on old examples (a diagnosis of the benchmarks)."""
+    drift_variants: int = Field(1000, ge=0, le=1_000_000)
+    """Drift compensation fits its map on the task's examples and on this many variants of them: turned, mixed and cut images,
+    or texts of the words of two. Use more where the features move far."""
     classifier: Literal["own", "ncm", "lda", "ridge", "aligned", "lda+ridge"] = "own"
     """The method's own classifier, or a unified classifier of all classes fitted on stored means and one shared covariance:
     nearest class mean, linear discriminant analysis, ridge on random features, LDA trained on draws, or LDA and ridge."""

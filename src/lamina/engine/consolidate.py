@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lamina.adapters import LowRank
 from lamina.config import ConsolidationConfig
+from lamina.data.variants import Pool, variants
 from lamina.errors import MethodError, TrainingError
 from lamina.learner import AdapterSite, Learner, local_labels
 from lamina.maths import classifiers, drift, linalg, merging
@@ -82,7 +83,10 @@ class Consolidation:
         if not learner.head.tasks:
             return
         if self.config.drift not in ("none", "remeasured"):
-            self.memory["before"] = self.features_of(learner, batches)[0]
+            examples = Pool()
+            features_nd, _ = self.features_of(learner, batches, examples)
+            old_tasks, count = len(learner.head.tasks), self.config.drift_variants
+            self.memory["before"] = self.with_variants(learner, features_nd, examples, count, old_tasks)
         if self.config.merging != "none":
             self.memory |= {f"deployed/{name}": update_of(site).float().cpu() for name, site in learner.sites.items()}
             if self.config.init != "merged":
@@ -97,9 +101,12 @@ class Consolidation:
         if self.config.merging != "none":
             self.merge(learner, batches, len(learner.head.tasks) - 1)
         if self.config.classifier != "own":
-            features_nd, labels_n = self.features_of(learner, batches)
-            before_nd = self.memory.pop("before", None)
-            self.refit(learner, features_nd, local_labels(task, labels_n), len(task.classes), before_nd)
+            examples, before_nd = Pool(), self.memory.pop("before", None)
+            features_nd, labels_n = self.features_of(learner, batches, examples)
+            count = 0 if before_nd is None else len(before_nd) - len(features_nd)
+            after_nd = self.with_variants(learner, features_nd, examples, count, len(learner.head.tasks) - 1)
+            output_n = local_labels(task, labels_n)
+            self.refit(learner, features_nd, output_n, len(task.classes), before_nd, after_nd)
 
     def merge(self, learner: Learner, batches: Pass, old_tasks: int) -> None:
         """Deploy M_t in every site, in place of w_t."""
@@ -129,17 +136,24 @@ class Consolidation:
             self.memory[f"inputs/{group}"] = moment_ii.cpu() + self.memory.get(f"inputs/{group}", 0)
 
     def refit(
-        self, learner: Learner, features_nd: Tensor, output_n: Tensor, outputs: int, before_nd: Tensor | None
+        self,
+        learner: Learner,
+        features_nd: Tensor,
+        output_n: Tensor,
+        outputs: int,
+        before_nd: Tensor | None,
+        after_nd: Tensor,
     ) -> None:
         """Move the statistics of older outputs, add those of the new task's, and fit one classifier of all.
 
         features_nd: of the new examples under M_t. output_n: positions of their outputs among the task's own.
-        outputs: number of these. before_nd: the features under M_{t-1}.
+        outputs: number of these. before_nd, after_nd: features under M_{t-1} and M_t of the inputs that show the drift.
         """
-        kept = under(self.memory, "statistics")
-        statistics = of_features(features_nd, output_n, outputs, self.config.class_covariance_rank)
-        if kept:
-            old = self.compensated(learner, Statistics.of_tensors(kept), before_nd, features_nd)
+        rank, blocks = self.config.class_covariance_rank, self.blocks(learner)
+        statistics = of_features(features_nd, output_n, outputs, rank, blocks)
+        old = self.statistics(learner)
+        if old is not None:
+            old = self.compensated(learner, old, before_nd, after_nd)
             output_n = output_n + len(old.counts_j)
             statistics = concatenated(old, statistics)
         classifier = self.fitted(statistics, (features_nd, output_n))
@@ -148,8 +162,8 @@ class Consolidation:
         self.memory |= {f"classifier/{key}": value for key, value in classifier.tensors().items()}
 
     def compensated(self, learner: Learner, old: Statistics, before_nd: Tensor | None, after_nd: Tensor) -> Statistics:
-        """Returns the older outputs' statistics under M_t. before_nd, after_nd: features of the new examples under M_{t-1}
-        and M_t."""
+        """Returns the older outputs' statistics under M_t. before_nd, after_nd: features under M_{t-1} and M_t of the inputs
+        that show the drift."""
         kind = self.config.drift
         if before_nd is None or kind == "none" or kind == "remeasured":
             return old
@@ -200,11 +214,15 @@ class Consolidation:
 
     # -- parts ----------------------------------------------------------------------------------------------------------
 
-    def features_of(self, learner: Learner, batches: Pass) -> tuple[Tensor, Tensor]:
+    def features_of(self, learner: Learner, batches: Pass, examples: Pool | None = None) -> tuple[Tensor, Tensor]:
         """Returns features (n, d) and labels (n,) of the task's training examples under the current weights, with the
-        transform of evaluation. Raises TrainingError where a feature is not finite."""
+        transform of evaluation, and notes some of the `examples`. Raises TrainingError where a feature is not finite."""
+        found = []
         with learner.folded():
-            found = [(self.features(learner, batch).cpu(), batch.labels_b.cpu()) for batch in batches(augmented=False)]
+            for batch in batches(augmented=False):
+                found.append((self.features(learner, batch).cpu(), batch.labels_b.cpu()))
+                if examples is not None:
+                    examples.add(batch)
         features_nd = torch.cat([features_bd for features_bd, _ in found])
         if not torch.isfinite(features_nd).all():
             number = int((~torch.isfinite(features_nd).all(1)).nonzero()[0])
@@ -213,6 +231,24 @@ class Consolidation:
                 f"or training diverged: check the data, and use a smaller training.lr."
             )
         return features_nd, torch.cat([labels_b for _, labels_b in found])
+
+    def with_variants(
+        self, learner: Learner, features_nd: Tensor, examples: Pool, count: int, old_tasks: int
+    ) -> Tensor:
+        """Returns these features and, below them, those of `count` variants of the examples: the same before and after a
+        task."""
+        made = variants(examples.found, count, torch.Generator().manual_seed(seed_of("variants", old_tasks)))
+        with learner.folded():
+            return torch.cat([features_nd, *(self.features(learner, batch.to(learner.device)).cpu() for batch in made)])
+
+    def blocks(self, learner: Learner) -> int:
+        """Returns how many blocks the features are of."""
+        return min(self.config.layers, len(learner.backbone.stages) - 1) if self.config.layers > 1 else 1
+
+    def statistics(self, learner: Learner) -> Statistics | None:
+        """Returns the statistics of all outputs; None before the first task has ended."""
+        kept = under(self.memory, "statistics")
+        return Statistics.of_tensors(kept, self.blocks(learner)) if kept else None
 
     def features(self, learner: Learner, batch: Batch) -> Tensor:
         """Returns the features of a batch, (b, d), under the current weights."""

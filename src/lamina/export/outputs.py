@@ -114,6 +114,7 @@ def last_block(statistics: Statistics, width: int) -> Statistics:
         means_jd=statistics.means_jd[:, -width:],
         scatter_dd=statistics.scatter_dd[-width:, -width:],
         class_factors_jdr=statistics.class_factors_jdr[:, -width:],
+        blocks=1,
     )
 
 

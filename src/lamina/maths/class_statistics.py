@@ -2,9 +2,10 @@
 
     μ_j = mean of the features of output j      n_j their number
     S   = Σ_j Σ_{i in j} (f_i - μ_j)(f_i - μ_j)^T               one for all outputs; a sum, not divided
-    Σ   = (1 - ρ) S / N + ρ tr(S / N) / d I,     N = Σ_j n_j - J  degrees of freedom
+    Σ   = (1 - ρ) S / N + ρ V,     N = Σ_j n_j - J  degrees of freedom
+    V   = tr(S / N) / d I; for features of several blocks side by side diag(v_1 I, v_2 I, ...), v_b the mean variance in block b
 
-    ρ   = min(1, ((1 - 2/d) tr(C²) + tr²(C)) / ((N + 1 - 2/d) (tr(C²) - tr²(C) / d))),   C = S / N
+    ρ   = min(1, ((1 - 2/d) tr(C²) + tr²(C)) / ((N + 1 - 2/d) (tr(C²) - tr²(C) / d))),   C = V^{-1/2} S V^{-1/2} / N
           (oracle approximating shrinkage: Chen, Wiesel, Eldar & Hero, IEEE TSP 2010, eq. 23)
 
     symbol  here
@@ -15,8 +16,8 @@
 
 A linear map f -> W f of all features moves μ to W μ, S to W S W^T and U_j to W U_j, without any example.
 
-Shape letters: n examples, d width, j outputs of the head (task, class), r class covariance rank, k outputs sampled from,
-m samples of each.
+Shape letters: n examples, d width, j outputs of the head (task, class), r class covariance rank, k outputs sampled from (or
+blocks), m samples of each.
 """
 
 from collections.abc import Mapping
@@ -41,18 +42,23 @@ class Statistics(NamedTuple):
     """float64: sum of squares about the means, over all outputs"""
     class_factors_jdr: Tensor
     """float32, used for sampling only; r = 0 if none are stored"""
+    blocks: int = 1
+    """the features are those of this many blocks, of one width, side by side"""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the tensors to be saved, by name."""
-        return {name: part.contiguous() for name, part in self._asdict().items()}
+        """Returns the tensors to be saved, by name; `blocks` is not among them."""
+        return {name: part.contiguous() for name, part in self._asdict().items() if isinstance(part, Tensor)}
 
     @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> "Statistics":
+    def of_tensors(cls, tensors: Mapping[str, Tensor], blocks: int = 1) -> "Statistics":
         """The inverse of `tensors`, bit for bit. Raises KeyError for a missing tensor."""
-        return cls(*(tensors[name] for name in cls._fields))
+        means_jd, counts_j, scatter_dd, class_factors_jdr = (tensors[name] for name in cls._fields[:-1])
+        return cls(means_jd, counts_j, scatter_dd, class_factors_jdr, blocks)
 
 
-def of_features(features_nd: Tensor, output_n: Tensor, outputs: int, class_covariance_rank: int = 0) -> Statistics:
+def of_features(
+    features_nd: Tensor, output_n: Tensor, outputs: int, class_covariance_rank: int = 0, blocks: int = 1
+) -> Statistics:
     """Returns the statistics of features of any dtype. output_n (n,) int64: the output of each example, below `outputs`.
 
     Raises ValueError for shapes that do not fit, an output that does not exist, or one without an example.
@@ -76,7 +82,7 @@ def of_features(features_nd: Tensor, output_n: Tensor, outputs: int, class_covar
     class_factors_jdr = torch.zeros(outputs, features_nd.shape[1], class_covariance_rank)
     for j in range(outputs if class_covariance_rank else 0):
         class_factors_jdr[j] = class_factors(centred_nd[output_n == j], class_covariance_rank)
-    return Statistics(means_jd, counts_j, centred_nd.T @ centred_nd, class_factors_jdr)
+    return Statistics(means_jd, counts_j, centred_nd.T @ centred_nd, class_factors_jdr, blocks)
 
 
 def class_factors(centred_nd: Tensor, rank: int) -> Tensor:
@@ -101,6 +107,7 @@ def concatenated(old: Statistics, new: Statistics) -> Statistics:
         torch.cat([old.counts_j, new.counts_j]),
         old.scatter_dd + new.scatter_dd,
         torch.cat([old.class_factors_jdr, new.class_factors_jdr]),
+        new.blocks,
     )
 
 
@@ -115,22 +122,27 @@ def moved(statistics: Statistics, map_dd: Tensor) -> Statistics:
 
 
 def covariance(statistics: Statistics, shrinkage: Shrinkage = "oas") -> Tensor:
-    """Returns Σ (d, d) float64, symmetric and positive definite for any statistics. A shrinkage of 1 is a multiple of I.
+    """Returns Σ (d, d) float64, symmetric and positive definite for any statistics. A shrinkage of 1 is a multiple of I in
+    every block. A factor on all features of one block changes no score of LDA.
 
     Features without any variation give a small multiple of I, so classifiers compare distances to the means. Raises
     ValueError for a shrinkage outside [0, 1].
     """
-    d = len(statistics.scatter_dd)
     freedom = max(int(statistics.counts_j.sum()) - len(statistics.counts_j), 1)
     cov_dd = (statistics.scatter_dd + statistics.scatter_dd.T) / (2 * freedom)
-    rho = oas(cov_dd, freedom) if shrinkage == "oas" else float(shrinkage)
+    variance_k = cov_dd.diagonal().reshape(statistics.blocks, -1).mean(1)
+    means_k = statistics.means_jd.square().mean(0).reshape(statistics.blocks, -1).mean(1)
+    # Far above a variance of 0 after float32 rounding, far below any meaningful variance.
+    floor_k = 1e-12 * variance_k + 1e-13 * means_k
+    width = len(cov_dd) // statistics.blocks
+    variance_d, floor_d = (
+        part_k.repeat_interleave(width) for part_k in (variance_k, torch.where(floor_k > 0, floor_k, 1.0))
+    )
+    scale_d = (variance_d + floor_d).sqrt()
+    rho = oas(cov_dd / scale_d / scale_d[:, None], freedom) if shrinkage == "oas" else float(shrinkage)
     if not 0 <= rho <= 1:
         raise ValueError(f"shrinkage is {rho}, but must be in [0, 1] or 'oas'")
-    variance = float(cov_dd.trace()) / d
-    # Far above a variance of 0 after float32 rounding, far below any meaningful variance.
-    floor = 1e-12 * variance + 1e-13 * float(statistics.means_jd.square().mean())
-    eye_dd = torch.eye(d, dtype=torch.float64)
-    return (1 - rho) * cov_dd + (rho * variance + (floor or 1.0)) * eye_dd
+    return (1 - rho) * cov_dd + (rho * variance_d + floor_d).diag()
 
 
 def oas(cov_dd: Tensor, freedom: int) -> float:

@@ -23,12 +23,11 @@ from lamina.data.arrays import ArrayItems
 from lamina.data.decoding import DAMAGE, decode
 from lamina.data.inputs import Item
 from lamina.data.records import Source
-from lamina.engine.consolidate import Consolidation, under
+from lamina.engine.consolidate import Consolidation
 from lamina.errors import DataError, ModelError, TrainingError
 from lamina.learner import Learner, class_scores
 from lamina.maths import classifiers
 from lamina.maths.calibration import left_out_scores
-from lamina.maths.class_statistics import Statistics
 from lamina.methods.base import hashed_order
 from lamina.model.card import Facts
 from lamina.model.deployed import Deployed
@@ -267,7 +266,8 @@ def temperature_of(learner: Learner, deployed: Consolidation, task: Task, batch_
     """
     if deployed.config.classifier != "lda":
         return 1.0
-    statistics = Statistics.of_tensors(under(deployed.memory, "statistics"))
+    statistics = deployed.statistics(learner)
+    assert statistics is not None
     outputs = {output.label: place for place, output in enumerate(learner.outputs) if output.task == task.name}
     places_n = np.array([outputs[label] for label in task.train.labels_n.tolist()], np.int64)
     several_n = statistics.counts_j.numpy()[places_n] > 1

@@ -23,7 +23,12 @@ SHORT: dict[str, Any] = {
     "threads": 1,
     "precision": "fp32",
 }
-WAY = {"consolidation.merging": "ema", "consolidation.drift": "linear", "consolidation.classifier": "lda"}
+WAY = {
+    "consolidation.merging": "ema",
+    "consolidation.drift": "linear",
+    "consolidation.drift_variants": 20,
+    "consolidation.classifier": "lda",
+}
 
 
 def config_of(**more: Any) -> RunConfig:
