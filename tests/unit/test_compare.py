@@ -564,6 +564,33 @@ def test_the_table_says_what_the_runs_say(tmp_path: Path):
     assert all((Path(run["cell"]) / "run" / "results.json").exists() for run in row["runs"])
 
 
+def test_what_training_can_gain_and_who_gains_it(tmp_path: Path):
+    """The first row stands for a frozen backbone. Joint training is 8 points better, or 1; inflora is 10 points worse."""
+    text = GRID.replace("baseline: finetune", "headroom: {frozen: finetune, joint: joint}")
+    for joint, share, told in (
+        (0.68, "−125 %", "Headroom: +8.0 [+8.0, +8.0] points"),
+        (0.61, "–", "That is less than 3"),
+    ):
+        found = study(tmp_path / str(joint), text)
+        found.work(
+            1,
+            Told(),
+            MadeUp(
+                lambda config, joint=joint: (joint + config.seed / 100) if config.stream.joint else accuracies(config)
+            ),
+        )
+        written = found.content("")
+        page = table.block(written)
+        assert told in page
+        (line,) = (line for line in page.splitlines() if line.startswith("| `inflora` | 5"))
+        assert line.split(" | ")[7] == share
+        table.write(written, found.out)
+        rows = json.loads((found.out / "table.json").read_text())["streams"][0]["rows"]
+        assert rows[1]["headroom"] == (pytest.approx(-1.25) if share != "–" else None)
+    bad = problems(write_grid(tmp_path, text.replace("joint: joint}", "joint: jont}")))
+    assert "headroom.joint = 'jont': not one of the methods" in bad[0]
+
+
 def test_a_cost_that_is_not_known_is_left_out(tmp_path: Path):
     """As of a run that shared its features with others, before that was counted."""
     records = tmp_path / "grid.jsonl"

@@ -45,6 +45,13 @@ class SearchConfig(Section):
         return value
 
 
+class HeadroomConfig(Section):
+    frozen: str
+    """The row that trains nothing."""
+    joint: str
+    """The row of joint training with the same classifier."""
+
+
 class GridConfig(Section):
     title: str | None = None
     """Title of the page."""
@@ -65,6 +72,9 @@ class GridConfig(Section):
     """Class orders: values of stream.order_seed. null is the dataset's own order."""
     baseline: str | None = None
     """The row from which differences are taken."""
+    headroom: HeadroomConfig | None = None
+    """What training can gain on a stream at all: the rows of a frozen backbone and of joint training. The table then has the
+    share that every row reaches."""
     search: SearchConfig | None = None
     """Search for settings of each row, on validation data of the first tasks."""
     jobs: int = Field(1, ge=1)
@@ -269,6 +279,11 @@ class Grid:
         settings = self.settings
         if settings.baseline is not None and settings.baseline not in self.methods:
             yield self._at("baseline", configuration.unknown("baseline", settings.baseline, self.methods, "methods"))
+        for part, name in (dict(settings.headroom) if settings.headroom else {}).items():
+            if name not in self.methods:
+                yield self._at(
+                    f"headroom.{part}", configuration.unknown(f"headroom.{part}", name, self.methods, "methods")
+                )
         for layer in (*self.streams.values(), *self.methods.values()):
             for key, by in OWNED.items():
                 if key in layer.settings:

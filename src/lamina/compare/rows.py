@@ -45,6 +45,8 @@ LANGUAGE: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 """Columns for language models only."""
 LANGUAGE_DEFINITIONS = {"tokens_per_second": "tokens trained on, padding not included, by seconds of training"}
+LEAST_HEADROOM = 0.03
+"""With less, the share of the headroom is mostly noise and is not shown."""
 ONLY_JOINT = "final_accuracy_micro"
 """The one metric of joint training, which has a single task: the others compare tasks."""
 
@@ -122,6 +124,8 @@ class Line:
     gain: Difference | None
     language: list[str]
     """What is shown of language models only."""
+    headroom: float | None
+    """The share of the headroom that is reached."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns the row for programs."""
@@ -133,6 +137,7 @@ class Line:
             "chosen": row.chosen,
             "figures": {key: {"mean": m, "std": s, "values": row.values(key)} for key, (m, s) in spread.items()},
             "difference": vars(self.gain) if self.gain else None,
+            "headroom": self.headroom,
             "trials": [vars(trial) for trial in row.trials],
             "runs": [
                 {"seed": r.seed, "order": r.order, "cell": r.folder, "older_code": r.older, "figures": r.figures}
@@ -142,20 +147,53 @@ class Line:
         }
 
 
-def line_of(name: str, row: RowRuns, gain: Difference | None, baseline: str | None) -> Line:
+@dataclass(frozen=True)
+class Headroom:
+    """What training can gain on a stream: joint training minus the frozen backbone, in micro accuracy."""
+
+    frozen: str
+    joint: str
+    rows: Mapping[str, RowRuns]
+
+    @property
+    def gain(self) -> Difference | None:
+        return difference(self.rows[self.joint].runs, self.rows[self.frozen].runs, ONLY_JOINT)
+
+    def share_of(self, name: str) -> float | None:
+        """Returns the share of the headroom that a row reaches; None where it is not known, or too small to be shared."""
+        whole = self.gain
+        mine = difference(self.rows[name].runs, self.rows[self.frozen].runs, ONLY_JOINT)
+        return mine.mean / whole.mean if whole and mine and whole.mean >= LEAST_HEADROOM else None
+
+    def note(self) -> str:
+        gain, rows = self.gain, f"`{self.joint}` minus `{self.frozen}`"
+        if gain is None:
+            return f"Headroom: {rows}, not measured yet."
+        small = f"less than {100 * LEAST_HEADROOM:.0f} points: training has next to nothing to add on this stream"
+        told = "" if gain.mean >= LEAST_HEADROOM else f" That is {small}, which tells little about methods that train."
+        return f"Headroom: {_gain_text(gain)} points, {rows} in micro accuracy.{told}"
+
+
+def line_of(
+    name: str, row: RowRuns, gain: Difference | None, baseline: str | None, headroom: Headroom | None = None
+) -> Line:
     """Returns a row as it is shown. gain: over the baseline, if there is one."""
     texts = [_spread_text(*row.spread(key)) for key in ACCURACIES]
     if baseline:
         texts.append("baseline" if name == baseline else _gain_text(gain))
+    share = headroom.share_of(name) if headroom else None
+    if headroom:
+        texts.append(DASH if share is None else signed(f"{100 * share:.0f}") + " %")
     texts.append(str(len(row.runs)) if len(row.runs) == row.planned else f"{len(row.runs)} of {row.planned}")
     costs = [DASH if (mean := row.spread(key)[0]) is None else write(mean) for key, (_, write) in COSTS.items()]
     language = [DASH if (mean := row.spread(key)[0]) is None else write(mean) for key, (_, write) in LANGUAGE.items()]
-    return Line(name, texts, costs, row, gain, language)
+    return Line(name, texts, costs, row, gain, language, share)
 
 
-def difference(ours: Sequence[Run], theirs: Sequence[Run]) -> Difference | None:
-    """Returns the paired difference in final accuracy; in micro accuracy where either is joint training."""
-    key = ONLY_JOINT if any(run.joint for run in [*ours, *theirs]) else "final_accuracy"
+def difference(ours: Sequence[Run], theirs: Sequence[Run], key: str = "final_accuracy") -> Difference | None:
+    """Returns the paired difference in final accuracy, or another; in micro accuracy where either is joint training."""
+    if any(run.joint for run in [*ours, *theirs]):
+        key = ONLY_JOINT
 
     def by_run(runs: Sequence[Run]) -> dict[tuple[int, int | None], float]:
         return {(run.seed, run.order): value for run in runs if (value := run.figures[key]) is not None}

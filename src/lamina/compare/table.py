@@ -14,6 +14,8 @@ from lamina.compare.rows import (
     COSTS,
     LANGUAGE,
     LANGUAGE_DEFINITIONS,
+    LEAST_HEADROOM,
+    Headroom,
     Line,
     RowRuns,
     difference,
@@ -25,6 +27,7 @@ from lamina.record import Record
 from lamina.report.text import DASH, count
 
 FORMAT = 2
+SHARE = "Headroom"
 COST_CAPTION = "Cost: means over the runs."
 LANGUAGE_CAPTION = "Language models: means over the runs."
 BEGIN, END = "<!-- compare -->", "<!-- /compare -->"
@@ -63,7 +66,8 @@ class Content:
 def content(grid: Grid, rows: Mapping[Row, RowRuns], command: str) -> Content:
     """Returns the content of the table of these runs. command: the command that makes it again."""
     baseline = grid.settings.baseline
-    minus = [f"Minus {baseline}"] if baseline else []
+    differences = [f"Minus {baseline}"] if baseline else []
+    differences += [SHARE] if grid.settings.headroom else []
     files = [(grid.file.name, grid.text)]
     for given in dict.fromkeys(
         layer for layer in (grid.settings.base, *grid.settings.streams.values()) if isinstance(layer, str)
@@ -71,15 +75,15 @@ def content(grid: Grid, rows: Mapping[Row, RowRuns], command: str) -> Content:
         files.append((given, (grid.file.parent / Path(given).expanduser()).read_text(encoding="utf-8")))
     return Content(
         title=grid.settings.title or grid.name,
-        accuracies=[*ACCURACIES.values(), *minus, "Runs"],
+        accuracies=[*ACCURACIES.values(), *differences, "Runs"],
         costs=[title for title, _ in COSTS.values()],
         language=[title for title, _ in LANGUAGE.values()] if _of_language(rows) else [],
         sections=[
-            _section(stream, {row.method: runs for row, runs in rows.items() if row.stream == stream}, baseline)
+            _section(stream, {row.method: runs for row, runs in rows.items() if row.stream == stream}, grid)
             for stream in grid.streams
         ],
         search_note=_search_note(grid),
-        definitions=_definitions(baseline, language=_of_language(rows)),
+        definitions=_definitions(grid, language=_of_language(rows)),
         facts=_facts([run.record for runs in rows.values() for run in runs.runs]),
         command=command,
         files=files,
@@ -89,13 +93,15 @@ def content(grid: Grid, rows: Mapping[Row, RowRuns], command: str) -> Content:
 # ---------------------------------------------------------------------------------------------- one stream
 
 
-def _section(stream: str, rows: Mapping[str, RowRuns], baseline: str | None) -> Section:
+def _section(stream: str, rows: Mapping[str, RowRuns], grid: Grid) -> Section:
     if not any(row.runs or row.trials for row in rows.values()):
         planned = sum(row.planned for row in rows.values())
         return Section(stream, f"No run of this stream is done; {planned} are planned.", lines=[], notes=[], search=[])
+    baseline, rooms = grid.settings.baseline, grid.settings.headroom
+    headroom = Headroom(rooms.frozen, rooms.joint, rows) if rooms else None
     against = rows[baseline].runs if baseline else []
     gains = {name: difference(row.runs, against) for name, row in rows.items() if name != baseline}
-    lines = [line_of(name, row, gains.get(name), baseline) for name, row in rows.items()]
+    lines = [line_of(name, row, gains.get(name), baseline, headroom) for name, row in rows.items()]
     runs = [run for row in rows.values() for run in row.runs]
     seeds = sorted({run.seed for run in runs})
     orders = sorted({run.order for run in runs if run.order is not None})
@@ -104,7 +110,8 @@ def _section(stream: str, rows: Mapping[str, RowRuns], baseline: str | None) -> 
     if runs:
         drawn = f", class orders {', '.join(map(str, orders))}" if orders else ""
         caption += f" (seeds {', '.join(map(str, seeds))}{drawn}), measured on {' and '.join(splits)} data"
-    notes = notes_of(rows, [gain for gain in gains.values() if gain], baseline)
+    notes = [headroom.note()] if headroom else []
+    notes += notes_of(rows, [gain for gain in gains.values() if gain], baseline)
     return Section(
         name=stream,
         caption=f"{caption}.",
@@ -143,10 +150,19 @@ def _of_language(rows: Mapping[Row, RowRuns]) -> bool:
     return any(run.record.language is not None for row in rows.values() for run in row.runs)
 
 
-def _definitions(baseline: str | None, *, language: bool) -> list[tuple[str, str]]:
+def _definitions(grid: Grid, *, language: bool) -> list[tuple[str, str]]:
     found = [(title, DEFINITIONS[key]) for key, title in ACCURACIES.items()]
+    baseline, headroom = grid.settings.baseline, grid.settings.headroom
     if baseline:
         found.append((f"Minus {baseline}", f"final accuracy minus that of {baseline} in the same seed and class order"))
+    if headroom:
+        found.append(
+            (
+                SHARE,
+                f"what the row gains over {headroom.frozen} in % of what {headroom.joint} gains over it, in micro accuracy; "
+                f"shown where the latter is {100 * LEAST_HEADROOM:.0f} points or more",
+            )
+        )
     found += [(COSTS[key][0], text) for key, text in COST_DEFINITIONS.items()]
     if language:
         found += [(title, (DEFINITIONS | LANGUAGE_DEFINITIONS)[key]) for key, (title, _) in LANGUAGE.items()]
