@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lamina.types import Batch
 
-POOL = 512
-"""Variants are made from this many examples, or up to twice as many."""
+POOL = 64 * 2**20
+"""Variants are made from examples of at most this many bytes: 5,400 images of 32 pixels, or 111 of 224."""
 BATCH = 64
 Inputs = Mapping[str, Tensor]
 """Of one example, without the leading dimension."""
@@ -29,45 +29,45 @@ class Pool:
 
     def __init__(self) -> None:
         self.found: list[Inputs] = []
-        self.seen, self.stride = 0, 1
+        self.seen, self.stride, self.bytes = 0, 1, 0
 
     def add(self, batch: Batch) -> None:
         for row in range(len(batch)):
             if self.seen % self.stride == 0:
-                self.found.append({name: value[row].cpu() for name, value in batch.inputs.items()})
+                self.found.append({name: value[row].cpu().clone() for name, value in batch.inputs.items()})
+                self.bytes += size_of(self.found[-1])
             self.seen += 1
-            if len(self.found) == 2 * POOL:
+            while self.bytes > POOL and len(self.found) > 1:
                 self.found, self.stride = self.found[::2], 2 * self.stride
+                self.bytes = sum(map(size_of, self.found))
+
+
+def size_of(inputs: Inputs) -> int:
+    return sum(value.numel() * value.element_size() for value in inputs.values())
 
 
 def variants(examples: Sequence[Inputs], count: int, generator: torch.Generator) -> Iterator[Batch]:
     """Yields `count` variants of these examples in batches, a function of the examples and the generator's state."""
-    if "pixel_values" in examples[0]:
-        images_bchw = torch.stack([example["pixel_values"] for example in examples])
-    else:
-        texts = [example["input_ids"][example["attention_mask"].bool()] for example in examples]
+    images = [example["pixel_values"] for example in examples if "pixel_values" in example]
+    texts = [example["input_ids"][example["attention_mask"].bool()] for example in examples if "input_ids" in example]
     for first in range(0, count, BATCH):
         size = min(BATCH, count - first)
-        inputs = (
-            {"pixel_values": of_images(images_bchw, size, generator)}
-            if "pixel_values" in examples[0]
-            else of_texts(texts, size, generator)
-        )
+        inputs = of_images(images, size, generator) if images else of_texts(texts, size, generator)
         yield Batch(inputs=inputs, labels_b=torch.full((size,), -1))
 
 
-def of_images(images_nchw: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Returns this many variants of images, (count, c, h, w). Only square images are turned by a quarter."""
-    height, width = images_nchw.shape[2:]
+def of_images(images: Sequence[Tensor], count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Returns this many variants of images (c, h, w). Only square images are turned by a quarter."""
+    height, width = images[0].shape[1:]
     step = 1 if height == width else 2
 
     def turned() -> Tensor:
-        found_bchw = images_nchw[torch.randint(len(images_nchw), (count,), generator=generator)]
+        chosen = torch.randint(len(images), (count,), generator=generator).tolist()
         turns, flips = (torch.randint(n, (count,), generator=generator).tolist() for n in (4 // step, 2))
         return torch.stack(
             [
-                torch.rot90(image_chw.flip(2) if flip else image_chw, step * turn, (1, 2))
-                for image_chw, turn, flip in zip(found_bchw, turns, flips, strict=True)
+                torch.rot90(images[i].flip(2) if flip else images[i], step * turn, (1, 2))
+                for i, turn, flip in zip(chosen, turns, flips, strict=True)
             ]
         )
 
@@ -82,7 +82,7 @@ def of_images(images_nchw: Tensor, count: int, generator: torch.Generator) -> Te
     rectangle_b1hw = stripe(height)[:, None, :, None] & stripe(width)[:, None, None, :]
     mixed_bchw = share_b111 * one_bchw + (1 - share_b111) * other_bchw
     cut_bchw = torch.where(rectangle_b1hw, other_bchw, one_bchw)
-    return torch.where(kind_b111 == 0, one_bchw, torch.where(kind_b111 == 1, mixed_bchw, cut_bchw))
+    return {"pixel_values": torch.where(kind_b111 == 0, one_bchw, torch.where(kind_b111 == 1, mixed_bchw, cut_bchw))}
 
 
 def of_texts(texts: Sequence[Tensor], count: int, generator: torch.Generator) -> dict[str, Tensor]:
