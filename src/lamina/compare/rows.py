@@ -169,8 +169,13 @@ class Headroom:
         gain, rows = self.gain, f"`{self.joint}` minus `{self.frozen}`"
         if gain is None:
             return f"Headroom: {rows}, not measured yet."
-        small = f"less than {100 * LEAST_HEADROOM:.0f} points: training has next to nothing to add on this stream"
-        told = "" if gain.mean >= LEAST_HEADROOM else f" That is {small}, which tells little about methods that train."
+        told = (
+            ""
+            if gain.mean >= LEAST_HEADROOM
+            else (
+                f" That is less than {100 * LEAST_HEADROOM:.0f} points: this stream tells little about methods that train."
+            )
+        )
         return f"Headroom: {_gain_text(gain)} points, {rows} in micro accuracy.{told}"
 
 
