@@ -1,5 +1,6 @@
 """What drift compensation reaches of the accuracy of statistics measured again: digits in five tasks, learnt by `lamina` at the
-full learning rate in all tasks, every seed with a class order of its own. A Markdown table, in % of the test images at the end.
+full learning rate in all tasks (or another), every seed with a class order of its own. A Markdown table, in % of the test
+images at the end.
 
     python benchmarks/drift.py --seeds 0 1 2
 """
@@ -26,7 +27,6 @@ SETTINGS: dict[str, Any] = {
     "training.epochs": 8,
     "training.batch_size": 32,
     "training.head_lr": 3e-3,
-    "training.later_lr": 1.0,
     "consolidation.drift": "linear",
 }
 ROWS: dict[str, dict[str, Any]] = {
@@ -40,11 +40,13 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-def accuracies(seed: int, folder: Path) -> dict[str, float]:
+def accuracies(seed: int, later_lr: float, folder: Path) -> dict[str, float]:
     """Returns the final accuracy of every row, in %."""
 
+    later = {"training.later_lr": later_lr}
+
     def config_of(own: dict[str, Any]) -> RunConfig:
-        return runs.load_config(None, [*{**SETTINGS, "seed": seed, "stream.order_seed": seed, **own}.items()])
+        return runs.load_config(None, [*{**SETTINGS, "seed": seed, "stream.order_seed": seed, **later, **own}.items()])
 
     chains.create(config_of({}), folder / "chain")
     memo: chains.Memo = {}
@@ -59,9 +61,11 @@ def accuracies(seed: int, folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--later-lr", type=float, default=1.0, help="factor of the learning rate after the first task")
+    options = parser.parse_args()
+    seeds = options.seeds
     with tempfile.TemporaryDirectory() as folder:
-        found = [accuracies(seed, Path(folder) / str(seed)) for seed in seeds]
+        found = [accuracies(seed, options.later_lr, Path(folder) / str(seed)) for seed in seeds]
     print(f"| statistics of old classes | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |")
     print("|---" + "|---:" * (len(seeds) + 1) + "|")
     for name in ROWS:

@@ -61,6 +61,17 @@ def refused(name: str, way: str) -> list[str]:
     return [part for part, _ in METHODS[name].refuses if settings[part] != ASKED[part]]
 
 
+@pytest.mark.parametrize("world", [HOME, World("bert", "class")], ids=["images", "texts"])
+def test_variants_are_the_same_before_and_after_a_task(world: World, tmp_path: Path):
+    """Features of a frozen backbone do not move. Other variants after the task than before it would look like drift."""
+    found = []
+    for number, drift in enumerate(("linear", "none")):
+        loop = loop_with("prototype", tmp_path / str(number), {"classifier": "lda", "drift": drift}, world)
+        loop.run()
+        found.append(loop.consolidation.memory["statistics/means_jd"])
+    assert torch.equal(found[0], found[1])
+
+
 @pytest.mark.parametrize("way", ["fresh-mean", "merged-ema", "lda-linear", "deep"])
 @on_every_method
 def test_a_combination_that_does_not_fit_is_refused_with_the_reason_and_all_others_work(
