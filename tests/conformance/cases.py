@@ -49,7 +49,7 @@ class Case:
     random: bool = True
     """Whether the seed of a run changes what is learnt."""
     of_data: tuple[str, ...] = (".*/down",)
-    """Patterns of frozen factors, which may be a function of the data alone, whatever the seed."""
+    """Patterns of frozen tensors, which may be a function of the data alone, whatever the seed."""
     targets: tuple[str, ...] | None = None
     """The only roles the method can adapt, if it cannot take any."""
     stored: Callable[[Learner, int], int]
@@ -114,6 +114,34 @@ CASES: dict[str, Case] = {
         full={"rank": 32},  # the merged weights have full rank after two tasks
     ),
     "prototype": Case(moves=(), random=False, stored=lambda learner, _: head_numbers(learner), branches="none"),
+    "fsa": Case(
+        settings={"rank": 3},
+        moves=SHARED_LORA,
+        of_data=("head/.*/bias",),  # zero: means are compared by their cosine
+        stored=one_adapter,
+        branches="constant",
+        fold="constant",
+        consolidation="linear",
+    ),
+    "ranpac": Case(
+        settings={"rank": 3},
+        moves=SHARED_LORA,
+        of_data=("head/.*/bias",),  # zero: means are compared by their cosine
+        stored=one_adapter,
+        branches="constant",
+        fold="constant",
+        consolidation="linear",
+    ),
+    "slca": Case(
+        moves=("live/.*/shared/up", *OUTPUTS),
+        of_data=("live/.*/shared/down",),
+        stored=lambda learner, _: (
+            sum((site.d_out + site.d_in) * site.d_in for site in learner.sites.values()) + head_numbers(learner)
+        ),
+        branches="constant",
+        fold="constant",
+        consolidation="linear",
+    ),
     "taskarithmetic": Case(
         settings={"rank": 3, "memory_per_class": 2, "memory_rank": 2, "memory_epochs": 2, "memory_batch": 5},
         revises=("finished/.*/(merged|memory)/.*", "head/.*"),

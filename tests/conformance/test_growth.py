@@ -97,17 +97,17 @@ def eight_tasks() -> Stream:
 def costs_of(name: str, folder: Path) -> dict[int, Cost]:
     """By the number of tasks learnt."""
     found: dict[int, Cost] = {}
-    steps: list[int] = []
+    steps: dict[int, int] = {}  # operations of the last step of every task
 
     def counted(*args: Any) -> float:
         with Operations() as counter:
             loss = step(*args)
-        steps.append(counter.count)
+        steps[loop.position.task] = counter.count
         return loss
 
     def look(event: Event) -> None:
         if event.accuracy is not None and event.task + 1 in TASKS:
-            found[event.task + 1] = cost(loop, steps[-1] if steps else 0)
+            found[event.task + 1] = cost(loop, steps.get(event.task, 0))
 
     method = METHODS[name]
     config = method.config_type(**CASES[name].settings | CASES[name].full)
@@ -128,11 +128,10 @@ def costs_of(name: str, folder: Path) -> dict[int, Cost]:
 
 
 def consolidation(config: type[MethodConfig]) -> ConsolidationConfig:
-    """The default with this method."""
+    """The default with this method, with few random features if it has any."""
     section = "consolidation."
-    return ConsolidationConfig(
-        **{key.removeprefix(section): value for key, value in config.around.items() if key.startswith(section)}
-    )
+    found = {key.removeprefix(section): value for key, value in config.around.items() if key.startswith(section)}
+    return ConsolidationConfig(**found | ({"random_features": 64} if "random_features" in found else {}))
 
 
 def cost(loop: Loop, step: int) -> Cost:
@@ -143,11 +142,10 @@ def cost(loop: Loop, step: int) -> Cost:
     with Operations() as folding, learner.folded():
         pass
     width, written = learner.backbone.width, 1  # concatenated
-    if loop.consolidation.config.classifier != "own":
-        width, written = (
-            loop.consolidation.memory["classifier/weight_jd"].shape[1],
-            3,
-        )  # with the bias, rounded, concatenated
+    if loop.consolidation.config.classifier == "ranpac":
+        width, written = len(loop.consolidation.memory["classifier/weight_mj"]), 2  # rounded, concatenated
+    elif loop.consolidation.config.classifier != "own":
+        width, written = loop.consolidation.memory["classifier/weight_jd"].shape[1], 3  # with the bias
     of_outputs = len(learner.outputs) * (2 * width + written)
     return Cost(
         branches=learner.stored_parameters() - head_numbers(learner),

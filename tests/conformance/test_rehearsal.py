@@ -19,7 +19,7 @@ from lamina.errors import MethodError
 from lamina.methods import METHODS
 
 ON = RehearsalConfig(per_class=2)
-TRAINED = sorted(name for name, method in METHODS.items() if method.trains)
+TRAINED = sorted(name for name, method in METHODS.items() if method.trains_on(1))
 MIXED, TEXT = World("fused_vit", "mixed"), World("bert", "domain")
 on_every_method = pytest.mark.parametrize("name", TRAINED)
 

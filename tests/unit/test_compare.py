@@ -586,7 +586,7 @@ def test_what_training_can_gain_and_who_gains_it(tmp_path: Path):
         assert line.split(" | ")[7] == share
         table.write(written, found.out)
         rows = json.loads((found.out / "table.json").read_text())["streams"][0]["rows"]
-        assert rows[1]["headroom"] == (pytest.approx(-1.25) if share != "–" else None)
+        assert rows[1]["headroom_share"] == (pytest.approx(-1.25) if share != "–" else None)
     bad = problems(write_grid(tmp_path, text.replace("joint: joint}", "joint: jont}")))
     assert "headroom.joint = 'jont': not one of the methods" in bad[0]
 

@@ -35,7 +35,7 @@ def methods(
 
 def _details(facts: dict[str, Any]) -> list[str]:
     """Returns all that `describe` says of a method, in lines."""
-    more = "; --rehearsal N adds N per class" if facts["trains"] else ""
+    more = "; --rehearsal N adds N per class" if facts["rehearses"] else ""
     parallel = " Tasks can be trained in parallel (--jobs)." if facts["independent"] else ""
     lines = [
         f"{facts['name']}: {facts['title']}",

@@ -57,7 +57,9 @@ def run(
     ] = None,
     classifier: Annotated[
         str | None,
-        typer.Option(help="own (the method's), or a unified classifier: ncm, lda, ridge, aligned or lda+ridge."),
+        typer.Option(
+            help="own (the method's), or a unified classifier: ncm, lda, ridge, aligned, lda+ridge or ranpac."
+        ),
     ] = None,
     rehearsal: Annotated[
         int | None,

@@ -133,10 +133,12 @@ def serve(
 
 def _refuse_idle(context: typer.Context, limits: tuple[str, ...], *, language: bool) -> None:
     """Raises ConfigError for a given limit that has no effect on a model of this kind."""
+    from lamina.serve import flag
+
     for limit in limits:
         if str(getattr(context.get_parameter_source(f"max_{limit}"), "name", "")) == "COMMANDLINE":
             theirs = "classifiers, and this is a language model" if language else "language models"
-            raise ConfigError(f"--max-{limit.replace('_', '-')} is for {theirs}. Leave it out.")
+            raise ConfigError(f"{flag(limit)} is for {theirs}. Leave it out.")
 
 
 def _log() -> None:

@@ -336,11 +336,11 @@ class Grid:
                     f"methods.{row.method}",
                     f"methods.{row.method}: consolidation.{part} = {value!r} does not go with {method.name}: {why}",
                 )
-        if config.rehearsal.per_class and not method.trains:
+        if config.rehearsal.per_class and not method.trains_on(1):
             yield self._at(
                 f"methods.{row.method}",
                 f"methods.{row.method}: rehearsal.per_class = {config.rehearsal.per_class} does not go with {method.name}: it "
-                "trains nothing",
+                "trains nothing after the first task",
             )
         if scenario == "mixed" and self.settings.orders != (None,):
             yield self._at(

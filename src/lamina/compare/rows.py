@@ -124,7 +124,7 @@ class Line:
     gain: Difference | None
     language: list[str]
     """What is shown of language models only."""
-    headroom: float | None
+    headroom_share: float | None
     """The share of the headroom that is reached."""
 
     def to_json(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Line:
             "chosen": row.chosen,
             "figures": {key: {"mean": m, "std": s, "values": row.values(key)} for key, (m, s) in spread.items()},
             "difference": vars(self.gain) if self.gain else None,
-            "headroom": self.headroom,
+            "headroom_share": self.headroom_share,
             "trials": [vars(trial) for trial in row.trials],
             "runs": [
                 {"seed": r.seed, "order": r.order, "cell": r.folder, "older_code": r.older, "figures": r.figures}
@@ -157,6 +157,7 @@ class Headroom:
 
     @property
     def gain(self) -> Difference | None:
+        """The headroom; None where it is not measured."""
         return difference(self.rows[self.joint].runs, self.rows[self.frozen].runs, ONLY_JOINT)
 
     def share_of(self, name: str) -> float | None:
@@ -166,6 +167,7 @@ class Headroom:
         return mine.mean / whole.mean if whole and mine and whole.mean >= LEAST_HEADROOM else None
 
     def note(self) -> str:
+        """Returns the sentence about it below a table."""
         gain, rows = self.gain, f"`{self.joint}` minus `{self.frozen}`"
         if gain is None:
             return f"Headroom: {rows}, not measured yet."

@@ -27,7 +27,7 @@ from lamina.record import Record
 from lamina.report.text import DASH, count
 
 FORMAT = 2
-SHARE = "Headroom"
+SHARE = "Share of headroom"
 COST_CAPTION = "Cost: means over the runs."
 LANGUAGE_CAPTION = "Language models: means over the runs."
 BEGIN, END = "<!-- compare -->", "<!-- /compare -->"

@@ -1,4 +1,4 @@
-"""Variants of a task's examples: inputs that are no example, made to see how features change away from the examples.
+"""Variants of a task's examples, made to see how features change away from the examples.
 
     image   an example turned or mirrored; a third of them mixed with another such image, λ x + (1 - λ) x' (mixup: Zhang et
             al., ICLR 2018), a third with a rectangle of another pasted in (CutMix: Yun et al., ICCV 2019)
@@ -32,32 +32,36 @@ class Pool:
         self.seen, self.stride, self.bytes = 0, 1, 0
 
     def add(self, batch: Batch) -> None:
+        """Take some of the next examples of the pass."""
         for row in range(len(batch)):
             if self.seen % self.stride == 0:
                 self.found.append({name: value[row].cpu().clone() for name, value in batch.inputs.items()})
-                self.bytes += size_of(self.found[-1])
+                self.bytes += bytes_of(self.found[-1])
             self.seen += 1
             while self.bytes > POOL and len(self.found) > 1:
                 self.found, self.stride = self.found[::2], 2 * self.stride
-                self.bytes = sum(map(size_of, self.found))
+                self.bytes = sum(map(bytes_of, self.found))
 
 
-def size_of(inputs: Inputs) -> int:
+def bytes_of(inputs: Inputs) -> int:
+    """Returns the bytes of an example."""
     return sum(value.numel() * value.element_size() for value in inputs.values())
 
 
-def variants(examples: Sequence[Inputs], count: int, generator: torch.Generator) -> Iterator[Batch]:
+def variants_of(examples: Sequence[Inputs], count: int, generator: torch.Generator) -> Iterator[Batch]:
     """Yields `count` variants of these examples in batches, a function of the examples and the generator's state."""
     images = [example["pixel_values"] for example in examples if "pixel_values" in example]
     texts = [example["input_ids"][example["attention_mask"].bool()] for example in examples if "input_ids" in example]
+    frame = (0, 0) if images else frame_of(texts)
     for first in range(0, count, BATCH):
         size = min(BATCH, count - first)
-        inputs = of_images(images, size, generator) if images else of_texts(texts, size, generator)
+        inputs = of_images(images, size, generator) if images else of_texts(texts, frame, size, generator)
         yield Batch(inputs=inputs, labels_b=torch.full((size,), -1))
 
 
 def of_images(images: Sequence[Tensor], count: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Returns this many variants of images (c, h, w). Only square images are turned by a quarter."""
+    """Returns this many variants of images (c, h, w): `pixel_values`, (b, c, h, w). Only square ones are turned by a
+    quarter."""
     height, width = images[0].shape[1:]
     step = 1 if height == width else 2
 
@@ -85,11 +89,12 @@ def of_images(images: Sequence[Tensor], count: int, generator: torch.Generator) 
     return {"pixel_values": torch.where(kind_b111 == 0, one_bchw, torch.where(kind_b111 == 1, mixed_bchw, cut_bchw))}
 
 
-def of_texts(texts: Sequence[Tensor], count: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Returns this many variants of texts (t,). The tokens that all texts begin or end with, such as [CLS] and [SEP], stay."""
-    start = shared(texts, min(map(len, texts)))
-    end = shared([text.flip(0) for text in texts], min(map(len, texts)) - start)
-    found = []
+def of_texts(
+    texts: Sequence[Tensor], frame: tuple[int, int], count: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Returns this many variants of texts (t,), padded: `input_ids` and `attention_mask`, (b, t). frame: how many tokens at the
+    beginning and at the end stay."""
+    (start, end), found = frame, []
     for _ in range(count):
         first, second = (texts[int(i)] for i in torch.randint(len(texts), (2,), generator=generator))
         inner = [text[start : len(text) - end] for text in (first, second)]
@@ -101,6 +106,13 @@ def of_texts(texts: Sequence[Tensor], count: int, generator: torch.Generator) ->
         "input_ids": pad_sequence(found, batch_first=True),
         "attention_mask": pad_sequence(masks, batch_first=True),
     }
+
+
+def frame_of(texts: Sequence[Tensor]) -> tuple[int, int]:
+    """Returns how many tokens all texts begin with, and how many they end with, such as [CLS] and [SEP]."""
+    shortest = min(map(len, texts))
+    start = shared(texts, shortest)
+    return start, shared([text.flip(0) for text in texts], shortest - start)
 
 
 def shared(texts: Sequence[Tensor], most: int) -> int:

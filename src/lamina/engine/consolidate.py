@@ -14,6 +14,7 @@ Shape letters: n examples, d width of the features (of several blocks side by si
 o outputs, i inputs of a linear layer.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -23,10 +24,10 @@ from torch import Tensor
 
 from lamina.adapters import LowRank
 from lamina.config import ConsolidationConfig
-from lamina.data.variants import Pool, variants
+from lamina.data.variants import Pool, variants_of
 from lamina.errors import MethodError, TrainingError
 from lamina.learner import AdapterSite, Learner, local_labels
-from lamina.maths import classifiers, drift, linalg, merging
+from lamina.maths import classifiers, drift, linalg, merging, ranpac
 from lamina.maths.class_statistics import Statistics, concatenated, of_features
 from lamina.methods.base import Method, Pass
 from lamina.rng import seed_of
@@ -83,10 +84,7 @@ class Consolidation:
         if not learner.head.tasks:
             return
         if self.config.drift not in ("none", "remeasured"):
-            examples = Pool()
-            features_nd, _ = self.features_of(learner, batches, examples)
-            old_tasks, count = len(learner.head.tasks), self.config.drift_variants
-            self.memory["before"] = self.with_variants(learner, features_nd, examples, count, old_tasks)
+            *_, self.memory["before"] = self.shown(learner, batches, len(learner.head.tasks), True)
         if self.config.merging != "none":
             self.memory |= {f"deployed/{name}": update_of(site).float().cpu() for name, site in learner.sites.items()}
             if self.config.init != "merged":
@@ -101,10 +99,10 @@ class Consolidation:
         if self.config.merging != "none":
             self.merge(learner, batches, len(learner.head.tasks) - 1)
         if self.config.classifier != "own":
-            examples, before_nd = Pool(), self.memory.pop("before", None)
-            features_nd, labels_n = self.features_of(learner, batches, examples)
-            count = 0 if before_nd is None else len(before_nd) - len(features_nd)
-            after_nd = self.with_variants(learner, features_nd, examples, count, len(learner.head.tasks) - 1)
+            before_nd = self.memory.pop("before", None)
+            features_nd, labels_n, after_nd = self.shown(
+                learner, batches, len(learner.head.tasks) - 1, before_nd is not None
+            )
             output_n = local_labels(task, labels_n)
             self.refit(learner, features_nd, output_n, len(task.classes), before_nd, after_nd)
 
@@ -146,17 +144,22 @@ class Consolidation:
     ) -> None:
         """Move the statistics of older outputs, add those of the new task's, and fit one classifier of all.
 
-        features_nd: of the new examples under M_t. output_n: positions of their outputs among the task's own.
+        features_nd: (n, d), of the new examples under M_t. output_n: positions of their outputs among the task's own.
         outputs: number of these. before_nd, after_nd: features under M_{t-1} and M_t of the inputs that show the drift.
         """
         rank, blocks = self.config.class_covariance_rank, self.blocks(learner)
         statistics = of_features(features_nd, output_n, outputs, rank, blocks)
+        new = (features_nd, output_n)
         old = self.statistics(learner)
         if old is not None:
             old = self.compensated(learner, old, before_nd, after_nd)
             output_n = output_n + len(old.counts_j)
             statistics = concatenated(old, statistics)
-        classifier = self.fitted(statistics, (features_nd, output_n))
+        classifier: classifiers.Classifier
+        if self.config.classifier == "ranpac":
+            classifier = self.summed(*new, outputs, [output.label for output in learner.outputs])
+        else:
+            classifier = self.fitted(statistics, (features_nd, output_n))
         self.memory = {k: v for k, v in self.memory.items() if not k.startswith(("statistics/", "classifier/"))}
         self.memory |= {f"statistics/{key}": value for key, value in statistics.tensors().items()}
         self.memory |= {f"classifier/{key}": value for key, value in classifier.tensors().items()}
@@ -182,6 +185,26 @@ class Consolidation:
         if kind == "ridge":
             return ridge
         return classifiers.mixed(classifiers.lda(statistics), ridge, statistics, draws)
+
+    def summed(
+        self, features_nd: Tensor, output_n: Tensor, outputs: int, labels: Sequence[int]
+    ) -> classifiers.RidgeClassifier:
+        """Add the random features of new examples to the sums of all, and return the classifier of these sums.
+
+        features_nd, output_n, outputs: as in `refit`. labels: the class of every output, older ones included.
+        """
+        projection_md = self.memory.get("classifier/projection_md")
+        if projection_md is None:
+            width = self.config.random_features
+            projection_md = ranpac.projection(width, features_nd.shape[1], self.generator("projection"))
+        kept = under(self.memory, "sums")
+        sums = ranpac.Sums(**kept) if kept else ranpac.Sums.zero(len(projection_md))
+        sums = sums.plus(projection_md, features_nd, output_n, outputs)
+        self.memory |= {f"sums/{name}": part for name, part in sums._asdict().items()}
+        weight_mj = ranpac.solved(
+            sums, ranpac.selected(projection_md, features_nd, output_n, outputs), torch.tensor(labels)
+        )
+        return classifiers.RidgeClassifier(projection_md, torch.zeros(len(projection_md)).double(), weight_mj)
 
     # -- prediction -----------------------------------------------------------------------------------------------------
 
@@ -232,14 +255,18 @@ class Consolidation:
             )
         return features_nd, torch.cat([labels_b for _, labels_b in found])
 
-    def with_variants(
-        self, learner: Learner, features_nd: Tensor, examples: Pool, count: int, old_tasks: int
-    ) -> Tensor:
-        """Returns these features and, below them, those of `count` variants of the examples: the same before and after a
-        task."""
-        made = variants(examples.found, count, torch.Generator().manual_seed(seed_of("variants", old_tasks)))
+    def shown(self, learner: Learner, batches: Pass, old_tasks: int, variants: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns features and labels as `features_of`, and these features with, below them, those of variants of the examples
+        if asked for: the same variants before and after a task."""
+        count = self.config.drift_variants if variants else 0
+        examples = Pool() if count else None
+        features_nd, labels_n = self.features_of(learner, batches, examples)
+        if examples is None:
+            return features_nd, labels_n, features_nd
+        made = variants_of(examples.found, count, torch.Generator().manual_seed(seed_of("variants", old_tasks)))
         with learner.folded():
-            return torch.cat([features_nd, *(self.features(learner, batch.to(learner.device)).cpu() for batch in made)])
+            below = [self.features(learner, batch.to(learner.device)).cpu() for batch in made]
+        return features_nd, labels_n, torch.cat([features_nd, *below])
 
     def blocks(self, learner: Learner) -> int:
         """Returns how many blocks the features are of."""

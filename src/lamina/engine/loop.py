@@ -169,14 +169,14 @@ class Loop:
         set_torch_seed(self.seed, "begin", task.name)
         self.consolidation.begin(self.learner, self.pass_over("begin", task))
         self.begin_method(task)
-        trained = sum(p.numel() for p in self.learner.trainable().values())
+        trained = sum(p.numel() for p in self.learner.trainable().values()) if self._trains() else 0
         entry = TaskEntry(task=task.name, trainable_parameters=trained, steps=self._count(task))
         self.state = replace(self.state, lineage=(*self.state.lineage, entry))
-        return Position(self.position.task, "train" if self.method.trains else "end")
+        return Position(self.position.task, "train" if self._trains() else "end")
 
     def begin_method(self, task: Task) -> None:
         """What the method does at the beginning of a task."""
-        of_classes = self.method.trains and not self.learner.generates
+        of_classes = self._trains() and not self.learner.generates
         if of_classes and len(task.classes) == 1 and not len(self.kept()):
             self.note(
                 f"task {task.name!r} has a single class: the cross-entropy over its own outputs is 0, so adapters learn "
@@ -355,7 +355,11 @@ class Loop:
     def _count(self, task: Task) -> int:
         """Returns the number of training steps of a task."""
         per_epoch = steps_per_epoch(len(task.train), self.training.batch_size)
-        return self.training.epochs * per_epoch if self.method.trains else 0
+        return self.training.epochs * per_epoch if self._trains() else 0
+
+    def _trains(self) -> bool:
+        """Whether the current task has training steps."""
+        return self.method.trains_on(self.position.task)
 
     # -- what survives a crash ------------------------------------------------------------------------------------------
 
@@ -457,10 +461,10 @@ def check_language(learner: Learner, method: Method[Any], scenario: str) -> None
 
 def check_rehearsal(rehearsal: RehearsalConfig, method: type[Method[Any]]) -> None:
     """Raises MethodError where examples would be kept for a method that trains nothing."""
-    if rehearsal.per_class and not method.trains:
+    if rehearsal.per_class and not method.trains_on(1):
         raise MethodError(
-            f"rehearsal.per_class = {rehearsal.per_class} does not go with method {method.name!r}: it trains nothing, so old "
-            f"examples would never be used. Leave it at 0."
+            f"rehearsal.per_class = {rehearsal.per_class} does not go with method {method.name!r}: it trains nothing after the "
+            f"first task, so old examples would never be used. Leave it at 0."
         )
 
 

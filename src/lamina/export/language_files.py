@@ -133,8 +133,8 @@ def write_tokenizer(draft: Draft[OpenedLanguage]) -> None:
 
 
 def write_generation(folder: Path, opened: OpenedLanguage) -> None:
-    """Write the settings that lamina generates with, and none of the base's: greedily, without penalties, to the tokens that
-    end a completion."""
+    """Write the settings that lamina generates with: greedily, without penalties, to a token that ends a completion. Of the
+    base's settings only the tokens that begin and end a text are taken over."""
     module: Any = opened.backbone.module
     begin = module.generation_config.bos_token_id
     settings = {} if begin is None else {"bos_token_id": begin}

@@ -201,8 +201,9 @@ def _read(opened: Opened, path: Path) -> None:
 
 
 def lines_of(path: Path, what: str) -> list[str]:
-    """Returns the lines of a file that are not blank. what: each of them is. Raises DataError where there are none, or the file
-    cannot be read as UTF-8."""
+    """Returns the lines of a file that are not blank. what: a line is, such as "text", for messages.
+
+    Raises DataError where there are none, or the file cannot be read as UTF-8."""
     if not path.is_file():
         raise DataError(f"{path} is no file. Give a file with a {what} per line.")
     try:

@@ -222,19 +222,19 @@ def _check_adapters(draft: Draft[Opened], place: str, folders: Sequence[str], na
             base = transformers.AutoModel.from_pretrained(place, dtype=torch.float32).eval()
             tuned = PeftModel.from_pretrained(base, str(draft.folder / TASKS / folder)).eval()
             merged = tuned.merge_and_unload()
-            found_btd = merged(**dict(batch.inputs)).last_hidden_state[:, 0]
+            found_bd = merged(**dict(batch.inputs)).last_hidden_state[:, 0]
         with torch.no_grad():
             for path, layer in learner.layers.items():
                 update = wanted.get(path)
                 own_oi = layer.base_oi if update is None else layer.base_oi + update.up_or @ update.down_ri
                 layer.weight_oi, layer.live_apart = own_oi, False
             module: Any = learner.backbone.module
-            reference_btd = module(**dict(batch.inputs)).last_hidden_state[:, 0]
+            reference_bd = module(**dict(batch.inputs)).last_hidden_state[:, 0]
             for layer in learner.layers.values():
                 layer.refold()
-        labels = [str(number) for number in range(found_btd.shape[1])]
+        labels = [str(number) for number in range(found_bd.shape[1])]
         draft.compare(
-            f"plain peft, features of task {name!r} alone", [reference_btd], [found_btd], labels, "the first batch"
+            f"plain peft, features of task {name!r} alone", [reference_bd], [found_bd], labels, "the first batch"
         )
 
 
@@ -246,13 +246,13 @@ def _check_together(draft: Draft[Opened], place: str, folders: Sequence[str]) ->
     with by_library("activating all adapters with plain peft"), torch.no_grad():
         base = transformers.AutoModel.from_pretrained(place, dtype=torch.float32).eval()
         model = together(base, [draft.folder / TASKS / folder for folder in folders])
-        found_btd = model(**dict(batch.inputs)).last_hidden_state[:, 0]
+        found_bd = model(**dict(batch.inputs)).last_hidden_state[:, 0]
     with learner.folded(), torch.no_grad():
         module: Any = learner.backbone.module
-        reference_btd = module(**dict(batch.inputs)).last_hidden_state[:, 0]
-    labels = [str(number) for number in range(found_btd.shape[1])]
+        reference_bd = module(**dict(batch.inputs)).last_hidden_state[:, 0]
+    labels = [str(number) for number in range(found_bd.shape[1])]
     by = "plain peft, features with all adapters"
-    draft.compare(by, [reference_btd], [found_btd], labels, "the first batch")
+    draft.compare(by, [reference_bd], [found_bd], labels, "the first batch")
 
 
 def folders_of(names: Sequence[str]) -> list[str]:

@@ -8,12 +8,15 @@ from lamina.methods.color import CoLoR
 from lamina.methods.duallora import DualLoRA
 from lamina.methods.ewc import EWC
 from lamina.methods.finetune import Finetune
+from lamina.methods.fsa import FSA
 from lamina.methods.inflora import InfLoRA
 from lamina.methods.lamina import Lamina
 from lamina.methods.moram import MoRAM
 from lamina.methods.olora import OLoRA
 from lamina.methods.prototype import Prototype
+from lamina.methods.ranpac import RanPAC
 from lamina.methods.sdlora import SDLoRA
+from lamina.methods.slca import SLCA
 from lamina.methods.sora import SoRA
 from lamina.methods.taskarithmetic import TaskArithmetic
 
@@ -22,6 +25,9 @@ METHODS: dict[str, type[Method[Any]]] = {
     "inflora": InfLoRA,
     "finetune": Finetune,
     "prototype": Prototype,
+    "fsa": FSA,
+    "ranpac": RanPAC,
+    "slca": SLCA,
     "taskarithmetic": TaskArithmetic,
     "ewc": EWC,
     "color": CoLoR,

@@ -5,7 +5,7 @@ around the optimiser's step; `end` once. It calls `predict` whenever it evaluate
 in the learner and in `memory`, a flat dict of tensors. A crash may repeat `begin` and `end` from their start, so they
 depend on the learner, the memory and the task only.
 
-Shape letters: b batch, d width of the features, j outputs of the head.
+Shape letters: b batch, d width of the features, j outputs of the head, c classes of the task.
 """
 
 from abc import ABC, abstractmethod
@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lamina import rng
 from lamina.adapters import Branch, LowRank
 from lamina.config import MethodConfig as MethodConfig
-from lamina.learner import Learner
+from lamina.errors import DataError
+from lamina.learner import Learner, local_labels
 from lamina.types import Batch, Examples, Ints, Task
 
 Scenario = Literal["class", "domain", "task", "mixed"]
@@ -132,6 +135,8 @@ class Method(ABC, Generic[C]):
     branch_type: ClassVar[type[Branch]] = LowRank
     trains: ClassVar[bool] = True
     """False for a method without training steps: the engine goes from `begin` straight to `end`."""
+    first_session: ClassVar[bool] = False
+    """Whether it trains on the first task only."""
     refuses: ClassVar[tuple[Refusal, ...]] = ()
     """The parts of `consolidation` that it cannot be combined with."""
     selects: ClassVar[bool] = False
@@ -198,6 +203,11 @@ class Method(ABC, Generic[C]):
         it does not. task: given that all examples are of this task. For language models only."""
         yield
 
+    @classmethod
+    def trains_on(cls, number: int) -> bool:
+        """Whether it has training steps in this task (0-based)."""
+        return cls.trains and not (cls.first_session and number)
+
     @property
     def uses_task(self) -> bool:
         """Whether `predict_task_aware` does more than `predict`."""
@@ -219,6 +229,31 @@ def add_shared_lora(learner: Learner, task: Task, rank: int) -> None:
     for site in learner.sites.values():
         if SHARED not in site.live():
             site.add(SHARED, site.fresh_lora(rank, "finetune"))
+
+
+def set_means(learner: Learner, task: Task, batches: Pass, metric: str) -> None:
+    """Set a task's outputs to the means of its classes, and freeze the head. Raises DataError for a class without examples."""
+    block = learner.head.block(task.name)
+    sums_cd = block.weight.new_zeros(block.weight.shape, dtype=torch.float64)
+    counts_c = block.weight.new_zeros(len(task.classes), dtype=torch.float64)
+    with learner.folded():
+        for batch in batches(augmented=False):
+            positions_b = local_labels(task, batch.labels_b)
+            sums_cd.index_add_(0, positions_b, learner.features(batch).double())
+            counts_c += torch.bincount(positions_b, minlength=len(task.classes))
+    if (counts_c == 0).any():
+        empty = [c for c, n in zip(task.classes, counts_c, strict=True) if n == 0]
+        raise DataError(f"task {task.name!r} has no training example of class ids {empty}: a mean needs at least one")
+    weight_cd, bias_c = as_linear(sums_cd / counts_c[:, None], metric)
+    block.load_state_dict({"weight": weight_cd.float(), "bias": bias_c.float()})
+    learner.head.freeze()
+
+
+def as_linear(means_cd: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    """Returns the weight (c, d) and bias (c,) of a linear classifier from class means (c, d): see the top of this file."""
+    if metric == "cosine":
+        return F.normalize(means_cd, dim=1), means_cd.new_zeros(len(means_cd))
+    return means_cd, -means_cd.square().sum(1) / 2
 
 
 def growing_threshold(epsilon: float, learnt: int, task_count: int | None) -> float:
@@ -246,7 +281,7 @@ def describe(method: type[Method[Any]]) -> dict[str, Any]:
         "advice": method.advice,
         "scenarios": list(method.scenarios),
         "independent": method.independent,
-        "trains": method.trains,
+        "rehearses": method.trains_on(1),
         "task_count": method.needs.task_count,
         "stored_examples": method.needs.stored_examples,
         "storage": method.needs.storage,

@@ -15,13 +15,11 @@ Shape letters: b batch, d width, c classes of the task, j outputs of the head.
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lamina.errors import DataError
-from lamina.learner import Learner, local_labels
-from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal
+from lamina.learner import Learner
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal, set_means
 from lamina.types import Batch, Task
 
 
@@ -55,22 +53,8 @@ class Prototype(Method[PrototypeConfig]):
     trains = False
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
-        block = learner.add_outputs(task)
-        sums_cd = block.weight.new_zeros(block.weight.shape, dtype=torch.float64)
-        counts_c = block.weight.new_zeros(len(task.classes), dtype=torch.float64)
-        with learner.folded():
-            for batch in batches(augmented=False):
-                positions_b = local_labels(task, batch.labels_b)
-                sums_cd.index_add_(0, positions_b, learner.features(batch).double())
-                counts_c += torch.bincount(positions_b, minlength=len(task.classes))
-        if (counts_c == 0).any():
-            empty = [c for c, n in zip(task.classes, counts_c, strict=True) if n == 0]
-            raise DataError(
-                f"task {task.name!r} has no training example of class ids {empty}: a mean needs at least one"
-            )
-        weight_cd, bias_c = as_linear(sums_cd / counts_c[:, None], self.config.metric)
-        block.load_state_dict({"weight": weight_cd.float(), "bias": bias_c.float()})
-        learner.head.freeze()
+        learner.add_outputs(task)
+        set_means(learner, task, batches, self.config.metric)
 
     def predict(self, learner: Learner, batch: Batch) -> Tensor:
         features_bd = learner.features(batch)
@@ -78,10 +62,3 @@ class Prototype(Method[PrototypeConfig]):
             features_bd = F.normalize(features_bd, dim=1)
         scores_bj: Tensor = learner.head(features_bd)
         return scores_bj
-
-
-def as_linear(means_cd: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """Returns the weight (c, d) and bias (c,) of a linear classifier from class means (c, d): see the top of this file."""
-    if metric == "cosine":
-        return F.normalize(means_cd, dim=1), means_cd.new_zeros(len(means_cd))
-    return means_cd, -means_cd.square().sum(1) / 2

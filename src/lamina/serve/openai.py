@@ -240,7 +240,7 @@ def _deepest(error: ValidationError) -> tuple[Any, list[str]]:
     """Returns the first error, or the one that lies deepest in the same value: a list of parts is judged as a text first. Also
     returns its place, without the names of types."""
     found = [
-        (one, [str(part) for part in one["loc"] if not str(part).startswith(("list[", "str", "function-"))])
+        (one, [str(part) for part in one["loc"] if part != "str" and not str(part).startswith(("list[", "function-"))])
         for one in error.errors()
     ]
     place = found[0][1]

@@ -52,7 +52,7 @@ def check_limits(limits: Limits, *, language: bool = False) -> None:
             f"{flag('queue')} {limits.queue}: it must be at least as large as {flag('files')}, {flag('texts')} and "
             f"{flag('batch')} ({max(limits.files, limits.texts, limits.batch)})."
         )
-    larger = max(("body_mb", "json_mb"), key=lambda limit: float(getattr(limits, limit)))
+    larger = "json_mb" if language else max(("body_mb", "json_mb"), key=lambda limit: float(getattr(limits, limit)))
     if limits.inflight_mb < getattr(limits, larger):
         raise ConfigError(
             f"{flag('inflight_mb')} {limits.inflight_mb:g}: it must be at least {flag(larger)} ({getattr(limits, larger):g})."

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LONG = 1024
-"""From more tokens on, PyTorch's fused attention is used, which keeps no softmax."""
+FUSED = 1024
+"""With more keys than this, PyTorch's fused attention is used, which keeps no softmax."""
 VECTOR = 32
 """How many bf16 numbers the longest vectors of a CPU hold. PyTorch's bf16 softmax computes what is left of a row number by
 number; its float32 softmax does not."""
@@ -61,7 +61,7 @@ def attention(
     transformers' own ("eager") converts the scores to float32 for a softmax that computes in float32 anyway. In bf16 these
     are four more passes over them, which pay for short rows only.
     """
-    if key_bhte.shape[2] > LONG:  # the softmaxes of all blocks would be kept
+    if key_bhte.shape[2] > FUSED:  # the softmaxes of all blocks would be kept
         shared = query_bhne.shape[1] != key_bhte.shape[1]
         mixed_bhne = F.scaled_dot_product_attention(
             query_bhne, key_bhte, value_bhte, mask_b1nt, scale=scaling, enable_gqa=shared

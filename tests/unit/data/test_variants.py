@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lamina.data import variants as made
-from lamina.data.variants import Pool, of_images, of_texts, variants
+from lamina.data.variants import Pool, frame_of, of_images, of_texts, variants_of
 from lamina.types import Batch
 
 
@@ -40,7 +40,7 @@ def test_variants_stay_within_the_values_of_the_images(size: tuple[int, int]):
 
 def test_a_text_keeps_its_ends_and_its_length_and_gets_words_of_two():
     texts = [torch.tensor([101, *words, 102]) for words in ([1, 2, 3], [4, 5], [6, 7, 8, 9])]
-    found = of_texts(texts, 200, seeded())
+    found = of_texts(texts, frame_of(texts), 200, seeded())
     words_seen = set()
     for ids_t, mask_t in zip(found["input_ids"], found["attention_mask"], strict=True):
         ids = ids_t[mask_t.bool()].tolist()
@@ -55,19 +55,20 @@ def test_a_text_keeps_its_ends_and_its_length_and_gets_words_of_two():
 
 
 def test_texts_without_ends_in_common_and_a_single_text():
-    assert of_texts([torch.tensor([1]), torch.tensor([2, 3])], 5, seeded())["input_ids"].shape[0] == 5
-    alone = of_texts([torch.tensor([1, 2, 3])], 4, seeded())["input_ids"]
+    short, one = [torch.tensor([1]), torch.tensor([2, 3])], [torch.tensor([1, 2, 3])]
+    assert of_texts(short, frame_of(short), 5, seeded())["input_ids"].shape[0] == 5
+    alone = of_texts(one, frame_of(one), 4, seeded())["input_ids"]
     assert torch.equal(alone, torch.tensor([[1, 2, 3]] * 4))
 
 
 def test_as_many_as_asked_for_and_the_same_for_the_same_generator():
     examples = [{"pixel_values": image} for image in images()]
-    first, again, other = (list(variants(examples, 150, seeded(seed))) for seed in (1, 1, 2))
+    first, again, other = (list(variants_of(examples, 150, seeded(seed))) for seed in (1, 1, 2))
     assert [len(batch) for batch in first] == [64, 64, 22]
     for one, same in zip(first, again, strict=True):
         assert torch.equal(one.inputs["pixel_values"], same.inputs["pixel_values"])
     assert not torch.equal(first[0].inputs["pixel_values"], other[0].inputs["pixel_values"])
-    assert list(variants(examples, 0, seeded())) == []
+    assert list(variants_of(examples, 0, seeded())) == []
 
 
 @pytest.mark.parametrize("n", [3, 4, 9, 100])

@@ -120,6 +120,13 @@ def test_long_inputs_have_the_same_attention_without_a_kept_softmax(kind: str, m
         return found.detach(), gradient
 
     short = computed()
-    monkeypatch.setattr("lamina.speed.attention.LONG", 11)
+    monkeypatch.setattr("lamina.speed.attention.FUSED", 11)
     monkeypatch.setattr("lamina.speed.attention.softmax", None)  # it is not called
     torch.testing.assert_close(computed(), short, atol=1e-5, rtol=1e-5)
+
+
+def test_images_and_texts_of_common_lengths_do_not_take_the_fused_attention(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", None)  # it is not called
+    for length in (197, 512):
+        query, key, value = (noise((1, 2, length, 8), part) for part in "qkv")
+        attention(nn.Identity(), query, key, value, None, scaling=0.3)
