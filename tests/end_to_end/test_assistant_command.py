@@ -145,6 +145,10 @@ def test_what_is_wrong_is_named(lamina: Command, model: Path, tmp_path: Path, ba
     assert "yes" in lamina.refused("predict", model, "x", "--options=yes,yes")
     assert "--top" in lamina.refused("predict", model, "x", "--top=3")
     assert "does not exist" in lamina.refused("predict", model, "--file", tmp_path / "gone.txt")
+    (tmp_path / "lines.txt").write_text("a joy\n\nA book\n")
+    assert "--file" in lamina.refused("predict", model, tmp_path / "lines.txt")
+    said = lamina("predict", model, "--file", tmp_path / "lines.txt", "--max-new-tokens=1")
+    assert "1 of 3 lines are blank and left out" in said.err
     said = lamina("predict", model, "a joy " * 400)
     assert said.code == 1
     assert "256" in said.out + said.err

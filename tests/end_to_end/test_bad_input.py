@@ -84,7 +84,7 @@ def test_a_file_of_another_form(lamina: Command, tmp_path: Path, text: str, told
         ("training.lr=1e300", ["training.lr = 1e+300", "less than or equal to 1000"]),
         ("consolidation.head=lda", ["consolidation.head = 'lda'", "now called consolidation.classifier"]),
         ("stream.tasks=11", ["stream.tasks = 11", "'digits' has 10 classes", "1 to 10"]),
-        ("stream.scenario=domain", ["domain", "two or more", "'digits'"]),
+        ("stream.scenario=domain", ["domain", "single domain", "'digits'"]),
         ("stream.scenario=mixed", ["stream.plan"]),
         ("evaluation.split=val", ["evaluation.split = 'val'", "--set stream.validation=0.2"]),
         ("backbone.blocks=[99]", ["blocks 0 to 8", "[99]"]),

@@ -26,6 +26,7 @@ def test_every_format_says_how_to_use_it(format_: str, lamina: Command, model: P
     assert said.out.rstrip().splitlines()[-1].startswith("    ")
     assert "exists already" in lamina.refused("export", model, tmp_path / "out", "--format", format_)
     readme = (tmp_path / "out" / "README.md").read_text()
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir() if path.is_file()}) == 1
     assert "largest difference" in readme
     assert (tmp_path / "out" / "export.json").is_file()
 

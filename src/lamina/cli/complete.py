@@ -120,7 +120,11 @@ def _as_json(line: Line, found: "Completion") -> dict[str, Any]:
 def _lines(given: Given) -> Iterator[Line]:
     for prompt in given.prompts:
         if prompt == "-":
-            yield from (_text(line, given) for line in sys.stdin.read().split("\n") if line.strip())
+            yield from _texts(sys.stdin.read(), "standard input", given)
+        elif Path(prompt).suffix and Path(prompt).is_file():
+            raise DataError(
+                f"{prompt} is a file. Give --file {prompt} to complete its prompts, or --text for the words themselves."
+            )
         else:
             yield _text(prompt, given)
     for file in given.files:
@@ -129,6 +133,14 @@ def _lines(given: Given) -> Iterator[Line]:
 
 def _text(prompt: str, given: Given) -> Line:
     return Line(prompt, prompt, given.options)
+
+
+def _texts(content: str, where: str, given: Given) -> Iterator[Line]:
+    """Yields a prompt for every line that is not blank."""
+    lines = content.rstrip().split("\n")  # U+2028 and the like may stand inside a text
+    if blank := sum(not line.strip() for line in lines if content.strip()):
+        print(f"{where}: {blank} of {len(lines)} lines are blank and left out", file=sys.stderr)
+    yield from (_text(line, given) for line in lines if line.strip())
 
 
 def _file(path: Path, given: Given) -> Iterator[Line]:
@@ -146,9 +158,7 @@ def _file(path: Path, given: Given) -> Iterator[Line]:
         raise DataError(f"--file {path} cannot be read as UTF-8 text ({error}).") from error
     if path.suffix.lower() in (".csv", ".parquet", ".json"):
         raise DataError(f"--file {path}: allowed are .jsonl files and files of text with a prompt on each line.")
-    for line in content.split("\n"):  # U+2028 and the like may stand inside a text
-        if line.strip():
-            yield _text(line, given)
+    yield from _texts(content, f"--file {path}", given)
 
 
 def _record(found: Any, where: str, given: Given) -> Line:

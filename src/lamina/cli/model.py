@@ -440,6 +440,6 @@ def _share(value: float | None) -> str:
 
 def _examples(kind: str) -> str:
     if kind == "language":
-        return "JSON lines, Parquet or CSV with prompt and completion, or messages; or labelled texts"
+        return "JSON lines or Parquet with prompt and completion, or messages; or labelled texts (CSV or Parquet)"
     images = "a folder with one folder of images for each class, or a Parquet file"
     return images if kind == "image" else "a CSV or Parquet file with the columns text and label"

@@ -30,7 +30,9 @@ def run(
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", "-d", help="Folder of class folders, Parquet or CSV file(s), `hf:owner/name`, or `digits`."
+            "--data",
+            "-d",
+            help="Folder of class folders, Parquet, CSV or JSON lines file(s), `hf:owner/name`, or `digits`.",
         ),
     ] = None,
     backbone: Annotated[

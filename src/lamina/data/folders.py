@@ -117,8 +117,8 @@ def read_layout(root: Folder) -> Reading:
     """
     if not root.folders:
         raise DataError(
-            f"{root.at} holds neither folders of images, nor Parquet files, nor a saved Hugging Face dataset."
-            " Point at a folder with one folder per class, at a Parquet or CSV file, or at hf:owner/name"
+            f"{root.at} holds neither folders of images, nor Parquet, CSV or JSON lines files, nor a saved Hugging Face"
+            " dataset. Point at a folder with one folder per class, at a Parquet, CSV or JSON lines file, or at hf:owner/name"
         )
     top, passed = _unwrapped(root)
     inside = f"inside {shown(top.path)}, " if top is not root else ""

@@ -181,7 +181,19 @@ def _layout(found: Found, at: Folder | None = None) -> Layout | None:
 def _no_rows(found: Found) -> DataError:
     where = found.root if len(found.files) != 1 else found.files[0]
     columns = dict.fromkeys(key for file in found.files for key in found.first(file))
-    have = f"The columns found: {listed(columns, 20)}. " if columns else ""
+    if len(found.files) == 1 and not columns:
+        document = found.document(where)
+        if not document:
+            return DataError(
+                f"{where} holds no rows: it is empty. Give a file with a prompt and its completion in each row"
+            )
+        if not isinstance(document, list):
+            return DataError(
+                f"{where} holds {shown(repr(document), 40)}; allowed is a list of rows. Write one object for each row"
+            )
+    missing = [name for name in (found.columns.prompt, found.columns.completion) if name not in columns]
+    have = f"The columns found: {listed(columns, 20)}; {listed(missing)} is missing. " if len(missing) == 1 else ""
+    have = have or (f"The columns found: {listed(columns, 20)}. " if columns else "")
     return DataError(
         f"{where} holds no rows with the columns {found.columns.prompt!r} and {found.columns.completion!r}, or"
         f" {found.columns.messages!r}, in JSON lines (.jsonl), JSON (.json, a list) or Parquet. {have}Say which columns they"

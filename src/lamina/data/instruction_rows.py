@@ -116,6 +116,11 @@ def _options(options: Any, where: str) -> tuple[str, ...]:
         raise DataError(
             f"{where} has an empty list of options. List them, or write null where any completion is allowed"
         )
+    if len(options) == 1:
+        raise DataError(
+            f"{where} has the single option {shown(repr(options[0]))}, which would always be predicted. List all options,"
+            " or write null where any completion is allowed"
+        )
     checked = tuple(text_of(option, f"option {k}", where) for k, option in enumerate(options))
     names = [class_name(option) for option in checked]
     if len(set(names)) < len(names):

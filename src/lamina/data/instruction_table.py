@@ -67,6 +67,9 @@ class Renderer:
         first = tokenise.convert_ids_to_tokens(bare[:1])
         self.spaced = bool(first) and str(first[0]).startswith("\u2581")
         """Whether the tokenizer puts a space before every text by itself."""
+        added = getattr(tokenise, "added_tokens_decoder", {}).values()
+        self.special = frozenset({*tokenise.all_special_tokens, *(str(one) for one in added if one.special)} - {""})
+        """Special tokens as text."""
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of texts, without special tokens around them."""
@@ -83,7 +86,8 @@ class Renderer:
         return found
 
     def render(self, row: Row, where: str) -> Rendered:
-        """Returns the texts of an instruction. Raises DataError where there is no chat template, or it fails.
+        """Returns the texts of an instruction. Raises DataError where there is no chat template, or it fails, and for a text of
+        a chat that holds a special token, which could pretend to be another turn.
 
         A completion of plain text that follows a prompt without white space at its end has a space in front. A completion
         of a chat is what the template writes after the start of the assistant's turn, without white space after its end of
@@ -102,10 +106,21 @@ class Renderer:
             options = tuple(map(after, row.options))
             return Rendered(row.prompt, after(row.completion), options, chat=False, ended=False)
         messages = [("user", row.prompt)] if isinstance(row.prompt, str) else list(row.prompt)
+        self._refuse_special([*(content for _, content in messages), row.completion, *row.options], where)
         prompt = self._chat(messages, where, start=True)
         head, tail = self._around(messages, prompt, where)
         completion, *options_ = (f"{head}{text}{tail}" for text in (row.completion, *row.options))
         return Rendered(prompt, completion, tuple(options_), chat=True, ended=bool(tail))
+
+    def _refuse_special(self, texts: Sequence[str], where: str) -> None:
+        starts = {token[:1] for token in self.special}
+        for text in texts:  # few texts hold the first character of any
+            found = next((t for t in self.special if t in text), None) if starts & set(text) else None
+            if found is not None:
+                raise DataError(
+                    f"{where} holds {shown(found)!r}, a special token of the tokenizer. In a chat only the template writes "
+                    "those. Remove it"
+                )
 
     def _around(self, messages: list[Any], prompt: str, where: str) -> tuple[str, str]:
         """What the template writes before a completion, after the start of the turn, and after it."""

@@ -47,9 +47,10 @@ def _parsed(text: str, where: str) -> Any:
     except RecursionError as error:
         raise DataError(f"{where} is nested too deep. Write a list of flat objects") from error
     except ValueError as error:
-        raise DataError(
-            f"{where} is not valid JSON ({shown(str(error), 200)}). Correct it, or write it again"
-        ) from error
+        what = str(error)
+        if isinstance(error, json.JSONDecodeError) and "\n" not in text.strip():
+            what = f"{error.msg}, character {error.pos + 1}"
+        raise DataError(f"{where} is not valid JSON ({shown(what, 200)}). Correct it, or write it again") from error
 
 
 def _no_number(name: str) -> NoReturn:

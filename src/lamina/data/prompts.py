@@ -16,7 +16,6 @@ from torch import Tensor
 from lamina.data.instruction_rows import row_of
 from lamina.data.instruction_table import Form, Renderer
 from lamina.data.instruction_tokens import InstructionTokens, ragged
-from lamina.data.names import shown
 from lamina.data.records import Columns
 from lamina.data.tokens import check_vocabulary, limit_of, load_tokenizer, reason_of
 from lamina.errors import DataError
@@ -78,9 +77,6 @@ class PromptReader:
         self._decoder: Any = load_tokenizer(tokenizer)
         """One of its own: else the text that is generated would wait while a long prompt is tokenised."""
         self._decoding = threading.Lock()
-        added = getattr(self.tokenise, "added_tokens_decoder", {}).values()
-        self.special = frozenset((*self.tokenise.all_special_tokens, *(str(one) for one in added if one.special)))
-        """Special tokens as text."""
         self._renderers: dict[Form, Renderer] = {
             "plain": Renderer(self.tokenise, tokenizer, "plain"),
             "chat": Renderer(self.tokenise, tokenizer, "chat"),
@@ -120,11 +116,11 @@ class PromptReader:
         for options that are blank or not distinct; also for a text of a chat that holds a special token, which could pretend to
         be another turn. Raises TooLong where the backbone has no position for a completion.
         """
+        if isinstance(prompt, str) and not prompt.strip():
+            raise DataError(f"{where} is blank. Give a text")
         form: Form = self.form if chat is None else "chat" if chat else "plain"
         reply = options[0] if options else _STAND_IN
         record: dict[str, Any] = {"options": list(options) or None}
-        if form == "chat" or not isinstance(prompt, str):
-            self._refuse_special(prompt, options, where)
         if isinstance(prompt, str):
             record |= {"prompt": prompt, "completion": reply}
         else:
@@ -152,16 +148,6 @@ class PromptReader:
             )
         spaced = not rendered.chat and rendered.completion[:1] == " "
         return Prompt(asked, tuple(options), listed, spaced)
-
-    def _refuse_special(self, prompt: str | Chat, options: Sequence[str], where: str) -> None:
-        texts = [prompt] if isinstance(prompt, str) else [text for turn in prompt for text in turn.values()]
-        for text in (*texts, *options):
-            found = next((token for token in self.special if isinstance(text, str) and token in text), None)
-            if found is not None:
-                raise DataError(
-                    f"{where} holds {shown(found)!r}, a special token of the tokenizer. In a chat only the template writes "
-                    "those. Remove it"
-                )
 
     def questions(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Returns these prompts as the inputs of one batch of questions, padded on the right."""

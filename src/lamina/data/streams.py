@@ -102,6 +102,11 @@ def domain_plan(
     Raises DataError for an unknown domain, or where there is only one."""
     names = list(domains or data.domain_names)
     unknown = [name for name in names if name not in data.domain_names]
+    if domains is None and len(names) < 2:
+        raise DataError(
+            f"{data.name!r} has a single domain, {names[0]!r}, and every task of a domain-incremental stream is a domain. Give "
+            f"its rows domains, in a column or by folders; or learn it as one task of a model: `lamina create`, `lamina learn`."
+        )
     if unknown or len(names) < 2 or len(set(names)) < len(names):
         raise DataError(
             f"stream.domains = {names}: a domain-incremental stream needs two or more different domains of {data.name!r}, "

@@ -108,6 +108,7 @@ class Loop:
         check_rehearsal(self.rehearsal, type(method))
         check_language(learner, method, stream.scenario)
         self.learner, self.method, self.stream = learner, method, stream
+        method.working = self._working
         self.training, self.evaluation, self.seed = training, evaluation, seed
         self.checkpoints, self.checkpoint_seconds = checkpoints, checkpoint_seconds
         self.identity = {"format": str(FORMAT)} | dict(identity or {})
@@ -313,6 +314,12 @@ class Loop:
         self.state = replace(self.state, clock=replace(clock, finished={**clock.finished, str(current): now()}))
         self._tell("evaluate", accuracy=float(self.matrix.accuracy_ij[current, : current + 1].mean()))
         return Position(current, "done") if current + 1 == len(self.stream) else Position(current + 1, "begin")
+
+    def _working(self, done: int, total: int) -> None:
+        """Tell the watcher how far long work of a method is. Raises Interrupted when asked to stop."""
+        if self.should_stop():
+            raise Interrupted
+        self._tell(self.position.phase, done=done, total=total)
 
     # -- passes over data -----------------------------------------------------------------------------------------------
 

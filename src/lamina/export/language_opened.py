@@ -173,7 +173,8 @@ class OpenedLanguage:
             return None
         return (
             f"It is compared in float32. The model runs in bf16 here, and then writes the same tokens after {self.as_run:.1%} "
-            f"of {self.origin}."
+            f'of {self.origin}. The code loads the weights in the type that they are stored in; with dtype="float32" in '
+            f"from_pretrained it computes what was compared."
         )
 
     @cached_property

@@ -189,7 +189,10 @@ def drafted(out: Path, format_: str, opened: S) -> Iterator[Draft[S]]:
         yield draft
         write_json(temporary / FACTS, _facts(draft))
         replace_text(temporary / "README.md", _readme(draft))
+        readable = (temporary / FACTS).stat().st_mode
         for path in sorted(temporary.rglob("*")):
+            if path.suffix == ".safetensors":  # safetensors makes private files
+                path.chmod(readable)
             fsync(path)
         os.rename(temporary, place)
         fsync(place.parent)

@@ -9,7 +9,7 @@ Shape letters: b batch, d width of the features, j outputs of the head, c classe
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
@@ -39,6 +39,8 @@ class Departure:
     what: str
     whose: Literal["ours", "released code"]
     switch: str | None = None
+    of_classifiers: bool = False
+    """Whether it says nothing about language models, which have no classifier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +158,9 @@ class Method(ABC, Generic[C]):
         self.memory: dict[str, Tensor] = {}
         self.total_rate = 1.0
         """Sum of the adapters' learning rates over the steps of a task. The engine sets it before each `begin`."""
+        self.working: Callable[[int, int], None] = lambda *_: None
+        """To be called now and then during long work in `begin` or `end`, with how much is done, and of how much. It ends the
+        work where a stop is asked for. The engine sets it."""
 
     @abstractmethod
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
@@ -267,8 +272,8 @@ def hashed_order(examples: Examples, seed: int) -> Ints:
     return np.argsort(rng.bits(examples.known_as_n, seed), kind="stable")
 
 
-def describe(method: type[Method[Any]]) -> dict[str, Any]:
-    """Returns a method as plain data, for `lamina methods` and for the record of a run."""
+def describe(method: type[Method[Any]], *, language: bool = False) -> dict[str, Any]:
+    """Returns a method as plain data, for `lamina methods` and for the record of a run. language: of a language model."""
     return {
         "name": method.name,
         "title": method.paper.title,
@@ -276,7 +281,9 @@ def describe(method: type[Method[Any]]) -> dict[str, Any]:
         "venue": method.paper.venue,
         "link": method.paper.link,
         "departures": [
-            f"{d.what} ({d.whose}{f'; switch: {d.switch}' if d.switch else ''})" for d in method.paper.departures
+            f"{d.what} ({d.whose}{f'; switch: {d.switch}' if d.switch else ''})"
+            for d in method.paper.departures
+            if not (language and d.of_classifiers)
         ],
         "advice": method.advice,
         "scenarios": list(method.scenarios),

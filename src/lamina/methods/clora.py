@@ -89,7 +89,9 @@ class CLoRA(Method[CLoRAConfig]):
                 "start",
             ),
             Departure("rank, λ and the adapted layers of the paper are unknown", "ours", "rank, penalty"),
-            Departure("each task has its own outputs of the head, which later tasks do not train", "ours"),
+            Departure(
+                "each task has its own outputs of the head, which later tasks do not train", "ours", of_classifiers=True
+            ),
         ),
     )
     needs = Needs(per_task="nothing", storage="One adapter, whatever the number of tasks.")

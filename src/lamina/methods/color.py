@@ -69,7 +69,9 @@ class CoLoR(Method[CoLoRConfig]):
             ),
             Departure("CoLoR++ is reconstructed from recollection", "ours", "identify"),
             Departure(
-                "every task has its own outputs of the head; Renate shares one head by default, which drifts", "ours"
+                "every task has its own outputs of the head; Renate shares one head by default, which drifts",
+                "ours",
+                of_classifiers=True,
             ),
             Departure(
                 "centroids are taken after training; Renate takes them before (the same, except for CoLoR++)", "ours"

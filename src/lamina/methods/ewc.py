@@ -70,7 +70,9 @@ class EWC(Method[EWCConfig]):
                 "one penalty around the last task's factors, with the sum of all Fishers, instead of one per task",
                 "ours",
             ),
-            Departure("each task has its own outputs of the head, which later tasks do not train", "ours"),
+            Departure(
+                "each task has its own outputs of the head, which later tasks do not train", "ours", of_classifiers=True
+            ),
             Departure("the Fisher is estimated on some examples only", "ours", "fisher_samples"),
         ),
     )

@@ -80,7 +80,11 @@ class MoRAM(Method[MoRAMConfig]):
             ),
             Departure("no dropout before the keys; TRACE's code has 0.1, X-TAIL's none", "ours"),
             Departure("relevances and weights are computed in float32", "ours"),
-            Departure("a classifier with outputs for each task; CLIP compares with embedded class names", "ours"),
+            Departure(
+                "a classifier with outputs for each task; CLIP compares with embedded class names",
+                "ours",
+                of_classifiers=True,
+            ),
         ),
     )
     needs = Needs(

@@ -61,7 +61,9 @@ class OLoRA(Method[OLoRAConfig]):
         link="https://arxiv.org/abs/2310.14152",
         departures=(
             Departure(
-                "a classifier with outputs for each task; the paper's model writes its prediction in words", "ours"
+                "a classifier with outputs for each task; the paper's model writes its prediction in words",
+                "ours",
+                of_classifiers=True,
             ),
             Departure(
                 "the equations are those of the released code; the paper's text could not be read", "released code"

@@ -79,7 +79,7 @@ class SDLoRA(Method[SDLoRAConfig]):
                 "released code",
             ),
             Departure("every adapted layer holds a copy of the scales; gradient clipping counts each copy", "ours"),
-            Departure("new outputs of the head start as in PyTorch, the bias too", "ours"),
+            Departure("new outputs of the head start as in PyTorch, the bias too", "ours", of_classifiers=True),
             Departure("the variant that drops a direction near the span of old ones is missing", "ours"),
         ),
     )

@@ -77,8 +77,8 @@ class TaskArithmeticConfig(MethodConfig):
     """Passes over the stored examples in each fine-tuning."""
     memory_lr: float = Field(1e-3, gt=0)
     """Learning rate of Adam in the fine-tuning, for adapters and head."""
-    memory_batch: int = Field(32, ge=1)
-    """Examples in a step of the fine-tuning."""
+    memory_batch: int | None = Field(None, ge=1)
+    """Examples in a step of the fine-tuning. Not set: 32, and 8 for language models, whose steps need much memory."""
 
 
 class TaskArithmetic(Method[TaskArithmeticConfig]):
@@ -103,9 +103,11 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
                 "ours",
                 "memory_epochs, memory_lr, memory_batch",
             ),
-            Departure("each task has its own outputs of the head, not multiplied by λ", "ours"),
-            Departure("a class that returns has outputs per task, and the largest score counts", "ours"),
-            Departure("stored images are rounded to half precision", "ours"),
+            Departure("each task has its own outputs of the head, not multiplied by λ", "ours", of_classifiers=True),
+            Departure(
+                "a class that returns has outputs per task, and the largest score counts", "ours", of_classifiers=True
+            ),
+            Departure("stored images are rounded to half precision", "ours", of_classifiers=True),
         ),
     )
     needs = Needs(
@@ -216,9 +218,11 @@ class TaskArithmetic(Method[TaskArithmeticConfig]):
         inputs = {k: padded([self.memory[f"{k}/{task}"] for task in tasks]) for k in INPUTS[learner.backbone.kind]}
         labels_n = torch.cat([self.memory[f"labels/{task}"] for task in tasks])
         optimizer = torch.optim.Adam(learner.trainable().values(), lr=config.memory_lr)
+        size = config.memory_batch or (8 if learner.generates else 32)
         for epoch in range(config.memory_epochs):
+            self.working(epoch, config.memory_epochs)
             order_n = torch.from_numpy(rng.permutation(len(labels_n), seed, epoch)).to(learner.device)
-            for chosen_b in torch.split(order_n, config.memory_batch):
+            for chosen_b in torch.split(order_n, size):
                 parts = {k: value[chosen_b] for k, value in inputs.items()}
                 parts = {k: v.float() if v.is_floating_point() else v.long() for k, v in parts.items()}
                 batch = Batch(inputs=parts, labels_b=labels_n[chosen_b])

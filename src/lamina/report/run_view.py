@@ -226,7 +226,7 @@ def loss_curve(run: Record) -> list[Drawing]:
         marks=[float(e) for e in ends[:-1] if noted[0][0] < e < noted[-1][0]] if len(ends) <= 30 else [],
     )
     averaged = f" Each point is the mean of {width} recorded values." if width > 1 else ""
-    note = "Loss of training batches. Dotted lines: end of a task." + averaged
+    note = "Loss of training batches, with what the method adds to it. Dotted lines: end of a task." + averaged
     return [Drawing(title="Training loss", note=note, svg=svg)]
 
 

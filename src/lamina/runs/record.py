@@ -37,7 +37,7 @@ from lamina.types import SPLITS, Examples
 def record_of(setup: Setup, loop: Loop) -> Record:
     """Returns the record of a run that has come to its end."""
     config, state, environment = setup.config, loop.state, setup.environment
-    facts = describe(setup.method)
+    facts = describe(setup.method, language=setup.backbone.kind == "language")
     steps_before = [sum(entry.steps for entry in state.lineage[:task]) for task in range(len(state.lineage))]
     return Record(
         name=config.name,

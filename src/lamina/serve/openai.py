@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lamina.model import Completion
 from lamina.serve.limits import Refusal
@@ -162,6 +162,12 @@ class ChatRequest(Sampling):
     def characters(self) -> int:
         """Characters of all messages."""
         return sum(len(one.plain()["content"]) for one in self.messages)
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> "ChatRequest":
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens are the same limit; give one of them")
+        return self
 
     @property
     def most(self) -> int | None:

@@ -143,6 +143,20 @@ def test_chats(folder: Path) -> None:
     assert table.read(1).completion == "Madrid"
 
 
+@pytest.mark.parametrize("place", ["content", "completion", "options"])
+def test_a_text_of_a_chat_holds_no_special_token(folder: Path, place: str) -> None:
+    given = {**rows(6)[0], "prompt": "What is it?", "completion": "a", "options": ["a", "b"]}
+    if place == "content":
+        given["prompt"] = "Be quiet.<|end|>"
+    elif place == "completion":
+        given |= {"completion": "a<|end|>", "options": None}
+    else:
+        given["options"] = ["a", "b<|end|>"]
+    with pytest.raises(DataError, match=r"records row 0 holds '<\|end\|>', a special token"):
+        load([given, *rows(6)], folder, form="chat")
+    load([given, *rows(6)], folder)  # a plain prompt may hold turns that are written out
+
+
 def test_a_plain_prompt_as_a_chat(folder: Path) -> None:
     table, data = load(rows(6), folder, form="chat")
     prompt, completion = split(table, 0)

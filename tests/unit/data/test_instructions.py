@@ -114,6 +114,7 @@ def said(role: str, content: Any = "x") -> dict[str, Any]:
         ({**GOOD, "options": ["a", " a"]}, "row 1 has the option 'a' more than once"),
         ({**GOOD, "options": ["b", "c"]}, r"the completion 'a', which is none of its options \(b, c\)"),
         ({**GOOD, "options": []}, "row 1 has an empty list of options"),
+        ({**GOOD, "options": ["a"]}, "row 1 has the single option 'a', which would always be predicted"),
         ({**GOOD, "options": ["a", " "]}, "row 1 has a blank option 1"),
         ({**GOOD, "options": ["a", None]}, "row 1 has no option 1"),
         ({**GOOD, "options": "a b"}, r"row 1 has the options 'a b' \(str\); allowed is a list"),
@@ -134,7 +135,7 @@ def said(role: str, content: Any = "x") -> dict[str, Any]:
         ({**GOOD, "options": ["a", "\ud83d"]}, "the option 1 of records row 1 is not valid Unicode"),
         ({"messages": [said("user", "\ud83d"), said("assistant")]}, "content of message 0 .* is not valid Unicode"),
         (
-            {"prompt": "a", "completion": "a\0", "options": ["a\0"], "domain": "y"},
+            {"prompt": "a", "completion": "a\0", "options": ["a\0", "b"], "domain": "y"},
             r"the class of records row 1, by its completion, is 'y: a.x00', which holds a control character",
         ),
         ({**GOOD, "split": "later"}, "row 1 has the split 'later'; allowed are"),

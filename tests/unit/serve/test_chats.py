@@ -152,13 +152,14 @@ def test_a_stop_text_ends_a_completion_and_is_no_part_of_it(serve: Client) -> No
             "stream_options.foo",
             "not permitted",
         ),
+        ({"max_tokens": 2, "max_completion_tokens": 3}, 400, "invalid_value", None, "give one of them"),
         ({"stop": [""]}, 400, "invalid_value", "stop", "characters"),
         ({"stop": ["a"] * 5}, 400, "invalid_value", "stop", "at most 4"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_what_is_wrong_is_named(
-    serve: Client, change: dict[str, Any], status: int, code: str, param: str, told: str
+    serve: Client, change: dict[str, Any], status: int, code: str, param: str | None, told: str
 ) -> None:
     response = serve().post(CHAT, json={**ASKED, **change})
     found = refusal(response)
