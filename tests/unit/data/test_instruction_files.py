@@ -192,8 +192,10 @@ def test_files_that_are_refused(tmp_path: Path) -> None:
         open_source(file)
     for content, told in (
         ("", "not valid JSON"),
-        ("{}", "holds no rows with the columns"),
-        ("[]", "holds no rows with"),
+        ("{}", "holds no rows: it is empty"),
+        ("[]", "holds no rows: it is empty"),
+        ('{"data": []}', "allowed is a list of rows"),
+        ('[{"prompt": "a", "answr": "b"}]', "The columns found: prompt, answr; completion is missing"),
     ):
         with pytest.raises(DataError, match=told):
             open_source(put(tmp_path / "b.json", content))
