@@ -26,9 +26,12 @@ from lamina.config import ConsolidationConfig
 from lamina.engine import checkpoint
 from lamina.engine.consolidate import MERGED, update_of
 from lamina.engine.loop import Loop
+from lamina.engine.measure import Measure
 from lamina.errors import BackboneError, MethodError
+from lamina.learner import Learner
 from lamina.maths.merging import weighted
 from lamina.methods import METHODS
+from lamina.types import Batch
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "weighted": {"merging": "weighted"},
@@ -37,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lda-linear": {"classifier": "lda", "drift": "linear", "class_covariance_rank": 2},
     "deep": {"merging": "ema", "classifier": "lda", "drift": "linear+local", "layers": 2},
     "ridge-local": {"classifier": "ridge", "drift": "linear+local", "random_features": 32},
+    "ranpac": {"classifier": "ranpac", "random_features": 32},
     "aligned": {"merging": "ema", "classifier": "aligned", "drift": "linear"},
     "both": {"merging": "ema", "drift": "random", "classifier": "lda+ridge", "random_features": 32},
 }
@@ -72,6 +76,33 @@ def test_variants_are_the_same_before_and_after_a_task(world: World, tmp_path: P
     assert torch.equal(found[0], found[1])
 
 
+@pytest.mark.parametrize("classifier", ["lda", "own"])
+@pytest.mark.parametrize("name", ["prototype", "fsa", "finetune"])
+def test_what_no_training_moves_is_computed_once(
+    name: str, classifier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One forward of every example, and the same result as with one after every task."""
+    settings: dict[str, Any] = {"classifier": classifier}
+    forwards: list[int] = []
+    features = Learner.features
+
+    def counted(learner: Learner, batch: Batch, layers: int = 1) -> Tensor:
+        if not torch.is_grad_enabled():
+            forwards.append(len(batch))
+        return features(learner, batch, layers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "features", counted)
+        once = loop_with(name, tmp_path / "once", settings)
+        once.run()
+    monkeypatch.setattr("lamina.engine.loop.Measure", lambda *parts: Measure(*parts[:-1], None))
+    again = loop_with(name, tmp_path / "again", settings)
+    again.run()
+    assert state(newest(tmp_path / "once")) == state(newest(tmp_path / "again"))
+    whole = sum(len(part) for task in once.stream for part in (task.train, task.test))
+    assert (sum(forwards) == whole) == (name != "finetune" and classifier == "lda")
+
+
 @pytest.mark.parametrize("way", ["fresh-mean", "merged-ema", "lda-linear", "deep"])
 @on_every_method
 def test_a_combination_that_does_not_fit_is_refused_with_the_reason_and_all_others_work(
@@ -92,7 +123,7 @@ def test_a_combination_that_does_not_fit_is_refused_with_the_reason_and_all_othe
         assert torch.isfinite(layer.weight_oi).all()
 
 
-@pytest.mark.parametrize("way", ["merged-ema", "weighted", "ridge-local", "aligned", "both", "deep"])
+@pytest.mark.parametrize("way", ["merged-ema", "weighted", "ridge-local", "aligned", "both", "deep", "ranpac"])
 def test_killed_at_any_phase_it_ends_in_the_same_bits(way: str, tmp_path: Path):
     world = TEXT if way == "both" else HOME
     whole = loop_with("finetune", tmp_path / "whole", way, world)

@@ -44,7 +44,8 @@ from lamina.engine import checkpoint
 from lamina.engine.batches import Order
 from lamina.engine.completions import questions
 from lamina.engine.consolidate import update_of
-from lamina.engine.loop import Loop, check_language
+from lamina.engine.fitting import check_language
+from lamina.engine.loop import Loop
 from lamina.engine.measure import Measure
 from lamina.engine.order import set_torch_seed
 from lamina.engine.rehearsal import keep

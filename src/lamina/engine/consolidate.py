@@ -45,6 +45,7 @@ class Consolidation:
 
     def __init__(self, config: ConsolidationConfig, method: Method[Any]) -> None:
         self.config, self.method = config, method
+        method.classifies = config.classifier == "own"
         self.memory: dict[str, Tensor] = {}
         if config.drift == "remeasured" and not self.remeasures:
             raise MethodError(
@@ -216,10 +217,13 @@ class Consolidation:
     def predict(self, learner: Learner, batch: Batch) -> Tensor:
         """Returns the scores of all outputs, (b, j) float32, of what is deployed; minus infinity for outputs of a task that
         has not ended."""
-        fitted = under(self.memory, "classifier")
-        if not fitted:
+        if not under(self.memory, "classifier"):
             return self.method.predict(learner, batch)
-        scores_bj = classifiers.classifier_of(fitted).scores(self.features(learner, batch).cpu()).float()
+        return self.scores(learner, self.features(learner, batch).cpu())
+
+    def scores(self, learner: Learner, features_bd: Tensor) -> Tensor:
+        """Returns the scores (b, j), as `predict` does, of features on the CPU. For a unified classifier that is fitted."""
+        scores_bj = classifiers.classifier_of(under(self.memory, "classifier")).scores(features_bd).float()
         return F.pad(scores_bj, (0, len(learner.outputs) - scores_bj.shape[1]), value=-torch.inf)
 
     def predict_task_aware(self, learner: Learner, batch: Batch, task: str) -> Tensor:

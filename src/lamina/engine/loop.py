@@ -27,13 +27,14 @@ from lamina.engine.batches import Order
 from lamina.engine.completions import questions as as_questions
 from lamina.engine.consolidate import Consolidation
 from lamina.engine.finite import check_finite
-from lamina.engine.measure import Measure
+from lamina.engine.fitting import check_language, check_rehearsal
+from lamina.engine.measure import Features, Measure
 from lamina.engine.order import in_order, set_torch_seed, steps_per_epoch
 from lamina.engine.rehearsal import Kept
 from lamina.engine.state import Loss, Phase, Position, RunState, TaskEntry, now
 from lamina.engine.steps import Planned, Steps
 from lamina.errors import CheckpointError, MethodError, TrainingError
-from lamina.learner import LanguageLearner, Learner
+from lamina.learner import Learner
 from lamina.maths.metrics import AccuracyMatrix
 from lamina.methods.base import Method, Pass, Step
 from lamina.types import Augment, Batch, Examples, Task
@@ -123,6 +124,8 @@ class Loop:
         self._optimizer_state: dict[str, Tensor] = {}
         self._optimizer: torch.optim.Optimizer | None = None
         self._damaged: list[Path] = []
+        self._features: Features = {}
+        """Of test examples, where no later task changes them."""
 
     @property
     def position(self) -> Position:
@@ -350,6 +353,10 @@ class Loop:
 
     def measure(self) -> Measure:
         """Returns what measures the learner of this loop."""
+        number = self.position.task
+        if self._trains():
+            self._features = {}
+        lasting = self.consolidation.config.classifier != "own" and not self.method.trains_on(number + 1)
         return Measure(
             self.learner,
             self.consolidation,
@@ -357,6 +364,7 @@ class Loop:
             self.evaluation,
             lambda examples, questions: self._batches("evaluate", examples, questions=questions),
             self.text,
+            self._features if lasting else None,
         )
 
     def _count(self, task: Task) -> int:
@@ -445,34 +453,6 @@ class Loop:
 
     def _tell(self, phase: Phase, **facts: Any) -> None:
         self.on_event(Event(task=self.position.task, phase=phase, **facts))
-
-
-def check_language(learner: Learner, method: Method[Any], scenario: str) -> None:
-    """Raises MethodError for a language model with a method that needs a classifier, or with a stream of classes."""
-    if learner.generates and method.refuses_language:
-        raise MethodError(
-            f"method {method.name!r} cannot adapt the language model {learner.backbone.name!r}: {method.refuses_language}. "
-            f"Choose another method; `lamina methods` lists them."
-        )
-    if scenario in ("class", "task") and learner.generates:
-        raise MethodError(
-            f"stream.scenario = {scenario!r}: the tasks of a language model are domains, because the options of an example are "
-            f"those of its whole domain. Choose domain, or mixed with whole domains."
-        )
-    if isinstance(learner, LanguageLearner) and learner.recompute and method.routes_training:
-        raise MethodError(
-            f"training.gradient_checkpointing does not go with method {method.name!r}, which selects adapters within a step. "
-            f"Leave it out."
-        )
-
-
-def check_rehearsal(rehearsal: RehearsalConfig, method: type[Method[Any]]) -> None:
-    """Raises MethodError where examples would be kept for a method that trains nothing."""
-    if rehearsal.per_class and not method.trains_on(1):
-        raise MethodError(
-            f"rehearsal.per_class = {rehearsal.per_class} does not go with method {method.name!r}: it trains nothing after the "
-            f"first task, so old examples would never be used. Leave it at 0."
-        )
 
 
 def restore(

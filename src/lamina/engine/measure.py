@@ -19,15 +19,36 @@ from lamina.learner import LanguageLearner, Learner
 from lamina.maths.metrics import negative_flips
 from lamina.types import Batch, Examples, Task
 
+Features = dict[int, list[Tensor]]
+"""Features of the examples of every task, by its number, batch by batch."""
 Batches = Callable[[Examples, bool], Iterable[Batch]]
 """Cuts examples into batches; of questions if so."""
+
+
+class Remembering:
+    """Predicts as a unified classifier does, from features that are computed once. known: of the batches, in their order."""
+
+    uses_task = False
+
+    def __init__(self, deployed: Consolidation, known: list[Tensor]) -> None:
+        self.deployed, self.known, self.number = deployed, known, 0
+
+    def predict(self, learner: Learner, batch: Batch) -> Tensor:
+        if self.number == len(self.known):
+            self.known.append(self.deployed.features(learner, batch).cpu())
+        self.number += 1
+        return self.deployed.scores(learner, self.known[self.number - 1])
+
+    def predict_task_aware(self, learner: Learner, batch: Batch, task: str) -> Tensor:
+        raise NotImplementedError("the task selects outputs only")
 
 
 @dataclass(frozen=True)
 class Measure:
     """Measures a learner and what is deployed of its method on the tasks of a stream.
 
-    text: tokens of a text from outside the stream in windows, whose perplexity is measured too (language models only).
+    text: tokens of a text from outside the stream in windows, whose perplexity is measured too (language models only). known:
+    features that the learner still has; more are added. None if they are not to be kept.
     """
 
     learner: Learner
@@ -36,6 +57,7 @@ class Measure:
     evaluation: EvaluationConfig
     batches: Batches
     text: Sequence[Tensor] = ()
+    known: Features | None = None
 
     def before(self, state: RunState) -> RunState:
         """Returns the state with the predictions of a language model on all tasks before it has learnt any. Other models have
@@ -59,7 +81,7 @@ class Measure:
                 assert state.language is not None
                 state = replace(state, language=self._noted(self.learner, state.language, completions))
             else:
-                found = {j: self.predictions(self.stream[j]) for j in measured}
+                found = {j: self.predictions(j) for j in measured}
         totals = {j: len(p.labels_n) for j, p in found.items()}
         inferred = [(found[j].task_inferred_n, j) for j in range(task + 1)]
         state = replace(
@@ -77,11 +99,12 @@ class Measure:
         )
         return state, {str(j): torch.from_numpy(p.predicted_n) for j, p in found.items()}
 
-    def predictions(self, task: Task) -> Predictions:
+    def predictions(self, number: int) -> Predictions:
         """Returns the predicted classes of a task's examples."""
+        task, known = self.stream[number], self.known
         return predict_all(
             self.learner,
-            self.deployed,
+            self.deployed if known is None else Remembering(self.deployed, known.setdefault(number, [])),
             task.split(self.evaluation.split),
             lambda examples: self.batches(examples, False),
             task.name,

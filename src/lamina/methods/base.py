@@ -158,6 +158,8 @@ class Method(ABC, Generic[C]):
         self.memory: dict[str, Tensor] = {}
         self.total_rate = 1.0
         """Sum of the adapters' learning rates over the steps of a task. The engine sets it before each `begin`."""
+        self.classifies = True
+        """Whether its own classifier is deployed, not a unified one. The engine sets it."""
         self.working: Callable[[int, int], None] = lambda *_: None
         """To be called now and then during long work in `begin` or `end`, with how much is done, and of how much. It ends the
         work where a stop is asked for. The engine sets it."""
@@ -237,7 +239,7 @@ def add_shared_lora(learner: Learner, task: Task, rank: int) -> None:
 
 
 def set_means(learner: Learner, task: Task, batches: Pass, metric: str) -> None:
-    """Set a task's outputs to the means of its classes, and freeze the head. Raises DataError for a class without examples."""
+    """Set a task's outputs to the means of its classes. Raises DataError for a class without examples."""
     block = learner.head.block(task.name)
     sums_cd = block.weight.new_zeros(block.weight.shape, dtype=torch.float64)
     counts_c = block.weight.new_zeros(len(task.classes), dtype=torch.float64)
@@ -251,7 +253,6 @@ def set_means(learner: Learner, task: Task, batches: Pass, metric: str) -> None:
         raise DataError(f"task {task.name!r} has no training example of class ids {empty}: a mean needs at least one")
     weight_cd, bias_c = as_linear(sums_cd / counts_c[:, None], metric)
     block.load_state_dict({"weight": weight_cd.float(), "bias": bias_c.float()})
-    learner.head.freeze()
 
 
 def as_linear(means_cd: Tensor, metric: str) -> tuple[Tensor, Tensor]:

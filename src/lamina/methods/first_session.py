@@ -38,7 +38,9 @@ class FirstSession(Method[C]):
             add_shared_lora(learner, task, self.config.rank)
 
     def end(self, learner: Learner, task: Task, batches: Pass) -> None:
-        set_means(learner, task, batches, "cosine")
+        if self.classifies:
+            set_means(learner, task, batches, "cosine")
+        learner.head.freeze()
 
     def predict(self, learner: Learner, batch: Batch) -> Tensor:
         scores_bj: Tensor = learner.head(F.normalize(self.features(learner, batch), dim=1))

@@ -54,7 +54,9 @@ class Prototype(Method[PrototypeConfig]):
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
         learner.add_outputs(task)
-        set_means(learner, task, batches, self.config.metric)
+        if self.classifies:
+            set_means(learner, task, batches, self.config.metric)
+        learner.head.freeze()
 
     def predict(self, learner: Learner, batch: Batch) -> Tensor:
         features_bd = learner.features(batch)

@@ -14,7 +14,7 @@ from lamina.data.inputs import Input, payloads
 from lamina.data.names import listed
 from lamina.engine import device
 from lamina.engine.consolidate import Consolidation
-from lamina.engine.loop import check_rehearsal
+from lamina.engine.fitting import check_rehearsal
 from lamina.engine.state import now
 from lamina.errors import ModelError
 from lamina.files import read_checked
