@@ -40,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lda-linear": {"classifier": "lda", "drift": "linear", "class_covariance_rank": 2},
     "deep": {"merging": "ema", "classifier": "lda", "drift": "linear+local", "layers": 2},
     "ridge-local": {"classifier": "ridge", "drift": "linear+local", "random_features": 32},
-    "ranpac": {"classifier": "ranpac", "random_features": 32},
+    "gram": {"classifier": "gram", "random_features": 32},
     "aligned": {"merging": "ema", "classifier": "aligned", "drift": "linear"},
     "both": {"merging": "ema", "drift": "random", "classifier": "lda+ridge", "random_features": 32},
 }
@@ -123,7 +123,7 @@ def test_a_combination_that_does_not_fit_is_refused_with_the_reason_and_all_othe
         assert torch.isfinite(layer.weight_oi).all()
 
 
-@pytest.mark.parametrize("way", ["merged-ema", "weighted", "ridge-local", "aligned", "both", "deep", "ranpac"])
+@pytest.mark.parametrize("way", ["merged-ema", "weighted", "ridge-local", "aligned", "both", "deep", "gram"])
 def test_killed_at_any_phase_it_ends_in_the_same_bits(way: str, tmp_path: Path):
     world = TEXT if way == "both" else HOME
     whole = loop_with("finetune", tmp_path / "whole", way, world)

@@ -142,7 +142,7 @@ def cost(loop: Loop, step: int) -> Cost:
     with Operations() as folding, learner.folded():
         pass
     width, written = learner.backbone.width, 1  # concatenated
-    if loop.consolidation.config.classifier == "ranpac":
+    if loop.consolidation.config.classifier == "gram":
         width, written = len(loop.consolidation.memory["classifier/weight_mj"]), 2  # rounded, concatenated
     elif loop.consolidation.config.classifier != "own":
         width, written = loop.consolidation.memory["classifier/weight_jd"].shape[1], 3  # with the bias

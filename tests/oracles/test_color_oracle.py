@@ -142,7 +142,7 @@ def test_second_passes(identify: str, tmp_path: Path, monkeypatch: pytest.Monkey
     learner, method, batch = loop.learner, loop.method, mixed(loop)
     passed: list[int] = []
     inner = learner.features
-    monkeypatch.setattr(learner, "features", lambda part: (passed.append(len(part)), inner(part))[1])
+    monkeypatch.setattr(learner, "features", lambda part, *rest: (passed.append(len(part)), inner(part, *rest))[1])
     with learner.folded():
         scores_br = method.predict(learner, batch)
         alone_br = torch.cat(

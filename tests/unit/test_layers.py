@@ -90,10 +90,14 @@ def test_there_are_no_import_cycles():
     list(TopologicalSorter(graph).static_order())
 
 
+SHARED = {"lamina.methods.base", "lamina.methods.first_session", "lamina.methods.routed"}
+"""What several methods have in common."""
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "methods").glob("*.py")), ids=lambda path: path.stem)
 def test_a_method_knows_no_other_method_and_nothing_above_it(path: Path):
     used = set(imports(path))
-    others = {name for name in used if name.startswith("lamina.methods.")} - {"lamina.methods.base"}
+    others = {name for name in used if name.startswith("lamina.methods.")} - SHARED
     assert path.stem == "__init__" or not others
     forbidden = ("lamina.engine", "lamina.data", "lamina.data.streams", "lamina.backbones", "transformers", "timm")
     assert not {name for name in used if name.startswith(forbidden)}

@@ -219,7 +219,7 @@ class Backbone:
         if layers > 1 and (self.pool is None or not self.stages):
             raise BackboneError(
                 f"{self.name} does not say what it computes block by block, so there are features of its last block only; give "
-                "`stages` and `pool` to from_module(), or leave consolidation.layers at 1"
+                "`stages` and `pool` to from_module(), or leave `layers` at 1"
             )
 
     def cast(self, dtype: torch.dtype) -> None:

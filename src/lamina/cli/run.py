@@ -59,9 +59,7 @@ def run(
     ] = None,
     classifier: Annotated[
         str | None,
-        typer.Option(
-            help="own (the method's), or a unified classifier: ncm, lda, ridge, aligned, lda+ridge or ranpac."
-        ),
+        typer.Option(help="own (the method's), or a unified classifier: ncm, lda, ridge, aligned, lda+ridge or gram."),
     ] = None,
     rehearsal: Annotated[
         int | None,

@@ -187,14 +187,15 @@ class ConsolidationConfig(Section):
     drift_variants: int = Field(1000, ge=0, le=1_000_000)
     """Drift compensation fits its map on the task's examples and on this many variants of them: turned, mixed and cut images,
     or texts of the tokens of two. Use more where the features move far."""
-    classifier: Literal["own", "ncm", "lda", "ridge", "aligned", "lda+ridge", "ranpac"] = "own"
+    classifier: Literal["own", "ncm", "lda", "ridge", "aligned", "lda+ridge", "gram"] = "own"
     """The method's own classifier, or a unified classifier of all classes. It is fitted on stored means and one shared
     covariance: nearest class mean, linear discriminant analysis, ridge on random features, LDA trained on draws, or LDA and
-    ridge. Or on sums over the random features of all examples (ranpac)."""
+    ridge. Or least squares on random features, by their sums over all examples
+    (gram)."""
     layers: int = Field(1, ge=1)
     """How many of the last blocks give the unified classifier its features (all blocks if there are fewer)."""
     random_features: int = Field(2048, ge=1)
-    """Number of random features of ridge, lda+ridge and ranpac."""
+    """Number of random features of ridge, lda+ridge and gram."""
     class_covariance_rank: int = Field(0, ge=0)
     """Rank of the part of each class's covariance that is stored beside the shared one."""
 

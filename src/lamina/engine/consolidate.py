@@ -157,7 +157,7 @@ class Consolidation:
             output_n = output_n + len(old.counts_j)
             statistics = concatenated(old, statistics)
         classifier: classifiers.Classifier
-        if self.config.classifier == "ranpac":
+        if self.config.classifier == "gram":
             classifier = self.summed(*new, outputs, [output.label for output in learner.outputs])
         else:
             classifier = self.fitted(statistics, (features_nd, output_n))

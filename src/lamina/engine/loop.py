@@ -180,12 +180,7 @@ class Loop:
 
     def begin_method(self, task: Task) -> None:
         """What the method does at the beginning of a task."""
-        of_classes = self._trains() and not self.learner.generates
-        if of_classes and len(task.classes) == 1 and not len(self.kept()):
-            self.note(
-                f"task {task.name!r} has a single class: the cross-entropy over its own outputs is 0, so adapters learn "
-                f"nothing from it. Learn two or more classes at a time, or use a method without training (`prototype`)."
-            )
+        self._note_single_class(task)
         per_epoch = steps_per_epoch(len(task.train), self.training.batch_size)
         self.method.total_rate = optim.total_rate(self.training, per_epoch, later=self.position.task > 0)
         self.method.begin(self.learner, task, self.pass_over("begin", task))
@@ -438,6 +433,14 @@ class Loop:
                     f"what changed, or start a new run."
                 )
         return loaded
+
+    def _note_single_class(self, task: Task) -> None:
+        of_classes = self._trains() and not self.learner.generates
+        if of_classes and len(task.classes) == 1 and not len(self.kept()):
+            self.note(
+                f"task {task.name!r} has a single class: the cross-entropy over its own outputs is 0, so adapters learn "
+                f"nothing from it. Learn two or more classes at a time, or use a method without training (`prototype`)."
+            )
 
     # -- progress -------------------------------------------------------------------------------------------------------
 

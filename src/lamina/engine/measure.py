@@ -11,7 +11,7 @@ from lamina.config import EvaluationConfig
 from lamina.data.streams import Stream
 from lamina.engine.completions import Completions, Examiner
 from lamina.engine.consolidate import Consolidation
-from lamina.engine.evaluate import Predictions, predict_all
+from lamina.engine.evaluate import Predictions, Predictor, predict_all
 from lamina.engine.language_state import LanguageState, Shown
 from lamina.engine.state import RunState
 from lamina.errors import TrainingError
@@ -101,15 +101,21 @@ class Measure:
 
     def predictions(self, number: int) -> Predictions:
         """Returns the predicted classes of a task's examples."""
-        task, known = self.stream[number], self.known
+        task = self.stream[number]
         return predict_all(
             self.learner,
-            self.deployed if known is None else Remembering(self.deployed, known.setdefault(number, [])),
+            self._predictor(number),
             task.split(self.evaluation.split),
             lambda examples: self.batches(examples, False),
             task.name,
             task_aware=self.stream.task_aware,
         )
+
+    def _predictor(self, number: int) -> Predictor:
+        """Returns what predicts for a task: what is deployed, perhaps from known features."""
+        if self.known is None:
+            return self.deployed
+        return Remembering(self.deployed, self.known.setdefault(number, []))
 
     def completions(self, learner: LanguageLearner, task: Task) -> Completions:
         """Returns the predictions of a language model for the examples of a task."""

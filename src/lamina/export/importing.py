@@ -48,13 +48,17 @@ from lamina.runs.setup import Watch, image_transform, load_data
 from lamina.speed import precision
 from lamina.types import SPLITS, Batch, Examples, Task
 
-BY_END = {"olora": False, "inflora": True, "color": True}
+BY_END = {"olora": False, "inflora": True, "color": True, "posterior": True}
 """Methods whose own end of a task takes over a plain branch, and whether it needs the task's data."""
-ADDED = ("lamina", "finetune", "sora", "ewc", "clora", "sdlora")
+ROUTED = ("color", "posterior")
+"""Methods that select an adapter per input. Every layer has one."""
+ADDED = ("lamina", "finetune", "sora", "ewc", "clora", "sdlora", "slca")
 """Methods that add all branches up; the adapter becomes a finished one. Nothing protects it from later tasks."""
 REFUSED = {
     "taskarithmetic": "it rebuilds its weights from the updates and examples that it stored itself",
     "prototype": "its classifier is the means of the bare backbone, and an adapter has no place in it",
+    "fsa": "its features may not change after the first task",
+    "ranpac": "its features may not change after the first task",
     "duallora": "each of its tasks consists of two adapters and the space that they protect",
     "moram": "its adapters compete for every token, and this one was trained alone",
 }
@@ -113,7 +117,7 @@ def _import(
     exported = _exported(found)
     _check_base(found, facts, exported, same_base)
     parts = _open(facts, backbone, store.state(facts.head) if facts.head is not None else None)
-    spread = _spread(found, parts.learner, everywhere=facts.config.method["name"] == "color")
+    spread = _spread(found, parts.learner, everywhere=facts.config.method["name"] in ROUTED)
     own = facts.config.consolidation.classifier == "own"
     if own and exported is not None and list(classes) != exported.get("outputs", list(classes)):
         raise ModelError(

@@ -33,6 +33,7 @@ from torch import Tensor
 from lamina.learner import Learner
 from lamina.maths.linalg import kmeans
 from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal
+from lamina.methods.routed import adapters_of, through_adapters
 from lamina.rng import seed_of
 from lamina.types import Batch, Task
 
@@ -153,20 +154,6 @@ class CoLoR(Method[CoLoRConfig]):
 
     def memory_bound(self, learner: Learner) -> int:
         return 4 * self.config.clusters * learner.backbone.width * len(learner.head.tasks)
-
-
-def through_adapters(learner: Learner, batch: Batch, tasks: Sequence[str], chosen_b: Tensor) -> Tensor:
-    """Returns features (b, d), each input through the adapter of the task at its position in `tasks` and no other."""
-    with adapters_of(learner, tasks, chosen_b):
-        return learner.features(batch)
-
-
-@contextmanager
-def adapters_of(learner: Learner, tasks: Sequence[str], chosen_b: Tensor) -> Iterator[None]:
-    """Within the context each input of a batch uses the adapter of the task at its position in `tasks` and no other."""
-    used_e, adapter_b = torch.unique(chosen_b, return_inverse=True)
-    with learner.bare(), learner.routing([tasks[e] for e in used_e], adapter_b):
-        yield
 
 
 def own_outputs(learner: Learner, features_bd: Tensor, tasks: Sequence[str], chosen_b: Tensor) -> Tensor:

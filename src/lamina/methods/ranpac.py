@@ -4,8 +4,8 @@ arXiv 2307.02251).
     task 1       one adapter is trained (phase 1, as in `fsa`)                                    features f_1
     every task   φ(x) = relu(R f_1(x)),  G += Σ φ φ^T,  C += Σ φ y^T,  V = (G + λ I)^{-1} C       (phase 2)
 
-Phase 2 is `maths/ranpac.py`, the unified classifier `ranpac`. G and C are sums over all examples ever seen, so the classifier
-is the one of joint training on f_1, exactly. On the bare backbone it is `prototype` with `--classifier ranpac`.
+Phase 2 is `maths/ranpac.py`, the unified classifier `gram`. G and C are sums over all examples ever seen, so the classifier
+is the one of joint training on f_1, exactly. On the bare backbone it is `prototype` with `--classifier gram`.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from lamina.methods.first_session import FirstSession, FirstSessionConfig
 
 class RanPACConfig(FirstSessionConfig):
     around: ClassVar[Mapping[str, Any]] = {
-        "consolidation.classifier": "ranpac",
+        "consolidation.classifier": "gram",
         "consolidation.random_features": 10_000,
     }
 

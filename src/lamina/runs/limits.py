@@ -13,7 +13,7 @@ THREADS_PER_CORE = 4
 """More threads than this only wait for each other."""
 BYTES_PER_PIXEL = 3 * 4
 RIDGE_MATRICES = 6
-"""Square float64 matrices of the random features that ridge or ranpac holds at a time."""
+"""Square float64 matrices of the random features that ridge or gram holds at a time."""
 
 
 def check_machine(config: RunConfig) -> None:
@@ -49,7 +49,7 @@ def check_backbone(config: RunConfig, settings: MethodConfig, backbone: Backbone
             f"backbone {backbone.name!r} are {layers * width} wide. Allowed are 0 to {layers * width}."
         )
     needed = RIDGE_MATRICES * 8 * section.random_features**2
-    if section.classifier in ("ridge", "lda+ridge", "ranpac") and needed > memory:
+    if section.classifier in ("ridge", "lda+ridge", "gram") and needed > memory:
         raise ConfigError(
             f"consolidation.random_features = {section.random_features}: {section.classifier} would take {_gb(needed)}, and "
             f"this machine has {_gb(memory)}. Allowed are 1 to {int((memory / RIDGE_MATRICES / 8) ** 0.5)}."

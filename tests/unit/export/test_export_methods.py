@@ -26,8 +26,8 @@ from lamina.learner import Learner
 from lamina.methods import METHODS
 
 ROUTED = ("color", "duallora")
-PER_TOKEN = ("moram",)
-"""Methods that weight adapters for every token, which no format holds."""
+PER_TOKEN = ("moram", "posterior")
+"""Methods that weight adapters for every token, or tasks by a discriminant, which no format holds."""
 PER_TASK = ("olora", "inflora", "sora", *ROUTED)
 """Methods that keep an adapter per task."""
 UNIFIED = {
@@ -37,6 +37,9 @@ UNIFIED = {
         "consolidation.merging": "ema",
         "consolidation.drift": "linear+local",
     }
+} | {
+    name: {"consolidation.classifier": "own", "consolidation.class_covariance_rank": 0}
+    for name in ("fsa", "ranpac", "slca")
 }
 """The settings that a method has by default are used for lamina only; others have their own classifier."""
 

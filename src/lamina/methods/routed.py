@@ -1,0 +1,28 @@
+"""Routed adapters, selected per input, for methods that keep one for every task.
+
+Shape letters: b batch, d width.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lamina.learner import Learner
+from lamina.types import Batch
+
+
+def through_adapters(learner: Learner, batch: Batch, tasks: Sequence[str], chosen_b: Tensor, layers: int = 1) -> Tensor:
+    """Returns features (b, d), each input through the adapter of the task at its position in `tasks` and no other. layers: as
+    in `Learner.features`."""
+    with adapters_of(learner, tasks, chosen_b):
+        return learner.features(batch, layers)
+
+
+@contextmanager
+def adapters_of(learner: Learner, tasks: Sequence[str], chosen_b: Tensor) -> Iterator[None]:
+    """Within the context each input of a batch uses the adapter of the task at its position in `tasks` and no other."""
+    used_e, adapter_b = torch.unique(chosen_b, return_inverse=True)
+    with learner.bare(), learner.routing([tasks[e] for e in used_e], adapter_b):
+        yield
