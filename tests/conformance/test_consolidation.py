@@ -274,7 +274,7 @@ def test_features_of_several_blocks_are_refused_where_there_are_none(tmp_path: P
     for name in ("color", "duallora"):
         with pytest.raises(MethodError, match=rf"consolidation\.layers = 2 does not go with method {name!r}"):
             loop_with(name, tmp_path, way)
-    with pytest.raises(BackboneError, match=r"leave consolidation\.layers at 1"):
+    with pytest.raises(BackboneError, match=r"leave `layers` at 1"):
         loop_with("finetune", tmp_path, way, World("fused_vit", "mixed"))
 
 

@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,8 +42,24 @@ from lamina.methods.base import SCENARIOS, describe
 from lamina.types import Batch, Examples
 
 on_every_method = pytest.mark.parametrize("name", [name for name in METHODS if name in CASES])
-in_every_world = pytest.mark.parametrize("world", WORLDS, ids=str)
-in_fp32 = pytest.mark.parametrize("world", [w for w in WORLDS if w.dtype == torch.float32], ids=str)
+SHORT = ("fsa", "ranpac", "slca")
+"""Methods with little code of their own. `make test` checks them in one world, `make test-slow` in all."""
+
+
+def pairs(worlds: Sequence[World]) -> list[Any]:
+    """Every method in every one of these worlds."""
+    return [
+        pytest.param(
+            name, world, marks=[pytest.mark.slow] if name in SHORT and world != HOME else [], id=f"{name}-{world}"
+        )
+        for world in worlds
+        for name in METHODS
+        if name in CASES
+    ]
+
+
+everywhere = pytest.mark.parametrize(("name", "world"), pairs(WORLDS))
+everywhere_in_fp32 = pytest.mark.parametrize(("name", "world"), pairs([w for w in WORLDS if w.dtype == torch.float32]))
 
 Walks = Callable[[str, World], Trail]
 
@@ -164,8 +181,7 @@ def test_an_unfit_scenario_is_refused_with_what_would_fit(name: str, tmp_path: P
 # ------------------------------------------------------------------------------------------------- what may move
 
 
-@in_every_world
-@on_every_method
+@everywhere
 def test_frozen_weights_stay_bit_for_bit(name: str, world: World, trail: Walks, tmp_path: Path):
     before, after = make_loop(name, world, tmp_path).learner, trail(name, world).loop.learner
     parameters, buffers = dict(before.backbone.module.named_parameters()), dict(before.backbone.module.named_buffers())
@@ -186,8 +202,7 @@ def test_frozen_weights_stay_bit_for_bit(name: str, world: World, trail: Walks, 
         assert torch.equal(layer.bias_o, before.layers[path].bias_o), path
 
 
-@in_every_world
-@on_every_method
+@everywhere
 def test_training_moves_what_is_declared_and_nothing_else(name: str, world: World, trail: Walks):
     found = trail(name, world)
     for number, task in enumerate(found.stream):
@@ -210,8 +225,7 @@ def test_training_moves_what_is_declared_and_nothing_else(name: str, world: Worl
             assert all(may_be_idle(key, CASES[name].idle, after["learner"]) for key in left), f"{task.name}: {left}"
 
 
-@in_every_world
-@on_every_method
+@everywhere
 def test_what_is_finished_never_changes(name: str, world: World, trail: Walks):
     """The factors of a finished branch, and the outputs of a finished task, except for what is declared."""
     found, kept = trail(name, world), {}
@@ -234,8 +248,7 @@ def die_when_saved_beyond(loop: Loop, start: Position, what: str) -> None:
         raise Killed
 
 
-@in_every_world
-@on_every_method
+@everywhere
 def test_every_saved_state_leads_to_the_next_one(name: str, world: World, trail: Walks, tmp_path: Path):
     """A new process that finds state k on disk comes to state k + 1 bit for bit: every phase boundary, every step."""
     found = trail(name, world)
@@ -329,8 +342,7 @@ def test_begin_and_end_can_be_done_twice(name: str, trail: Walks, tmp_path: Path
         assert all(torch.equal(first[key], second[key]) for key in first), f"{phase} of task {number}"
 
 
-@in_every_world
-@on_every_method
+@everywhere
 def test_a_saved_learner_predicts_the_same_bits(name: str, world: World, trail: Walks, tmp_path: Path):
     found = trail(name, world)
     loop = found.resumed(len(found.saved) - 1, tmp_path)
@@ -345,8 +357,7 @@ def test_a_saved_learner_predicts_the_same_bits(name: str, world: World, trail: 
 # -------------------------------------------------------------------------------------------------------- chance
 
 
-@in_every_world
-@on_every_method
+@everywhere
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
     name: str, world: World, trail: Walks, tmp_path: Path
 ):
@@ -369,8 +380,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(
 # ---------------------------------------------------------------------------------------------------- prediction
 
 
-@in_fp32
-@on_every_method
+@everywhere_in_fp32
 def test_a_prediction_does_not_depend_on_the_rest_of_its_batch(name: str, world: World, trail: Walks):
     found = trail(name, world)
     examples = found.stream.joint()[0].test
@@ -387,8 +397,7 @@ def test_a_prediction_does_not_depend_on_the_rest_of_its_batch(name: str, world:
         assert torch.equal(other_nr.argmax(1), together_nr.argmax(1))
 
 
-@in_fp32
-@on_every_method
+@everywhere_in_fp32
 def test_folding_changes_the_cost_and_not_the_prediction(name: str, world: World, trail: Walks, tmp_path: Path):
     """In the middle of a task, where a branch is live and has moved; and after the last."""
     found = trail(name, world)
@@ -403,8 +412,7 @@ def test_folding_changes_the_cost_and_not_the_prediction(name: str, world: World
         assert all(torch.equal(layer.weight_oi, weights[path]) for path, layer in loop.learner.layers.items()), "undone"
 
 
-@in_every_world
-@on_every_method
+@everywhere
 def test_prediction_gets_neither_the_task_nor_the_label(
     name: str, world: World, trail: Walks, monkeypatch: pytest.MonkeyPatch
 ):
@@ -426,8 +434,7 @@ def test_prediction_gets_neither_the_task_nor_the_label(
     assert torch.equal(scores(found.loop, batch), scores(found.loop, replace(batch, labels_b=-1 - batch.labels_b)))
 
 
-@in_every_world
-@on_every_method
+@everywhere
 def test_predictions_are_the_best_outputs(name: str, world: World, trail: Walks):
     """The matrix's last row, counted by hand from the scores; in task-incremental streams among the task's outputs only."""
     found = trail(name, world)
@@ -454,7 +461,7 @@ def test_predictions_are_the_best_outputs(name: str, world: World, trail: Walks)
 # --------------------------------------------------------------------------------------------- tasks side by side
 
 
-@in_every_world
+@pytest.mark.parametrize("world", WORLDS, ids=str)
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.independent])
 def test_tasks_said_to_be_independent_train_alone_to_the_same_bits(
     name: str, world: World, trail: Walks, tmp_path: Path
@@ -492,8 +499,7 @@ def test_what_is_not_trained_to_its_end_is_not_taken(tmp_path: Path, until: str)
 # -------------------------------------------------------------------------------------------------------- growth
 
 
-@in_every_world
-@on_every_method
+@everywhere
 def test_it_keeps_what_it_declares(name: str, world: World, trail: Walks, tmp_path: Path):
     found, case = trail(name, world), CASES[name]
     for number in range(len(found.stream)):

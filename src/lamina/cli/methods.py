@@ -16,15 +16,12 @@ def methods(
     from lamina.methods.base import describe
 
     if name is None:
-        rows = [{column: column for column in table()[0]}, *table()]
-        *columns, advice = rows[0]
-        widths = {column: max(len(row[column]) for row in rows) for column in columns}
-        for row in rows:
-            print("  ".join(row[column].ljust(widths[column]) for column in columns).rstrip())
-            print(f"    {row[advice]}")
-        print(
-            "\n`lamina methods NAME` shows one method in full. With `run --rehearsal N` it stores N more examples per class."
-        )
+        width = max(map(len, METHODS))
+        print(f"{'method'.ljust(width)}  when to use")
+        for row in table():
+            print(f"{row['method'].ljust(width)}  {row['when to use']}")
+        print("\n`lamina methods NAME` shows one method in full: paper, storage, cost, settings.")
+        print("With `run --rehearsal N` a method stores N examples per class, or N more.")
         return
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, 1)
