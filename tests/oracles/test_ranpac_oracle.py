@@ -4,7 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamina.maths.ranpac import HELD_OUT, LAMBDAS, Sums, projection, random_features, selected, solved
+from lamina.maths.classifiers import temperature
+from lamina.maths.ranpac import (
+    HELD_OUT,
+    LAMBDAS,
+    RATIOS,
+    Sums,
+    calibrated,
+    projection,
+    random_features,
+    selected,
+    solved,
+)
 
 
 def examples(seed: int, count: int, width: int = 5) -> tuple[Tensor, Tensor]:
@@ -71,3 +82,34 @@ def test_one_example_per_output_and_more_features_than_examples_have_a_solution(
     assert torch.isfinite(solved(sums, ratio, torch.arange(3))).all()
     zero = Sums.zero(50).plus(projection_md, torch.zeros(3, 5), output_n, 3)
     assert not solved(zero, LAMBDAS[0], torch.arange(3)).any()
+
+
+def test_scores_with_an_example_left_out_are_those_of_a_fit_without_it():
+    """λ and τ by leaving every example out for real, and fitting again."""
+    projection_md = projection(20, 5, torch.Generator().manual_seed(1))
+    (old_nd, old_n), (new_nd, new_n) = examples(2, 40), examples(3, 30)
+    new_nd = new_nd + 1.5 * torch.randn(30, 5, generator=torch.Generator().manual_seed(8))
+    sums = Sums.zero(20).plus(projection_md, old_nd, old_n, 3).plus(projection_md, new_nd, new_n, 3)
+    features_nd, output_n = torch.cat([old_nd, new_nd]), torch.cat([old_n, new_n + 3])
+    phi_nm = random_features(features_nd, projection_md).double()
+    targets_nj = torch.eye(6).double()[output_n]
+    gram_mm = phi_nm.T @ phi_nm
+    best = (float("inf"), 0.0, torch.zeros(0))
+    for ratio in RATIOS:
+        penalty_mm = ratio * gram_mm.diagonal().mean() * torch.eye(20).double()
+        rows = []
+        for i in range(40, 70):
+            others = [n for n in range(70) if n != i]
+            weight_mj = torch.linalg.solve(
+                phi_nm[others].T @ phi_nm[others] + penalty_mm, phi_nm[others].T @ targets_nj[others]
+            )
+            rows.append(phi_nm[i] @ weight_mj)
+        left_nj = torch.stack(rows)
+        tau = temperature(left_nj, output_n[40:])
+        cost = float(torch.nn.functional.cross_entropy(left_nj / tau, output_n[40:]))
+        best = min(
+            best, (cost, tau, torch.linalg.solve(gram_mm + penalty_mm, phi_nm.T @ targets_nj)), key=lambda one: one[0]
+        )
+    found = calibrated(sums, projection_md, new_nd, new_n + 3)
+    assert found.temperature == pytest.approx(best[1], rel=1e-3)
+    torch.testing.assert_close(found.weight_mj, best[2], rtol=1e-3, atol=1e-5)

@@ -19,6 +19,13 @@ Established: the equations, R, the grid of λ and its selection, read in the rel
 every fifth example is held out, where the code takes the last fifth of the shuffled task; at most `MOST` examples select λ; G
 is float32, as there, but solved in float64; a λ for which the rounded matrix is not positive definite is skipped.
 
+`calibrated` is ours: λ, and a temperature τ that makes softmax(s / τ) a probability, by leave-one-out on the newest examples.
+Leaving example i out of all sums changes its own scores to
+
+    s_i' = (s_i - h_i y_i) / (1 - h_i),   h_i = φ_i^T (G + λ I)^{-1} φ_i
+
+which is exact for least squares (Allen, Technometrics 1974: PRESS), so no example has to be held out.
+
 Shape letters: n examples, d width, j outputs of the head, m random features.
 """
 
@@ -28,11 +35,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lamina.maths.classifiers import temperature
+
 LAMBDAS = tuple(10.0**power for power in range(-8, 9))
 HELD_OUT = 5
 """Every fifth example is held out to select λ."""
 MOST = 5000
 """Examples that select λ."""
+RATIOS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+"""The λ of `calibrated`, in units of the mean of G's diagonal."""
+LEFT_OUT = 1000
+"""Examples that are left out, one at a time."""
 PART = 2048
 """Examples whose random features are held at a time."""
 
@@ -107,3 +120,36 @@ def solved(sums: Sums, ratio: float, class_j: Tensor) -> Tensor:
         if not failed:
             break
     return torch.cholesky_solve(sums.cross_mj @ same_jj, factor_mm).contiguous()
+
+
+class Calibrated(NamedTuple):
+    """A solution whose softmax(φ^T V / τ) is a probability of every output."""
+
+    weight_mj: Tensor
+    """V, float64"""
+    temperature: float
+    """τ"""
+
+
+def calibrated(sums: Sums, projection_md: Tensor, features_nd: Tensor, output_n: Tensor) -> Calibrated:
+    """Returns V and τ for the λ with the smallest cross-entropy of the newest examples, each left out of the sums.
+
+    features_nd, output_n: of the newest examples, which are in the sums; their positions among all outputs. At most `LEFT_OUT`
+    evenly spaced ones are left out.
+    """
+    taken_n = torch.linspace(0, len(output_n) - 1, min(LEFT_OUT, len(output_n))).long()
+    output_n, phi_nm = output_n[taken_n], random_features(features_nd[taken_n], projection_md).double()
+    gram_mm, identity_mm = sums.gram_mm.double(), torch.eye(len(sums.gram_mm), dtype=torch.float64)
+    mean = float(gram_mm.diagonal().mean()) or 1.0
+    found: list[tuple[float, Calibrated]] = []
+    for ratio in RATIOS:
+        factor_mm, failed = torch.linalg.cholesky_ex(gram_mm + ratio * mean * identity_mm)
+        if failed:  # of the rounding of G
+            continue
+        weight_mj = torch.cholesky_solve(sums.cross_mj, factor_mm).contiguous()
+        leverage_n1 = (torch.cholesky_solve(phi_nm.T, factor_mm).T * phi_nm).sum(1, keepdim=True)
+        targets_nj = F.one_hot(output_n, weight_mj.shape[1])
+        left_nj = (phi_nm @ weight_mj - leverage_n1 * targets_nj) / (1 - leverage_n1).clamp_min(1e-6)
+        tau = temperature(left_nj, output_n)
+        found.append((float(F.cross_entropy(left_nj / tau, output_n)), Calibrated(weight_mj, tau)))
+    return min(found, key=lambda pair: pair[0])[1]
