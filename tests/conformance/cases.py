@@ -161,7 +161,12 @@ CASES: dict[str, Case] = {
         fold="constant",
     ),
     "color": Case(settings={"rank": 3, "clusters": 2}, stored=one_per_task, branches="linear", memory="linear"),
-    "posterior": Case(settings={"rank": 3, "layers": 1}, stored=one_per_task, branches="linear", memory="linear"),
+    "posterior": Case(
+        settings={"rank": 3, "layers": 1, "random_features": 24},
+        stored=one_per_task,
+        branches="linear",
+        memory="linear",
+    ),
     "sora": Case(
         settings={"rank": 5, "lam": 30, "warmup": 0.5, "gate_start": "normal"},
         moves=(*LORA, "live/.*/TASK/gate"),

@@ -17,16 +17,17 @@ from lamina.engine.loop import Loop
 from lamina.learner import Learner
 from lamina.maths import classifiers
 from lamina.maths.class_statistics import of_features
+from lamina.maths.ranpac import RATIOS
 from lamina.methods.posterior import Posterior, PosteriorConfig, factors
 from lamina.types import Batch, Examples
 
 
-def run(folder: Path, scenario: str, layers: int) -> Loop:
+def run(folder: Path, scenario: str, layers: int, random_features: int = 24) -> Loop:
     data = tiny_images(144, 6, 3)
     plan = class_plan(data, 3) if scenario == "class" else domain_plan(data)
     loop = Loop(
         learner=Learner(tiny_vit(blocks=2), ("q", "v")),
-        method=Posterior(PosteriorConfig(rank=3, layers=layers), None),
+        method=Posterior(PosteriorConfig(rank=3, layers=layers, random_features=random_features), None),
         stream=make_stream(data, plan, scenario, per_class=6),
         training=TRAINING,
         evaluation=EVALUATION,
@@ -57,10 +58,32 @@ def features(loop: Loop, batch: Batch, task: str | None) -> Tensor:
     return found_bd.double()
 
 
-@pytest.mark.parametrize("layers", [1, 2])
+def by_ridge(loop: Loop, train_nd: Tensor, output_n: Tensor, frozen_bd: Tensor) -> Tensor:
+    """log softmax of the least squares on random features, at the λ and τ that the method found."""
+    kept = loop.method.part("ridge")
+    first = loop.stream[0]
+    own_nd = train_nd[: len(first.train)]
+    spread_d = (own_nd - own_nd.mean(0)).square().mean(0).sqrt()
+    phi_nm, phi_bm = (
+        (((part - own_nd.mean(0)) / spread_d) @ kept["projection_md"].double().T).clamp_min(0)
+        for part in (train_nd, frozen_bd)
+    )
+    gram_mm, targets_nj = phi_nm.T @ phi_nm, torch.eye(int(output_n.max()) + 1).double()[output_n]
+    solutions = [
+        torch.linalg.solve(
+            gram_mm + ratio * gram_mm.diagonal().mean() * torch.eye(len(gram_mm)).double(), phi_nm.T @ targets_nj
+        )
+        for ratio in RATIOS
+    ]
+    nearest = min(solutions, key=lambda weight_mj: float((weight_mj - kept["weight_mj"]).abs().max()))
+    torch.testing.assert_close(kept["weight_mj"], nearest, rtol=1e-2, atol=1e-4)
+    return (phi_bm @ nearest / kept["temperature"]).log_softmax(1)
+
+
+@pytest.mark.parametrize(("layers", "random_features"), [(1, 24), (2, 24), (2, 0)])
 @pytest.mark.parametrize("scenario", ["class", "domain"])
-def test_scores_are_the_task_times_what_is_within_it(scenario: str, layers: int, tmp_path: Path):
-    loop = run(tmp_path, scenario, layers)
+def test_scores_are_the_task_times_what_is_within_it(scenario: str, layers: int, random_features: int, tmp_path: Path):
+    loop = run(tmp_path, scenario, layers, random_features)
     learner, method, stream = loop.learner, loop.method, loop.stream
     train = [whole(task.train) for task in stream]
     local = [
@@ -68,14 +91,9 @@ def test_scores_are_the_task_times_what_is_within_it(scenario: str, layers: int,
     ]
     counts = [len(task.classes) for task in stream]
     starts = [sum(counts[:t]) for t in range(3)]
-    router = classifiers.lda(
-        of_features(
-            torch.cat([features(loop, batch, None) for batch in train]),
-            torch.cat([labels_n + start for labels_n, start in zip(local, starts, strict=True)]),
-            sum(counts),
-            blocks=layers,
-        )
-    )
+    train_nd = torch.cat([features(loop, batch, None) for batch in train])
+    output_n = torch.cat([labels_n + start for labels_n, start in zip(local, starts, strict=True)])
+    router = classifiers.lda(of_features(train_nd, output_n, sum(counts), blocks=layers))
     within = [
         classifiers.lda(of_features(features(loop, batch, task.name), labels_n, len(task.classes), blocks=layers))
         for task, batch, labels_n in zip(stream, train, local, strict=True)
@@ -88,7 +106,10 @@ def test_scores_are_the_task_times_what_is_within_it(scenario: str, layers: int,
     with learner.folded():
         found_bj = method.predict(learner, batch)
         aware = [method.predict_task_aware(learner, batch, task.name) for task in stream]
-    frozen_bj = router.scores(features(loop, batch, None))
+    frozen_bd = features(loop, batch, None)
+    frozen_bj = router.scores(frozen_bd).log_softmax(1)
+    if random_features:
+        frozen_bj = (frozen_bj + by_ridge(loop, train_nd, output_n, frozen_bd)) / 2
     chosen: set[int] = set()
     for b in range(len(batch)):
         log_j = frozen_bj[b].log_softmax(0)
@@ -105,9 +126,10 @@ def test_scores_are_the_task_times_what_is_within_it(scenario: str, layers: int,
                 .double()
                 .log_softmax(0)
             )
-            adapted_c = (within[t].scores(f_1d)[0].log_softmax(0) + head_c) / 2
+            router_c = log_j[part] - log_t[t]
+            adapted_c = (within[t].scores(f_1d)[0].log_softmax(0) + head_c + router_c) / 3
             adapted_c = adapted_c - adapted_c.logsumexp(0)
-            own_c = adapted_c if t == best else log_j[part] - log_t[t]
+            own_c = adapted_c if t == best else router_c
             torch.testing.assert_close(found_bj[b, part].double(), log_t[t] + own_c, rtol=1e-3, atol=1e-3)
             torch.testing.assert_close(aware[t][b, part].double(), adapted_c, rtol=1e-3, atol=1e-3)
     assert len(chosen) > 1
@@ -123,11 +145,11 @@ def test_scores_that_are_far_apart_have_finite_factors():
 
 
 def test_what_is_learnt_later_changes_no_adapter(tmp_path: Path):
-    """The bits of a task-aware prediction stay, and the statistics that infer the task only grow."""
+    """Nor what is known of the earlier examples; it only grows."""
     loop = run(tmp_path / "a", "class", 2)
     first = Loop(
         learner=Learner(tiny_vit(blocks=2), ("q", "v")),
-        method=Posterior(PosteriorConfig(rank=3, layers=2), None),
+        method=Posterior(PosteriorConfig(rank=3, layers=2, random_features=24), None),
         stream=loop.stream.first(1),
         training=TRAINING,
         evaluation=EVALUATION,
@@ -135,10 +157,9 @@ def test_what_is_learnt_later_changes_no_adapter(tmp_path: Path):
         checkpoints=tmp_path / "b",
     )
     first.run()
-    batch, task = whole(loop.stream[0].test), loop.stream[0]
-    with loop.learner.folded(), first.learner.folded():
-        later_bj = loop.method.predict_task_aware(loop.learner, batch, task.name)
-        then_bj = first.method.predict_task_aware(first.learner, batch, task.name)
-    assert torch.equal(later_bj[:, : len(task.classes)], then_bj)
-    means_jd = loop.method.memory["statistics/means_jd"]
-    assert torch.equal(means_jd[: len(task.classes)], first.method.memory["statistics/means_jd"])
+    then, later = (one.learner.tensors() | one.method.part(f"adapted/{loop.stream[0].name}") for one in (first, loop))
+    assert all(torch.equal(later[key], value) for key, value in then.items())
+    for part, rows in (("statistics", "means_jd"), ("statistics", "counts_j"), ("sums", "cross_mj")):
+        before, after = (one.method.part(part)[rows] for one in (first, loop))
+        kept = after[:, : before.shape[1]] if rows == "cross_mj" else after[: len(before)]
+        assert torch.equal(kept, before), rows

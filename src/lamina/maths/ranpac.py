@@ -42,9 +42,9 @@ HELD_OUT = 5
 """Every fifth example is held out to select λ."""
 MOST = 5000
 """Examples that select λ."""
-RATIOS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+RATIOS = (1e-1, 1e-2, 1e-3, 1e-4)
 """The λ of `calibrated`, in units of the mean of G's diagonal."""
-LEFT_OUT = 1000
+LEFT_OUT = 500
 """Examples that are left out, one at a time."""
 PART = 2048
 """Examples whose random features are held at a time."""

@@ -2,28 +2,31 @@
 
     p(j | x) = p(t | x) p(j | t, x)                     j an output of task t
 
-    p(t | x)      sum over the outputs j of t of softmax_j s(f(x)),   f: features of the backbone alone
-    p(j | t, x)   for the most probable task: softmax over its outputs of ½ (log softmax s_t + log softmax h_t)(f_t(x))
-                  for the others:             softmax over their outputs of s(f(x))
-    s, s_t        linear discriminants: of all outputs on f; of the outputs of t on f_t, the features through its adapter
-    h_t           the outputs of the head that were trained with the adapter
+    q(j | x)      softmax over all outputs of ½ (log softmax s + log softmax r / τ)(f(x)),   f: features of the backbone alone
+    p(t | x)      sum of q(j | x) over the outputs j of t
+    p(j | t, x)   for the most probable task: softmax over its outputs of ⅓ (log s_t + log h_t + log q(j | x) / p(t | x))
+                  for the others:             q(j | x) / p(t | x)
+    s, r          linear discriminant on f; least squares on random features of f, with its temperature τ (`maths/ranpac.py`)
+    s_t, h_t      softmax of the linear discriminant of t, and of the outputs of the head that were trained with its adapter,
+                  both on f_t, the features through that adapter
 
-Nothing here ever changes when a later task is learnt, but s, whose statistics are sums. So there is no drift and no
-forgetting: a task loses only what it is mistaken for. Tasks may be trained in any order, or side by side.
+Nothing here ever changes when a later task is learnt, but s and r, which are fitted to sums over all examples. So there is no
+drift and no forgetting: a task loses only what it is mistaken for. Tasks may be trained in any order, or side by side.
 
 The factors are those of Kim et al., *A Theoretical Study on Solving Continual Learning* (NeurIPS 2022, arXiv 2211.02633):
 class-incremental learning needs prediction within a task and the inference of the task, and these suffice. An adapter for
-every task, selected per input, is CoLoR's (`methods/color.py`). Ours: the discriminant of all outputs as p(t | x), instead of
-the nearest centroid; its conditional for the tasks not selected, so that the choice of a task is not final; the mean of s_t and
-h_t.
+every task, selected per input, is CoLoR's (`methods/color.py`). Ours: q, instead of the nearest centroid; its conditional for
+the tasks not selected, so that the choice of a task is not final; the mean of the three conditionals.
 
     here                     shape       what
     router/weight_jd, bias_j (j, d)      s
+    ridge/...                            r: the projection, its solution and τ; centre and scale of f in the first task
+    sums/...                             of the random features of f: G (m, m), C (m, j)
     adapted/<task>/...       (c, d)      s_t
     statistics/...                       of f: means (j, d), counts (j,), one scatter (d, d)
 
 Shape letters: b batch, n examples, d width (of several blocks side by side), j outputs of the head, c outputs of a task,
-t tasks.
+t tasks, m random features.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,13 +36,16 @@ from pydantic import Field
 from torch import Tensor
 
 from lamina.learner import Learner, local_labels
-from lamina.maths import classifiers
+from lamina.maths import classifiers, ranpac
 from lamina.maths.class_statistics import Statistics, concatenated, of_features
 from lamina.maths.classifiers import LinearClassifier
 from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal
 from lamina.methods.routed import through_adapters
+from lamina.rng import seed_of
 from lamina.types import Batch, Task
 
+SMALLEST = 1e-6
+"""Least standard deviation of a feature."""
 ALONE = "every adapter is trained alone, and selected per input"
 
 
@@ -48,6 +54,8 @@ class PosteriorConfig(MethodConfig):
     """Rank of the adapter of each task in every adapted layer."""
     layers: int = Field(4, ge=1)
     """How many of the last blocks give the discriminants their features (all blocks if there are fewer)."""
+    random_features: int = Field(4096, ge=0)
+    """M: number of random features that infer the task, too; 0: the linear discriminant alone. They take 4 M² bytes."""
 
 
 class Posterior(Method[PosteriorConfig]):
@@ -59,18 +67,17 @@ class Posterior(Method[PosteriorConfig]):
         venue="NeurIPS 2022; this library, 2026",
         link="https://arxiv.org/abs/2211.02633",
         departures=(
-            Departure("the task is inferred by a linear discriminant of all outputs on the frozen backbone", "ours"),
-            Departure(
-                "the selected task's classes are told apart by a discriminant and a head, on equal terms", "ours"
-            ),
+            Departure("classifiers of all outputs on the frozen backbone infer the task", "ours", "random_features"),
+            Departure("within the selected task three classifiers count equally", "ours"),
         ),
     )
     needs = Needs(
         per_task="an adapter, a mean per class",
-        storage="One adapter of rank r per adapted layer and task. A mean, a count and two classifier outputs per class and "
-        "task; one scatter matrix.",
+        storage="One adapter of rank r per adapted layer and task. A mean, a count, two classifier outputs and two vectors of "
+        "random features per class and task; one scatter matrix, and one Gram matrix of the random features (67 MB).",
         prediction="linear",
-        extra="A prediction takes two passes. One pass over the data after every task, through both models.",
+        extra="A prediction takes two passes. After every task: one pass over its data through both models, and four linear "
+        "systems in as many unknowns as there are random features.",
     )
     config_type = PosteriorConfig
     refuses = (
@@ -106,6 +113,30 @@ class Posterior(Method[PosteriorConfig]):
         self.keep(learner, "statistics", statistics.tensors())
         self.keep(learner, "router", classifiers.lda(statistics).tensors())
         self.keep(learner, f"adapted/{task.name}", classifiers.lda(of_task).tensors())
+        if self.config.random_features:
+            self.add_random_features(learner, torch.cat(frozen), output_n, len(task.classes))
+
+    def add_random_features(self, learner: Learner, features_nd: Tensor, output_n: Tensor, outputs: int) -> None:
+        """Add the random features of a task's examples to the sums, and solve for r. output_n: among the task's outputs."""
+        kept = {key: value.cpu() for key, value in self.part("ridge").items()}
+        if not kept:
+            generator = torch.Generator().manual_seed(seed_of("projection", torch.initial_seed()))
+            width = self.config.random_features
+            kept = {
+                "projection_md": ranpac.projection(width, features_nd.shape[1], generator),
+                "centre_d": features_nd.mean(0),
+                "scale_d": features_nd.std(0, correction=0).clamp_min(SMALLEST),
+            }
+        projection_md, scaled_nd = kept["projection_md"], (features_nd - kept["centre_d"]) / kept["scale_d"]
+        sums = self.part("sums")
+        old = (
+            ranpac.Sums(sums["gram_mm"].cpu(), sums["cross_mj"].cpu()) if sums else ranpac.Sums.zero(len(projection_md))
+        )
+        found = old.plus(projection_md, scaled_nd, output_n, outputs)
+        solved = ranpac.calibrated(found, projection_md, scaled_nd, output_n + old.cross_mj.shape[1])
+        self.keep(learner, "sums", found._asdict())
+        tau = torch.tensor(solved.temperature, dtype=torch.float64)
+        self.keep(learner, "ridge", kept | {"weight_mj": solved.weight_mj, "temperature": tau})
 
     def features(self, learner: Learner, batch: Batch) -> Tensor:
         """Returns the features (b, d) of the backbone alone."""
@@ -113,12 +144,9 @@ class Posterior(Method[PosteriorConfig]):
             return learner.features(batch, self.config.layers)
 
     def predict(self, learner: Learner, batch: Batch) -> Tensor:
-        tasks = self.learnt(learner)
-        task_j = self.task_of_outputs(learner, tasks)
-        scores_bj = self.classifier("router").scores(self.features(learner, batch))
-        log_bt, within_bj = factors(scores_bj, task_j[task_j >= 0], len(tasks))
-        chosen_b = log_bt.argmax(1)
-        within_bj = self.refined(learner, batch, tasks, chosen_b, padded(within_bj, task_j))
+        log_bt, within_bj = self.routed(learner, batch)
+        within_bj = self.refined(learner, batch, log_bt.argmax(1), within_bj)
+        task_j = self.task_of_outputs(learner)
         return (padded(log_bt[:, task_j[task_j >= 0]], task_j) + within_bj).float()
 
     def predict_task_aware(self, learner: Learner, batch: Batch, task: str) -> Tensor:
@@ -126,21 +154,31 @@ class Posterior(Method[PosteriorConfig]):
         if task not in tasks:
             return self.predict(learner, batch)
         chosen_b = torch.full_like(batch.labels_b, tasks.index(task))
-        nothing_bj = torch.full((len(batch), len(learner.outputs)), -torch.inf, device=learner.device).double()
-        return self.refined(learner, batch, tasks, chosen_b, nothing_bj).float()
+        return self.refined(learner, batch, chosen_b, self.routed(learner, batch)[1]).float()
 
-    def refined(
-        self, learner: Learner, batch: Batch, tasks: Sequence[str], chosen_b: Tensor, within_bj: Tensor
-    ) -> Tensor:
+    def routed(self, learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns log p(t | x), (b, t), and log q(j | x) / p(t | x), (b, j), of the backbone alone; float64."""
+        features_bd, task_j = self.features(learner, batch), self.task_of_outputs(learner)
+        scores_bj = self.classifier("router").scores(features_bd).log_softmax(1)
+        if ridge := self.part("ridge"):
+            scaled_bd = (features_bd - ridge["centre_d"]) / ridge["scale_d"]
+            by_ridge = ranpac.random_features(scaled_bd, ridge["projection_md"]).double() @ ridge["weight_mj"]
+            scores_bj = (scores_bj + (by_ridge / ridge["temperature"]).log_softmax(1)) / 2
+        log_bt, within_bj = factors(scores_bj, task_j[task_j >= 0], len(self.learnt(learner)))
+        return log_bt, padded(within_bj, task_j)
+
+    def refined(self, learner: Learner, batch: Batch, chosen_b: Tensor, within_bj: Tensor) -> Tensor:
         """Returns log p(j | t, x), (b, j) float64, for the chosen task by its adapter. within_bj: by the router."""
+        tasks = self.learnt(learner)
         features_bd = self.through(learner, batch, tasks, chosen_b)
         head_bj = learner.head(features_bd[:, -learner.backbone.width :]).double()
-        task_j, within_bj = self.task_of_outputs(learner, tasks), within_bj.clone()
+        task_j, within_bj = self.task_of_outputs(learner), within_bj.clone()
         for t in set(chosen_b.tolist()):
             rows_b, own_j = chosen_b == t, task_j == t
             by_lda = self.classifier(f"adapted/{tasks[t]}").scores(features_bd[rows_b]).log_softmax(1)
-            both = (by_lda + head_bj[rows_b][:, own_j].log_softmax(1)) / 2
-            within_bj[rows_b.nonzero(), own_j.nonzero()[:, 0]] = both.log_softmax(1)
+            place = rows_b.nonzero(), own_j.nonzero()[:, 0]
+            three = (by_lda + head_bj[rows_b][:, own_j].log_softmax(1) + within_bj[place]) / 3
+            within_bj[place] = three.log_softmax(1)
         return within_bj
 
     # -- parts ----------------------------------------------------------------------------------------------------------
@@ -156,9 +194,9 @@ class Posterior(Method[PosteriorConfig]):
         """Returns the tasks that have ended, in their order."""
         return [task for task in learner.head.tasks if f"adapted/{task}/weight_jd" in self.memory]
 
-    def task_of_outputs(self, learner: Learner, tasks: Sequence[str]) -> Tensor:
-        """Returns the position (j,) among `tasks` of the task of every output, -1 for one that has not ended."""
-        position = {task: t for t, task in enumerate(tasks)}
+    def task_of_outputs(self, learner: Learner) -> Tensor:
+        """Returns the position (j,) of the task of every output among those that have ended, -1 for others."""
+        position = {task: t for t, task in enumerate(self.learnt(learner))}
         return torch.tensor([position.get(output.task, -1) for output in learner.outputs], device=learner.device)
 
     def part(self, name: str) -> dict[str, Tensor]:
@@ -174,7 +212,9 @@ class Posterior(Method[PosteriorConfig]):
 
     def memory_bound(self, learner: Learner) -> int:
         outputs, width = len(learner.outputs), self.blocks(learner) * learner.backbone.width
-        return 8 * (3 * outputs * (width + 1) + width**2)
+        m = self.config.random_features
+        of_random = 4 * m**2 + 16 * m * outputs + 4 * (m + 2) * width + 8 if m else 0
+        return 8 * (3 * outputs * (width + 1) + width**2) + of_random
 
 
 def factors(scores_bj: Tensor, task_j: Tensor, tasks: int) -> tuple[Tensor, Tensor]:
