@@ -2,16 +2,16 @@
 
     p(j | x) = p(t | x) p(j | t, x)                     j an output of task t
 
-    q(j | x)      softmax over all outputs of ½ (log softmax s + log softmax r / τ)(f(x)),   f: features of the backbone alone
+    q(j | x)      softmax over all outputs of r(f(x)) / τ,   f: features of the backbone alone
     p(t | x)      sum of q(j | x) over the outputs j of t
     p(j | t, x)   for the most probable task: softmax over its outputs of ⅓ (log s_t + log h_t + log q(j | x) / p(t | x))
                   for the others:             q(j | x) / p(t | x)
-    s, r          linear discriminant on f; least squares on random features of f, with its temperature τ (`maths/ranpac.py`)
+    r, τ          least squares on random features of f, and its temperature (`calibrated` in `maths/ranpac.py`)
     s_t, h_t      softmax of the linear discriminant of t, and of the outputs of the head that were trained with its adapter,
                   both on f_t, the features through that adapter
 
-Nothing here ever changes when a later task is learnt, but s and r, which are fitted to sums over all examples. So there is no
-drift and no forgetting: a task loses only what it is mistaken for. Tasks may be trained in any order, or side by side.
+Nothing here ever changes when a later task is learnt, but r, which is fitted to sums over all examples. So there is no drift
+and no forgetting: a task loses only what it is mistaken for. Tasks may be trained in any order, or side by side.
 
 The factors are those of Kim et al., *A Theoretical Study on Solving Continual Learning* (NeurIPS 2022, arXiv 2211.02633):
 class-incremental learning needs prediction within a task and the inference of the task, and these suffice. An adapter for
@@ -19,11 +19,9 @@ every task, selected per input, is CoLoR's (`methods/color.py`). Ours: q, instea
 the tasks not selected, so that the choice of a task is not final; the mean of the three conditionals.
 
     here                     shape       what
-    router/weight_jd, bias_j (j, d)      s
     ridge/...                            r: the projection, its solution and τ; centre and scale of f in the first task
     sums/...                             of the random features of f: G (m, m), C (m, j)
     adapted/<task>/...       (c, d)      s_t
-    statistics/...                       of f: means (j, d), counts (j,), one scatter (d, d)
 
 Shape letters: b batch, n examples, d width (of several blocks side by side), j outputs of the head, c outputs of a task,
 t tasks, m random features.
@@ -37,7 +35,7 @@ from torch import Tensor
 
 from lamina.learner import Learner, local_labels
 from lamina.maths import classifiers, ranpac
-from lamina.maths.class_statistics import Statistics, concatenated, of_features
+from lamina.maths.class_statistics import of_features
 from lamina.maths.classifiers import LinearClassifier
 from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal
 from lamina.methods.routed import through_adapters
@@ -54,8 +52,8 @@ class PosteriorConfig(MethodConfig):
     """Rank of the adapter of each task in every adapted layer."""
     layers: int = Field(4, ge=1)
     """How many of the last blocks give the discriminants their features (all blocks if there are fewer)."""
-    random_features: int = Field(4096, ge=0)
-    """M: number of random features that infer the task, too; 0: the linear discriminant alone. They take 4 M² bytes."""
+    random_features: int = Field(4096, ge=1)
+    """M: number of random features that infer the task. They take 4 M² bytes."""
 
 
 class Posterior(Method[PosteriorConfig]):
@@ -67,14 +65,14 @@ class Posterior(Method[PosteriorConfig]):
         venue="NeurIPS 2022; this library, 2026",
         link="https://arxiv.org/abs/2211.02633",
         departures=(
-            Departure("classifiers of all outputs on the frozen backbone infer the task", "ours", "random_features"),
+            Departure("random features of the frozen backbone infer the task", "ours", "random_features"),
             Departure("within the selected task three classifiers count equally", "ours"),
         ),
     )
     needs = Needs(
-        per_task="an adapter, a mean per class",
-        storage="One adapter of rank r per adapted layer and task. A mean, a count, two classifier outputs and two vectors of "
-        "random features per class and task; one scatter matrix, and one Gram matrix of the random features (67 MB).",
+        per_task="an adapter, two vectors per class",
+        storage="One adapter of rank r per adapted layer and task. A classifier output and two vectors of random features per "
+        "class and task; one Gram matrix of the random features (67 MB).",
         prediction="linear",
         extra="A prediction takes two passes. After every task: one pass over its data through both models, and four linear "
         "systems in as many unknowns as there are random features.",
@@ -107,14 +105,8 @@ class Posterior(Method[PosteriorConfig]):
                 outputs.append(local_labels(task, batch.labels_b).cpu())
         output_n, blocks = torch.cat(outputs), self.blocks(learner)
         of_task = of_features(torch.cat(adapted), output_n, len(task.classes), blocks=blocks)
-        statistics = of_features(torch.cat(frozen), output_n, len(task.classes), blocks=blocks)
-        if kept := self.part("statistics"):
-            statistics = concatenated(Statistics.of_tensors(kept, blocks), statistics)
-        self.keep(learner, "statistics", statistics.tensors())
-        self.keep(learner, "router", classifiers.lda(statistics).tensors())
         self.keep(learner, f"adapted/{task.name}", classifiers.lda(of_task).tensors())
-        if self.config.random_features:
-            self.add_random_features(learner, torch.cat(frozen), output_n, len(task.classes))
+        self.add_random_features(learner, torch.cat(frozen), output_n, len(task.classes))
 
     def add_random_features(self, learner: Learner, features_nd: Tensor, output_n: Tensor, outputs: int) -> None:
         """Add the random features of a task's examples to the sums, and solve for r. output_n: among the task's outputs."""
@@ -158,17 +150,14 @@ class Posterior(Method[PosteriorConfig]):
 
     def routed(self, learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns log p(t | x), (b, t), and log q(j | x) / p(t | x), (b, j), of the backbone alone; float64."""
-        features_bd, task_j = self.features(learner, batch), self.task_of_outputs(learner)
-        scores_bj = self.classifier("router").scores(features_bd).log_softmax(1)
-        if ridge := self.part("ridge"):
-            scaled_bd = (features_bd - ridge["centre_d"]) / ridge["scale_d"]
-            by_ridge = ranpac.random_features(scaled_bd, ridge["projection_md"]).double() @ ridge["weight_mj"]
-            scores_bj = (scores_bj + (by_ridge / ridge["temperature"]).log_softmax(1)) / 2
-        log_bt, within_bj = factors(scores_bj, task_j[task_j >= 0], len(self.learnt(learner)))
+        ridge, task_j = self.part("ridge"), self.task_of_outputs(learner)
+        scaled_bd = (self.features(learner, batch) - ridge["centre_d"]) / ridge["scale_d"]
+        scores_bj = ranpac.random_features(scaled_bd, ridge["projection_md"]).double() @ ridge["weight_mj"]
+        log_bt, within_bj = factors(scores_bj / ridge["temperature"], task_j[task_j >= 0], len(self.learnt(learner)))
         return log_bt, padded(within_bj, task_j)
 
     def refined(self, learner: Learner, batch: Batch, chosen_b: Tensor, within_bj: Tensor) -> Tensor:
-        """Returns log p(j | t, x), (b, j) float64, for the chosen task by its adapter. within_bj: by the router."""
+        """Returns log p(j | t, x), (b, j) float64, for the chosen task by its adapter. within_bj: of the backbone alone."""
         tasks = self.learnt(learner)
         features_bd = self.through(learner, batch, tasks, chosen_b)
         head_bj = learner.head(features_bd[:, -learner.backbone.width :]).double()
@@ -213,8 +202,7 @@ class Posterior(Method[PosteriorConfig]):
     def memory_bound(self, learner: Learner) -> int:
         outputs, width = len(learner.outputs), self.blocks(learner) * learner.backbone.width
         m = self.config.random_features
-        of_random = 4 * m**2 + 16 * m * outputs + 4 * (m + 2) * width + 8 if m else 0
-        return 8 * (3 * outputs * (width + 1) + width**2) + of_random
+        return 4 * m**2 + 16 * m * outputs + 4 * (m + 2) * width + 8 + 8 * outputs * (width + 1)
 
 
 def factors(scores_bj: Tensor, task_j: Tensor, tasks: int) -> tuple[Tensor, Tensor]:
