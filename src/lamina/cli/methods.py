@@ -21,7 +21,7 @@ def methods(
         for row in table():
             print(f"{row['method'].ljust(width)}  {row['when to use']}")
         print("\n`lamina methods NAME` shows one method in full: paper, storage, cost, settings.")
-        print("With `run --rehearsal N` a method stores N examples per class, or N more.")
+        print("With `run --rehearsal N` it stores N more examples per class.")
         return
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, 1)
