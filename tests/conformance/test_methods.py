@@ -42,8 +42,8 @@ from lamina.methods.base import SCENARIOS, describe
 from lamina.types import Batch, Examples
 
 on_every_method = pytest.mark.parametrize("name", [name for name in METHODS if name in CASES])
-SHORT = ("fsa", "ranpac", "slca")
-"""Methods with little code of their own. `make test` checks them in one world, `make test-slow` in all."""
+SHORT = ("fsa", "ranpac", "slca", "posterior")
+"""Methods that treat all backbones alike. `make test` checks them in one world, `make test-slow` in all."""
 
 
 def pairs(worlds: Sequence[World]) -> list[Any]:
