@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +110,8 @@ class Loop:
         check_rehearsal(self.rehearsal, type(method))
         check_language(learner, method, stream.scenario)
         self.learner, self.method, self.stream = learner, method, stream
-        method.working = self._working
+        working = WeakMethod(self._working)  # not a cycle: what a loop has mapped is freed with it
+        method.working = lambda done, total: (found := working()) and found(done, total)
         self.training, self.evaluation, self.seed = training, evaluation, seed
         self.checkpoints, self.checkpoint_seconds = checkpoints, checkpoint_seconds
         self.identity = {"format": str(FORMAT)} | dict(identity or {})
