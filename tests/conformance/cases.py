@@ -95,6 +95,15 @@ def one_per_task(learner: Learner, tasks: int) -> int:
     return tasks * adapter_numbers(learner, 3) + head_numbers(learner)
 
 
+FIRST_SESSION = Case(
+    settings={"rank": 3},
+    moves=SHARED_LORA,
+    of_data=("head/.*/bias",),  # zero: means are compared by their cosine
+    stored=one_adapter,
+    branches="constant",
+    fold="constant",
+    consolidation="linear",
+)
 CASES: dict[str, Case] = {
     "inflora": Case(
         settings={"rank": 3, "epsilon": 0.9},
@@ -114,24 +123,8 @@ CASES: dict[str, Case] = {
         full={"rank": 32},  # the merged weights have full rank after two tasks
     ),
     "prototype": Case(moves=(), random=False, stored=lambda learner, _: head_numbers(learner), branches="none"),
-    "fsa": Case(
-        settings={"rank": 3},
-        moves=SHARED_LORA,
-        of_data=("head/.*/bias",),  # zero: means are compared by their cosine
-        stored=one_adapter,
-        branches="constant",
-        fold="constant",
-        consolidation="linear",
-    ),
-    "ranpac": Case(
-        settings={"rank": 3},
-        moves=SHARED_LORA,
-        of_data=("head/.*/bias",),  # zero: means are compared by their cosine
-        stored=one_adapter,
-        branches="constant",
-        fold="constant",
-        consolidation="linear",
-    ),
+    "fsa": FIRST_SESSION,
+    "ranpac": FIRST_SESSION,
     "slca": Case(
         moves=("live/.*/shared/up", *OUTPUTS),
         of_data=("live/.*/shared/down",),

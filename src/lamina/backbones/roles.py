@@ -214,6 +214,10 @@ class Backbone:
                 hook.remove()
         return torch.cat([*found, last_bd], 1)
 
+    def blocks_of(self, layers: int) -> int:
+        """Returns how many blocks the features of the last `layers` blocks are of: all where there are fewer."""
+        return min(layers, len(self.stages) - 1) if layers > 1 else 1
+
     def check_layers(self, layers: int) -> None:
         """Raises BackboneError if features of several blocks are wanted and only those of the last one are available."""
         if layers > 1 and (self.pool is None or not self.stages):

@@ -138,9 +138,10 @@ def _text(prompt: str, given: Given) -> Line:
 def _texts(content: str, where: str, given: Given) -> Iterator[Line]:
     """Yields a prompt for every line that is not blank."""
     lines = content.rstrip().split("\n")  # U+2028 and the like may stand inside a text
-    if blank := sum(not line.strip() for line in lines if content.strip()):
-        print(f"{where}: {blank} of {len(lines)} lines are blank and left out", file=sys.stderr)
-    yield from (_text(line, given) for line in lines if line.strip())
+    found = [line for line in lines if line.strip()]
+    if 0 < len(found) < len(lines):
+        print(f"{where}: {len(lines) - len(found)} of {len(lines)} lines are blank and left out", file=sys.stderr)
+    yield from (_text(line, given) for line in found)
 
 
 def _file(path: Path, given: Given) -> Iterator[Line]:

@@ -190,8 +190,7 @@ class ConsolidationConfig(Section):
     classifier: Literal["own", "ncm", "lda", "ridge", "aligned", "lda+ridge", "gram"] = "own"
     """The method's own classifier, or a unified classifier of all classes. It is fitted on stored means and one shared
     covariance: nearest class mean, linear discriminant analysis, ridge on random features, LDA trained on draws, or LDA and
-    ridge. Or least squares on random features, by their sums over all examples
-    (gram)."""
+    ridge. Or least squares on random features, by their sums over all examples (gram)."""
     layers: int = Field(1, ge=1)
     """How many of the last blocks give the unified classifier its features (all blocks if there are fewer)."""
     random_features: int = Field(2048, ge=1)

@@ -29,7 +29,7 @@ from lamina.errors import MethodError, TrainingError
 from lamina.learner import AdapterSite, Learner, local_labels
 from lamina.maths import classifiers, drift, linalg, merging, ranpac
 from lamina.maths.class_statistics import Statistics, concatenated, of_features
-from lamina.methods.base import Method, Pass
+from lamina.methods.base import Method, Pass, under
 from lamina.rng import seed_of
 from lamina.types import Batch, Task
 
@@ -148,7 +148,7 @@ class Consolidation:
         features_nd: (n, d), of the new examples under M_t. output_n: positions of their outputs among the task's own.
         outputs: number of these. before_nd, after_nd: features under M_{t-1} and M_t of the inputs that show the drift.
         """
-        rank, blocks = self.config.class_covariance_rank, self.blocks(learner)
+        rank, blocks = self.config.class_covariance_rank, learner.backbone.blocks_of(self.config.layers)
         statistics = of_features(features_nd, output_n, outputs, rank, blocks)
         new = (features_nd, output_n)
         old = self.statistics(learner)
@@ -272,14 +272,10 @@ class Consolidation:
             below = [self.features(learner, batch.to(learner.device)).cpu() for batch in made]
         return features_nd, labels_n, torch.cat([features_nd, *below])
 
-    def blocks(self, learner: Learner) -> int:
-        """Returns how many blocks the features are of."""
-        return min(self.config.layers, len(learner.backbone.stages) - 1) if self.config.layers > 1 else 1
-
     def statistics(self, learner: Learner) -> Statistics | None:
         """Returns the statistics of all outputs; None before the first task has ended."""
         kept = under(self.memory, "statistics")
-        return Statistics.of_tensors(kept, self.blocks(learner)) if kept else None
+        return Statistics.of_tensors(kept, learner.backbone.blocks_of(self.config.layers)) if kept else None
 
     def features(self, learner: Learner, batch: Batch) -> Tensor:
         """Returns the features of a batch, (b, d), under the current weights."""
@@ -301,8 +297,3 @@ def update_of(site: AdapterSite) -> Tensor:
         for up_or, down_ri in factors:
             update_oi += up_or.double() @ down_ri.double()
     return update_oi
-
-
-def under(memory: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Returns the tensors whose name starts with `prefix/`, without it."""
-    return {key.removeprefix(f"{prefix}/"): value for key, value in memory.items() if key.startswith(f"{prefix}/")}

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lamina.engine.consolidate import under
 from lamina.errors import ModelError
 from lamina.export.checking import by_library, need, silently
 from lamina.export.opened import Opened, open_model
@@ -21,7 +20,7 @@ from lamina.export.updates import plain_module
 from lamina.export.written import Draft, Exported, drafted, finished, refuse_existing, told, write_json
 from lamina.learner import Learner, class_scores
 from lamina.maths import classifiers
-from lamina.methods.base import Method
+from lamina.methods.base import Method, under
 from lamina.types import Batch
 
 FILE = "model.onnx"

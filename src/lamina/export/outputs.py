@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lamina.engine.consolidate import under
 from lamina.errors import MethodError, ModelError
 from lamina.export.opened import Opened
 from lamina.maths import classifiers
 from lamina.maths.class_statistics import Statistics
 from lamina.maths.classifiers import LinearClassifier
+from lamina.methods.base import under
 from lamina.methods.color import CoLoR
 from lamina.methods.duallora import DualLoRA
 

@@ -9,7 +9,7 @@ Shape letters: b batch, d width of the features, j outputs of the head, c classe
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
@@ -260,6 +260,11 @@ def as_linear(means_cd: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     if metric == "cosine":
         return F.normalize(means_cd, dim=1), means_cd.new_zeros(len(means_cd))
     return means_cd, -means_cd.square().sum(1) / 2
+
+
+def under(memory: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Returns the tensors whose name starts with `prefix/`, without it."""
+    return {key.removeprefix(f"{prefix}/"): value for key, value in memory.items() if key.startswith(f"{prefix}/")}
 
 
 def growing_threshold(epsilon: float, learnt: int, task_count: int | None) -> float:

@@ -11,7 +11,8 @@
                   both on f_t, the features through that adapter
 
 Nothing here ever changes when a later task is learnt, but r, which is fitted to sums over all examples. So there is no drift
-and no forgetting: a task loses only what it is mistaken for. Tasks may be trained in any order, or side by side.
+and no forgetting: a task loses only what it is mistaken for. Tasks may be trained side by side. Their order matters only to
+what the first one fixes (the random features, the units of f) and what the newest one selects (λ of r, and τ).
 
 The factors are those of Kim et al., *A Theoretical Study on Solving Continual Learning* (NeurIPS 2022, arXiv 2211.02633):
 class-incremental learning needs prediction within a task and the inference of the task, and these suffice. An adapter for
@@ -33,11 +34,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from lamina.errors import TrainingError
 from lamina.learner import Learner, local_labels
 from lamina.maths import classifiers, ranpac
 from lamina.maths.class_statistics import of_features
 from lamina.maths.classifiers import LinearClassifier
-from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal, under
 from lamina.methods.routed import through_adapters
 from lamina.rng import seed_of
 from lamina.types import Batch, Task
@@ -82,12 +84,11 @@ class Posterior(Method[PosteriorConfig]):
         Refusal("init", ALONE),
         Refusal("merging", ALONE),
         Refusal("drift", "the statistics that infer the task are of the frozen backbone, which never drifts"),
-        Refusal("classifier", "it has discriminants of its own"),
+        Refusal("classifier", "it has classifiers of its own"),
     )
     refuses_language = (
-        "it infers the task by a discriminant of all classes, and a language model has none; `color` has no need of one"
+        "it infers the task by a classifier of all classes, and a language model has none; `color` has no need of one"
     )
-    selects = True
     independent = True
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
@@ -103,7 +104,12 @@ class Posterior(Method[PosteriorConfig]):
                 frozen.append(self.features(learner, batch).cpu())
                 adapted.append(self.through(learner, batch, [task.name], torch.zeros_like(batch.labels_b)).cpu())
                 outputs.append(local_labels(task, batch.labels_b).cpu())
-        output_n, blocks = torch.cat(outputs), self.blocks(learner)
+        output_n, blocks = torch.cat(outputs), learner.backbone.blocks_of(self.config.layers)
+        if not all(bool(features_bd.isfinite().all()) for features_bd in (*frozen, *adapted)):
+            raise TrainingError(
+                f"features of task {task.name!r} are not finite. An input is not finite, or training diverged: check the data, "
+                f"and use a smaller training.lr."
+            )
         of_task = of_features(torch.cat(adapted), output_n, len(task.classes), blocks=blocks)
         self.keep(learner, f"adapted/{task.name}", classifiers.lda(of_task).tensors())
         self.add_random_features(learner, torch.cat(frozen), output_n, len(task.classes))
@@ -175,10 +181,6 @@ class Posterior(Method[PosteriorConfig]):
     def through(self, learner: Learner, batch: Batch, tasks: Sequence[str], chosen_b: Tensor) -> Tensor:
         return through_adapters(learner, batch, tasks, chosen_b, self.config.layers)
 
-    def blocks(self, learner: Learner) -> int:
-        """Returns how many blocks the features are of."""
-        return min(self.config.layers, len(learner.backbone.stages) - 1) if self.config.layers > 1 else 1
-
     def learnt(self, learner: Learner) -> list[str]:
         """Returns the tasks that have ended, in their order."""
         return [task for task in learner.head.tasks if f"adapted/{task}/weight_jd" in self.memory]
@@ -190,8 +192,7 @@ class Posterior(Method[PosteriorConfig]):
 
     def part(self, name: str) -> dict[str, Tensor]:
         """Returns what is kept under a name."""
-        start = f"{name}/"
-        return {key.removeprefix(start): value for key, value in self.memory.items() if key.startswith(start)}
+        return under(self.memory, name)
 
     def keep(self, learner: Learner, name: str, tensors: Mapping[str, Tensor]) -> None:
         self.memory |= {f"{name}/{key}": value.to(learner.device) for key, value in tensors.items()}
@@ -200,7 +201,7 @@ class Posterior(Method[PosteriorConfig]):
         return LinearClassifier(self.memory[f"{name}/weight_jd"], self.memory[f"{name}/bias_j"])
 
     def memory_bound(self, learner: Learner) -> int:
-        outputs, width = len(learner.outputs), self.blocks(learner) * learner.backbone.width
+        outputs, width = len(learner.outputs), learner.backbone.blocks_of(self.config.layers) * learner.backbone.width
         m = self.config.random_features
         return 4 * m**2 + 16 * m * outputs + 4 * (m + 2) * width + 8 + 8 * outputs * (width + 1)
 

@@ -13,7 +13,7 @@ THREADS_PER_CORE = 4
 """More threads than this only wait for each other."""
 BYTES_PER_PIXEL = 3 * 4
 RIDGE_MATRICES = 6
-"""Square float64 matrices of the random features that ridge or gram holds at a time."""
+"""Square float64 matrices of the random features that are held at a time."""
 
 
 def check_machine(config: RunConfig) -> None:
@@ -48,12 +48,16 @@ def check_backbone(config: RunConfig, settings: MethodConfig, backbone: Backbone
             f"consolidation.class_covariance_rank = {section.class_covariance_rank}: the features of {layers} layers of "
             f"backbone {backbone.name!r} are {layers * width} wide. Allowed are 0 to {layers * width}."
         )
-    needed = RIDGE_MATRICES * 8 * section.random_features**2
-    if section.classifier in ("ridge", "lda+ridge", "gram") and needed > memory:
-        raise ConfigError(
-            f"consolidation.random_features = {section.random_features}: {section.classifier} would take {_gb(needed)}, and "
-            f"this machine has {_gb(memory)}. Allowed are 1 to {int((memory / RIDGE_MATRICES / 8) ** 0.5)}."
-        )
+    asked = {"method.random_features": getattr(settings, "random_features", 0)}
+    if section.classifier in ("ridge", "lda+ridge", "gram"):
+        asked["consolidation.random_features"] = section.random_features
+    for key, count in asked.items():
+        needed = RIDGE_MATRICES * 8 * count**2
+        if needed > memory:
+            raise ConfigError(
+                f"{key} = {count}: their matrices would take {_gb(needed)}, and this machine has {_gb(memory)}. Allowed are "
+                f"1 to {int((memory / RIDGE_MATRICES / 8) ** 0.5)}."
+            )
 
 
 def _ranks(settings: MethodConfig) -> Iterator[tuple[str, int]]:
