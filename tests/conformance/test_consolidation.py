@@ -337,7 +337,7 @@ def test_learnt_tasks_can_be_measured_before_a_task_has_ended(task: int, tmp_pat
     loop = loop_with("finetune", tmp_path, "lda-linear", on_event=stop)
     with pytest.raises(Stop):
         loop.run()
-    for learnt in loop.stream.tasks[: task + 1]:
-        found = loop.measure().predictions(learnt)
+    for number in range(task + 1):
+        found = loop.measure().predictions(number)
         ended = loop.stream.tasks[: max(task, 1)]  # before that the method's own classifier predicts
         assert set(found.predicted_n) <= {label for t in ended for label in t.classes}
