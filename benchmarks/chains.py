@@ -97,9 +97,8 @@ class Replayed(Consolidation):
         parts = []
         for task in self.loop.stream.tasks[: self.loop.position.task]:
             features_nd, labels_n = self.features_of(learner, self.loop.pass_over("end", task))
-            rank = self.config.class_covariance_rank
-            output_n = local_labels(task, labels_n)
-            parts.append(of_features(features_nd, output_n, len(task.classes), rank, self.blocks(learner)))
+            rank, blocks = self.config.class_covariance_rank, learner.backbone.blocks_of(self.config.layers)
+            parts.append(of_features(features_nd, local_labels(task, labels_n), len(task.classes), rank, blocks))
         measured = parts[0]
         for part in parts[1:]:
             measured = concatenated(measured, part)
