@@ -22,6 +22,7 @@ from lamina.export.opened import SENTENCES
 from lamina.export.updates import Factors, state_of
 from lamina.export.written import Draft, told, write_json
 from lamina.methods.color import CoLoR
+from lamina.methods.posterior import Posterior
 
 GENERATION = "generation_config.json"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -33,7 +34,7 @@ def refuse_routed(opened: OpenedLanguage, what: str) -> None:
     parts = [part for site in opened.learner.sites.values() for part in site.finished().values()]
     if any(not part.folded for part in parts):
         instead = "No format does. Use the run with lamina, or train a method with one update, such as lamina or olora."
-        if isinstance(opened.method, CoLoR):
+        if isinstance(opened.method, CoLoR | Posterior):
             instead = "`--format peft-tasks` writes an adapter per task and the router."
         raise MethodError(
             f"method {opened.method.name!r} selects or weights adapters for each prompt, so no single update says what it "

@@ -25,10 +25,11 @@ from lamina.export.language_files import (
 )
 from lamina.export.language_opened import MOST_NEW, OpenedLanguage, open_language
 from lamina.export.language_tokens import Computed, compare, generated
-from lamina.export.tasks import LAYOUT, ROUTER, TASKS, branches, folders_of, save_tensors
+from lamina.export.tasks import LAYOUT, ROUTER, TASKS, branches, folders_of, posterior_tensors, save_tensors
 from lamina.export.updates import Factors, of_branch
 from lamina.export.written import Draft, Exported, drafted, finished, write_json
 from lamina.methods.color import CoLoR
+from lamina.methods.posterior import Posterior
 
 OTHERWISE = "other versions of transformers may help."
 
@@ -67,6 +68,8 @@ def export_language_tasks(
         if isinstance(opened.method, CoLoR):
             centroids = {key: value for key, value in opened.method.memory.items() if key.startswith("centroids/")}
             save_tensors(draft.folder / ROUTER, centroids)
+        elif isinstance(opened.method, Posterior):
+            save_tensors(draft.folder / ROUTER, posterior_tensors(opened.method))
         write_json(draft.folder / LAYOUT, told | router)
         write_script(draft.folder, "language")
         compare(draft, "load.py with plain transformers", wanted, _by_script(draft, place))
@@ -93,6 +96,8 @@ def _router(opened: OpenedLanguage) -> dict[str, Any]:
     if isinstance(method, CoLoR):
         first = method.config.identify == "first expert"
         return {"mode": "route", "distance": method.config.distance, "identify_with": [0] if first else []}
+    if isinstance(method, Posterior):
+        return {"mode": "least squares", "identify_with": []}
     refuse_routed(opened, "one adapter per task")
     return {"mode": "sum"}
 

@@ -16,6 +16,10 @@ from lamina.maths.classifiers import LinearClassifier
 from lamina.methods.base import under
 from lamina.methods.color import CoLoR
 from lamina.methods.duallora import DualLoRA
+from lamina.methods.posterior import Posterior
+
+ROUTED = (CoLoR, DualLoRA, Posterior)
+"""Methods whose choice or scale of adapters an export computes."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def refuse_routed(opened: Opened, what: str) -> None:
     if routed:
         method = opened.predictor.method
         instead = "No format does; `lamina serve` serves the model as it is."
-        if isinstance(method, CoLoR | DualLoRA):
+        if isinstance(method, ROUTED):
             instead = "`--format peft-tasks` writes an adapter per task and the router."
         raise MethodError(
             f"method {method.name!r} selects or scales adapters for each input, so no single update says what it does, and "

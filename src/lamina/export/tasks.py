@@ -19,7 +19,7 @@ from lamina.export.adapter import BASE, base_of, tell_outputs, write_adapter
 from lamina.export.checking import by_library, by_script, need, silently, together, told_together, write_script
 from lamina.export.heads import ENCODER, Layout
 from lamina.export.opened import Opened, open_model
-from lamina.export.outputs import LinearOutputs, linear_outputs, own_outputs, refuse_routed
+from lamina.export.outputs import ROUTED, LinearOutputs, linear_outputs, own_outputs, refuse_routed
 from lamina.export.texts import write_matrix, write_tokenizer
 from lamina.export.updates import Factors, of_branch
 from lamina.export.written import Draft, Exported, drafted, finished, refuse_existing, write_json
@@ -27,6 +27,7 @@ from lamina.learner import Learner
 from lamina.methods.base import Method
 from lamina.methods.color import CoLoR
 from lamina.methods.duallora import DualLoRA, orthogonal, residual
+from lamina.methods.posterior import Posterior
 
 TASKS, LAYOUT, ROUTER = "tasks", "layout.json", "router.safetensors"
 
@@ -51,7 +52,7 @@ def export_tasks(
     with open_model(model, inputs) as opened, drafted(target, "peft-tasks", opened) as draft:
         names = list(dict.fromkeys(output.task for output in opened.learner.outputs))
         parts = branches(opened.learner, opened.predictor.method, names)
-        routed = isinstance(opened.predictor.method, CoLoR | DualLoRA)
+        routed = isinstance(opened.predictor.method, ROUTED)
         if not routed:
             refuse_routed(opened, "one adapter per task")
         layout = encoder_layout(opened)
@@ -87,7 +88,7 @@ def export_tasks(
             _check_together(draft, place, used)
         draft.notes.append(
             "The scores are those of `load.py`: one adapter alone, loaded with peft, gives the features of its task only."
-            if script == "gated" or more.get("mode") == "route"
+            if routed
             else told_together(used)
         )
         if not with_base:
@@ -137,7 +138,7 @@ def encoder_layout(opened: Opened) -> Layout:
 def _outputs(opened: Opened) -> LinearOutputs:
     """Returns the method's own outputs. Raises MethodError for a unified classifier of a routed method."""
     method = opened.predictor.method
-    if not isinstance(method, CoLoR | DualLoRA):
+    if not isinstance(method, ROUTED):
         return linear_outputs(opened)
     if opened.facts.config.consolidation.classifier != "own":
         raise MethodError(
@@ -170,6 +171,10 @@ def _router(
         )
         through = [0] if method.config.identify == "first expert" else []
         return "tasks", {"mode": "route", "distance": method.config.distance, "identify_with": through}
+    if isinstance(method, Posterior):
+        save_tensors(draft.folder / ROUTER, posterior_tensors(method))
+        later = learner.backbone.stages[1:][-method.config.layers :][1:]  # as in `Backbone.layered`
+        return "posterior", {"blocks": list(later), "width": learner.backbone.width}
     if not isinstance(method, DualLoRA):
         return "tasks", {}
     paths = {site.name: site.where.path for site in learner.sites.values()}
@@ -201,6 +206,11 @@ def _router(
 def _write(folder: Path, layout: Layout, factors: Mapping[str, Factors], base: str) -> None:
     folder.mkdir(parents=True)
     write_adapter(folder, layout, factors, base, "FEATURE_EXTRACTION")
+
+
+def posterior_tensors(method: Posterior) -> dict[str, Tensor]:
+    """Returns what infers the task, and the discriminants within the tasks."""
+    return {key: value for key, value in method.memory.items() if not key.startswith("sums/")}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

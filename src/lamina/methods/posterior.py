@@ -10,6 +10,9 @@
     s_t, h_t      softmax of the linear discriminant of t, and of the outputs of the head that were trained with its adapter,
                   both on f_t, the features through that adapter
 
+Of a language model only the adapters and p(t | x) are used: f is the mean hidden state of the prompt, r has one output for a
+task, and the most probable task's adapter writes the completion.
+
 Nothing here ever changes when a later task is learnt, but r, which is fitted to sums over all examples. So there is no drift
 and no forgetting: a task loses only what it is mistaken for. Tasks may be trained side by side. Their order matters only to
 what the first one fixes (the random features, the units of f) and what the newest one selects (λ of r, and τ).
@@ -28,7 +31,9 @@ Shape letters: b batch, n examples, d width (of several blocks side by side), j 
 t tasks, m random features.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from pydantic import Field
@@ -40,7 +45,7 @@ from lamina.maths import classifiers, ranpac
 from lamina.maths.class_statistics import of_features
 from lamina.maths.classifiers import LinearClassifier
 from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal, under
-from lamina.methods.routed import through_adapters
+from lamina.methods.routed import adapters_of, through_adapters
 from lamina.rng import seed_of
 from lamina.types import Batch, Task
 
@@ -53,7 +58,8 @@ class PosteriorConfig(MethodConfig):
     rank: int = Field(10, ge=1)
     """Rank of the adapter of each task in every adapted layer."""
     layers: int = Field(4, ge=1)
-    """How many of the last blocks give the discriminants their features (all blocks if there are fewer)."""
+    """How many of the last blocks give the discriminants their features (all blocks if there are fewer). A language model
+    gives those of its last one."""
     random_features: int = Field(4096, ge=1)
     """M: number of random features that infer the task. They take 4 M² bytes."""
 
@@ -86,13 +92,12 @@ class Posterior(Method[PosteriorConfig]):
         Refusal("drift", "the statistics that infer the task are of the frozen backbone, which never drifts"),
         Refusal("classifier", "it has classifiers of its own"),
     )
-    refuses_language = (
-        "it infers the task by a classifier of all classes, and a language model has none; `color` has no need of one"
-    )
+    selects = True
     independent = True
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
-        learner.backbone.check_layers(self.config.layers)
+        if not learner.generates:
+            learner.backbone.check_layers(self.config.layers)
         learner.add_lora(task, self.config.rank, self.name)
 
     def end(self, learner: Learner, task: Task, batches: Pass) -> None:
@@ -101,18 +106,22 @@ class Posterior(Method[PosteriorConfig]):
         frozen, adapted, outputs = [], [], []
         with torch.no_grad():
             for batch in batches(augmented=False):
+                alone_b = torch.zeros(len(batch), dtype=torch.int64, device=learner.device)
                 frozen.append(self.features(learner, batch).cpu())
-                adapted.append(self.through(learner, batch, [task.name], torch.zeros_like(batch.labels_b)).cpu())
-                outputs.append(local_labels(task, batch.labels_b).cpu())
-        output_n, blocks = torch.cat(outputs), learner.backbone.blocks_of(self.config.layers)
+                if not learner.generates:
+                    adapted.append(self.through(learner, batch, [task.name], alone_b).cpu())
+                outputs.append((alone_b if learner.generates else local_labels(task, batch.labels_b)).cpu())
+        output_n = torch.cat(outputs)
         if not all(bool(features_bd.isfinite().all()) for features_bd in (*frozen, *adapted)):
             raise TrainingError(
                 f"features of task {task.name!r} are not finite. An input is not finite, or training diverged: check the data, "
                 f"and use a smaller training.lr."
             )
-        of_task = of_features(torch.cat(adapted), output_n, len(task.classes), blocks=blocks)
-        self.keep(learner, f"adapted/{task.name}", classifiers.lda(of_task).tensors())
-        self.add_random_features(learner, torch.cat(frozen), output_n, len(task.classes))
+        if adapted:
+            blocks = learner.backbone.blocks_of(self.config.layers)
+            of_task = of_features(torch.cat(adapted), output_n, len(task.classes), blocks=blocks)
+            self.keep(learner, f"adapted/{task.name}", classifiers.lda(of_task).tensors())
+        self.add_random_features(learner, torch.cat(frozen), output_n, self.columns(learner, task.name))
 
     def add_random_features(self, learner: Learner, features_nd: Tensor, output_n: Tensor, outputs: int) -> None:
         """Add the random features of a task's examples to the sums, and solve for r. output_n: among the task's outputs."""
@@ -139,7 +148,7 @@ class Posterior(Method[PosteriorConfig]):
     def features(self, learner: Learner, batch: Batch) -> Tensor:
         """Returns the features (b, d) of the backbone alone."""
         with learner.bare():
-            return learner.features(batch, self.config.layers)
+            return learner.features(batch, 1 if learner.generates else self.config.layers)
 
     def predict(self, learner: Learner, batch: Batch) -> Tensor:
         log_bt, within_bj = self.routed(learner, batch)
@@ -154,13 +163,31 @@ class Posterior(Method[PosteriorConfig]):
         chosen_b = torch.full_like(batch.labels_b, tasks.index(task))
         return self.refined(learner, batch, chosen_b, self.routed(learner, batch)[1]).float()
 
+    @contextmanager
+    def predicting(self, learner: Learner, batch: Batch, task: str | None = None) -> Iterator[None]:
+        tasks = self.learnt(learner)
+        if not tasks:
+            with learner.bare():
+                yield
+            return
+        chosen_b = self.scores(learner, batch).argmax(1)  # r has one output for a task
+        if task in tasks:
+            chosen_b = torch.full_like(chosen_b, tasks.index(task))
+        with adapters_of(learner, tasks, chosen_b):
+            yield
+
     def routed(self, learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns log p(t | x), (b, t), and log q(j | x) / p(t | x), (b, j), of the backbone alone; float64."""
-        ridge, task_j = self.part("ridge"), self.task_of_outputs(learner)
-        scaled_bd = (self.features(learner, batch) - ridge["centre_d"]) / ridge["scale_d"]
-        scores_bj = ranpac.random_features(scaled_bd, ridge["projection_md"]).double() @ ridge["weight_mj"]
-        log_bt, within_bj = factors(scores_bj / ridge["temperature"], task_j[task_j >= 0], len(self.learnt(learner)))
+        task_j = self.task_of_outputs(learner)
+        log_bt, within_bj = factors(self.scores(learner, batch), task_j[task_j >= 0], len(self.learnt(learner)))
         return log_bt, padded(within_bj, task_j)
+
+    def scores(self, learner: Learner, batch: Batch) -> Tensor:
+        """Returns r(f(x)) / τ, float64, (b, outputs of the tasks that have ended)."""
+        ridge = self.part("ridge")
+        scaled_bd = (self.features(learner, batch) - ridge["centre_d"]) / ridge["scale_d"]
+        phi_bm = ranpac.random_features(scaled_bd, ridge["projection_md"])
+        return phi_bm.double() @ ridge["weight_mj"] / ridge["temperature"]
 
     def refined(self, learner: Learner, batch: Batch, chosen_b: Tensor, within_bj: Tensor) -> Tensor:
         """Returns log p(j | t, x), (b, j) float64, for the chosen task by its adapter. within_bj: of the backbone alone."""
@@ -183,7 +210,13 @@ class Posterior(Method[PosteriorConfig]):
 
     def learnt(self, learner: Learner) -> list[str]:
         """Returns the tasks that have ended, in their order."""
-        return [task for task in learner.head.tasks if f"adapted/{task}/weight_jd" in self.memory]
+        known = self.memory["sums/cross_mj"].shape[1] if "sums/cross_mj" in self.memory else 0
+        ends = accumulate(self.columns(learner, task) for task in learner.head.tasks)
+        return [task for task, end in zip(learner.head.tasks, ends, strict=True) if end <= known]
+
+    def columns(self, learner: Learner, task: str) -> int:
+        """Returns how many outputs r has for a task: one for each of its classes; one for a task of a language model."""
+        return 1 if learner.generates else learner.head.block(task).out_features
 
     def task_of_outputs(self, learner: Learner) -> Tensor:
         """Returns the position (j,) of the task of every output among those that have ended, -1 for others."""
@@ -201,7 +234,13 @@ class Posterior(Method[PosteriorConfig]):
         return LinearClassifier(self.memory[f"{name}/weight_jd"], self.memory[f"{name}/bias_j"])
 
     def memory_bound(self, learner: Learner) -> int:
-        outputs, width = len(learner.outputs), learner.backbone.blocks_of(self.config.layers) * learner.backbone.width
+        if learner.generates:
+            outputs, width = len(learner.head.tasks), learner.backbone.width
+        else:
+            outputs, width = (
+                len(learner.outputs),
+                learner.backbone.blocks_of(self.config.layers) * learner.backbone.width,
+            )
         m = self.config.random_features
         return 4 * m**2 + 16 * m * outputs + 4 * (m + 2) * width + 8 + 8 * outputs * (width + 1)
 

@@ -25,9 +25,9 @@ from lamina.export.written import Draft
 from lamina.learner import Learner
 from lamina.methods import METHODS
 
-ROUTED = ("color", "duallora")
-PER_TOKEN = ("moram", "posterior")
-"""Methods that weight adapters for every token, or tasks by a discriminant, which no format holds."""
+ROUTED = ("color", "duallora", "posterior")
+PER_TOKEN = ("moram",)
+"""Methods that weight adapters for every token, which no format holds."""
 PER_TASK = ("olora", "inflora", "sora", *ROUTED)
 """Methods that keep an adapter per task."""
 UNIFIED = {

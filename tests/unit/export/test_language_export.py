@@ -25,12 +25,13 @@ from lamina.export.written import Draft
 from lamina.files import write_checked
 from lamina.methods import METHODS
 from lamina.methods.color import nearest_task
+from lamina.methods.posterior import Posterior
 from lamina.model import Model
 from lamina.model.kept import PROBES
 from lamina.types import Batch
 
 ALL = ["q", "k", "v", "out", "up", "down"]
-ROUTED = ("color",)
+ROUTED = ("color", "posterior")
 PER_TOKEN = ("moram",)
 """Methods whose update no format holds."""
 METHODS_HERE = [name for name, method in METHODS.items() if method.trains and not method.refuses_language]
@@ -105,10 +106,19 @@ def test_every_method(method: str, tmp_path: Path):
     assert json.loads((tmp_path / "merged" / "export.json").read_text())["tasks"] == ["reviews", "towns"]
 
 
+def routed(method: Any, learner: Any, batch: Batch) -> torch.Tensor:
+    """Returns the position (b,) of the task of every prompt."""
+    if isinstance(method, Posterior):
+        return method.scores(learner, batch).argmax(1)
+    centroids = [method.memory[f"centroids/{task}"] for task in learner.head.tasks]
+    return nearest_task(method.directions(learner, batch)[1], centroids, method.config.distance)
+
+
 @pytest.mark.parametrize(
     ("name", "method", "settings"),
     [
         ("llama", "color", {}),
+        ("llama", "posterior", {}),
         pytest.param("gpt2", "color", {"method.identify": "first expert"}, marks=pytest.mark.slow),
         pytest.param("gpt_neox", "color", {"method.distance": "l1"}, marks=pytest.mark.slow),
         pytest.param("gpt2", "olora", {}, marks=pytest.mark.slow),
@@ -127,12 +137,7 @@ def test_an_adapter_per_task(name: str, method: str, settings: dict[str, Any], t
     assert (tmp_path / "out" / "router.safetensors").exists() == (method in ROUTED)
     if method in ROUTED:  # prompts of both tasks are compared, and are routed to both
         opened = open_language(run)
-        color: Any = opened.method
-        centroids = [color.memory[f"centroids/{task}"] for task in opened.saved.tasks]
-        chosen = [
-            nearest_task(color.directions(opened.learner, batch)[1], centroids, color.config.distance)
-            for batch in opened.asked
-        ]
+        chosen = [routed(opened.method, opened.learner, batch) for batch in opened.asked]
         assert set(torch.cat(chosen).tolist()) == {0, 1}
 
 
