@@ -22,6 +22,11 @@ SMALL: dict[str, Any] = {
     "threads": 1,
 }
 """Settings of a model that learns a task in a fraction of a second."""
+FEW: dict[str, dict[str, Any]] = {
+    "ranpac": {"consolidation.random_features": 64},
+    "posterior": {"method.random_features": 64},
+}
+"""The same for methods that solve linear systems in thousands of random features."""
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conformance.cases import CASES
-from tests.models import CLASSES, SMALL, backbone, images, small
+from tests.models import CLASSES, FEW, SMALL, backbone, images, small
 
 from lamina import runs
 from lamina.engine import checkpoint
@@ -26,7 +26,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(method: str, **more: object) -> dict[str, object]:
-    return {**SMALL, **{f"method.{key}": value for key, value in CASES[method].settings.items()}, **more}
+    return {
+        **SMALL,
+        **FEW.get(method, {}),
+        **{f"method.{key}": value for key, value in CASES[method].settings.items()},
+        **more,
+    }
 
 
 def run_over(out: Path, base: Path, data: Path, method: str, given: dict[str, object]) -> Path:

@@ -20,6 +20,7 @@ def record_in(out: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_with_ten_examples_per_class_clearly_less_is_forgotten(lamina: Command, tmp_path: Path) -> None:
     found = {}
     for kept in (0, 10):

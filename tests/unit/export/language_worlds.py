@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 from tests.instructions import make_tokenizer
+from tests.models import FEW
 from tests.tiny import scatter
 from tests.unit.backbones.languages import LANGUAGE, LANGUAGES
 from torch import nn
@@ -64,6 +65,7 @@ def run_of(
         "training.batch_size": 4,
         "evaluation.max_new_tokens": 4,
         "evaluation.per_task": 4,
-    } | {key.replace("__", "."): value for key, value in settings.items()}
+    }
+    given |= FEW.get(method, {}) | {key.replace("__", "."): value for key, value in settings.items()}
     runs.create(runs.load_config(None, list(given.items())), folder / "run")
     return folder / "run"

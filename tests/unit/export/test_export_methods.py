@@ -85,8 +85,19 @@ def test_one_adapter_and_a_checkpoint(method: str, world: str, tmp_path: Path):
     assert config["rank_pattern"] == config["alpha_pattern"]
 
 
-@pytest.mark.parametrize("world", [slow(name) if name == "bert" else name for name in WORLDS])
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in PER_TOKEN])
+@pytest.mark.parametrize(
+    ("method", "world"),
+    [
+        pytest.param(
+            method,
+            world,
+            marks=() if world == "split" or (method, world) == ("posterior", "fused") else pytest.mark.slow,
+        )
+        for method in METHODS
+        for world in WORLDS
+        if method not in PER_TOKEN
+    ],
+)
 def test_an_adapter_per_task(method: str, world: str, tmp_path: Path):
     if method == "duallora" and world == "fused":
         pytest.skip("it needs attention without relative positions, and says so when a model is made")
@@ -107,10 +118,10 @@ def test_an_adapter_per_task(method: str, world: str, tmp_path: Path):
     ("method", "settings"),
     [
         ("color", {"method.identify": "first expert"}),
-        ("color", {"method.distance": "l1"}),
+        pytest.param("color", {"method.distance": "l1"}, marks=pytest.mark.slow),
         ("duallora", {"method.residual": "previous", "method.calibration": 0.5}),
-        ("duallora", {"method.residual": "none", "method.calibration": 0.5}),
-        ("duallora", {"method.dynamic_memory": False, "backbone.targets": ["v"]}),
+        pytest.param("duallora", {"method.residual": "none", "method.calibration": 0.5}, marks=pytest.mark.slow),
+        pytest.param("duallora", {"method.dynamic_memory": False, "backbone.targets": ["v"]}, marks=pytest.mark.slow),
     ],
 )
 def test_settings_of_routers(method: str, settings: dict[str, object], tmp_path: Path):

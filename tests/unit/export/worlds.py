@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tests.models import CLASSES, SMALL, images
+from tests.models import CLASSES, FEW, SMALL, images
 from torch import nn
 
 from lamina.model import Model
@@ -52,7 +52,9 @@ def taught(
 ) -> Model:
     """A model that has learnt two tasks. again: a class of the first is learnt again in the second."""
     more: dict[str, Any] = {"probes.per_class": 3, "consolidation.classifier": "own", "consolidation.layers": 1}
-    more |= {"consolidation.merging": "none", "consolidation.drift": "none"} | dict(settings or {})
+    more |= (
+        {"consolidation.merging": "none", "consolidation.drift": "none"} | FEW.get(method, {}) | dict(settings or {})
+    )
     small = {key: value for key, value in SMALL.items() if kind == "image" or key != "backbone.image_size"}
     model = Model.create(path, backbone=str(base), method=method, settings={**small, "training.epochs": 1, **more})
     for number, classes in enumerate((CLASSES[:2], CLASSES[1:4] if again else CLASSES[2:4])):
