@@ -36,6 +36,7 @@ from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -153,8 +154,7 @@ class Posterior(Method[PosteriorConfig]):
     def predict(self, learner: Learner, batch: Batch) -> Tensor:
         log_bt, within_bj = self.routed(learner, batch)
         within_bj = self.refined(learner, batch, log_bt.argmax(1), within_bj)
-        task_j = self.task_of_outputs(learner)
-        return (padded(log_bt[:, task_j[task_j >= 0]], task_j) + within_bj).float()
+        return (padded(log_bt[:, self.task_of_outputs(learner)], learner) + within_bj).float()
 
     def predict_task_aware(self, learner: Learner, batch: Batch, task: str) -> Tensor:
         tasks = self.learnt(learner)
@@ -178,9 +178,9 @@ class Posterior(Method[PosteriorConfig]):
 
     def routed(self, learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns log p(t | x), (b, t), and log q(j | x) / p(t | x), (b, j), of the backbone alone; float64."""
-        task_j = self.task_of_outputs(learner)
-        log_bt, within_bj = factors(self.scores(learner, batch), task_j[task_j >= 0], len(self.learnt(learner)))
-        return log_bt, padded(within_bj, task_j)
+        scores_bj, task_j = self.scores(learner, batch), self.task_of_outputs(learner)
+        log_bt, within_bj = factors(scores_bj, task_j, len(self.learnt(learner)))
+        return log_bt, padded(within_bj, learner)
 
     def scores(self, learner: Learner, batch: Batch) -> Tensor:
         """Returns r(f(x)) / τ, float64, (b, outputs of the tasks that have ended)."""
@@ -193,15 +193,13 @@ class Posterior(Method[PosteriorConfig]):
         """Returns log p(j | t, x), (b, j) float64, for the chosen task by its adapter. within_bj: of the backbone alone."""
         tasks = self.learnt(learner)
         features_bd = self.through(learner, batch, tasks, chosen_b)
+        task_j = self.task_of_outputs(learner)
+        own_bj = F.pad(task_j == chosen_b[:, None], (0, len(learner.outputs) - len(task_j)))
+        lda_bj = torch.cat([self.classifier(f"adapted/{task}").scores(features_bd) for task in tasks], 1)
         head_bj = learner.head(features_bd[:, -learner.backbone.width :]).double()
-        task_j, within_bj = self.task_of_outputs(learner), within_bj.clone()
-        for t in set(chosen_b.tolist()):
-            rows_b, own_j = chosen_b == t, task_j == t
-            by_lda = self.classifier(f"adapted/{tasks[t]}").scores(features_bd[rows_b]).log_softmax(1)
-            place = rows_b.nonzero(), own_j.nonzero()[:, 0]
-            three = (by_lda + head_bj[rows_b][:, own_j].log_softmax(1) + within_bj[place]) / 3
-            within_bj[place] = three.log_softmax(1)
-        return within_bj
+        three = (padded(lda_bj, learner), head_bj, within_bj)
+        logs = [scores_bj.masked_fill(~own_bj, -torch.inf).log_softmax(1) for scores_bj in three]
+        return torch.where(own_bj, torch.stack(logs).mean(0).log_softmax(1), within_bj)
 
     # -- parts ----------------------------------------------------------------------------------------------------------
 
@@ -219,9 +217,9 @@ class Posterior(Method[PosteriorConfig]):
         return 1 if learner.generates else learner.head.block(task).out_features
 
     def task_of_outputs(self, learner: Learner) -> Tensor:
-        """Returns the position (j,) of the task of every output among those that have ended, -1 for others."""
-        position = {task: t for t, task in enumerate(self.learnt(learner))}
-        return torch.tensor([position.get(output.task, -1) for output in learner.outputs], device=learner.device)
+        """Returns the position of its task for every output of the tasks that have ended. They are the first outputs."""
+        tasks = self.learnt(learner)
+        return torch.tensor([tasks.index(o.task) for o in learner.outputs if o.task in tasks], device=learner.device)
 
     def part(self, name: str) -> dict[str, Tensor]:
         """Returns what is kept under a name."""
@@ -235,12 +233,10 @@ class Posterior(Method[PosteriorConfig]):
 
     def memory_bound(self, learner: Learner) -> int:
         if learner.generates:
-            outputs, width = len(learner.head.tasks), learner.backbone.width
+            outputs, blocks = len(learner.head.tasks), 1
         else:
-            outputs, width = (
-                len(learner.outputs),
-                learner.backbone.blocks_of(self.config.layers) * learner.backbone.width,
-            )
+            outputs, blocks = len(learner.outputs), learner.backbone.blocks_of(self.config.layers)
+        width = blocks * learner.backbone.width
         m = self.config.random_features
         return 4 * m**2 + 16 * m * outputs + 4 * (m + 2) * width + 8 + 8 * outputs * (width + 1)
 
@@ -248,15 +244,13 @@ class Posterior(Method[PosteriorConfig]):
 def factors(scores_bj: Tensor, task_j: Tensor, tasks: int) -> tuple[Tensor, Tensor]:
     """Returns log p(t | x), (b, t), and log p(j | t, x), (b, j), of scores whose softmax is p(j | x). task_j: the task of every
     output."""
-    log_bj, task_bj = scores_bj.log_softmax(1), task_j.expand(len(scores_bj), -1)
-    best_bt = log_bj.new_full((len(log_bj), tasks), -torch.inf).scatter_reduce(1, task_bj, log_bj, "amax")
+    log_bj, task_bj = scores_bj.log_softmax(1), task_j.expand_as(scores_bj)
+    best_bt = log_bj.new_full((log_bj.shape[0], tasks), -torch.inf).scatter_reduce(1, task_bj, log_bj, "amax")
     shares_bj = (log_bj - best_bt[:, task_j]).exp()
     log_bt = best_bt + torch.zeros_like(best_bt).scatter_add(1, task_bj, shares_bj).log()
     return log_bt, log_bj - log_bt[:, task_j]
 
 
-def padded(values_bj: Tensor, task_j: Tensor) -> Tensor:
-    """Returns values of the outputs of ended tasks, with minus infinity for the others (-1 in task_j)."""
-    found_bj = values_bj.new_full((len(values_bj), len(task_j)), -torch.inf)
-    found_bj[:, task_j >= 0] = values_bj
-    return found_bj
+def padded(values_bj: Tensor, learner: Learner) -> Tensor:
+    """Returns values of the outputs of ended tasks, and minus infinity for those of others, which come after them."""
+    return F.pad(values_bj, (0, len(learner.outputs) - values_bj.shape[1]), value=-torch.inf)

@@ -23,6 +23,10 @@ def through_adapters(learner: Learner, batch: Batch, tasks: Sequence[str], chose
 @contextmanager
 def adapters_of(learner: Learner, tasks: Sequence[str], chosen_b: Tensor) -> Iterator[None]:
     """Within the context each input of a batch uses the adapter of the task at its position in `tasks` and no other."""
-    used_e, adapter_b = torch.unique(chosen_b, return_inverse=True)
-    with learner.bare(), learner.routing([tasks[e] for e in used_e], adapter_b):
+    if torch.compiler.is_exporting():  # the same for any batch, so that it can be written as a graph
+        used, adapter_b = list(tasks), chosen_b
+    else:
+        used_e, adapter_b = torch.unique(chosen_b, return_inverse=True)
+        used = [tasks[e] for e in used_e]
+    with learner.bare(), learner.routing(used, adapter_b):
         yield

@@ -132,10 +132,23 @@ def test_settings_of_routers(method: str, settings: dict[str, object], tmp_path:
 @pytest.mark.parametrize("method", ROUTED)
 def test_a_router_is_refused_by_formats_with_one_update(method: str, tmp_path: Path):
     model = model_of("split", method, tmp_path)
-    for export in (export_peft, export_merged, export_onnx):
+    for export in (export_peft, export_merged, *([] if method == "posterior" else [export_onnx])):
         with pytest.raises(MethodError, match=rf"{method!r} selects or scales adapters for each input.*peft-tasks"):
             export(model, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["base", "m"]
+
+
+@pytest.mark.parametrize("world", ["split", slow("fused"), slow("bert")])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_graph_that_infers_the_task(layers: int, world: str, tmp_path: Path):
+    """Of inputs of both tasks, in batches of several sizes, and texts of several lengths."""
+    model = model_of(world, "posterior", tmp_path, **{"method.layers": layers})
+    done = export_onnx(model, tmp_path / "out")
+    assert [one.agreement for one in done.differences] == [1, 1]
+    with open_model(model) as opened:
+        method: Any = opened.predictor.method
+        chosen = [method.routed(opened.learner, batch)[0].argmax(1) for batch in opened.batches]
+    assert set(torch.cat(chosen).tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize("method", PER_TOKEN)
