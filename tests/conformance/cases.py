@@ -114,13 +114,10 @@ CASES: dict[str, Case] = {
     ),
     "finetune": Case(settings={"rank": 3}, moves=SHARED_LORA, stored=one_adapter, branches="constant", fold="constant"),
     "lamina": Case(
-        settings={"rank": 3},
-        moves=SHARED_LORA,
-        stored=one_adapter,
-        branches="constant",
-        fold="constant",
-        consolidation="linear",  # a mean, a count and an output of the classifier per class and task
-        full={"rank": 32},  # the merged weights have full rank after two tasks
+        settings={"rank": 3, "layers": 1, "random_features": 24},
+        stored=one_per_task,
+        branches="linear",
+        memory="linear",
     ),
     "prototype": Case(moves=(), random=False, stored=lambda learner, _: head_numbers(learner), branches="none"),
     "fsa": FIRST_SESSION,
@@ -154,12 +151,6 @@ CASES: dict[str, Case] = {
         fold="constant",
     ),
     "color": Case(settings={"rank": 3, "clusters": 2}, stored=one_per_task, branches="linear", memory="linear"),
-    "posterior": Case(
-        settings={"rank": 3, "layers": 1, "random_features": 24},
-        stored=one_per_task,
-        branches="linear",
-        memory="linear",
-    ),
     "sora": Case(
         settings={"rank": 5, "lam": 30, "warmup": 0.5, "gate_start": "normal"},
         moves=(*LORA, "live/.*/TASK/gate"),

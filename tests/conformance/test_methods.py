@@ -14,6 +14,7 @@ import torch
 from tests.conformance.cases import (
     CASES,
     HOME,
+    TRAINING,
     WORLDS,
     Killed,
     Trail,
@@ -42,7 +43,7 @@ from lamina.methods.base import SCENARIOS, describe
 from lamina.types import Batch, Examples
 
 on_every_method = pytest.mark.parametrize("name", [name for name in METHODS if name in CASES])
-SHORT = ("fsa", "ranpac", "slca", "posterior")
+SHORT = ("fsa", "ranpac", "slca", "lamina")
 """Methods that treat all backbones alike. `make test` checks them in one world, `make test-slow` in all."""
 
 
@@ -530,6 +531,15 @@ def test_it_works_on_a_stream_without_a_known_end(name: str, tmp_path: Path):
     loop.method = loop.consolidation.method = make_method(name, task_count=None)
     loop.run()
     assert loop.matrix.tasks == 3
+
+
+def test_a_small_task_is_trained_for_the_least_number_of_steps(tmp_path: Path):
+    training = TRAINING.model_copy(update={"least_steps": 9})
+    loop = make_loop("finetune", HOME, tmp_path, training=training)
+    loop.run()
+    per_epoch = [-(-len(task.train) // training.batch_size) for task in loop.stream]
+    assert [entry.steps for entry in loop.state.lineage] == [n * -(-9 // n) for n in per_epoch]
+    assert [loss.step for loss in loop.state.losses if loss.task == 2][-1] == loop.state.lineage[2].steps - 1
 
 
 @on_every_method

@@ -103,7 +103,7 @@ def test_a_setting_that_cannot_be(lamina: Command, tmp_path: Path, setting: str,
 
 
 def test_more_random_features_of_a_method_than_there_is_memory_for(lamina: Command) -> None:
-    message = lamina.refused(*DIGITS, "--method=posterior", "--set", "method.random_features=10000000")
+    message = lamina.refused(*DIGITS, "--method=lamina", "--set", "method.random_features=10000000")
     assert "method.random_features = 10000000" in message
     assert "Allowed are 1 to" in message
 

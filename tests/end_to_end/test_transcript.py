@@ -134,7 +134,7 @@ def test_the_transcript_of_the_readme(world: tuple[Path, dict[str, str]]) -> Non
     assert [name for name in ("Banana", "Avocado", "Pineapple", "Watermelon") if name not in ours] == []
     done = subprocess.run([*python, pieces[0]], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "Banana", done.stderr
-    done = subprocess.run([*python, ADAPTER], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run([*python, ADAPTERS], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.stdout.split()[-1] == "Banana", done.stderr
 
     server = Server(lines[-1], folder, environment, folder / "new-photos" / "000.png")
@@ -166,15 +166,19 @@ def ordered(answers: list[int], slack: int) -> bool:
     )
 
 
-ADAPTER = """
+ADAPTERS = """
+import json, subprocess, sys
 import torch
 from peft import PeftModel
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-import json
-labels = json.load(open("adapter/base/config.json"))["id2label"]
-base = AutoModelForImageClassification.from_pretrained("adapter/base", dtype=torch.float32)
-model = PeftModel.from_pretrained(base, "adapter").eval()
-pixels = AutoImageProcessor.from_pretrained("merged")(Image.open("new-photos/000.png"), return_tensors="pt")
-print(model.config.id2label[int(model(**pixels).logits.argmax())])
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+import PIL.Image, numpy
+facts, layout = (json.load(open(path)) for path in ("graph/preprocess.json", "adapters/layout.json"))
+photo = PIL.Image.open("new-photos/000.png").convert("RGB").resize([facts["size"]] * 2, PIL.Image.Resampling.BILINEAR)
+pixels = (numpy.float32(photo) * facts["scale"] - facts["mean"]) / facts["std"]
+save_file({"0.pixel_values": torch.from_numpy(pixels).float().permute(2, 0, 1)[None].contiguous()}, "given.safetensors")
+subprocess.run([sys.executable, "adapters/load.py", "given.safetensors", "found.safetensors"], check=True)
+base = AutoModel.from_pretrained("adapters/base", dtype=torch.float32)
+PeftModel.from_pretrained(base, "adapters/tasks/" + layout["tasks"][0]["folder"])
+print(layout["labels"][int(load_file("found.safetensors")["0"].argmax())])
 """

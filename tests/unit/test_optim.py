@@ -8,7 +8,7 @@ from tests.tiny import noise
 from torch import nn
 
 from lamina.config import TrainingConfig
-from lamina.engine.optim import make_optimizer, optimizer_tensors, rate_factor, restore_optimizer, set_rate
+from lamina.engine.optim import for_task, make_optimizer, optimizer_tensors, rate_factor, restore_optimizer, set_rate
 
 NAMES = ("block0.k/t/up", "block0.k/t/down", "head/t/weight")
 
@@ -128,3 +128,9 @@ def test_optimisers_and_their_settings(kind: str, expected: type):
         assert group.get("momentum", 0.7) == 0.7
         assert group.get("betas", (0.9, 0.999)) == (0.9, 0.999)
         assert not group.get("amsgrad", False)
+
+
+@pytest.mark.parametrize(("per_epoch", "epochs"), [(1, 25), (10, 3), (13, 2), (100, 2)])
+def test_small_tasks_get_more_epochs(per_epoch: int, epochs: int):
+    assert for_task(TrainingConfig(epochs=2, least_steps=25), per_epoch).epochs == epochs
+    assert for_task(TrainingConfig(epochs=2), per_epoch).epochs == 2

@@ -50,7 +50,7 @@ class Consolidation:
         if config.drift == "remeasured" and not self.remeasures:
             raise MethodError(
                 "consolidation.drift = 'remeasured' measures old classes on old examples, which are gone: it is a diagnosis of "
-                "benchmarks/lattice.py only. Choose none, linear or linear+local."
+                "benchmarks/drift.py only. Choose none, linear or linear+local."
             )
         for part, why in method.refuses:
             value, default = getattr(config, part), type(config).model_fields[part].default

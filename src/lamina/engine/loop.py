@@ -183,8 +183,8 @@ class Loop:
     def begin_method(self, task: Task) -> None:
         """What the method does at the beginning of a task."""
         self._note_single_class(task)
-        per_epoch = steps_per_epoch(len(task.train), self.training.batch_size)
-        self.method.total_rate = optim.total_rate(self.training, per_epoch, later=self.position.task > 0)
+        training, per_epoch = self._plan(task)
+        self.method.total_rate = optim.total_rate(training, per_epoch, later=self.position.task > 0)
         self.method.begin(self.learner, task, self.pass_over("begin", task))
 
     def _train(self, task: Task) -> Position:
@@ -204,13 +204,13 @@ class Loop:
         self._optimizer = optim.make_optimizer(parameters, self.training, self.learner.undecayed(), later=later)
         optim.restore_optimizer(self._optimizer, parameters, self._optimizer_state)
         size = self.training.batch_size
-        per_epoch = steps_per_epoch(len(task.train), size)
+        training, per_epoch = self._plan(task)
         kept = self.kept()
         own = partial(self.method.loss, self.learner, task=task)
         gradients = self.steps.gradients(
             kept.loss(self.learner, own, partial(self.method.in_training, self.learner)),
             [*parameters.values()],
-            Planned(kept.with_new(size), self.training.epochs * (len(task.train) // size), self.note),
+            Planned(kept.with_new(size), training.epochs * (len(task.train) // size), self.note),
         )
         since, first = time.perf_counter(), self.position.step
         order = Order(task.train, size, seed=self.seed, task=task.name, by_length=self.learner.generates)
@@ -226,7 +226,7 @@ class Loop:
                 since = time.perf_counter()
             if stopping:
                 raise Interrupted
-            factor = optim.rate_factor(self.training, step // per_epoch)
+            factor = optim.rate_factor(training, step // per_epoch)
             optim.set_rate(self._optimizer, factor)
             loss = self._step(task, batch, Step(step, steps, rate * factor), parameters, gradients)
             losses = self.state.losses
@@ -366,8 +366,13 @@ class Loop:
 
     def _count(self, task: Task) -> int:
         """Returns the number of training steps of a task."""
+        training, per_epoch = self._plan(task)
+        return training.epochs * per_epoch if self._trains() else 0
+
+    def _plan(self, task: Task) -> tuple[TrainingConfig, int]:
+        """Returns the settings of training for a task, and its steps per epoch."""
         per_epoch = steps_per_epoch(len(task.train), self.training.batch_size)
-        return self.training.epochs * per_epoch if self._trains() else 0
+        return optim.for_task(self.training, per_epoch), per_epoch
 
     def _trains(self) -> bool:
         """Whether the current task has training steps."""

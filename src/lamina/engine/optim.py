@@ -38,6 +38,11 @@ def make_optimizer(
     return kind(groups, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)
 
 
+def for_task(config: TrainingConfig, per_epoch: int) -> TrainingConfig:
+    """Returns the settings for a task with this many steps per epoch: with more epochs where `least_steps` asks for them."""
+    return config.model_copy(update={"epochs": max(config.epochs, math.ceil(config.least_steps / per_epoch))})
+
+
 def adapter_rate(config: TrainingConfig, *, later: bool) -> float:
     """Returns the base learning rate of the adapters. later: whether the task is not the first."""
     return config.lr * (config.later_lr if later else 1.0)

@@ -21,7 +21,7 @@ from lamina.export.written import Draft, Exported, drafted, finished, refuse_exi
 from lamina.learner import Learner, class_scores
 from lamina.maths import classifiers
 from lamina.methods.base import Method, under
-from lamina.methods.posterior import Posterior
+from lamina.methods.lamina import Lamina
 from lamina.types import Batch
 
 FILE = "model.onnx"
@@ -45,7 +45,7 @@ def export_onnx(
     for library in ("onnx", "onnxscript", "onnxruntime"):
         need(library, "onnx", "the format onnx")
     with open_model(model, inputs) as opened, drafted(target, "onnx", opened) as draft:
-        if not isinstance(opened.predictor.method, Posterior):
+        if not isinstance(opened.predictor.method, Lamina):
             refuse_routed(opened, "one graph")
         classes, labels = opened.predictor.classes, opened.predictor.labels
         reference = [class_scores(scores_bj, opened.learner.outputs, classes) for scores_bj in opened.scores]
@@ -87,7 +87,7 @@ class Deployed(nn.Module):
         fitted = under(opened.predictor.consolidation.memory, "classifier")
         self.classifier = classifiers.classifier_of(fitted) if fitted else None
         self.layers, self.temperature = opened.facts.config.consolidation.layers, opened.predictor.temperature
-        routed = isinstance(self.method, Posterior)  # its layers do not have one weight
+        routed = isinstance(self.method, Lamina)  # its layers do not have one weight
         self.module = self.learner.backbone.module if routed else plain_module(self.learner)
         self.head = self.learner.head
         columns = [

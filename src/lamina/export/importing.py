@@ -48,11 +48,11 @@ from lamina.runs.setup import Watch, image_transform, load_data
 from lamina.speed import precision
 from lamina.types import SPLITS, Batch, Examples, Task
 
-BY_END = {"olora": False, "inflora": True, "color": True, "posterior": True}
+BY_END = {"olora": False, "inflora": True, "color": True, "lamina": True}
 """Methods whose own end of a task takes over a plain branch, and whether it needs the task's data."""
-ROUTED = ("color", "posterior")
+ROUTED = ("color", "lamina")
 """Methods that select an adapter per input. Every layer has one."""
-ADDED = ("lamina", "finetune", "sora", "ewc", "clora", "sdlora", "slca")
+ADDED = ("finetune", "sora", "ewc", "clora", "sdlora", "slca")
 """Methods that add all branches up; the adapter becomes a finished one. Nothing protects it from later tasks."""
 REFUSED = {
     "taskarithmetic": "it rebuilds its weights from the updates and examples that it stored itself",

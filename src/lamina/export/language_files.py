@@ -22,7 +22,7 @@ from lamina.export.opened import SENTENCES
 from lamina.export.updates import Factors, state_of
 from lamina.export.written import Draft, told, write_json
 from lamina.methods.color import CoLoR
-from lamina.methods.posterior import Posterior
+from lamina.methods.lamina import Lamina
 
 GENERATION = "generation_config.json"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -33,8 +33,10 @@ def refuse_routed(opened: OpenedLanguage, what: str) -> None:
     """Raises MethodError for a method whose update depends on the input."""
     parts = [part for site in opened.learner.sites.values() for part in site.finished().values()]
     if any(not part.folded for part in parts):
-        instead = "No format does. Use the run with lamina, or train a method with one update, such as lamina or olora."
-        if isinstance(opened.method, CoLoR | Posterior):
+        instead = (
+            "No format does. Use the run with lamina, or train a method with one update, such as finetune or olora."
+        )
+        if isinstance(opened.method, CoLoR | Lamina):
             instead = "`--format peft-tasks` writes an adapter per task and the router."
         raise MethodError(
             f"method {opened.method.name!r} selects or weights adapters for each prompt, so no single update says what it "

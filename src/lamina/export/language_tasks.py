@@ -29,7 +29,7 @@ from lamina.export.tasks import LAYOUT, ROUTER, TASKS, branches, folders_of, pos
 from lamina.export.updates import Factors, of_branch
 from lamina.export.written import Draft, Exported, drafted, finished, write_json
 from lamina.methods.color import CoLoR
-from lamina.methods.posterior import Posterior
+from lamina.methods.lamina import Lamina
 
 OTHERWISE = "other versions of transformers may help."
 
@@ -68,7 +68,7 @@ def export_language_tasks(
         if isinstance(opened.method, CoLoR):
             centroids = {key: value for key, value in opened.method.memory.items() if key.startswith("centroids/")}
             save_tensors(draft.folder / ROUTER, centroids)
-        elif isinstance(opened.method, Posterior):
+        elif isinstance(opened.method, Lamina):
             save_tensors(draft.folder / ROUTER, posterior_tensors(opened.method))
         write_json(draft.folder / LAYOUT, told | router)
         write_script(draft.folder, "language")
@@ -96,7 +96,7 @@ def _router(opened: OpenedLanguage) -> dict[str, Any]:
     if isinstance(method, CoLoR):
         first = method.config.identify == "first expert"
         return {"mode": "route", "distance": method.config.distance, "identify_with": [0] if first else []}
-    if isinstance(method, Posterior):
+    if isinstance(method, Lamina):
         return {"mode": "least squares", "identify_with": []}
     refuse_routed(opened, "one adapter per task")
     return {"mode": "sum"}

@@ -16,9 +16,9 @@ from lamina.maths.classifiers import LinearClassifier
 from lamina.methods.base import under
 from lamina.methods.color import CoLoR
 from lamina.methods.duallora import DualLoRA
-from lamina.methods.posterior import Posterior
+from lamina.methods.lamina import Lamina
 
-ROUTED = (CoLoR, DualLoRA, Posterior)
+ROUTED = (CoLoR, DualLoRA, Lamina)
 """Methods whose choice or scale of adapters an export computes."""
 
 

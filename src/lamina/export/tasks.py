@@ -27,7 +27,7 @@ from lamina.learner import Learner
 from lamina.methods.base import Method
 from lamina.methods.color import CoLoR
 from lamina.methods.duallora import DualLoRA, orthogonal, residual
-from lamina.methods.posterior import Posterior
+from lamina.methods.lamina import Lamina
 
 TASKS, LAYOUT, ROUTER = "tasks", "layout.json", "router.safetensors"
 
@@ -171,7 +171,7 @@ def _router(
         )
         through = [0] if method.config.identify == "first expert" else []
         return "tasks", {"mode": "route", "distance": method.config.distance, "identify_with": through}
-    if isinstance(method, Posterior):
+    if isinstance(method, Lamina):
         save_tensors(draft.folder / ROUTER, posterior_tensors(method))
         later = learner.backbone.stages[1:][-method.config.layers :][1:]  # as in `Backbone.layered`
         return "posterior", {"blocks": list(later), "width": learner.backbone.width}
@@ -208,7 +208,7 @@ def _write(folder: Path, layout: Layout, factors: Mapping[str, Factors], base: s
     write_adapter(folder, layout, factors, base, "FEATURE_EXTRACTION")
 
 
-def posterior_tensors(method: Posterior) -> dict[str, Tensor]:
+def posterior_tensors(method: Lamina) -> dict[str, Tensor]:
     """Returns what infers the task, and the discriminants within the tasks."""
     return {key: value for key, value in method.memory.items() if not key.startswith("sums/")}
 

@@ -13,7 +13,6 @@ from lamina.methods.inflora import InfLoRA
 from lamina.methods.lamina import Lamina
 from lamina.methods.moram import MoRAM
 from lamina.methods.olora import OLoRA
-from lamina.methods.posterior import Posterior
 from lamina.methods.prototype import Prototype
 from lamina.methods.ranpac import RanPAC
 from lamina.methods.sdlora import SDLoRA
@@ -32,7 +31,6 @@ METHODS: dict[str, type[Method[Any]]] = {
     "taskarithmetic": TaskArithmetic,
     "ewc": EWC,
     "color": CoLoR,
-    "posterior": Posterior,
     "sora": SoRA,
     "sdlora": SDLoRA,
     "clora": CLoRA,

@@ -1,68 +1,256 @@
-"""lamina: sequential LoRA at a low later rate, with weight merging, drift compensation and a unified classifier.
+"""lamina: one adapter per task, each trained alone, and predictions weighed by the posterior probability of the task.
 
-    the adapter of task t starts from that of task t-1; from the second task on, a tenth of the learning rate
-    M_t = M_{t-1} + a_t (w_t - M_{t-1})                                                              (weight merging)
-    means and shared scatter of older outputs move by the linear map W from old to new features      (drift compensation)
-    one linear discriminant of the outputs of all tasks, on the features of four blocks              (unified classifier)
+    p(j | x) = p(t | x) p(j | t, x)                     j an output of task t
 
-No part is new. The adapter is that of `methods/finetune.py`; the rest is consolidation (`engine/consolidate.py`), whose
-equations and sources are in `maths/`. New is the choice: one configuration for all streams, made on validation data only
-(`benchmarks/grids/choose.yaml`), so that a user who knows nothing of a stream need not set anything.
+    q(j | x)      softmax over all outputs of r(f(x)) / τ,   f: features of the backbone alone
+    p(t | x)      sum of q(j | x) over the outputs j of t
+    p(j | t, x)   for the most probable task: softmax over its outputs of ⅓ (log s_t + log h_t + log q(j | x) / p(t | x))
+                  for the others:             q(j | x) / p(t | x)
+    r, τ          least squares on random features of f, and its temperature (`calibrated` in `maths/ranpac.py`)
+    s_t, h_t      softmax of the linear discriminant of t, and of the outputs of the head that were trained with its adapter,
+                  both on f_t, the features through that adapter
 
-Shape letters: o outputs, i inputs, r rank.
+Of a language model only the adapters and p(t | x) are used: f is the mean hidden state of the prompt, r has one output for a
+task, and the most probable task's adapter writes the completion.
+
+Nothing here ever changes when a later task is learnt, but r, which is fitted to sums over all examples. So there is no drift
+and no forgetting: a task loses only what it is mistaken for. Tasks may be trained side by side. Their order matters only to
+what the first one fixes (the random features, the units of f) and what the newest one selects (λ of r, and τ).
+
+The factors are those of Kim et al., *A Theoretical Study on Solving Continual Learning* (NeurIPS 2022, arXiv 2211.02633):
+class-incremental learning needs prediction within a task and the inference of the task, and these suffice. An adapter for
+every task, selected per input, is CoLoR's (`methods/color.py`). Ours: q, instead of the nearest centroid; its conditional for
+the tasks not selected, so that the choice of a task is not final; the mean of the three conditionals.
+
+    here                     shape       what
+    ridge/...                            r: the projection, its solution and τ; centre and scale of f in the first task
+    sums/...                             of the random features of f: G (m, m), C (m, j)
+    adapted/<task>/...       (c, d)      s_t
+
+Shape letters: b batch, n examples, d width (of several blocks side by side), j outputs of the head, c outputs of a task,
+t tasks, m random features.
 """
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
 
+import torch
+import torch.nn.functional as F
 from pydantic import Field
+from torch import Tensor
 
-from lamina.learner import Learner
-from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, add_shared_lora
-from lamina.types import Task
+from lamina.errors import TrainingError
+from lamina.learner import Learner, local_labels
+from lamina.maths import classifiers, ranpac
+from lamina.maths.class_statistics import of_features
+from lamina.maths.classifiers import LinearClassifier
+from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal, under
+from lamina.methods.routed import adapters_of, through_adapters
+from lamina.rng import seed_of
+from lamina.types import Batch, Task
+
+SMALLEST = 1e-6
+"""Least standard deviation of a feature."""
+ALONE = "every adapter is trained alone, and selected per input"
 
 
 class LaminaConfig(MethodConfig):
-    around: ClassVar[Mapping[str, Any]] = {
-        "training.later_lr": 0.1,
-        "consolidation.init": "chain",
-        "consolidation.merging": "ema",
-        "consolidation.drift": "linear+local",
-        "consolidation.classifier": "lda",
-        "consolidation.layers": 4,
-    }
-    around_language: ClassVar[Mapping[str, Any]] = {
-        "training.later_lr": 0.1,
-        "consolidation.init": "chain",
-        "consolidation.merging": "ema",
-    }
     rank: int = Field(10, ge=1)
-    """Rank of the one adapter in every adapted layer."""
+    """Rank of the adapter of each task in every adapted layer."""
+    layers: int = Field(4, ge=1)
+    """How many of the last blocks give the discriminants their features (all blocks if there are fewer). A language model
+    gives those of its last one."""
+    random_features: int = Field(4096, ge=1)
+    """M: number of random features that infer the task. They take 4 M² bytes."""
 
 
 class Lamina(Method[LaminaConfig]):
     name = "lamina"
-    advice = "By default. It stores no examples and needs no settings."
+    advice = "By default. It stores no examples; a prediction takes two passes."
     paper = Paper(
-        title="Sequential LoRA with weight merging, drift compensation and a unified classifier: published parts, combined",
-        authors="lamina's authors, from parts by Hu et al. and others",
-        venue="this library, 2026",
-        link="https://arxiv.org/abs/2106.09685",
+        title="A Theoretical Study on Solving Continual Learning: prediction within the task times inference of the task",
+        authors="Kim et al.; the method is by lamina's authors, from published parts",
+        venue="NeurIPS 2022; this library, 2026",
+        link="https://arxiv.org/abs/2211.02633",
         departures=(
-            Departure(
-                "the parts are published one by one; their combination is ours, chosen on validation data, and each "
-                "part has its own setting under `consolidation`",
-                "ours",
-            ),
+            Departure("random features of the frozen backbone infer the task", "ours", "random_features"),
+            Departure("within the selected task three classifiers count equally", "ours"),
         ),
     )
     needs = Needs(
-        per_task="a mean per class",
-        storage="One adapter, and its merged weights until they have full rank. A mean, a count and a classifier output per "
-        "class and task; one scatter matrix.",
-        extra="Two passes over the data around every task.",
+        per_task="an adapter, two vectors per class",
+        storage="One adapter of rank r per adapted layer and task. A classifier output and two vectors of random features per "
+        "class and task; one Gram matrix of the random features (67 MB).",
+        prediction="linear",
+        extra="A prediction takes two passes. After every task: one pass over its data through both models, and four linear "
+        "systems in as many unknowns as there are random features.",
     )
     config_type = LaminaConfig
+    refuses = (
+        Refusal("init", ALONE),
+        Refusal("merging", ALONE),
+        Refusal("drift", "the statistics that infer the task are of the frozen backbone, which never drifts"),
+        Refusal("classifier", "it has classifiers of its own"),
+    )
+    selects = True
+    independent = True
 
     def begin(self, learner: Learner, task: Task, batches: Pass) -> None:
-        add_shared_lora(learner, task, self.config.rank)
+        if not learner.generates:
+            learner.backbone.check_layers(self.config.layers)
+        learner.add_lora(task, self.config.rank, self.name)
+
+    def end(self, learner: Learner, task: Task, batches: Pass) -> None:
+        learner.finish(task.name, fold=False)
+        learner.head.freeze()
+        frozen, adapted, outputs = [], [], []
+        with torch.no_grad():
+            for batch in batches(augmented=False):
+                alone_b = torch.zeros(len(batch), dtype=torch.int64, device=learner.device)
+                frozen.append(self.features(learner, batch).cpu())
+                if not learner.generates:
+                    adapted.append(self.through(learner, batch, [task.name], alone_b).cpu())
+                outputs.append((alone_b if learner.generates else local_labels(task, batch.labels_b)).cpu())
+        output_n = torch.cat(outputs)
+        if not all(bool(features_bd.isfinite().all()) for features_bd in (*frozen, *adapted)):
+            raise TrainingError(
+                f"features of task {task.name!r} are not finite. An input is not finite, or training diverged: check the data, "
+                f"and use a smaller training.lr."
+            )
+        if adapted:
+            blocks = learner.backbone.blocks_of(self.config.layers)
+            of_task = of_features(torch.cat(adapted), output_n, len(task.classes), blocks=blocks)
+            self.keep(learner, f"adapted/{task.name}", classifiers.lda(of_task).tensors())
+        self.add_random_features(learner, torch.cat(frozen), output_n, self.columns(learner, task.name))
+
+    def add_random_features(self, learner: Learner, features_nd: Tensor, output_n: Tensor, outputs: int) -> None:
+        """Add the random features of a task's examples to the sums, and solve for r. output_n: among the task's outputs."""
+        kept = {key: value.cpu() for key, value in self.part("ridge").items()}
+        if not kept:
+            generator = torch.Generator().manual_seed(seed_of("projection", torch.initial_seed()))
+            width = self.config.random_features
+            kept = {
+                "projection_md": ranpac.projection(width, features_nd.shape[1], generator),
+                "centre_d": features_nd.mean(0),
+                "scale_d": features_nd.std(0, correction=0).clamp_min(SMALLEST),
+            }
+        projection_md, scaled_nd = kept["projection_md"], (features_nd - kept["centre_d"]) / kept["scale_d"]
+        sums = self.part("sums")
+        old = (
+            ranpac.Sums(sums["gram_mm"].cpu(), sums["cross_mj"].cpu()) if sums else ranpac.Sums.zero(len(projection_md))
+        )
+        found = old.plus(projection_md, scaled_nd, output_n, outputs)
+        solved = ranpac.calibrated(found, projection_md, scaled_nd, output_n + old.cross_mj.shape[1])
+        self.keep(learner, "sums", found._asdict())
+        tau = torch.tensor(solved.temperature, dtype=torch.float64)
+        self.keep(learner, "ridge", kept | {"weight_mj": solved.weight_mj, "temperature": tau})
+
+    def features(self, learner: Learner, batch: Batch) -> Tensor:
+        """Returns the features (b, d) of the backbone alone."""
+        with learner.bare():
+            return learner.features(batch, 1 if learner.generates else self.config.layers)
+
+    def predict(self, learner: Learner, batch: Batch) -> Tensor:
+        log_bt, within_bj = self.routed(learner, batch)
+        within_bj = self.refined(learner, batch, log_bt.argmax(1), within_bj)
+        return (padded(log_bt[:, self.task_of_outputs(learner)], learner) + within_bj).float()
+
+    def predict_task_aware(self, learner: Learner, batch: Batch, task: str) -> Tensor:
+        tasks = self.learnt(learner)
+        if task not in tasks:
+            return self.predict(learner, batch)
+        chosen_b = torch.full_like(batch.labels_b, tasks.index(task))
+        return self.refined(learner, batch, chosen_b, self.routed(learner, batch)[1]).float()
+
+    @contextmanager
+    def predicting(self, learner: Learner, batch: Batch, task: str | None = None) -> Iterator[None]:
+        tasks = self.learnt(learner)
+        if not tasks:
+            with learner.bare():
+                yield
+            return
+        chosen_b = self.scores(learner, batch).argmax(1)  # r has one output for a task
+        if task in tasks:
+            chosen_b = torch.full_like(chosen_b, tasks.index(task))
+        with adapters_of(learner, tasks, chosen_b):
+            yield
+
+    def routed(self, learner: Learner, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Returns log p(t | x), (b, t), and log q(j | x) / p(t | x), (b, j), of the backbone alone; float64."""
+        scores_bj, task_j = self.scores(learner, batch), self.task_of_outputs(learner)
+        log_bt, within_bj = factors(scores_bj, task_j, len(self.learnt(learner)))
+        return log_bt, padded(within_bj, learner)
+
+    def scores(self, learner: Learner, batch: Batch) -> Tensor:
+        """Returns r(f(x)) / τ, float64, (b, outputs of the tasks that have ended)."""
+        ridge = self.part("ridge")
+        scaled_bd = (self.features(learner, batch) - ridge["centre_d"]) / ridge["scale_d"]
+        phi_bm = ranpac.random_features(scaled_bd, ridge["projection_md"])
+        return phi_bm.double() @ ridge["weight_mj"] / ridge["temperature"]
+
+    def refined(self, learner: Learner, batch: Batch, chosen_b: Tensor, within_bj: Tensor) -> Tensor:
+        """Returns log p(j | t, x), (b, j) float64, for the chosen task by its adapter. within_bj: of the backbone alone."""
+        tasks = self.learnt(learner)
+        features_bd = self.through(learner, batch, tasks, chosen_b)
+        task_j = self.task_of_outputs(learner)
+        own_bj = F.pad(task_j == chosen_b[:, None], (0, len(learner.outputs) - len(task_j)))
+        lda_bj = torch.cat([self.classifier(f"adapted/{task}").scores(features_bd) for task in tasks], 1)
+        head_bj = learner.head(features_bd[:, -learner.backbone.width :]).double()
+        three = (padded(lda_bj, learner), head_bj, within_bj)
+        logs = [scores_bj.masked_fill(~own_bj, -torch.inf).log_softmax(1) for scores_bj in three]
+        return torch.where(own_bj, torch.stack(logs).mean(0).log_softmax(1), within_bj)
+
+    # -- parts ----------------------------------------------------------------------------------------------------------
+
+    def through(self, learner: Learner, batch: Batch, tasks: Sequence[str], chosen_b: Tensor) -> Tensor:
+        return through_adapters(learner, batch, tasks, chosen_b, self.config.layers)
+
+    def learnt(self, learner: Learner) -> list[str]:
+        """Returns the tasks that have ended, in their order."""
+        known = self.memory["sums/cross_mj"].shape[1] if "sums/cross_mj" in self.memory else 0
+        ends = accumulate(self.columns(learner, task) for task in learner.head.tasks)
+        return [task for task, end in zip(learner.head.tasks, ends, strict=True) if end <= known]
+
+    def columns(self, learner: Learner, task: str) -> int:
+        """Returns how many outputs r has for a task: one for each of its classes; one for a task of a language model."""
+        return 1 if learner.generates else learner.head.block(task).out_features
+
+    def task_of_outputs(self, learner: Learner) -> Tensor:
+        """Returns the position of its task for every output of the tasks that have ended. They are the first outputs."""
+        tasks = self.learnt(learner)
+        return torch.tensor([tasks.index(o.task) for o in learner.outputs if o.task in tasks], device=learner.device)
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """Returns what is kept under a name."""
+        return under(self.memory, name)
+
+    def keep(self, learner: Learner, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self.memory |= {f"{name}/{key}": value.to(learner.device) for key, value in tensors.items()}
+
+    def classifier(self, name: str) -> LinearClassifier:
+        return LinearClassifier(self.memory[f"{name}/weight_jd"], self.memory[f"{name}/bias_j"])
+
+    def memory_bound(self, learner: Learner) -> int:
+        if learner.generates:
+            outputs, blocks = len(learner.head.tasks), 1
+        else:
+            outputs, blocks = len(learner.outputs), learner.backbone.blocks_of(self.config.layers)
+        width = blocks * learner.backbone.width
+        m = self.config.random_features
+        return 4 * m**2 + 16 * m * outputs + 4 * (m + 2) * width + 8 + 8 * outputs * (width + 1)
+
+
+def factors(scores_bj: Tensor, task_j: Tensor, tasks: int) -> tuple[Tensor, Tensor]:
+    """Returns log p(t | x), (b, t), and log p(j | t, x), (b, j), of scores whose softmax is p(j | x). task_j: the task of every
+    output."""
+    log_bj, task_bj = scores_bj.log_softmax(1), task_j.expand_as(scores_bj)
+    best_bt = log_bj.new_full((log_bj.shape[0], tasks), -torch.inf).scatter_reduce(1, task_bj, log_bj, "amax")
+    shares_bj = (log_bj - best_bt[:, task_j]).exp()
+    log_bt = best_bt + torch.zeros_like(best_bt).scatter_add(1, task_bj, shares_bj).log()
+    return log_bt, log_bj - log_bt[:, task_j]
+
+
+def padded(values_bj: Tensor, learner: Learner) -> Tensor:
+    """Returns values of the outputs of ended tasks, and minus infinity for those of others, which come after them."""
+    return F.pad(values_bj, (0, len(learner.outputs) - values_bj.shape[1]), value=-torch.inf)

@@ -10,6 +10,7 @@ from lamina.data.tokens import MULTIPLE
 from lamina.engine import device
 from lamina.engine.batches import Order
 from lamina.engine.loop import Loop
+from lamina.engine.optim import for_task
 from lamina.engine.order import steps_per_epoch
 from lamina.engine.rehearsal import keep
 from lamina.engine.state import Clock, now
@@ -124,7 +125,7 @@ def _language(setup: Setup, loop: Loop) -> LanguageRecord | None:
         assert isinstance(task.train.table, InstructionTable)
         lengths_n, steps = task.train.lengths(), steps_per_epoch(len(task.train), training.batch_size)
         order = Order(task.train, training.batch_size, seed=setup.config.seed, task=task.name, by_length=True)
-        for step in range(training.epochs * steps):
+        for step in range(for_task(training, steps).epochs * steps):
             lengths_b = lengths_n[order.positions(step)]
             tokens += int(lengths_b.sum())
             longest = min(-(-int(lengths_b.max()) // MULTIPLE) * MULTIPLE, task.train.table.max_length)  # as it pads

@@ -25,7 +25,7 @@ from lamina.export.written import Draft
 from lamina.learner import Learner
 from lamina.methods import METHODS
 
-ROUTED = ("color", "duallora", "posterior")
+ROUTED = ("color", "duallora", "lamina")
 PER_TOKEN = ("moram",)
 """Methods that weight adapters for every token, which no format holds."""
 PER_TASK = ("olora", "inflora", "sora", *ROUTED)
@@ -91,7 +91,7 @@ def test_one_adapter_and_a_checkpoint(method: str, world: str, tmp_path: Path):
         pytest.param(
             method,
             world,
-            marks=() if world == "split" or (method, world) == ("posterior", "fused") else pytest.mark.slow,
+            marks=() if world == "split" or (method, world) == ("lamina", "fused") else pytest.mark.slow,
         )
         for method in METHODS
         for world in WORLDS
@@ -132,7 +132,7 @@ def test_settings_of_routers(method: str, settings: dict[str, object], tmp_path:
 @pytest.mark.parametrize("method", ROUTED)
 def test_a_router_is_refused_by_formats_with_one_update(method: str, tmp_path: Path):
     model = model_of("split", method, tmp_path)
-    for export in (export_peft, export_merged, *([] if method == "posterior" else [export_onnx])):
+    for export in (export_peft, export_merged, *([] if method == "lamina" else [export_onnx])):
         with pytest.raises(MethodError, match=rf"{method!r} selects or scales adapters for each input.*peft-tasks"):
             export(model, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["base", "m"]
@@ -142,7 +142,7 @@ def test_a_router_is_refused_by_formats_with_one_update(method: str, tmp_path: P
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_graph_that_infers_the_task(layers: int, world: str, tmp_path: Path):
     """Of inputs of both tasks, in batches of several sizes, and texts of several lengths."""
-    model = model_of(world, "posterior", tmp_path, **{"method.layers": layers})
+    model = model_of(world, "lamina", tmp_path, **{"method.layers": layers})
     done = export_onnx(model, tmp_path / "out")
     assert [one.agreement for one in done.differences] == [1, 1]
     with open_model(model) as opened:

@@ -25,13 +25,13 @@ from lamina.export.written import Draft
 from lamina.files import write_checked
 from lamina.methods import METHODS
 from lamina.methods.color import nearest_task
-from lamina.methods.posterior import Posterior
+from lamina.methods.lamina import Lamina
 from lamina.model import Model
 from lamina.model.kept import PROBES
 from lamina.types import Batch
 
 ALL = ["q", "k", "v", "out", "up", "down"]
-ROUTED = ("color", "posterior")
+ROUTED = ("color", "lamina")
 PER_TOKEN = ("moram",)
 """Methods whose update no format holds."""
 METHODS_HERE = [name for name, method in METHODS.items() if method.trains and not method.refuses_language]
@@ -108,7 +108,7 @@ def test_every_method(method: str, tmp_path: Path):
 
 def routed(method: Any, learner: Any, batch: Batch) -> torch.Tensor:
     """Returns the position (b,) of the task of every prompt."""
-    if isinstance(method, Posterior):
+    if isinstance(method, Lamina):
         return method.scores(learner, batch).argmax(1)
     centroids = [method.memory[f"centroids/{task}"] for task in learner.head.tasks]
     return nearest_task(method.directions(learner, batch)[1], centroids, method.config.distance)
@@ -118,7 +118,7 @@ def routed(method: Any, learner: Any, batch: Batch) -> torch.Tensor:
     ("name", "method", "settings"),
     [
         ("llama", "color", {}),
-        ("llama", "posterior", {}),
+        ("llama", "lamina", {}),
         pytest.param("gpt2", "color", {"method.identify": "first expert"}, marks=pytest.mark.slow),
         pytest.param("gpt_neox", "color", {"method.distance": "l1"}, marks=pytest.mark.slow),
         pytest.param("gpt2", "olora", {}, marks=pytest.mark.slow),

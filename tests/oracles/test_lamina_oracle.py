@@ -1,4 +1,4 @@
-"""Posterior: p(t | x) p(j | t, x), computed one example and one task at a time from the branches and the data alone.
+"""lamina: p(t | x) p(j | t, x), computed one example and one task at a time from the branches and the data alone.
 
 Shape letters: n examples, d width, c outputs of a task.
 """
@@ -18,7 +18,7 @@ from lamina.learner import Learner
 from lamina.maths import classifiers
 from lamina.maths.class_statistics import of_features
 from lamina.maths.ranpac import RATIOS
-from lamina.methods.posterior import Posterior, PosteriorConfig, factors
+from lamina.methods.lamina import Lamina, LaminaConfig, factors
 from lamina.types import Batch, Examples
 
 
@@ -27,7 +27,7 @@ def run(folder: Path, scenario: str, layers: int) -> Loop:
     plan = class_plan(data, 3) if scenario == "class" else domain_plan(data)
     loop = Loop(
         learner=Learner(tiny_vit(blocks=2), ("q", "v")),
-        method=Posterior(PosteriorConfig(rank=3, layers=layers, random_features=24), None),
+        method=Lamina(LaminaConfig(rank=3, layers=layers, random_features=24), None),
         stream=make_stream(data, plan, scenario, per_class=6),
         training=TRAINING,
         evaluation=EVALUATION,
@@ -145,7 +145,7 @@ def test_what_is_learnt_later_changes_no_adapter(tmp_path: Path):
     loop = run(tmp_path / "a", "class", 2)
     first = Loop(
         learner=Learner(tiny_vit(blocks=2), ("q", "v")),
-        method=Posterior(PosteriorConfig(rank=3, layers=2, random_features=24), None),
+        method=Lamina(LaminaConfig(rank=3, layers=2, random_features=24), None),
         stream=loop.stream.first(1),
         training=TRAINING,
         evaluation=EVALUATION,
