@@ -225,11 +225,11 @@ def test_cost_grows_as_documented(name: str, part: str, costs: Callable[[str], d
     assert obeys(growth, after), f"{part} of {name} after 2, 4 and 8 tasks should be {growth}: {after}"
 
 
-def test_lamina_keeps_a_mean_a_count_and_an_output_of_the_classifier_for_every_class_and_task(
+def test_an_lda_keeps_a_mean_a_count_and_an_output_for_every_class_and_task(
     costs: Callable[[str], dict[int, Cost]],
 ):
-    kept = {tasks: found.consolidation for tasks, found in costs("lamina").items()}
-    wide = 2 * 32  # both blocks of the backbone
+    kept = {tasks: found.consolidation for tasks, found in costs("fsa").items()}
+    wide = 32
     assert kept[8] - kept[4] == 4 * 2 * (8 * (wide + 1) + 8 * (wide + 1))
     assert kept[4] == 4 * 2 * (8 * (wide + 1) + 8 * (wide + 1)) + 8 * wide**2, "and one scatter"
 

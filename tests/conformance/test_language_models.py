@@ -658,7 +658,7 @@ def test_tasks_that_are_not_learnt_yet_are_measured_where_that_is_asked_for(trai
 
 
 def test_all_tasks_at_once_are_one_task(tmp_path: Path):
-    loop = make_loop("lamina", LLAMA, tmp_path, training=LANGUAGE_TRAINING.model_copy(update={"epochs": 1}))
+    loop = make_loop("finetune", LLAMA, tmp_path, training=LANGUAGE_TRAINING.model_copy(update={"epochs": 1}))
     loop.stream = loop.stream.joint()
     loop.run()
     assert loop.matrix.tasks == 1

@@ -71,7 +71,7 @@ def test_a_file_of_another_form(lamina: Command, tmp_path: Path, text: str, told
         ("training.lr=.inf", ["training.lr = inf", "finite"]),
         ("training.schedule=cosin", ["'cosin'", "'quarter-cosine'", "Did you mean 'cosine'?"]),
         ("rehearsal.per_class=-1", ["rehearsal.per_class = -1", "greater than or equal to 0"]),
-        ("jobs=2", ["jobs = 2", "'lamina'", "cannot be trained in parallel", "taskarithmetic, color"]),
+        ("jobs=2", ["jobs = 2", "'finetune'", "cannot be trained in parallel", "lamina, taskarithmetic, color"]),
         ("threads=100000", ["threads = 100000", "less than or equal to"]),
         ("threads=1024", ["threads = 1024: this machine has", f"Allowed are 1 to {4 * (os.cpu_count() or 1)}"]),
         ("method.rank=1000000000", ["method.rank = 1000000000", "are 192 wide. Allowed are 1 to 192"]),
@@ -95,8 +95,9 @@ def test_a_file_of_another_form(lamina: Command, tmp_path: Path, text: str, told
     ],
 )
 def test_a_setting_that_cannot_be(lamina: Command, tmp_path: Path, setting: str, told: list[str]) -> None:
+    method = ["--method=finetune"] if setting.startswith(("jobs", "consolidation.")) else []
     extra = ["--classifier=ridge"] if "random_features" in setting else []
-    message = lamina.refused(*DIGITS, *extra, "--set", setting)
+    message = lamina.refused(*DIGITS, *method, *extra, "--set", setting)
     for part in told:
         assert part in message
     assert not (tmp_path / "run").exists(), "nothing is left behind"

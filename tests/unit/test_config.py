@@ -341,8 +341,8 @@ def test_a_fingerprint_is_of_what_decides_the_result():
 
 def test_the_fingerprints_of_older_runs_stay():
     """Of runs that were made before `rehearsal` was a setting."""
-    found = {name: print_of(given(("method.name", name), ("training.lr", 2e-3))) for name in ("lamina", "finetune")}
-    assert found == {"lamina": "d67f5d5350c1677d68172b489eae0984", "finetune": "9cf39472f29ab3768b7a7afc98118b11"}
+    found = {name: print_of(given(("method.name", name), ("training.lr", 2e-3))) for name in ("color", "finetune")}
+    assert found == {"color": "dec24bd2aefdc7dbffaa021da98c09e8", "finetune": "9cf39472f29ab3768b7a7afc98118b11"}
 
 
 def test_a_run_is_named_after_its_method_and_what_sets_it_apart():
@@ -357,7 +357,13 @@ def test_a_fingerprint_survives_the_file(tmp_path: Path):
 
 
 class _Around(MethodConfig):
-    around = {"consolidation.classifier": "lda", "training.later_lr": 0.5}  # noqa: RUF012
+    around = {  # noqa: RUF012
+        "consolidation.classifier": "lda",
+        "consolidation.drift": "linear",
+        "consolidation.layers": 4,
+        "consolidation.class_covariance_rank": 16,
+        "training.later_lr": 0.5,
+    }
 
 
 def test_a_method_can_have_defaults_around_it_which_what_is_said_overrides() -> None:
@@ -370,9 +376,8 @@ def test_a_method_can_have_defaults_around_it_which_what_is_said_overrides() -> 
     said, _ = check({"consolidation": {"classifier": "own"}})
     assert said is not None
     assert (said.consolidation.classifier, said.training.later_lr) == ("own", 0.5)
-    own, _ = configuration.check({"consolidation": {"classifier": "own"}}, SETTINGS, RunConfig)
-    assert own is not None
-    assert (own.consolidation.drift, own.consolidation.layers, own.consolidation.merging) == ("none", 1, "ema")
+    section = said.consolidation
+    assert (section.drift, section.layers, section.class_covariance_rank) == ("none", 1, 0), "of a unified classifier"
     other, _ = check({"method": "finetune"})
     assert other is not None
     assert other.consolidation.classifier == "own"

@@ -270,7 +270,7 @@ def test_events_in_any_script(model: Model) -> None:
     assert model.history[-1]["event"] == "after"
 
 
-@pytest.mark.parametrize("method", ["inflora", "lamina"])
+@pytest.mark.parametrize("method", ["inflora", "fsa"])
 def test_pruned_versions_cannot_come_back_and_nothing_else_changes(
     base: Path, data: Path, tmp_path: Path, method: str
 ) -> None:

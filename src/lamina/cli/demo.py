@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lamina": {"method.name": "lamina"},
 }
 """By the name in the report. finetune and inflora have the best of 4 learning rates (and of 2 values of epsilon) on a fifth of
-the training images; frozen + LDA is lamina's classifier without training; lamina has its defaults."""
+the training images; frozen + LDA trains nothing; lamina has its defaults."""
 
 
 def demo(

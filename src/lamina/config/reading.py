@@ -25,7 +25,9 @@ LANGUAGE_DEFAULTS: Mapping[str, Any] = {
     "evaluation.batch_size": 16,
 }
 """Defaults for causal language models: tasks are domains, and q and v have adapters, as in O-LoRA's code."""
-OF_A_CLASSIFIER = ("consolidation.drift", "consolidation.layers")
+OF_A_CLASSIFIER = tuple(
+    f"consolidation.{name}" for name in ("drift", "layers", "class_covariance_rank", "random_features")
+)
 """Defaults of a method that do not apply if its unified classifier is declined (`consolidation.classifier` = own)."""
 _LONGEST = 80
 """Characters of a value in a message."""

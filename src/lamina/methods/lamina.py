@@ -34,6 +34,7 @@ t tasks, m random features.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,8 @@ ALONE = "every adapter is trained alone, and selected per input"
 
 
 class LaminaConfig(MethodConfig):
-    rank: int = Field(10, ge=1)
+    around: ClassVar[Mapping[str, Any]] = {"backbone.targets": ["q", "k", "v", "out", "fc1", "fc2"]}
+    rank: int = Field(32, ge=1)
     """Rank of the adapter of each task in every adapted layer."""
     layers: int = Field(4, ge=1)
     """How many of the last blocks give the discriminants their features (all blocks if there are fewer). A language model

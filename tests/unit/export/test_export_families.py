@@ -110,7 +110,7 @@ def test_onnx(name: str, tmp_path: Path):
     assert json.loads((tmp_path / "out" / "labels.json").read_text())["labels"] == list(model.classes)
 
 
-@pytest.mark.parametrize("method", ["olora", "lamina"])
+@pytest.mark.parametrize("method", ["olora", "fsa"])
 def test_a_checkpoint_with_fused_queries_keys_and_values(method: str, tmp_path: Path):
     """A ViT as timm stores it, q, k and v in one tensor: the exports are in the layout of transformers, base included."""
     base = tmp_path / "timm"

@@ -30,18 +30,12 @@ PER_TOKEN = ("moram",)
 """Methods that weight adapters for every token, which no format holds."""
 PER_TASK = ("olora", "inflora", "sora", *ROUTED)
 """Methods that keep an adapter per task."""
-UNIFIED = {
-    "lamina": {
-        "consolidation.classifier": "lda",
-        "consolidation.layers": 2,
-        "consolidation.merging": "ema",
-        "consolidation.drift": "linear+local",
-    }
-} | {
-    name: {"consolidation.classifier": "own", "consolidation.class_covariance_rank": 0}
-    for name in ("fsa", "ranpac", "slca")
+CONSOLIDATED = {
+    "consolidation.classifier": "lda",
+    "consolidation.layers": 2,
+    "consolidation.merging": "ema",
+    "consolidation.drift": "linear+local",
 }
-"""The settings that a method has by default are used for lamina only; others have their own classifier."""
 
 
 def slow(value: object) -> Any:
@@ -63,7 +57,7 @@ def model_of(world: str, method: str, folder: Path, **more: object) -> Path:
         with_tokenizer(raw, base)
     else:
         raw.save_pretrained(base)
-    taught(folder / "m", base, kind, method, settings | UNIFIED.get(method, {}) | more)
+    taught(folder / "m", base, kind, method, settings | more)
     return folder / "m"
 
 
@@ -79,7 +73,7 @@ def test_one_adapter_and_a_checkpoint(method: str, world: str, tmp_path: Path):
     done = export_peft(model, tmp_path / "peft", with_base=world != "split")
     assert done.differences[0].agreement == 1
     facts = json.loads((tmp_path / "peft" / "export.json").read_text())
-    assert ("refitted" in facts) == (method == "lamina")
+    assert "refitted" not in facts
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"]
     assert config["rank_pattern"] == config["alpha_pattern"]
@@ -298,7 +292,7 @@ def test_scores_are_compared_one_by_one(
 
 @pytest.mark.parametrize("classes", [1, 2])
 @pytest.mark.parametrize("probes", [1, 3])
-@pytest.mark.parametrize("method", ["finetune", slow("olora"), "lamina"])
+@pytest.mark.parametrize("method", ["finetune", slow("olora"), "fsa"])
 def test_one_class_and_two_are_enough(method: str, probes: int, classes: int, tmp_path: Path) -> None:
     ROWS["vit"].raw().save_pretrained(tmp_path / "base")
     model = small(tmp_path / "m", tmp_path / "base", method, {"training.epochs": 1, "probes.per_class": probes})
@@ -423,8 +417,9 @@ def test_a_base_that_transformers_reads_otherwise_must_be_written(tmp_path: Path
 
 def test_ranks_that_are_not_needed_are_left_out(tmp_path: Path):
     """Merging adds a branch of the span of the others."""
-    model = model_of("split", "lamina", tmp_path, **{"method.rank": 3})
+    model = model_of("split", "finetune", tmp_path, **{"method.rank": 3}, **CONSOLIDATED)
     done = export_peft(model, tmp_path / "out")
+    assert "refitted" in json.loads((tmp_path / "out" / "export.json").read_text())
     tensors = load_file(done.path / "adapter_model.safetensors")
     ranks = {len(value) for name, value in tensors.items() if "lora_A" in name}
     assert max(ranks) <= 6

@@ -174,7 +174,7 @@ def test_a_unified_classifier_is_fitted_with_the_new_classes(
         "consolidation.drift": "linear+local",
         "consolidation.random_features": 32,
     }
-    taught(tmp_path / "m", world["base"], method="lamina", settings=settings)
+    taught(tmp_path / "m", world["base"], method="finetune", settings=settings)
     before = weights_in_use(tmp_path / "m")
     with pytest.raises(ModelError, match=f"the {classifier.replace('+', '.')} classifier needs the statistics.*--data"):
         import_adapter(tmp_path / "m", world["adapter"], name="new", classes=NEW)

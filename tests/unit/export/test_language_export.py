@@ -90,7 +90,7 @@ def test_every_family_stored_in_bf16(name: str, tmp_path: Path):
     assert tied[1].dtype == BF16
 
 
-@pytest.mark.parametrize("method", slow_but(("lamina", "moram"), METHODS_HERE))
+@pytest.mark.parametrize("method", slow_but(("finetune", "lamina", "moram"), METHODS_HERE))
 def test_every_method(method: str, tmp_path: Path):
     run = run_of(tmp_path, method=method)
     if method in ROUTED + PER_TOKEN:
