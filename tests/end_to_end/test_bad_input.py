@@ -80,7 +80,7 @@ def test_a_file_of_another_form(lamina: Command, tmp_path: Path, text: str, told
             "consolidation.random_features=10000000000000",
             ["random_features = 10000000000000", "GB", "Allowed are 1 to"],
         ),
-        ("consolidation.class_covariance_rank=10000", ["class_covariance_rank = 10000", "Allowed are 0 to 768"]),
+        ("consolidation.class_covariance_rank=10000", ["class_covariance_rank = 10000", "Allowed are 0 to 192"]),
         ("training.lr=1e300", ["training.lr = 1e+300", "less than or equal to 1000"]),
         ("consolidation.head=lda", ["consolidation.head = 'lda'", "now called consolidation.classifier"]),
         ("stream.tasks=11", ["stream.tasks = 11", "'digits' has 10 classes", "1 to 10"]),
