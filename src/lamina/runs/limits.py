@@ -46,7 +46,8 @@ def check_backbone(config: RunConfig, settings: MethodConfig, backbone: Backbone
     if section.class_covariance_rank > layers * width:
         raise ConfigError(
             f"consolidation.class_covariance_rank = {section.class_covariance_rank}: with consolidation.layers = "
-            f"{section.layers}, the features of backbone {backbone.name!r} are {layers * width} wide. Allowed are 0 to {layers * width}."
+            f"{section.layers} the features of backbone {backbone.name!r} are {layers * width} wide. Allowed are 0 to "
+            f"{layers * width}."
         )
     asked = {"method.random_features": getattr(settings, "random_features", 0)}
     if section.classifier in ("ridge", "lda+ridge", "gram"):
