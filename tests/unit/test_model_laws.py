@@ -270,6 +270,15 @@ def test_events_in_any_script(model: Model) -> None:
     assert model.history[-1]["event"] == "after"
 
 
+def test_a_model_of_a_method_that_is_another_one_now_is_refused(base: Path, tmp_path: Path) -> None:
+    model = small(tmp_path / "m", base, "lamina")
+    content = store.read_checked(model.path / "model.json")
+    content["config"]["method"] = {"name": "lamina", "rank": 10}
+    store.write_checked(model.path / "model.json", content)
+    with pytest.raises(ModelError, match=r"was made with lamina before 0\.3, whose method 'lamina' was another one"):
+        Model(model.path)
+
+
 @pytest.mark.parametrize("method", ["inflora", "fsa"])
 def test_pruned_versions_cannot_come_back_and_nothing_else_changes(
     base: Path, data: Path, tmp_path: Path, method: str

@@ -1,5 +1,6 @@
 """Settings of older versions of lamina. They are refused with the name to use instead, or the reason why they went."""
 
+from collections.abc import Mapping
 from typing import Any
 
 RENAMED = {
@@ -26,6 +27,14 @@ REMOVED = {
     "method.head": "every task keeps its own outputs, not scaled",
     "keep_chain": "the benchmarks of consolidation keep what they need themselves",
 }
+OTHER_METHODS = {"lamina": "random_features"}
+"""Methods that were other ones in older versions, and a setting that only the present ones have."""
+
+
+def is_other_method(method: Mapping[str, Any]) -> bool:
+    """Whether complete settings, as they are stored, are of another method that once had this name."""
+    name = method.get("name")
+    return name in OTHER_METHODS and OTHER_METHODS[str(name)] not in method
 
 
 def advice(key: str, value: object) -> str | None:

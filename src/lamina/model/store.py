@@ -32,6 +32,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from lamina.config.renamed import is_other_method
 from lamina.engine import checkpoint
 from lamina.engine.state import now
 from lamina.errors import CheckpointError, ModelError, RunError
@@ -82,6 +83,11 @@ class Store:
         except ValidationError as error:
             first = error.errors()[0]
             raise ModelError(f"{file} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+        if is_other_method(facts.config.method):
+            raise ModelError(
+                f"{self.path} was made with lamina before 0.3, whose method {facts.config.method['name']!r} was another one. "
+                "Use that version with it, or teach a new model its tasks."
+            )
         for folder in (*facts.versions, *([] if facts.head is None else [facts.head])):
             if not _FOLDER.fullmatch(folder):
                 raise ModelError(f"{file} is damaged: {folder!r} is not the name of a folder in {TASKS}.")
