@@ -48,7 +48,7 @@ class Floor:
 
     def step(self, pixels_bchw: Tensor) -> None:
         features_bd = self.backbone.features({"pixel_values": pixels_bchw.to(self.dtype)})
-        features_bd.sum().backward()
+        features_bd.sum().backward()  # type: ignore[no-untyped-call]
 
     def seconds_per_image(self, pixels_bchw: Tensor, steps: int, way: str = "whole") -> float:
         started = time.perf_counter()
@@ -100,8 +100,12 @@ def measure(options: argparse.Namespace) -> None:
     for _ in range(options.rounds):
         for kind, way in contenders:
             rounds[kind, way].append(1000 * floors[kind].seconds_per_image(pixels_bchw, options.steps, way))
-    found = {contender: [round(x, 3) for x in quartiles(values)] for contender, values in rounds.items()}
-    line = {"precision": name, "threads": torch.get_num_threads(), "ms_per_image": found["eager", "whole"]}
+    found = {contender: [round(float(x), 3) for x in quartiles(values)] for contender, values in rounds.items()}
+    line: dict[str, object] = {
+        "precision": name,
+        "threads": torch.get_num_threads(),
+        "ms_per_image": found["eager", "whole"],
+    }
     if ("eager", "split") in found:
         line |= {"split_ms_per_image": found["eager", "split"]}
     if options.compile:

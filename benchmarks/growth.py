@@ -58,7 +58,7 @@ REPEATS = 5
 SETTINGS: dict[str, dict[str, Any]] = {"taskarithmetic": {"memory_per_class": 2, "memory_epochs": 1}}
 """Beside the rank; otherwise the defaults. With those, fine-tuning on the stored examples of 200 tasks would take hours."""
 
-Point = dict[str, float]
+Point = dict[str, float | None]
 Record = dict[str, Any]
 
 
@@ -379,7 +379,7 @@ def panel(title: str, lines: Mapping[str, Sequence[charts.Point]]) -> list[str]:
         right=WIDTH - GUTTER,
         bottom=HEIGHT - 46,
     )
-    parts = [charts.tag("text", title, class_="a", x=8, y=14)]
+    parts: list[str] = [charts.tag("text", title, class_="a", x=8, y=14)]
     for value in marks(low, high):
         y = frame.y(math.log10(value))
         parts.append(charts.tag("path", class_="g", d=f"M{frame.left:g} {y:.1f}H{frame.right:g}"))

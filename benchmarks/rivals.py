@@ -96,7 +96,7 @@ class Loop:
         self.dtype = torch.bfloat16 if kind == "bf16" else torch.float32
         backbone.module.to(self.dtype)
         self.width, self.base = backbone.width, backbone.module
-        self.model = backbone.module if adapters == "none, all weights" else adapted(backbone)
+        self.model: Any = backbone.module if adapters == "none, all weights" else adapted(backbone)
         self.heads = nn.ModuleList()
 
     def begin(self, number: int, task: Task) -> torch.optim.Optimizer:
@@ -112,12 +112,11 @@ class Loop:
         body = [p for p in self.model.parameters() if p.requires_grad]
         training = self.config.training
         lr = FULL_LR if self.adapters == "none, all weights" else training.lr
-        return torch.optim.Adam(
-            [
-                {"params": body, "lr": lr, "base_lr": lr},
-                {"params": [*self.heads[-1].parameters()], "lr": training.head_lr, "base_lr": training.head_lr},
-            ]
-        )
+        groups: list[dict[str, Any]] = [
+            {"params": body, "lr": lr, "base_lr": lr},
+            {"params": [*self.heads[-1].parameters()], "lr": training.head_lr, "base_lr": training.head_lr},
+        ]
+        return torch.optim.Adam(groups)
 
     def features(self, pixels_bchw: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16) if self.kind == "autocast" else nullcontext():
@@ -137,7 +136,7 @@ class Loop:
             wanted_b = torch.tensor([outputs[label] for label in batch.labels_b.tolist()])
             loss = F.cross_entropy(self.heads[-1](self.features(batch.inputs["pixel_values"])), wanted_b)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         return training.epochs * per_epoch
 

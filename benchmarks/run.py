@@ -137,7 +137,7 @@ def stepper(method_name: str, dtype: torch.dtype, finished: int, batch: Batch, s
             site.add(f"before-{number}", branch)
         learner.finish(f"before-{number}")
     task = Task(name="now", classes=tuple(range(5)), train=None, val=None, test=None)  # type: ignore[arg-type]
-    method = METHODS[method_name](METHODS[method_name].config_type(rank=RANK), 20)
+    method = METHODS[method_name](METHODS[method_name].config_type.model_validate({"rank": RANK}), 20)
     method.begin(learner, task, lambda *, augmented: iter([batch]))  # noqa: ARG005
     optimizer = optim.make_optimizer(learner.trainable(), TrainingConfig())
     stack.enter_context(closing(accelerate(learner)))
@@ -146,7 +146,7 @@ def stepper(method_name: str, dtype: torch.dtype, finished: int, batch: Batch, s
         loss = method.loss(learner, batch, task)
         loss.item()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         method.after_backward(learner)
         optimizer.step()
         method.after_step(learner, Step(done, 10**6, 1e-3))

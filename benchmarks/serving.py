@@ -169,7 +169,8 @@ def table(results: dict[tuple[str, int], list[float]], seconds: float, rounds: i
     for clients in sorted({clients for _, clients in results}):
         for name in names:
             times = np.array(results[name, clients])
-            rate, middle, high = len(times) / (seconds * rounds), *(1000 * np.quantile(times, (0.5, 0.99)))
+            rate = len(times) / (seconds * rounds)
+            middle, high = (1000 * float(np.quantile(times, share)) for share in (0.5, 0.99))
             rows.append(f"| {clients} | {SERVERS[name]} | {rate:.0f} | {middle:.1f} | {high:.1f} |")
     return "\n".join(rows)
 

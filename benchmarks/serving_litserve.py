@@ -4,13 +4,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import litserve
+import litserve  # type: ignore[import-not-found]
 from fastapi import Request
 
 from lamina.model import Model
 
 
-class Api(litserve.LitAPI):
+class Api(litserve.LitAPI):  # type: ignore[misc]
     """LitServe decodes and computes in a process of its own, which loads this class anew."""
 
     path: str

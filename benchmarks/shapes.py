@@ -67,9 +67,9 @@ def floor(folder: str, batch: Batch) -> Work:
 def lamina(
     folder: str, batch: Batch, *, method: str, dtype: torch.dtype = torch.bfloat16, graphed: bool = False
 ) -> Work:
-    learner = Learner(backbones.load(folder), TARGETS, dtype=dtype, device=batch.labels_b.device.type)
+    learner = Learner(backbones.load(folder), TARGETS, dtype=dtype, device=batch.labels_b.device)
     task = Task(name="now", classes=tuple(range(CLASSES)), train=None, val=None, test=None)  # type: ignore[arg-type]
-    taught = METHODS[method](METHODS[method].config_type(rank=RANK), 20)
+    taught = METHODS[method](METHODS[method].config_type.model_validate({"rank": RANK}), 20)
     taught.begin(learner, task, lambda *, augmented: iter([batch]))  # noqa: ARG005
     parameters = learner.trainable()
     optimizer = optim.make_optimizer(parameters, TrainingConfig(optimizer="adam"))
@@ -117,7 +117,7 @@ def peft(
             features_bd: Tensor = model(pixel_values=pixels_bchw).last_hidden_state[:, 0].float()
         loss = F.cross_entropy(head(features_bd), batch.labels_b)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         torch.backends.cuda.matmul.allow_tf32 = False
 

@@ -39,8 +39,10 @@ def measure(runs: int, precision: str, policy: str) -> list[float | None]:
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | POLICIES[policy]
     with tempfile.TemporaryDirectory() as folder:
         outs = [Path(folder) / str(number) for number in range(runs)]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        started = [subprocess.Popen(command(out, precision), env=environment, **quiet) for out in outs]
+        silent = subprocess.DEVNULL
+        started = [
+            subprocess.Popen(command(out, precision), env=environment, stdout=silent, stderr=silent) for out in outs
+        ]
         found: list[float | None] = []
         for process, out in zip(started, outs, strict=True):
             try:
