@@ -275,16 +275,17 @@ def mixed(
     return MixedClassifier(linear, ridge, torch.tensor(found, dtype=torch.float64))
 
 
-def temperature(scores_bj: Tensor, output_b: Tensor, reach: float = 100.0) -> float:
+def temperature(scores_bj: Tensor, output_b: Tensor, reach: float = 100.0, smoothing: float = 0.0) -> float:
     """Returns the τ of smallest cross-entropy of scores / τ, by golden section over log τ. Cross-entropy is convex in 1/τ, so
     there is one minimum; but it is at 0 if every example is correct. So τ stays within a factor `reach` of the scores' spread,
-    their standard deviation over the outputs. Classifiers without an error then have equal weight."""
+    their standard deviation over the outputs. Classifiers without an error then have equal weight. smoothing: this share of
+    every target is spread over all outputs."""
     spread = float(scores_bj.std(1, correction=0).mean())
     if spread == 0:
         return 1.0
 
     def cost(log_tau: float) -> float:
-        return float(F.cross_entropy(scores_bj / math.exp(log_tau), output_b))
+        return float(F.cross_entropy(scores_bj / math.exp(log_tau), output_b, label_smoothing=smoothing))
 
     ratio = (math.sqrt(5) - 1) / 2
     low, high = math.log(spread / reach), math.log(spread * reach)

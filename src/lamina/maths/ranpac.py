@@ -19,8 +19,9 @@ Established: the equations, R, the grid of λ and its selection, read in the rel
 every fifth example is held out, where the code takes the last fifth of the shuffled task; at most `MOST` examples select λ; G
 is float32, as there, but solved in float64; a λ for which the rounded matrix is not positive definite is skipped.
 
-`calibrated` is ours: λ, and a temperature τ that makes softmax(s / τ) a probability, by leave-one-out on the newest examples.
-Leaving example i out of all sums changes its own scores to
+`calibrated` is ours: λ, and a temperature τ that makes softmax(s / τ) a probability, by leave-one-out on the newest examples,
+whose cross-entropies are added to those of earlier tasks. Its targets are smoothed by 1 / (n + 1), as Platt's (1999), so that
+examples without an error do not make τ zero. Leaving example i out of all sums changes its own scores to
 
     s_i' = (s_i - h_i y_i) / (1 - h_i),   h_i = φ_i^T (G + λ I)^{-1} φ_i
 
@@ -35,8 +36,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lamina.maths.classifiers import temperature
-
 LAMBDAS = tuple(10.0**power for power in range(-8, 9))
 HELD_OUT = 5
 """Every fifth example is held out to select λ."""
@@ -44,6 +43,8 @@ MOST = 5000
 """Examples that select λ."""
 RATIOS = (1e-1, 1e-2, 1e-3, 1e-4)
 """The λ of `calibrated`, in units of the mean of G's diagonal."""
+TAUS = tuple(10 ** (-power / 16) for power in range(49))
+"""The τ of `calibrated`, the largest first: from 1 to 0.001. The targets of s are 0 and 1."""
 LEFT_OUT = 500
 """Examples that are left out, one at a time."""
 PART = 2048
@@ -129,27 +130,35 @@ class Calibrated(NamedTuple):
     """V, float64"""
     temperature: float
     """τ"""
+    losses_rt: Tensor
+    """For every λ of `RATIOS` and τ of `TAUS`: the cross-entropies of the left-out examples of all tasks, summed, float64."""
 
 
-def calibrated(sums: Sums, projection_md: Tensor, features_nd: Tensor, output_n: Tensor) -> Calibrated:
-    """Returns V and τ for the λ with the smallest cross-entropy of the newest examples, each left out of the sums.
+def calibrated(
+    sums: Sums, projection_md: Tensor, features_nd: Tensor, output_n: Tensor, losses_rt: Tensor | None = None
+) -> Calibrated:
+    """Returns V and τ for the λ and τ with the smallest cross-entropy over all tasks, whose examples are left out of the sums
+    when their task is the newest.
 
     features_nd, output_n: of the newest examples, which are in the sums; their positions among all outputs. At most `LEFT_OUT`
-    evenly spaced ones are left out.
+    evenly spaced ones are left out. losses_rt: of the tasks before, if there are any.
     """
     taken_n = torch.linspace(0, len(output_n) - 1, min(LEFT_OUT, len(output_n))).long()
     output_n, phi_nm = output_n[taken_n], random_features(features_nd[taken_n], projection_md).double()
     gram_mm, identity_mm = sums.gram_mm.double(), torch.eye(len(sums.gram_mm), dtype=torch.float64)
-    mean = float(gram_mm.diagonal().mean()) or 1.0
-    found: list[tuple[float, Calibrated]] = []
-    for ratio in RATIOS:
+    mean, smoothing = float(gram_mm.diagonal().mean()) or 1.0, 1 / (len(output_n) + 1)
+    losses_rt = torch.zeros(len(RATIOS), len(TAUS), dtype=torch.float64) if losses_rt is None else losses_rt.clone()
+    weights = []
+    for r, ratio in enumerate(RATIOS):
         factor_mm, failed = torch.linalg.cholesky_ex(gram_mm + ratio * mean * identity_mm)
         if failed:  # of the rounding of G
-            continue
+            losses_rt[r] = torch.inf
         weight_mj = torch.cholesky_solve(sums.cross_mj, factor_mm).contiguous()
         leverage_n1 = (torch.cholesky_solve(phi_nm.T, factor_mm).T * phi_nm).sum(1, keepdim=True)
         targets_nj = F.one_hot(output_n, weight_mj.shape[1])
         left_nj = (phi_nm @ weight_mj - leverage_n1 * targets_nj) / (1 - leverage_n1).clamp_min(1e-6)
-        tau = temperature(left_nj, output_n)
-        found.append((float(F.cross_entropy(left_nj / tau, output_n)), Calibrated(weight_mj, tau)))
-    return min(found, key=lambda pair: pair[0])[1]
+        for t, tau in enumerate(TAUS):
+            losses_rt[r, t] += F.cross_entropy(left_nj / tau, output_n, reduction="sum", label_smoothing=smoothing)
+        weights.append(weight_mj)
+    best = int(losses_rt.flatten().nan_to_num(torch.inf).argmin())
+    return Calibrated(weights[best // len(TAUS)], TAUS[best % len(TAUS)], losses_rt)

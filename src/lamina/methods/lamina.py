@@ -44,7 +44,8 @@ from torch import Tensor
 from lamina.errors import TrainingError
 from lamina.learner import Learner, local_labels
 from lamina.maths import classifiers, ranpac
-from lamina.maths.class_statistics import of_features
+from lamina.maths.calibration import left_out_scores
+from lamina.maths.class_statistics import Statistics, of_features
 from lamina.maths.classifiers import LinearClassifier
 from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal, under
 from lamina.methods.routed import adapters_of, through_adapters
@@ -123,7 +124,7 @@ class Lamina(Method[LaminaConfig]):
         if adapted:
             blocks = learner.backbone.blocks_of(self.config.layers)
             of_task = of_features(torch.cat(adapted), output_n, len(task.classes), blocks=blocks)
-            self.keep(learner, f"adapted/{task.name}", classifiers.lda(of_task).tensors())
+            self.keep(learner, f"adapted/{task.name}", discriminant(of_task, torch.cat(adapted), output_n).tensors())
         self.add_random_features(learner, torch.cat(frozen), output_n, self.columns(learner, task.name))
 
     def add_random_features(self, learner: Learner, features_nd: Tensor, output_n: Tensor, outputs: int) -> None:
@@ -143,8 +144,9 @@ class Lamina(Method[LaminaConfig]):
             ranpac.Sums(sums["gram_mm"].cpu(), sums["cross_mj"].cpu()) if sums else ranpac.Sums.zero(len(projection_md))
         )
         found = old.plus(projection_md, scaled_nd, output_n, outputs)
-        solved = ranpac.calibrated(found, projection_md, scaled_nd, output_n + old.cross_mj.shape[1])
-        self.keep(learner, "sums", found._asdict())
+        losses_rt = sums["losses_rt"].cpu() if sums else None
+        solved = ranpac.calibrated(found, projection_md, scaled_nd, output_n + old.cross_mj.shape[1], losses_rt)
+        self.keep(learner, "sums", found._asdict() | {"losses_rt": solved.losses_rt})
         tau = torch.tensor(solved.temperature, dtype=torch.float64)
         self.keep(learner, "ridge", kept | {"weight_mj": solved.weight_mj, "temperature": tau})
 
@@ -240,7 +242,21 @@ class Lamina(Method[LaminaConfig]):
             outputs, blocks = len(learner.outputs), learner.backbone.blocks_of(self.config.layers)
         width = blocks * learner.backbone.width
         m = self.config.random_features
-        return 4 * m**2 + 16 * m * outputs + 4 * (m + 2) * width + 8 + 8 * outputs * (width + 1)
+        calibration = 8 * (1 + len(ranpac.RATIOS) * len(ranpac.TAUS))
+        return 4 * m**2 + 16 * m * outputs + 4 * (m + 2) * width + calibration + 8 * outputs * (width + 1)
+
+
+def discriminant(statistics: Statistics, features_nd: Tensor, output_n: Tensor) -> LinearClassifier:
+    """Returns the linear discriminant of a task, divided by the temperature of its scores of examples that are left out. Where
+    no output has two examples, all scores are zero: nothing says how far examples of one output lie apart."""
+    found, many_n = classifiers.lda(statistics), statistics.counts_j[output_n] > 1
+    if not many_n.any():
+        return LinearClassifier(torch.zeros_like(found.weight_jd), torch.zeros_like(found.bias_j))
+    taken_n = many_n.nonzero()[:, 0]
+    taken_n = taken_n[torch.linspace(0, len(taken_n) - 1, min(ranpac.LEFT_OUT, len(taken_n))).long()]
+    left_nj = left_out_scores(statistics, features_nd[taken_n], output_n[taken_n])
+    tau = classifiers.temperature(left_nj, output_n[taken_n], smoothing=1 / (len(taken_n) + 1))
+    return LinearClassifier(found.weight_jd / tau, found.bias_j / tau)
 
 
 def factors(scores_bj: Tensor, task_j: Tensor, tasks: int) -> tuple[Tensor, Tensor]:
