@@ -51,32 +51,6 @@ results: runs/minilm      ## the tables of docs/results and of the README (needs
 	done
 	$(BIN)/python benchmarks/summary.py
 
-language: runs/smollm2 ## tokens per second and memory of a language model against PEFT (an hour)
-	$(BIN)/python benchmarks/language.py
-	$(BIN)/python benchmarks/language.py --page docs/results/language-speed.md
-
-growth: .stamps/bench     ## how the cost of every method grows over 200 tasks (an hour; goes on where it stopped)
-	$(BIN)/python benchmarks/growth.py
-	$(BIN)/python benchmarks/growth.py --page docs/results/growth.md
-
-results: runs/minilm      ## the tables of docs/results and of the README (needs CIFAR-100, PACS, CLINC150 and text14 in ../shared/data; takes hours; resumes)
-	for grid in demo cifar100 pacs clinc150 claims text14-encoder; do \
-	  $(BIN)/lamina compare benchmarks/grids/$$grid.yaml $(KEEP) --records docs/results/records/$$grid.jsonl \
-	    --page docs/results/$$grid.md || exit; \
-	done
-	$(BIN)/python benchmarks/summary.py
-
-lattice: runs/minilm      ## the tables of consolidation (needs the datasets in ../shared/data; takes most of a day; resumes)
-	$(if $(KEEP),,for grid in choose lattice; do \
-	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/lattice.py benchmarks/grids/$$grid.yaml \
-	    --records docs/results/records/$$grid.jsonl || exit; \
-	done)
-	for grid in choose lattice cifar100x20; do \
-	  $(BIN)/lamina compare benchmarks/grids/$$grid.yaml $(KEEP) --records docs/results/records/$$grid.jsonl \
-	    --page docs/results/$$grid.md || exit; \
-	done
-	$(BIN)/python benchmarks/contributions.py docs/results/lattice.md
-
 language: runs/smollm2  ## the table of text tasks for a language model (needs text14 in ../shared/data; takes a day; resumes)
 	for grid in text14; do \
 	  $(BIN)/lamina compare benchmarks/grids/$$grid.yaml $(KEEP) --records docs/results/records/$$grid.jsonl \

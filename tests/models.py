@@ -75,7 +75,9 @@ def small(
     path: Path, base: Path, method: str = "finetune", settings: Mapping[str, Any] | None = None, **more: Any
 ) -> Model:
     """A model that has learnt nothing."""
-    return Model.create(path, backbone=str(base), method=method, settings={**SMALL, **(settings or {})}, **more)
+    return Model.create(
+        path, backbone=str(base), method=method, settings={**SMALL, **FEW.get(method, {}), **(settings or {})}, **more
+    )
 
 
 def content(path: Path) -> dict[str, bytes]:

@@ -18,6 +18,7 @@ from tests.faults.processes import Moment, assert_same_bits, kill_all, kill_and_
 from tests.faults.processes import lamina as in_a_process
 from tests.instructions import chats, make_tokenizer
 from tests.languages import OPTIONS, records, save_language
+from tests.models import FEW
 from tests.tiny import raw_bert
 
 from lamina.record import Record, read
@@ -127,7 +128,8 @@ def arguments(out: Path, model: Path, instructions: Path, method: str, **setting
         "training.batch_size": 2,
         "evaluation.batch_size": 2,
         "evaluation.max_new_tokens": 5,
-    } | settings
+    }
+    given |= FEW.get(method, {}) | settings
     return ["run", *(f"--set={key}={value}" for key, value in given.items()), f"--out={out}"]
 
 
@@ -139,7 +141,7 @@ def test_killed_in_every_phase_it_ends_in_the_same_bits(
     code, _, err = in_a_process(*arguments(whole, model, instructions, method))
     assert code == 0, err
     moments = [Moment(0, "begin", delay=0.05), Moment(0, "train", 4), Moment(1, "end"), Moment(2, "evaluate")]
-    if method != "lamina":
+    if method == "color":
         moments[2:2] = [Moment(0, "evaluate"), Moment(1, "train", 2, files=3)]
     kills = kill_and_resume(out, arguments(out, model, instructions, method, checkpoint_seconds=0), moments)
     assert len({kill.phase for kill in kills}) >= 2

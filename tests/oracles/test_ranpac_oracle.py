@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lamina.maths.classifiers import temperature
 from lamina.maths.ranpac import (
     HELD_OUT,
     LAMBDAS,
     RATIOS,
+    TAUS,
     Sums,
     calibrated,
     projection,
@@ -84,32 +84,63 @@ def test_one_example_per_output_and_more_features_than_examples_have_a_solution(
     assert not solved(zero, LAMBDAS[0], torch.arange(3)).any()
 
 
+def slow_losses(phi_nm: Tensor, output_n: Tensor, outputs: int, newest: range) -> Tensor:
+    """For every λ and τ: the cross-entropies of the newest examples, each left out for real, and fitted again."""
+    targets_nj = torch.eye(outputs).double()[output_n]
+    penalty_mm = float((phi_nm.T @ phi_nm).diagonal().mean()) * torch.eye(phi_nm.shape[1]).double()
+    share = 1 / (len(newest) + 1)
+    smooth_nj = (1 - share) * targets_nj + share / outputs
+    found_rt = torch.zeros(len(RATIOS), len(TAUS)).double()
+    for r, ratio in enumerate(RATIOS):
+        for i in newest:
+            others = [n for n in range(len(phi_nm)) if n != i]
+            gram_mm = phi_nm[others].T @ phi_nm[others] + ratio * penalty_mm
+            score_j = phi_nm[i] @ torch.linalg.solve(gram_mm, phi_nm[others].T @ targets_nj[others])
+            for t, tau in enumerate(TAUS):
+                found_rt[r, t] -= (smooth_nj[i] * (score_j / tau).log_softmax(0)).sum()
+    return found_rt
+
+
 def test_scores_with_an_example_left_out_are_those_of_a_fit_without_it():
-    """λ and τ by leaving every example out for real, and fitting again."""
     projection_md = projection(20, 5, torch.Generator().manual_seed(1))
     (old_nd, old_n), (new_nd, new_n) = examples(2, 40), examples(3, 30)
     new_nd = new_nd + 1.5 * torch.randn(30, 5, generator=torch.Generator().manual_seed(8))
-    sums = Sums.zero(20).plus(projection_md, old_nd, old_n, 3).plus(projection_md, new_nd, new_n, 3)
+    sums = Sums.zero(20).plus(projection_md, old_nd, old_n, 3)
+    first = calibrated(sums, projection_md, old_nd, old_n)
+    sums = sums.plus(projection_md, new_nd, new_n, 3)
+    found = calibrated(sums, projection_md, new_nd, new_n + 3, first.losses_rt)
     features_nd, output_n = torch.cat([old_nd, new_nd]), torch.cat([old_n, new_n + 3])
     phi_nm = random_features(features_nd, projection_md).double()
-    targets_nj = torch.eye(6).double()[output_n]
+    losses_rt = slow_losses(phi_nm[:40], old_n, 3, range(40)) + slow_losses(phi_nm, output_n, 6, range(40, 70))
+    torch.testing.assert_close(found.losses_rt, losses_rt, rtol=1e-4, atol=1e-4)
+    ratio, t = divmod(int(losses_rt.argmin()), len(TAUS))
+    assert found.temperature == TAUS[t]
     gram_mm = phi_nm.T @ phi_nm
-    best = (float("inf"), 0.0, torch.zeros(0))
-    for ratio in RATIOS:
-        penalty_mm = ratio * gram_mm.diagonal().mean() * torch.eye(20).double()
-        rows = []
-        for i in range(40, 70):
-            others = [n for n in range(70) if n != i]
-            weight_mj = torch.linalg.solve(
-                phi_nm[others].T @ phi_nm[others] + penalty_mm, phi_nm[others].T @ targets_nj[others]
-            )
-            rows.append(phi_nm[i] @ weight_mj)
-        left_nj = torch.stack(rows)
-        tau = temperature(left_nj, output_n[40:])
-        cost = float(torch.nn.functional.cross_entropy(left_nj / tau, output_n[40:]))
-        best = min(
-            best, (cost, tau, torch.linalg.solve(gram_mm + penalty_mm, phi_nm.T @ targets_nj)), key=lambda one: one[0]
-        )
-    found = calibrated(sums, projection_md, new_nd, new_n + 3)
-    assert found.temperature == pytest.approx(best[1], rel=1e-3)
-    torch.testing.assert_close(found.weight_mj, best[2], rtol=1e-3, atol=1e-5)
+    penalty_mm = RATIOS[ratio] * float(gram_mm.diagonal().mean()) * torch.eye(20).double()
+    wanted_mj = torch.linalg.solve(gram_mm + penalty_mm, phi_nm.T @ torch.eye(6).double()[output_n])
+    torch.testing.assert_close(found.weight_mj, wanted_mj, rtol=1e-3, atol=1e-5)
+
+
+def test_an_easy_task_after_a_hard_one_leaves_the_temperature():
+    generator = torch.Generator().manual_seed(0)
+    projection_md = projection(200, 20, generator)
+    hard_nd = torch.cat(
+        [0.55 * torch.randn(20, generator=generator) + torch.randn(60, 20, generator=generator) for _ in range(4)]
+    )
+    hard_n, easy_nd = torch.arange(4).repeat_interleave(60), 8 + 0.3 * torch.randn(60, 20, generator=generator)
+    sums = Sums.zero(200).plus(projection_md, hard_nd, hard_n, 4)
+    before = calibrated(sums, projection_md, hard_nd, hard_n)
+    sums = sums.plus(projection_md, easy_nd, torch.zeros(60, dtype=torch.int64), 1)
+    after = calibrated(sums, projection_md, easy_nd, torch.full((60,), 4), before.losses_rt)
+    assert 0.05 < before.temperature < 0.5
+    assert after.temperature == pytest.approx(before.temperature, rel=0.5)
+
+
+def test_a_single_output_says_nothing_about_the_temperature():
+    projection_md = projection(12, 5, torch.Generator().manual_seed(1))
+    features_nd, output_n = examples(2, 20)[0], torch.zeros(20, dtype=torch.int64)
+    found = calibrated(
+        Sums.zero(12).plus(projection_md, features_nd, output_n, 1), projection_md, features_nd, output_n
+    )
+    assert found.temperature == 1
+    assert not found.losses_rt.any()

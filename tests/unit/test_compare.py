@@ -258,6 +258,7 @@ def test_a_cell_depends_on_the_code_that_can_change_its_result(tmp_path: Path, m
         assert (
             changed("engine/loop.py")
             == changed("methods/base.py")
+            == changed("methods/routed.py")
             == changed("config/schema.py")
             == ["finetune", "inflora"]
         )

@@ -318,7 +318,7 @@ def test_a_fingerprint_is_of_what_decides_the_result():
         given(("jobs", 4)),
         given(("rehearsal.per_class", 0)),
         given(("evaluation.batch_size", 250)),
-        given(("method", {"name": "lamina", "rank": 10})),
+        given(("method", {"name": "lamina", "rank": 32})),
     ]
     assert len({print_of(config) for config in same}) == 1
     others = [

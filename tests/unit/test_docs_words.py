@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 READMES = [ROOT / "README.md", ROOT / "src/lamina/assets/nano/README.md", ROOT / "tools/nano/README.md"]
 PAGES = sorted([*READMES, *(ROOT / "docs").rglob("*.md")])
-GENERATED = ("compare", "results", "papers", "contributions", "growth", "methods")
+GENERATED = ("compare", "results", "papers", "growth", "methods")
 """Markers between which scripts write. `docs/results/speed.md` is written whole."""
 WRITTEN_WHOLE = {ROOT / "docs/results/speed.md"}
 LONGEST = 45

@@ -275,7 +275,7 @@ def test_a_model_of_a_method_that_is_another_one_now_is_refused(base: Path, tmp_
     content = store.read_checked(model.path / "model.json")
     content["config"]["method"] = {"name": "lamina", "rank": 10}
     store.write_checked(model.path / "model.json", content)
-    with pytest.raises(ModelError, match=r"was made with lamina before 0\.3, whose method 'lamina' was another one"):
+    with pytest.raises(ModelError, match=r"was made before lamina 0\.3, when 'lamina' was a different method"):
         Model(model.path)
 
 

@@ -42,8 +42,7 @@ from lamina.runs.side_by_side import Process
 
 PACKAGE = Path(lamina.__file__).parent
 WITHOUT_EFFECT = frozenset({"__init__.py", "record.py", "cli", "report", "compare", "methods"})
-"""Code that no result depends on. Of the methods, a run depends on its own file and on base.py, since methods never import
-each other."""
+"""Code that no result depends on. Of the methods, a run depends on its own file, and on those that no method has to itself."""
 LAST_LINES = 12
 """How much of the log of a failed run is shown."""
 
@@ -211,10 +210,11 @@ def read_records(file: Path) -> dict[str, Record]:
 def code_hash(method: str) -> str:
     """Returns a hash of the code that can change a result of this method, without comments, docstrings and layout."""
     digest = hashlib.blake2b(digest_size=16)
-    own = Path(inspect.getfile(METHODS[method]))
+    others = {Path(inspect.getfile(one)) for name, one in METHODS.items() if name != method}
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE)
-        if path == own or name.as_posix() == "methods/base.py" or name.parts[0] not in WITHOUT_EFFECT:
+        of_methods = name.parts[0] == "methods" and name.name != "__init__.py" and path not in others
+        if of_methods or name.parts[0] not in WITHOUT_EFFECT:
             digest.update(f"|{name.as_posix()}|{_bare(path, path.stat().st_mtime_ns)}".encode())
     return digest.hexdigest()
 

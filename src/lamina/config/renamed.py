@@ -37,6 +37,11 @@ def is_other_method(method: Mapping[str, Any]) -> bool:
     return name in OTHER_METHODS and OTHER_METHODS[str(name)] not in method
 
 
+def made_before(method: Mapping[str, Any]) -> str:
+    """Returns what to say of a directory with such settings, after its name."""
+    return f"was made before lamina 0.3, when {method['name']!r} was a different method."
+
+
 def advice(key: str, value: object) -> str | None:
     """Returns what to say about a setting of an older version; None for a setting that never existed."""
     if key in RENAMED:

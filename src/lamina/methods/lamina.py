@@ -13,9 +13,9 @@
 Of a language model only the adapters and p(t | x) are used: f is the mean hidden state of the prompt, r has one output for a
 task, and the most probable task's adapter writes the completion.
 
-Nothing here ever changes when a later task is learnt, but r, which is fitted to sums over all examples. So there is no drift
-and no forgetting: a task loses only what it is mistaken for. Tasks may be trained side by side. Their order matters only to
-what the first one fixes (the random features, the units of f) and what the newest one selects (λ of r, and τ).
+Later tasks change only r and τ, which are fitted to sums over all tasks. So no feature drifts, and a task loses accuracy only
+where its inputs are assigned to another task. Tasks may be trained side by side. Their order matters only to what the first one
+fixes (the random features, the units of f), and to the number of outputs when a task is left out to choose λ and τ.
 
 The factors are those of Kim et al., *A Theoretical Study on Solving Continual Learning* (NeurIPS 2022, arXiv 2211.02633):
 class-incremental learning needs prediction within a task and the inference of the task, and these suffice. An adapter for
@@ -62,22 +62,21 @@ class LaminaConfig(MethodConfig):
     rank: int = Field(32, ge=1)
     """Rank of the adapter of each task in every adapted layer."""
     layers: int = Field(4, ge=1)
-    """How many of the last blocks give the discriminants their features (all blocks if there are fewer). A language model
-    gives those of its last one."""
+    """How many of the last blocks give features (all if there are fewer). Of a language model it is the last one."""
     random_features: int = Field(4096, ge=1)
-    """M: number of random features that infer the task. They take 4 M² bytes."""
+    """M: number of random features that infer the task. Their Gram matrix takes 4 M² bytes."""
 
 
 class Lamina(Method[LaminaConfig]):
     name = "lamina"
     advice = "By default. It stores no examples; a prediction takes two passes."
     paper = Paper(
-        title="A Theoretical Study on Solving Continual Learning: prediction within the task times inference of the task",
+        title="A Theoretical Study on Solving Continual Learning",
         authors="Kim et al.; the method is by lamina's authors, from published parts",
         venue="NeurIPS 2022; this library, 2026",
         link="https://arxiv.org/abs/2211.02633",
         departures=(
-            Departure("random features of the frozen backbone infer the task", "ours", "random_features"),
+            Departure("random features of the frozen backbone infer the task", "ours"),
             Departure("within the selected task three classifiers count equally", "ours"),
         ),
     )
@@ -174,9 +173,10 @@ class Lamina(Method[LaminaConfig]):
             with learner.bare():
                 yield
             return
-        chosen_b = self.scores(learner, batch).argmax(1)  # r has one output for a task
         if task in tasks:
-            chosen_b = torch.full_like(chosen_b, tasks.index(task))
+            chosen_b = torch.full((len(batch),), tasks.index(task), device=learner.device)
+        else:
+            chosen_b = self.scores(learner, batch).argmax(1)  # r has one output for a task
         with adapters_of(learner, tasks, chosen_b):
             yield
 
@@ -222,8 +222,8 @@ class Lamina(Method[LaminaConfig]):
 
     def task_of_outputs(self, learner: Learner) -> Tensor:
         """Returns the position of its task for every output of the tasks that have ended. They are the first outputs."""
-        tasks = self.learnt(learner)
-        return torch.tensor([tasks.index(o.task) for o in learner.outputs if o.task in tasks], device=learner.device)
+        tasks = enumerate(self.learnt(learner))
+        return torch.tensor([t for t, task in tasks for _ in range(self.columns(learner, task))], device=learner.device)
 
     def part(self, name: str) -> dict[str, Tensor]:
         """Returns what is kept under a name."""

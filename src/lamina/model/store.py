@@ -32,7 +32,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from lamina.config.renamed import is_other_method
+from lamina.config.renamed import is_other_method, made_before
 from lamina.engine import checkpoint
 from lamina.engine.state import now
 from lamina.errors import CheckpointError, ModelError, RunError
@@ -85,8 +85,7 @@ class Store:
             raise ModelError(f"{file} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
         if is_other_method(facts.config.method):
             raise ModelError(
-                f"{self.path} was made with lamina before 0.3, whose method {facts.config.method['name']!r} was another one. "
-                "Use that version with it, or teach a new model its tasks."
+                f"{self.path} {made_before(facts.config.method)} Use that version with it, or teach a new model its tasks."
             )
         for folder in (*facts.versions, *([] if facts.head is None else [facts.head])):
             if not _FOLDER.fullmatch(folder):

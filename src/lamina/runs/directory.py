@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from lamina import record
 from lamina.config import RunConfig
+from lamina.config.renamed import is_other_method, made_before
 from lamina.engine.state import now
 from lamina.errors import ConfigError, RunError
 from lamina.files import CHECKSUM, check, read_checked, read_json, write_checked
@@ -96,6 +97,8 @@ def begun(out: Path) -> Begun:
     """Returns what a run was begun with. Raises RunError for what is no run, is damaged, or is of an older lamina."""
     refuse_other(out)
     content = read_json(out / CONFIG)
+    if isinstance(method := content.get("method"), dict) and is_other_method(method):
+        raise RunError(f"{out} {made_before(method)} Use that version with it, or run its configuration anew.")
     try:
         config = load_config(None, [(key, value) for key, value in content.items() if key != CHECKSUM])
     except ConfigError as error:
