@@ -51,7 +51,9 @@ def make_model(folder: Path) -> Path:
         (folder / "data" / f"class{label}").mkdir(parents=True)
         for number in range(12):
             (folder / "data" / f"class{label}" / f"{number}.jpg").write_bytes(picture(100 * label + number))
-    Model.create(folder / "model", settings={"training.epochs": 1, "device": "cpu"}).learn(folder / "data")
+    Model.create(folder / "model", method="finetune", settings={"training.epochs": 1, "device": "cpu"}).learn(
+        folder / "data"
+    )
     return folder / "model"
 
 

@@ -39,14 +39,14 @@ def test_every_block_and_command_runs(place: Path, lamina: Command, capsys: pyte
     assert {"adapter-reviews", "adapter-towns"} <= {path.name for path in place.iterdir()}
     record = run(PYTHON)["record"]
     assert record.matrix.accuracy_ij.shape == (2, 2)
-    assert (place / "two-in-python-peft" / "base").is_dir()
+    assert (place / "two-in-python-tasks" / "base").is_dir()
     run(MERGING)
     quick = ["--set=threads=1", "--set=precision=fp32"]
     for line in COMMANDS:
         words = shlex.split(line.replace(HUB, "tiny"))[1:]
         said = lamina(*words, *(quick if words[0] == "run" else []))
         assert said.code == 0, (line, said)
-    assert {"two-peft", "goes-on-merged"} <= {path.name for path in place.iterdir()}
+    assert {"two-tasks", "goes-on-merged"} <= {path.name for path in place.iterdir()}
     assert len(SCRIPT.splitlines()) > 3 * len(PYTHON.splitlines())
 
 

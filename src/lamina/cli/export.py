@@ -50,9 +50,9 @@ def export(
 
         lamina export groceries groceries-onnx --format onnx
 
-        lamina export groceries groceries-peft --format peft --with-base
+        lamina export groceries groceries-tasks --format peft-tasks --with-base
 
-        lamina export runs/instructions-lamina-seed0 instructions --format merged
+        lamina export runs/instructions-olora-seed0 instructions --format merged
     """
     from lamina.export import export_merged, export_onnx, export_peft, export_tasks
 

@@ -147,7 +147,7 @@ class TrainingConfig(Section):
     epochs: int = Field(10, ge=1, le=100_000)
     """Passes over each task's training data."""
     least_steps: int = Field(0, ge=0, le=100_000)
-    """Steps of a task at least: a small task gets more epochs."""
+    """Least number of training steps of a task. Small tasks get more epochs."""
     batch_size: int = Field(64, ge=1, le=1_000_000)
     """Examples per step. The last batch of an epoch may be smaller."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"

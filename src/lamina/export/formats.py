@@ -57,14 +57,15 @@ def export_merged(model: Place, out: Place, *, inputs: Place | None = None) -> E
 def export_onnx(model: Place, out: Place, *, inputs: Place | None = None) -> Exported:
     """Write the deployed model, whatever its classifier, as a graph for onnxruntime. Returns what was written.
 
-    The arguments are those of `export_peft`. Raises MethodError for methods with routed adapters; ModelError for a language
-    model, where onnx is not installed, or scores differ.
+    The arguments are those of `export_peft`. Raises MethodError for routed adapters, but for those of `lamina`; ModelError for
+    a language model, where onnx is not installed, or scores differ.
     """
     path, target = _checked(model, out)
     if is_language(path):
         raise ModelError(
             f"--format onnx is not written for a language model ({path}): to generate text, a graph must keep keys and values "
-            f"of earlier tokens. Write `--format merged`, then: optimum-cli export onnx --model OUT GRAPH"
+            f"of earlier tokens. Of a method with one update, write `--format merged`, then: optimum-cli export onnx --model "
+            f"OUT GRAPH"
         )
     return graph.export_onnx(path, target, inputs=inputs)
 

@@ -27,7 +27,10 @@ from lamina.types import Batch
 FILE = "model.onnx"
 SIZES = (1, 2, 5)
 """Batch sizes that it is run with, besides those of the inputs to compare on."""
-INSTEAD = "Other versions of torch, onnxscript or onnxruntime may help; `--format merged` needs none of them."
+INSTEAD = (
+    "Other versions of torch, onnxscript or onnxruntime may help; `--format peft-tasks`, or `merged` for a method with one "
+    "update, needs none of them."
+)
 NAMES = {"image": ("pixel_values",), "text": ("input_ids", "attention_mask")}
 
 
@@ -38,7 +41,7 @@ def export_onnx(
 
     Its inputs are `pixel_values` (b, 3, s, s), or `input_ids` and `attention_mask` (b, t); its outputs `logits` and
     `probabilities` (b, c), in the order of labels.json. inputs: images or texts to compare on.
-    Raises MethodError for methods with routed adapters; ModelError where onnx is not installed, or scores differ.
+    Raises MethodError for routed adapters, but for those of `lamina`; ModelError where onnx is not installed, or scores differ.
     """
     target = Path(out)
     refuse_existing(target)

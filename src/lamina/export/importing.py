@@ -5,7 +5,7 @@
     after      as after any task: weights are merged, old statistics moved, new ones measured, the classifier is fitted
 
 So the meaning of a model stays what its method says. Where all branches add up, the new task changes the features of the old
-ones, and the gate measures that. Where a router selects adapters (CoLoR), each acts alone.
+ones, and the gate measures that. Where a router selects adapters (lamina, CoLoR), each acts alone.
 
 Shape letters: o outputs, i inputs of a linear layer, r rank, d width, j outputs of the head, n examples.
 """

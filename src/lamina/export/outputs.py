@@ -66,7 +66,8 @@ def refuse_routed(opened: Opened, what: str) -> None:
         method = opened.predictor.method
         instead = "No format does; `lamina serve` serves the model as it is."
         if isinstance(method, ROUTED):
-            instead = "`--format peft-tasks` writes an adapter per task and the router."
+            graph = ", and `--format onnx` one graph" if isinstance(method, Lamina) else ""
+            instead = f"`--format peft-tasks` writes an adapter per task and the router{graph}."
         raise MethodError(
             f"method {method.name!r} selects or scales adapters for each input, so no single update says what it does, and "
             f"{what} cannot hold it. {instead}"

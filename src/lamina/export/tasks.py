@@ -129,7 +129,7 @@ def encoder_layout(opened: Opened) -> Layout:
     if auto is not type(backbone.module) or family.takes_patches or grey:
         raise ModelError(
             f"transformers' AutoModel does not compute the features of {type(backbone.module).__name__} from the same inputs, "
-            f"so a plain script cannot. `--format onnx` writes methods without a router."
+            f"so a plain script cannot. `--format onnx` may write it."
         )
     copy = type(config).from_dict(config.to_dict())
     return Layout(ENCODER, auto.__name__, "", copy, {}, (), backbone.kind == "text", family.options)

@@ -82,11 +82,11 @@ class Lamina(Method[LaminaConfig]):
     )
     needs = Needs(
         per_task="an adapter, two vectors per class",
-        storage="One adapter of rank r per adapted layer and task. A classifier output and two vectors of random features per "
-        "class and task; one Gram matrix of the random features (67 MB).",
+        storage="One adapter of rank r per adapted layer and task. Two classifier outputs and two vectors of random features "
+        "per class and task; one Gram matrix of the random features (67 MB), and their projection.",
         prediction="linear",
-        extra="A prediction takes two passes. After every task: one pass over its data through both models, and four linear "
-        "systems in as many unknowns as there are random features.",
+        extra="A prediction takes two passes. After every task: one pass over its data with its adapter and one without, and "
+        "four linear systems in as many unknowns as there are random features.",
     )
     config_type = LaminaConfig
     refuses = (

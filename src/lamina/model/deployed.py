@@ -20,7 +20,8 @@ from lamina.speed import accelerate, precision
 
 
 class Deployed(ABC):
-    """A version of a model in memory. Its weights are folded, so a prediction costs what the bare backbone costs.
+    """A version of a model in memory. Its weights are folded, so a prediction costs what the bare backbone
+    costs, or two passes where adapters are routed.
 
     It may be used by one thread at a time; others wait. `close` frees its threads.
     Raises ModelError where the version does not fit its settings or its backbone.
