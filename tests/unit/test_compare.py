@@ -110,8 +110,8 @@ methods:
   color: {each: {consolidation.merging: [none, ema], training.epochs: [1, 2]}}
   prototype: {consolidation.classifier: own, each: {consolidation.drift: [none, linear]}}
   other: {method: {name: inflora, rank: 3}, each: {method.epsilon: [0.5, 0.75]}}
-  lamina: {each: {consolidation.drift: [none, random]}}
-  plain: {method.name: lamina, each: {consolidation.classifier: [own, ncm]}}
+  slca: {each: {consolidation.drift: [none, random]}}
+  plain: {method.name: slca, each: {consolidation.classifier: [own, ncm]}}
 baseline: finetune, merging none, classifier own
 """
     grid = Grid(write_grid(tmp_path, text))
@@ -120,7 +120,7 @@ baseline: finetune, merging none, classifier own
         *(f"color, merging none, epochs {epochs}" for epochs in (1, 2)),  # merging does not go with it
         "prototype, drift none",  # without statistics there is nothing to move
         *(f"other, epsilon {epsilon}" for epsilon in (0.5, 0.75)),
-        *(f"lamina, drift {drift}" for drift in ("none", "random")),  # it has a classifier of its own, said or not
+        *(f"slca, drift {drift}" for drift in ("none", "random")),  # it has a classifier of its own, said or not
         *(f"plain, classifier {kind}" for kind in ("own", "ncm")),
     ]
     assert [grid.cells(row, {})[0].config.consolidation.drift for row in grid.rows[-2:]] == ["none", "linear+local"]
