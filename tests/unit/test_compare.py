@@ -123,7 +123,8 @@ baseline: finetune, merging none, classifier own
         *(f"slca, drift {drift}" for drift in ("none", "random")),  # it has a classifier of its own, said or not
         *(f"plain, classifier {kind}" for kind in ("own", "ncm")),
     ]
-    assert [grid.cells(row, {})[0].config.consolidation.drift for row in grid.rows[-2:]] == ["none", "linear+local"]
+    ranks = [grid.cells(row, {})[0].config.consolidation.class_covariance_rank for row in grid.rows[-2:]]
+    assert ranks == [0, 16], "what belongs to a unified classifier goes with it"
     configs = [grid.cells(row, {})[0].config for row in grid.rows[:-4]]
     assert (configs[3].consolidation.merging, configs[3].consolidation.classifier, configs[3].training.lr) == (
         "ema",
