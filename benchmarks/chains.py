@@ -104,13 +104,6 @@ class Replayed(Consolidation):
             measured = concatenated(measured, part)
         return measured
 
-    def predict(self, learner: Learner, batch: Batch) -> Tensor:
-        own = self.config.classifier == "own" and type(self.method).predict is Method.predict
-        if self.memo is not None and own:  # the scores of most methods are the head on their features
-            scores_bj: Tensor = learner.head(self.features(learner, batch))
-            return scores_bj
-        return super().predict(learner, batch)
-
     def features(self, learner: Learner, batch: Batch) -> Tensor:
         if self.memo is None:
             return super().features(learner, batch)
