@@ -67,5 +67,5 @@ def _flat_patches(pixels_bchw: Tensor, patch: int) -> dict[str, Any]:
     return {
         "pixel_values": cut.reshape(b, grid[0] * grid[1], patch * patch * c),
         "pixel_attention_mask": None,
-        "spatial_shapes": torch.tensor([grid]).expand(b, -1),
+        "spatial_shapes": torch.tensor([grid] * b),
     }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lamina.backbones.families import FAMILIES
 from lamina.errors import ModelError
 from lamina.export.checking import by_library, need, silently
 from lamina.export.opened import Opened, open_model
@@ -50,6 +51,12 @@ def export_onnx(
     with open_model(model, inputs) as opened, drafted(target, "onnx", opened) as draft:
         if not isinstance(opened.predictor.method, Lamina):
             refuse_routed(opened, "one graph")
+        config: Any = opened.learner.backbone.module.config
+        if FAMILIES[config.model_type].takes_patches:
+            raise ModelError(
+                f"transformers computes the positions of {config.model_type} one image after another, so a graph holds for one "
+                f"batch size only and is not written. `lamina serve` serves the model as it is."
+            )
         classes, labels = opened.predictor.classes, opened.predictor.labels
         reference = [class_scores(scores_bj, opened.learner.outputs, classes) for scores_bj in opened.scores]
         opened.predictor.close()  # the graph is of the plain computation

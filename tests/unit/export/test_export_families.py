@@ -94,6 +94,13 @@ def test_a_backbone_of_one_channel_is_refused_by_merged_and_written_by_onnx(tmp_
     assert export_onnx(tmp_path / "m", tmp_path / "out").differences[0].agreement == 1
 
 
+def test_a_graph_for_one_batch_size_is_not_written(tmp_path: Path):
+    taught(tmp_path / "m", base("siglip2_vision_model", tmp_path / "base"), "image")
+    with pytest.raises(ModelError, match="positions of siglip2_vision_model one image after another"):
+        export_onnx(tmp_path / "m", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["vit", "clip_vision_model", "siglip_vision_model", "bert", "modernbert"])
 def test_onnx(name: str, tmp_path: Path):
     """With the features of several blocks and the nonlinear classifier."""
