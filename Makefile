@@ -52,7 +52,7 @@ results: runs/minilm      ## the tables of docs/results and of the README (needs
 	$(BIN)/python benchmarks/summary.py
 
 language: runs/smollm2  ## the table of text tasks for a language model (needs text14 in ../shared/data; takes a day; resumes)
-	for grid in text14; do \
+	for grid in text14 text14-order4; do \
 	  $(BIN)/lamina compare benchmarks/grids/$$grid.yaml $(KEEP) --records docs/results/records/$$grid.jsonl \
 	    --page docs/results/$$grid.md || exit; \
 	done
