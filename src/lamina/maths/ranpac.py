@@ -145,12 +145,13 @@ def calibrated(
     """
     taken_n = torch.linspace(0, len(output_n) - 1, min(LEFT_OUT, len(output_n))).long()
     output_n, phi_nm = output_n[taken_n], random_features(features_nd[taken_n], projection_md).double()
-    gram_mm, identity_mm = sums.gram_mm.double(), torch.eye(len(sums.gram_mm), dtype=torch.float64)
-    mean, smoothing = float(gram_mm.diagonal().mean()) or 1.0, 1 / (len(output_n) + 1)
+    mean, smoothing = float(sums.gram_mm.diagonal().mean()) or 1.0, 1 / (len(output_n) + 1)
     losses_rt = torch.zeros(len(RATIOS), len(TAUS), dtype=torch.float64) if losses_rt is None else losses_rt.clone()
     weights = []
     for r, ratio in enumerate(RATIOS):
-        factor_mm, failed = torch.linalg.cholesky_ex(gram_mm + ratio * mean * identity_mm)
+        penalised_mm = sums.gram_mm.double()
+        penalised_mm.diagonal().add_(ratio * mean)
+        factor_mm, failed = torch.linalg.cholesky_ex(penalised_mm)
         if failed:  # of the rounding of G
             losses_rt[r] = torch.inf
         weight_mj = torch.cholesky_solve(sums.cross_mj, factor_mm).contiguous()
