@@ -189,7 +189,10 @@ def test_a_row_that_is_no_instruction(
     [
         (("--method", "duallora"), ["method 'duallora' cannot adapt the language model", "lamina methods"]),
         (("--method", "prototype"), ["method 'prototype' cannot adapt the language model", "a classifier"]),
-        (("--classifier", "lda"), ["consolidation.classifier = 'lda' does not go with a language model", "'own'"]),
+        (
+            ("--method", "olora", "--classifier", "lda"),
+            ["consolidation.classifier = 'lda' does not go with a language model", "'own'"],
+        ),
         (("--drift", "linear"), ["drift = 'linear'", "classifier"]),
         (("--set", "consolidation.layers=2"), ["layers = 2"]),
         (("--set", "backbone.targets=[fc1]"), ["fc1", "'q'", "'k'", "'v'", "'out'", "'gate'", "'up'", "'down'"]),

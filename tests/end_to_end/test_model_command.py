@@ -195,7 +195,7 @@ def test_texts(lamina: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_probabilities_of_lda_are_tempered(lamina: Command, base: Path, tmp_path: Path) -> None:
     path = tmp_path / "model"
     data = images(tmp_path / "a.parquet", CLASSES[:3], train=5, noise=90)
-    lamina("create", path, "--backbone", base, *SETTINGS)
+    lamina("create", path, "--backbone", base, "--method=fsa", *SETTINGS)
     assert lamina("learn", path, data).code == 0
     model = Model(path)
     assert model.cards[-1].temperature > 1.2

@@ -16,7 +16,7 @@ from tests.models import CLASSES, backbone, content, images, small
 
 from lamina.engine import checkpoint
 from lamina.errors import MethodError, ModelError
-from lamina.export import export_merged, export_peft
+from lamina.export import export_merged, export_onnx, export_peft, export_tasks
 from lamina.model import GateRefused, Model, store
 
 HOME = Path(tempfile.mkdtemp(prefix="lamina-states-"))
@@ -130,6 +130,8 @@ class States(RuleBasedStateMachine):
         where = Path(tempfile.mkdtemp(dir=HOME)) / out
         before = content(self.path)
         write = export_merged if out == "whole" else partial(export_peft, with_base=True)
+        if Model(self.path).facts.config.method["name"] == "lamina":  # it has no single update
+            write = export_onnx if out == "whole" else partial(export_tasks, with_base=True)
         if out == "adapter" and all(len(classes) == 1 for _, classes in self.learnt):
             with contextlib.suppress(MethodError):  # tasks of one class may move no weight
                 write(self.path, where)

@@ -155,7 +155,8 @@ def calibrated(
         if failed:  # of the rounding of G
             losses_rt[r] = torch.inf
         weight_mj = torch.cholesky_solve(sums.cross_mj, factor_mm).contiguous()
-        leverage_n1 = (torch.cholesky_solve(phi_nm.T, factor_mm).T * phi_nm).sum(1, keepdim=True)
+        halves_mn = torch.linalg.solve_triangular(factor_mm, phi_nm.T, upper=False)
+        leverage_n1 = halves_mn.square().sum(0)[:, None]
         targets_nj = F.one_hot(output_n, weight_mj.shape[1])
         left_nj = (phi_nm @ weight_mj - leverage_n1 * targets_nj) / (1 - leverage_n1).clamp_min(1e-6)
         for t, tau in enumerate(TAUS):
