@@ -17,6 +17,8 @@ QUICK = (
     *("--set=precision=fp32", "--set=threads=1", "--set=training.batch_size=8", "--set=evaluation.batch_size=32"),
 )
 """Settings of runs that only have to finish."""
+LIGHT = (*QUICK, "--set=method.random_features=64")
+"""The same for the default method, which otherwise solves linear systems in thousands of unknowns."""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.end_to_end.conftest import QUICK, Command, paint
+from tests.end_to_end.conftest import LIGHT, QUICK, Command, paint
 from tests.faults.processes import LEARNT, Moment, copy_unfinished, finish, halt_at, kill_all, newest, small_run, start
 from tests.tiny import raw_vit
 
@@ -141,7 +141,7 @@ def test_a_cut_image_is_named_or_skipped_and_listed(lamina: Command, tmp_path: P
     cut = paint(tmp_path / "photos", 2, 8, suffix) / "class1" / f"3{suffix}"
     whole = cut.read_bytes()
     cut.write_bytes(whole[: len(whole) // 2])
-    arguments = ("run", "--data", "photos", "--tasks", 2, *QUICK)
+    arguments = ("run", "--data", "photos", "--tasks", 2, *LIGHT)
     message = lamina.refused(*arguments, "--out", "run")
     assert str(Path("photos") / "class1" / f"3{suffix}") in message
     assert "--set data.on_damaged=skip" in message
@@ -172,7 +172,7 @@ def test_a_resume_after_the_data_changed(lamina: Command, tmp_path: Path) -> Non
     images = [file.read_bytes() for file in files]
     labels = [file.parent.name for file in files]
     pq.write_table(pa.table({"image": images, "label": labels}), tmp_path / "photos.parquet")
-    assert lamina("run", "--data", "photos.parquet", "--tasks", 2, "--out", "run", *QUICK).code == 0
+    assert lamina("run", "--data", "photos.parquet", "--tasks", 2, "--out", "run", *LIGHT).code == 0
     (tmp_path / "run" / "results.json").unlink()
     pq.write_table(pa.table({"image": images[1:2] + images[1:], "label": labels}), tmp_path / "photos.parquet")
     message = lamina.refused("resume", "run")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.end_to_end.conftest import QUICK, Command, paint
+from tests.end_to_end.conftest import LIGHT, QUICK, Command, paint
 from tests.tiny import raw_bert
 
 from lamina import config as configuration
@@ -158,7 +158,7 @@ def test_flags_go_over_the_file_and_set_over_flags(lamina: Command, tmp_path: Pa
 def test_a_folder_of_images_from_data_to_report(lamina: Command, tmp_path: Path) -> None:
     paint(tmp_path / "photos", 4, 10)
     cache = tmp_path / "decoded"
-    said = lamina("run", "--data", "photos", "--tasks", 2, "--set", f"data.cache={cache}", "--out", "run", *QUICK)
+    said = lamina("run", "--data", "photos", "--tasks", 2, "--set", f"data.cache={cache}", "--out", "run", *LIGHT)
     assert said.code == 0
     assert "task 2/2 learnt" in said.err
     assert str(Path("run") / "results.json") in said.out
@@ -217,7 +217,7 @@ def assert_self_contained(page: Path) -> None:
 def test_the_same_command_twice_gives_the_same_numbers(lamina: Command, tmp_path: Path, photos: Path) -> None:
     records = []
     for out in ("one", "two"):
-        assert lamina("run", "--data", photos, "--tasks", 2, "--out", out, *QUICK).code == 0
+        assert lamina("run", "--data", photos, "--tasks", 2, "--out", out, *LIGHT).code == 0
         records.append(json.loads((tmp_path / out / "results.json").read_text()))
     for key in ("matrix", "task_aware", "losses", "metrics"):
         assert records[0][key] == records[1][key]
@@ -286,7 +286,7 @@ def test_long_decoding_is_told(lamina: Command, tmp_path: Path, monkeypatch: pyt
     paint(tmp_path / "photos", 2, 6)
     told = []
     monkeypatch.setattr("lamina.cli.progress.Watcher.__call__", lambda _, stream, event: told.append((stream, event)))
-    assert lamina("run", "--data", "photos", "--tasks", 2, "--out", "run", *QUICK).code == 0
+    assert lamina("run", "--data", "photos", "--tasks", 2, "--out", "run", *LIGHT).code == 0
     loading = [event.done for stream, event in told if stream is None and event.phase == "load"]
     assert loading
     assert loading[-1] == 12

@@ -29,7 +29,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run(block: str) -> dict[str, Any]:
     scope: dict[str, Any] = {"__name__": "block"}
     with warnings.catch_warnings(action="ignore"):  # of peft
-        exec(compile(block.replace(HUB, "tiny"), "page", "exec"), scope)
+        few = block.replace('"method.rank": 8,', '"method.rank": 8, "method.random_features": 64,')
+        exec(compile(few.replace(HUB, "tiny"), "page", "exec"), scope)
     return scope
 
 
@@ -44,7 +45,8 @@ def test_every_block_and_command_runs(place: Path, lamina: Command, capsys: pyte
     quick = ["--set=threads=1", "--set=precision=fp32"]
     for line in COMMANDS:
         words = shlex.split(line.replace(HUB, "tiny"))[1:]
-        said = lamina(*words, *(quick if words[0] == "run" else []))
+        few = ["--set=method.random_features=64"] if "lamina" in words[1:] else []
+        said = lamina(*words, *(quick + few if words[0] == "run" else []))
         assert said.code == 0, (line, said)
     assert {"two-tasks", "goes-on-merged"} <= {path.name for path in place.iterdir()}
     assert len(SCRIPT.splitlines()) > 3 * len(PYTHON.splitlines())
