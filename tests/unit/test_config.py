@@ -1,7 +1,8 @@
 """Configuration: strict, every error at once with its line and the nearest name, and a fingerprint of what counts."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -357,7 +358,7 @@ def test_a_fingerprint_survives_the_file(tmp_path: Path):
 
 
 class _Around(MethodConfig):
-    around = {  # noqa: RUF012
+    around: ClassVar[Mapping[str, Any]] = {
         "consolidation.classifier": "lda",
         "consolidation.drift": "linear",
         "consolidation.layers": 4,
