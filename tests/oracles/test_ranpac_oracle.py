@@ -144,3 +144,11 @@ def test_a_single_output_says_nothing_about_the_temperature():
     )
     assert found.temperature == 1
     assert not found.losses_rt.any()
+
+
+def test_sums_that_no_penalty_mends_are_refused():
+    features_nd, output_n = examples(2, 20)
+    projection_md = projection(12, 5, torch.Generator().manual_seed(1))
+    sums = Sums.zero(12).plus(projection_md, features_nd, output_n, 3)
+    with pytest.raises(ValueError, match="not positive definite"):
+        calibrated(sums._replace(gram_mm=sums.gram_mm - 1e6 * torch.eye(12)), projection_md, features_nd, output_n)

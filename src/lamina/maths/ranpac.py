@@ -141,7 +141,7 @@ def calibrated(
     when their task is the newest.
 
     features_nd, output_n: of the newest examples, which are in the sums; their positions among all outputs. At most `LEFT_OUT`
-    evenly spaced ones are left out. losses_rt: of the tasks before, if there are any.
+    evenly spaced ones are left out. losses_rt: of the tasks before, if there are any. Raises ValueError where no λ can be used.
     """
     taken_n = torch.linspace(0, len(output_n) - 1, min(LEFT_OUT, len(output_n))).long()
     output_n, phi_nm = output_n[taken_n], random_features(features_nd[taken_n], projection_md).double()
@@ -163,4 +163,6 @@ def calibrated(
             losses_rt[r, t] += F.cross_entropy(left_nj / tau, output_n, reduction="sum", label_smoothing=smoothing)
         weights.append(weight_mj)
     best = int(losses_rt.flatten().nan_to_num(torch.inf).argmin())
+    if not losses_rt.isfinite().any():
+        raise ValueError("the Gram matrix is not positive definite with any of the penalties")
     return Calibrated(weights[best // len(TAUS)], TAUS[best % len(TAUS)], losses_rt)
