@@ -223,6 +223,7 @@ def heat_map(
     value_ij: NDArray[np.float64],
     tooltip: Callable[[int, int], str],
     names: Sequence[str],
+    labels: Sequence[str],
     low: float,
 ) -> Markup:
     """A matrix of percentages, nan where empty; the deeper the hue the higher, from `low` to 100.
@@ -233,7 +234,8 @@ def heat_map(
     rows, columns = value_ij.shape
     numbered = columns <= NUMBERED
     wide, high = (48.0, 28.0) if numbered else (19.0, 19.0)
-    left, top = 62.0, 40.0
+    rows_named = [clip(label, LETTERS) for label in labels]
+    left, top = max(62.0, 16 + 6.6 * max(map(len, rows_named), default=0)), 40.0
     parts = [
         tag("text", "on task", class_="a", x=left + 2, y=14),
         tag("text", "after task", class_="a", x=0, y=top - 7),
@@ -245,7 +247,7 @@ def heat_map(
     ahead: list[Markup] = []
     numbers: list[Markup] = []
     for i in range(rows):
-        parts.append(tag("text", str(i + 1), class_="t e", x=left - 8, y=top + (i + 0.5) * high + 4))
+        parts.append(tag("text", escape(rows_named[i]), class_="t e", x=left - 8, y=top + (i + 0.5) * high + 4))
         for j in map(int, np.flatnonzero(~np.isnan(value_ij[i]))):
             value, x, y = float(value_ij[i, j]), left + j * wide, top + i * high
             depth = f"{0.06 + 0.94 * max(0.0, value - low) / (100 - low):.2f}"

@@ -1,6 +1,7 @@
 """The section of the page about one run. A missing value is shown as an en dash, never guessed."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -117,12 +118,20 @@ def heat_map(run: Record, low: float) -> str:
     rows, columns = matrix.correct_ij.shape
     last = ", ".join(f"{100 * a:.1f}" for a in matrix.accuracy_ij[-1, : matrix.tasks])
     description = f"{rows} by {columns} matrix of accuracies in percent; the last row is {last}."
-    return charts.heat_map("Accuracy matrix", description, 100 * matrix.accuracy_ij, tooltip, names, low)
+    return charts.heat_map(
+        "Accuracy matrix", description, 100 * matrix.accuracy_ij, tooltip, names, task_labels(run), low
+    )
 
 
 def task_names(run: Record) -> list[str]:
     names = [task.name for task in run.stream.tasks]
     return names + [f"task {j + 1}" for j in range(len(names), run.matrix.correct_ij.shape[1])]
+
+
+def task_labels(run: Record) -> list[str]:
+    """Returns what charts write for each task: its number, with its name where that says more, as a domain's does."""
+    counted = re.compile(r"task[- ]\d+")
+    return [str(j) if counted.fullmatch(name) else f"{j} {name}" for j, name in enumerate(task_names(run), start=1)]
 
 
 def numbered(values: Iterable[float], first: int = 1) -> list[charts.Point]:
@@ -169,17 +178,17 @@ def _mean_curve(run: Record, acc: Floats, what: str, span: Mapping[str, Any]) ->
 
 
 def _task_curves(run: Record, acc: Floats, what: str, span: Mapping[str, Any]) -> Drawing:
-    a, last, names = run.matrix.accuracy_ij, run.matrix.tasks - 1, task_names(run)
+    a, last, names, labels = run.matrix.accuracy_ij, run.matrix.tasks - 1, task_names(run), task_labels(run)
     lines = [
         Series(
             name=f"task {j + 1} ({names[j]}): {percent(a[j, j])} when learnt, {percent(a[last, j])} at the end",
             points=numbered(a[j:, j], first=j + 1),
-            label=str(j + 1),
+            label=labels[j],
         )
         for j in range(run.matrix.tasks)
     ]
     lines.append(Series(name="mean over tasks", points=numbered(acc), style=0, accent=True, markers=False))
-    name = "its number stands at its end" if run.matrix.tasks <= charts.LABELS else "hover a line for its name"
+    name = "its number or name stands at its end" if run.matrix.tasks <= charts.LABELS else "hover a line for its name"
     title = "Each task over time"
     return Drawing(
         title=title,
