@@ -194,6 +194,11 @@ search: {over: {training.lr: [1, x]}, tasks: 40}
         ("methods: {finetune: {}}\nseeds: [-1]", "greater than or equal to 0"),
         ("methods: {finetune: {}}\nbse: {}", "Did you mean 'base'?"),
         ("methods: {finetune: {}}\nsearch: {ovr: {}}", "Did you mean 'over'?"),
+        (
+            "methods: {finetune: {}}\norders: []",
+            "orders = []: must be `seeds`, or a list of whole numbers and null",
+        ),
+        ("methods: {finetune: {}}\norders: seed", "orders = 'seed': must be `seeds`, or a list"),
         ("methods: {finetune: {}}\nsearch: {over: {training.lr: []}}", "no value to try for training.lr"),
         ("methods: {finetune: {}}\nsearch: {over: {training.lr: [1]}, tasks: 11}", "has 10 tasks"),
         ("methods: {finetune: {search: {training.lr: [1]}}}", "has no `search` that this could extend"),
@@ -541,8 +546,8 @@ def test_the_table_says_what_the_runs_say(tmp_path: Path):
     )
     assert "| `joint` | – | 61.0 ± 1.0 | – | – | – | – | 0.0 [0.0, 0.0] | 3 |" in text
     assert "| `inflora` | 10 | 1.20 k | 3.40 k | 0 B | 524 MB |" in text
-    assert "With 3 pairs it is the range from the smallest difference to the largest." in text
-    assert "with probability 75 %, not 95 %" in text
+    assert "It covers the centre of symmetric differences with probability 75 %." in text
+    assert "With 3 pairs that interval is the range of the differences" in text
     for part in (
         "No test example was used",
         "    lamina compare grid.yaml",
@@ -564,6 +569,44 @@ def test_the_table_says_what_the_runs_say(tmp_path: Path):
         (s, None, False) for s in range(3)
     ]
     assert all((Path(run["cell"]) / "run" / "results.json").exists() for run in row["runs"])
+
+
+def test_with_enough_seeds_the_table_tests_the_differences(tmp_path: Path):
+    """inflora is 10 points below finetune with every seed, joint training one above or below in turn; noproj is not done."""
+    text = GRID.replace("[0, 1, 2]", "[0, 1, 2, 3, 4, 5, 6, 7]") + "orders: seeds\n"
+    found = study(tmp_path, text, only="*/[fij]*")
+    assert [(c.seed, c.config.stream.order_seed) for c in found.grid.cells(found.grid.rows[0], {})] == [
+        (seed, seed) for seed in range(8)
+    ]
+
+    def even(config: RunConfig) -> float:
+        return (
+            0.6 + 0.01 * (-1) ** config.seed
+            if config.stream.joint
+            else accuracies(config.model_copy(update={"seed": 0}))
+        )
+
+    found.work(1, Told(), MadeUp(even))
+    told = found.content("")
+    table.write(told, found.out)
+    page = (found.out / "table.md").read_text()
+    assert "| Minus finetune | p | Runs |" in page
+    assert "| −10.0 [−10.0, −10.0] | 0.016 | 8 |" in page, "2 / 2^8, twice as there are two rows"
+    assert "| 0.0 [−1.0, +1.0] | 1.00 | 8 |" in page
+    assert "over 8 pairs of runs with the same seed and class order" in page
+    assert "with probability 95 %" in page
+    assert "- **p**: p-value of that difference" in page
+    rows = json.loads((found.out / "table.json").read_text())["streams"][0]["rows"]
+    assert rows[1]["difference"]["p_holm"] == pytest.approx(2 / 2**7)
+    assert rows[1]["difference"]["p"] == pytest.approx(1 / 2**7)
+
+
+def test_the_spread_of_seeds_and_of_class_orders(tmp_path: Path):
+    found = study(tmp_path, GRID.replace("[0, 1, 2]", "[0, 1]") + "orders: [null, 1, 2]\n")
+    found.work(1, Told(), MadeUp(lambda config: accuracies(config) + 0.05 * (config.stream.order_seed or 0)))
+    text = table.block(found.content(""))
+    assert "over 3 class orders, each with the mean of its seeds" in text
+    assert "over seeds and over class orders, in points: `finetune` 0.7 and 5.0, " in text
 
 
 def test_what_training_can_gain_and_who_gains_it(tmp_path: Path):

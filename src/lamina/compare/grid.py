@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -68,8 +68,9 @@ class GridConfig(Section):
     row; false leaves it out. `each` makes a row of every combination of values."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
     """Seeds of the runs of every row."""
-    orders: tuple[int | None, ...] = Field((None,), min_length=1)
-    """Class orders: values of stream.order_seed. null is the dataset's own order."""
+    orders: Literal["seeds"] | tuple[int | None, ...] = (None,)
+    """Class orders: values of stream.order_seed; null is the dataset's own order. `seeds`: each seed has a class order of its
+    own, with stream.order_seed equal to the seed."""
     baseline: str | None = None
     """The row from which differences are taken."""
     headroom: HeadroomConfig | None = None
@@ -80,10 +81,27 @@ class GridConfig(Section):
     jobs: int = Field(1, ge=1)
     """Runs at a time."""
 
+    @property
+    def runs(self) -> list[tuple[int, int | None]]:
+        """Seed and class order of every run of a row."""
+        if self.orders == "seeds":
+            return [(seed, seed) for seed in self.seeds]
+        return [(seed, order) for order in self.orders for seed in self.seeds]
+
+    @field_validator("orders", mode="before")
+    @classmethod
+    def _are_orders(cls, value: Any) -> Any:
+        known = (
+            isinstance(value, list | tuple) and value and all(v is None or (type(v) is int and v >= 0) for v in value)
+        )
+        if value != "seeds" and not known:
+            raise ValueError("must be `seeds`, or a list of whole numbers and null, such as [null, 1, 2]")
+        return value
+
     @field_validator("seeds", "orders")
     @classmethod
-    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        if len(set(values)) < len(values):
+    def _once(cls, values: Any) -> Any:
+        if isinstance(values, tuple) and len(set(values)) < len(values):
             raise ValueError("a value occurs twice, and both runs would be the same. Remove one of them")
         return values
 
@@ -186,15 +204,13 @@ class Grid:
         if search is None or not over:
             return []
         tried = [dict(zip(over, values, strict=True)) for values in product(*over.values())]
-        order = self.settings.orders[0]
+        order = search.seed if self.settings.orders == "seeds" else self.settings.orders[0]
         return [Cell(row, search.seed, order, self._config(row, search.seed, order, t, True), t) for t in tried]
 
     def cells(self, row: Row, chosen: Mapping[str, Any]) -> list[Cell]:
         """Returns the cells of the table for a row, with the settings that the search has chosen."""
         return [
-            Cell(row, seed, order, self._config(row, seed, order, chosen, False))
-            for order in self.settings.orders
-            for seed in self.settings.seeds
+            Cell(row, seed, order, self._config(row, seed, order, chosen, False)) for seed, order in self.settings.runs
         ]
 
     def _each(self, name: str, row: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -313,7 +329,7 @@ class Grid:
             for values in product(*over.values()):
                 tried = dict(zip(over, values, strict=True))
                 for searching in {False, bool(over)}:
-                    seed, order = self.settings.seeds[0], self.settings.orders[0]
+                    seed, order = self.settings.runs[0]
                     raw = self._raw(row, seed, order, tried, searching)
                     config, problems = configuration.check(raw, _settings_types(), RunConfig, is_language)
                     layers = self._layers(row, tried)
@@ -343,9 +359,10 @@ class Grid:
                 "trains nothing after the first task",
             )
         if scenario == "mixed" and self.settings.orders != (None,):
+            given = self.settings.orders
             yield self._at(
                 "orders",
-                f"orders = {list(self.settings.orders)}: the {scenario}-incremental stream {row.stream!r} has the order "
+                f"orders = {given if isinstance(given, str) else list(given)}: the mixed stream {row.stream!r} has the order "
                 "of its plan; leave `orders` out and use more seeds",
             )
         first = config.stream.first

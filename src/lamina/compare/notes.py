@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from lamina.compare import stats
-from lamina.compare.rows import RowRuns
+from lamina.compare.rows import RowRuns, by_run
 from lamina.compare.stats import Difference
 from lamina.record import Record
 from lamina.report.text import count, percent
@@ -13,7 +13,7 @@ from lamina.report.text import count, percent
 
 def notes_of(rows: Mapping[str, RowRuns], gains: Sequence[Difference], baseline: str | None) -> list[str]:
     """Returns the notes of one stream. gains: the differences from the baseline that are known."""
-    return [*_row_notes(rows, baseline), *_code_notes(rows), *_difference_notes(gains)]
+    return [*_row_notes(rows, baseline), *_code_notes(rows), *_source_notes(rows), *_difference_notes(gains)]
 
 
 def code_of(record: Record) -> str:
@@ -68,18 +68,34 @@ def _code_notes(rows: Mapping[str, RowRuns]) -> Iterable[str]:
 def _difference_notes(gains: Sequence[Difference]) -> Iterable[str]:
     if not gains:
         return
-    pairs = min(gain.pairs for gain in gains)
-    if pairs == 1:
+    units = min(gain.units for gain in gains)
+    if units == 1:
         yield "One pair of runs has no spread, so there is no interval. Use more seeds."
         return
-    yield (
-        "In brackets: 95 % percentile bootstrap interval of the mean difference over pairs of runs with the same seed and "
-        f"class order ({'all resamples' if pairs <= stats.EXACT else f'{stats.DRAWS:,} resamples'})."
+    several = any(gain.pairs > gain.units for gain in gains)
+    what = (
+        "class orders, each with the mean of its seeds"
+        if several
+        else "pairs of runs with the same seed and class order"
     )
-    if pairs <= stats.EXACT:
-        what = "is the range from the smallest difference to the largest" if pairs <= 3 else "is coarse"
-        covered = percent(stats.coverage_bound(pairs), 0)
+    yield (
+        f"In brackets: interval of the mean difference over {units} {what}, from the means of their subsets. It covers the "
+        f"centre of symmetric differences with probability {percent(stats.coverage(units), 0)}."
+    )
+    if units < stats.LEAST_UNITS:
         yield (
-            f"With {pairs} pairs it {what}. That range covers the mean of symmetric differences with probability {covered}, "
-            "not 95 %. Use more seeds for a surer interval."
+            f"With {units} {'class orders' if several else 'pairs'} that interval is the range of the differences, and a "
+            f"permutation test cannot give a p-value below {2.0 ** (1 - units):.2g}, so none is shown. "
+            f"{'Use more class orders' if several else 'Use more seeds'}: with {stats.LEAST_UNITS} or more, 5 % can be reached."
         )
+
+
+def _source_notes(rows: Mapping[str, RowRuns]) -> Iterable[str]:
+    """Yields what seeds and class orders contribute to the spread, where both were varied."""
+    found = {name: stats.spread_by_source(by_run(row.runs, "final_accuracy")) for name, row in rows.items()}
+    both = {name: s for name, s in found.items() if s.seeds is not None and s.orders is not None}
+    if both:
+        parts = ", ".join(
+            f"`{name}` {100 * (s.seeds or 0):.1f} and {100 * (s.orders or 0):.1f}" for name, s in both.items()
+        )
+        yield f"Standard deviation of the final accuracy over seeds and over class orders, in points: {parts}."

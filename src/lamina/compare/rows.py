@@ -122,6 +122,8 @@ class Line:
     costs: list[str]
     row: RowRuns
     gain: Difference | None
+    p: float | None
+    """The p-value of this gain, corrected for the number of rows; None where there are too few runs for one below 5 %."""
     language: list[str]
     """What is shown of language models only."""
     headroom_share: float | None
@@ -131,12 +133,14 @@ class Line:
         """Returns the row for programs."""
         row = self.row
         spread = {key: row.spread(key) for key in (*ACCURACIES, *COSTS, *LANGUAGE)}
+        final = stats.spread_by_source(by_run(row.runs, "final_accuracy"))
         return {
             "name": self.name,
             "method": row.runs[0].record.method.name if row.runs else None,
             "chosen": row.chosen,
             "figures": {key: {"mean": m, "std": s, "values": row.values(key)} for key, (m, s) in spread.items()},
-            "difference": vars(self.gain) if self.gain else None,
+            "difference": vars(self.gain) | {"p_holm": self.p} if self.gain else None,
+            "std_of_final_accuracy": vars(final),
             "headroom_share": self.headroom_share,
             "trials": [vars(trial) for trial in row.trials],
             "runs": [
@@ -182,19 +186,24 @@ class Headroom:
 
 
 def line_of(
-    name: str, row: RowRuns, gain: Difference | None, baseline: str | None, headroom: Headroom | None = None
-) -> Line:
-    """Returns a row as it is shown. gain: over the baseline, if there is one."""
+    name: str, row: RowRuns, gain: Difference | None, baseline: str | None, *, tested: Mapping[str, float] | None = None,
+    headroom: Headroom | None = None,
+) -> Line:  # fmt: skip
+    """Returns a row as it is shown. gain: over the baseline, if there is one. tested: corrected p-values of the gains, where
+    the table shows them."""
     texts = [_spread_text(*row.spread(key)) for key in ACCURACIES]
     if baseline:
         texts.append("baseline" if name == baseline else _gain_text(gain))
+    p = tested.get(name) if tested is not None else None
+    if tested is not None:
+        texts.append(DASH if p is None else p_text(p))
     share = headroom.share_of(name) if headroom else None
     if headroom:
         texts.append(DASH if share is None else signed(f"{100 * share:.0f}") + " %")
     texts.append(str(len(row.runs)) if len(row.runs) == row.planned else f"{len(row.runs)} of {row.planned}")
     costs = [DASH if (mean := row.spread(key)[0]) is None else write(mean) for key, (_, write) in COSTS.items()]
     language = [DASH if (mean := row.spread(key)[0]) is None else write(mean) for key, (_, write) in LANGUAGE.items()]
-    return Line(name, texts, costs, row, gain, language, share)
+    return Line(name, texts, costs, row, gain, p, language, share)
 
 
 def difference(ours: Sequence[Run], theirs: Sequence[Run], key: str = "final_accuracy") -> Difference | None:
@@ -202,10 +211,17 @@ def difference(ours: Sequence[Run], theirs: Sequence[Run], key: str = "final_acc
     if any(run.joint for run in [*ours, *theirs]):
         key = ONLY_JOINT
 
-    def by_run(runs: Sequence[Run]) -> dict[tuple[int, int | None], float]:
-        return {(run.seed, run.order): value for run in runs if (value := run.figures[key]) is not None}
+    return stats.paired(by_run(ours, key), by_run(theirs, key))
 
-    return stats.paired(by_run(ours), by_run(theirs))
+
+def by_run(runs: Sequence[Run], key: str) -> dict[stats.Key, float]:
+    """Returns one figure of every run that has it, by seed and class order."""
+    return {(run.seed, run.order): value for run in runs if (value := run.figures[key]) is not None}
+
+
+def p_text(p: float) -> str:
+    """Returns a p-value as it is shown."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
 
 
 def _spread_text(mean: float | None, deviation: float | None) -> str:

@@ -172,7 +172,7 @@ class Study:
             trials = [(cell, self.place(cell)) for cell in self.grid.trials(row)]
             rows[row] = RowRuns(
                 runs=[self._run(c, p) for c, p in cells if p.state == "done"],
-                planned=len(self.grid.settings.seeds) * len(self.grid.settings.orders),
+                planned=len(self.grid.settings.runs),
                 trials=[self._trial(c, p) for c, p in trials],
                 chosen=self.chosen(row),
             )

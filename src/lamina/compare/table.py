@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lamina import report
+from lamina.compare import stats
 from lamina.compare.grid import Grid, Row, said
 from lamina.compare.notes import code_of, notes_of
 from lamina.compare.rows import (
@@ -21,6 +22,7 @@ from lamina.compare.rows import (
     difference,
     line_of,
 )
+from lamina.compare.stats import Difference
 from lamina.errors import ConfigError
 from lamina.maths.metrics import DEFINITIONS
 from lamina.record import Record
@@ -28,6 +30,7 @@ from lamina.report.text import DASH, count
 
 FORMAT = 2
 SHARE = "Share of headroom"
+TEST = "p"
 COST_CAPTION = "Cost: means over the runs."
 LANGUAGE_CAPTION = "Language models: means over the runs."
 BEGIN, END = "<!-- compare -->", "<!-- /compare -->"
@@ -66,7 +69,11 @@ class Content:
 def content(grid: Grid, rows: Mapping[Row, RowRuns], command: str) -> Content:
     """Returns the content of the table of these runs. command: the command that makes it again."""
     baseline = grid.settings.baseline
+    by_stream = {s: {row.method: runs for row, runs in rows.items() if row.stream == s} for s in grid.streams}
+    gains = {stream: _gains(found, baseline) for stream, found in by_stream.items()}
+    tested = any(gain and gain.units >= stats.LEAST_UNITS for found in gains.values() for gain in found.values())
     differences = [f"Minus {baseline}"] if baseline else []
+    differences += [TEST] if tested else []
     differences += [SHARE] if grid.settings.headroom else []
     files = [(grid.file.name, grid.text)]
     for given in dict.fromkeys(
@@ -78,12 +85,9 @@ def content(grid: Grid, rows: Mapping[Row, RowRuns], command: str) -> Content:
         accuracies=[*ACCURACIES.values(), *differences, "Runs"],
         costs=[title for title, _ in COSTS.values()],
         language=[title for title, _ in LANGUAGE.values()] if _of_language(rows) else [],
-        sections=[
-            _section(stream, {row.method: runs for row, runs in rows.items() if row.stream == stream}, grid)
-            for stream in grid.streams
-        ],
+        sections=[_section(stream, found, grid, gains[stream], tested) for stream, found in by_stream.items()],
         search_note=_search_note(grid),
-        definitions=_definitions(grid, language=_of_language(rows)),
+        definitions=_definitions(grid, language=_of_language(rows), tested=tested),
         facts=_facts([run.record for runs in rows.values() for run in runs.runs]),
         command=command,
         files=files,
@@ -93,15 +97,33 @@ def content(grid: Grid, rows: Mapping[Row, RowRuns], command: str) -> Content:
 # ---------------------------------------------------------------------------------------------- one stream
 
 
-def _section(stream: str, rows: Mapping[str, RowRuns], grid: Grid) -> Section:
+Gains = Mapping[str, Difference | None]
+"""Differences from the baseline by name of the row; None where they are not known."""
+
+
+def _gains(rows: Mapping[str, RowRuns], baseline: str | None) -> Gains:
+    against = rows[baseline].runs if baseline else []
+    return {name: difference(row.runs, against) for name, row in rows.items() if name != baseline}
+
+
+def _corrected(gains: Gains) -> dict[str, float]:
+    """Returns the p-values of the differences with enough runs, corrected for their number."""
+    found = {
+        name: gain.p for name, gain in gains.items() if gain and gain.p is not None and gain.units >= stats.LEAST_UNITS
+    }
+    return dict(zip(found, stats.holm(list(found.values())), strict=True))
+
+
+def _section(stream: str, rows: Mapping[str, RowRuns], grid: Grid, gains: Gains, tested: bool) -> Section:
     if not any(row.runs or row.trials for row in rows.values()):
         planned = sum(row.planned for row in rows.values())
         return Section(stream, f"No run of this stream is done; {planned} are planned.", lines=[], notes=[], search=[])
     baseline, rooms = grid.settings.baseline, grid.settings.headroom
     headroom = Headroom(rooms.frozen, rooms.joint, rows) if rooms else None
-    against = rows[baseline].runs if baseline else []
-    gains = {name: difference(row.runs, against) for name, row in rows.items() if name != baseline}
-    lines = [line_of(name, row, gains.get(name), baseline, headroom) for name, row in rows.items()]
+    corrected = _corrected(gains) if tested else None
+    lines = [
+        line_of(name, row, gains.get(name), baseline, tested=corrected, headroom=headroom) for name, row in rows.items()
+    ]
     runs = [run for row in rows.values() for run in row.runs]
     seeds = sorted({run.seed for run in runs})
     orders = sorted({run.order for run in runs if run.order is not None})
@@ -150,11 +172,15 @@ def _of_language(rows: Mapping[Row, RowRuns]) -> bool:
     return any(run.record.language is not None for row in rows.values() for run in row.runs)
 
 
-def _definitions(grid: Grid, *, language: bool) -> list[tuple[str, str]]:
+def _definitions(grid: Grid, *, language: bool, tested: bool) -> list[tuple[str, str]]:
     found = [(title, DEFINITIONS[key]) for key, title in ACCURACIES.items()]
     baseline, headroom = grid.settings.baseline, grid.settings.headroom
     if baseline:
         found.append((f"Minus {baseline}", f"final accuracy minus that of {baseline} in the same seed and class order"))
+    if tested:
+        found.append(
+            (TEST, "p-value of that difference: two-sided permutation test, corrected for the number of rows (Holm)")
+        )
     if headroom:
         found.append(
             (
