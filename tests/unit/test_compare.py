@@ -1,5 +1,6 @@
 """Comparisons: the grid and its errors, what makes two cells the same, the loop, the search, and the tables."""
 
+import csv
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from lamina import record
 from lamina.cli.progress import GridWatcher
 from lamina.compare import Study, cells, table
 from lamina.compare.cells import Place, Store, bare, code_hash
+from lamina.compare.drawings import pareto
 from lamina.compare.grid import Grid
 from lamina.compare.study import duration, seconds_left
 from lamina.compare.work import Job, Watch, work
@@ -571,6 +573,49 @@ def test_the_table_says_what_the_runs_say(tmp_path: Path):
     assert all((Path(run["cell"]) / "run" / "results.json").exists() for run in row["runs"])
 
 
+def test_the_page_draws_what_the_table_says(tmp_path: Path):
+    found = study(tmp_path, GRID, only="*/[fij]*")
+    found.work(1, Told(), MadeUp(accuracies))
+    told = found.content("")
+    page = table.write(told, found.out).read_text()
+    assert [d.title for d in told.sections[0].drawings] == [
+        *("Final accuracy", "Accuracy against time", "Accuracy after each task")
+    ]
+    ranking = told.sections[0].drawings[0].svg
+    assert ranking.count('class="dot"') == 9, "a dot for each run"
+    assert "finetune: 61.0, interval 60.0 to 62.0" in ranking
+    assert [name for name, _ in told.sections[0].matrices] == ["finetune", "inflora"], "joint training has no matrix"
+    assert page.count("</svg>") == 5
+    for run in told.sections[0].lines[0].row.runs:
+        assert run.folder in page
+
+
+def test_rows_that_none_beats_in_both():
+    assert pareto([(10, 50), (20, 40), (20, 60), (5, 30), (40, 60)]) == [(5, 30), (10, 50), (20, 60)]
+    assert pareto([]) == []
+
+
+def test_the_table_for_other_programs(tmp_path: Path):
+    found = study(
+        tmp_path, GRID.replace("  inflora: {", '  "50 % of_it & {more}": {method.name: inflora, '), only="*/[f5]*"
+    )
+    found.work(1, Told(), MadeUp(accuracies))
+    table.write(found.content(""), found.out)
+    lines = list(csv.DictReader(io.StringIO((found.out / "table.csv").read_text())))
+    assert [(line["row"], line["method"], line["seed"], line["class_order"]) for line in lines] == [
+        *(("finetune", "finetune", str(seed), "") for seed in range(3)),
+        *(("50 % of_it & {more}", "inflora", str(seed), "") for seed in range(3)),
+    ]
+    assert [float(line["final_accuracy"]) for line in lines[:3]] == pytest.approx([0.6, 0.61, 0.62])
+    assert (found.out / lines[0]["cell"]).exists() or Path(lines[0]["cell"]).exists()
+    latex = (found.out / "table.tex").read_text()
+    assert r"50 \% of\_it \& \{more\} & " in latex
+    assert r"61.0 $\pm$ 1.0" in latex
+    rows = [line for line in latex.splitlines() if line.endswith(r" \\")]
+    assert len({line.replace(r"\&", "").count("&") for line in rows}) == 1
+    assert f"{{l{'r' * rows[0].count('&')}}}" in latex
+
+
 def test_with_enough_seeds_the_table_tests_the_differences(tmp_path: Path):
     """inflora is 10 points below finetune with every seed, joint training one above or below in turn; noproj is not done."""
     text = GRID.replace("[0, 1, 2]", "[0, 1, 2, 3, 4, 5, 6, 7]") + "orders: seeds\n"
@@ -662,7 +707,7 @@ def test_a_stream_without_runs_says_so_in_a_line(tmp_path: Path):
     told = found.content("")
     assert "## planned\n\nNo run of this stream is done; 12 are planned.\n\n### Columns" in table.block(told)
     page = table.write(told, found.out).read_text()
-    assert page.count("<table") == 3, "two of the stream that is begun, and what it ran on"
+    assert page.count("<table") == 4, "two of the stream that is begun, its runs, and what it ran on"
     assert "<p>No run of this stream is done; 12 are planned.</p>" in page
 
 

@@ -75,7 +75,7 @@ def compare(
             print_table(titles, rows, title=section.name)
         else:
             print(f"{section.name}: {section.caption}")
-    print(f"\n{study.out / 'table.md'}, {study.out / 'table.json'}\nOpen the table: {written.resolve()}")
+    print(f"\n{study.out / 'table'}.md, .csv, .tex, .json\nOpen the table: {written.resolve()}")
     _report_failures(outcome)
 
 

@@ -67,6 +67,11 @@ class Run:
         return self.record.stream.joint
 
     @property
+    def accuracy(self) -> float | None:
+        """Final accuracy; micro accuracy in joint training."""
+        return self.figures[ONLY_JOINT if self.joint else "final_accuracy"]
+
+    @property
     def figures(self) -> dict[str, float | None]:
         found, cost = asdict(self.record.metrics), self.record.cost
         accuracies = {key: found[key] if not self.joint or key == ONLY_JOINT else None for key in ACCURACIES}

@@ -129,16 +129,21 @@ def paired(ours: Mapping[Key, float], theirs: Mapping[Key, float]) -> Difference
     gains = {key: ours[key] - theirs[key] for key in ours if key in theirs}
     if not gains:
         return None
-    groups = list(_by_order(gains).values())
-    units = [statistics.fmean(group) for group in groups] if len(groups) > 1 else groups[0]
-    low, high = interval(units) or (None, None)
-    return Difference(statistics.fmean(units), low, high, len(gains), len(units), permutation_p(units))
+    parts = units(gains)
+    low, high = interval(parts) or (None, None)
+    return Difference(statistics.fmean(parts), low, high, len(gains), len(parts), permutation_p(parts))
 
 
-def coverage(units: int, level: float = LEVEL) -> float:
-    """Returns the probability with which the interval of so many units covers the centre of a symmetric distribution."""
-    k = 2.0**units
-    return level if units > EXACT else 1 - 2 * max(1, math.floor((1 - level) / 2 * k)) / k
+def units(values: Mapping[Key, float]) -> list[float]:
+    """Returns the mean of every class order, or, where there is only one, the value of every seed."""
+    groups = list(_by_order(values).values())
+    return [statistics.fmean(group) for group in groups] if len(groups) > 1 else [v for group in groups for v in group]
+
+
+def coverage(n: int, level: float = LEVEL) -> float:
+    """Returns the probability with which the interval of n units covers the centre of a symmetric distribution."""
+    k = 2.0**n
+    return level if n > EXACT else 1 - 2 * max(1, math.floor((1 - level) / 2 * k)) / k
 
 
 def _by_order(values: Mapping[Key, float]) -> dict[int | None, list[float]]:

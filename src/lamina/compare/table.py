@@ -5,8 +5,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from markupsafe import Markup
+
 from lamina import report
 from lamina.compare import stats
+from lamina.compare.drawings import drawings, matrices
+from lamina.compare.formats import as_csv, as_latex
 from lamina.compare.grid import Grid, Row, said
 from lamina.compare.notes import code_of, notes_of
 from lamina.compare.rows import (
@@ -46,6 +50,9 @@ class Section:
     notes: list[str]
     search: list[tuple[str, list[tuple[str, bool]]]]
     """For each row that was searched: its name, and each trial in words and whether it was chosen."""
+    drawings: list[report.Drawing] = field(default_factory=list)
+    matrices: list[tuple[str, Markup]] = field(default_factory=list)
+    """Accuracy matrix of every row, the mean over its runs."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,8 @@ def _section(stream: str, rows: Mapping[str, RowRuns], grid: Grid, gains: Gains,
         lines=lines,
         notes=notes,
         search=[(name, _trials(row)) for name, row in rows.items() if row.trials],
+        drawings=drawings(rows, baseline),
+        matrices=matrices(rows),
     )
 
 
@@ -272,7 +281,7 @@ def check_page(file: Path) -> None:
 
 
 def write(table: Content, out: Path, page: Path | None = None) -> Path:
-    """Writes table.md, table.html and table.json into `out`, and the Markdown between the two markers of a page. Returns the
+    """Writes table.md, .html, .csv, .tex and .json into `out`, and the Markdown between the two markers of a page. Returns the
     path of table.html."""
     text = block(table)
     report.write_text(f"# {table.title}\n\n{text}", out / "table.md")
@@ -289,7 +298,10 @@ def write(table: Content, out: Path, page: Path | None = None) -> Path:
         head, tail = _parts(old) or ("", "")
         report.write_text(f"{head}{BEGIN}\n\n{text}\n{END}{tail}", page)
     template = report.template("lamina.compare", "table.html.j2")
-    return report.write_text(template.render(content=table, cost_caption=COST_CAPTION), out / "table.html")
+    report.write_text(as_csv(table), out / "table.csv")
+    report.write_text(as_latex(table), out / "table.tex")
+    html = template.render(content=table, cost_caption=COST_CAPTION, said=said, code_of=code_of)
+    return report.write_text(html, out / "table.html")
 
 
 def _parts(page: str) -> tuple[str, str] | None:

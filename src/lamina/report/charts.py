@@ -134,13 +134,13 @@ class Frame:
         low, high = self.y_range
         return self.bottom - (self.bottom - self.top) * ((value - low) / (high - low) if high > low else 0.5)
 
-    def axes(self, x_name: str, y_name: str, whole_x: bool = True) -> list[Markup]:
+    def axes(self, x_name: str, y_name: str, whole_x: bool = True, x_ticks: bool = True) -> list[Markup]:
         parts = [tag("text", escape(y_name), class_="a", x=2, y=12)]
         for value in ticks(*self.y_range):
             y = self.y(value)
             parts.append(tag("path", class_="g", d=f"M{self.left:g} {y:.1f}H{self.right:g}"))
             parts.append(tag("text", f"{value:g}".replace("-", "−"), class_="t e", x=self.left - 6, y=y + 4))
-        for value in ticks(*self.x_range, 8):
+        for value in ticks(*self.x_range, 8) if x_ticks else ():
             if not whole_x or value == int(value):
                 parts.append(tag("text", f"{value:g}", class_="t c", x=self.x(value), y=self.bottom + 16))
         middle = (self.left + self.right) / 2
@@ -168,7 +168,8 @@ def lines(
 ) -> Markup:
     """A line chart. write: the text of one value in its tooltip; marks: x positions of faint upright lines."""
     series = [s for s in series if s.points]
-    labelled = [s for s in series if s.label] if len(series) <= LABELS + 1 else []
+    labelled = [s for s in series if s.label]
+    labelled = labelled if len(labelled) <= LABELS else []
     gutter = max((len(clip(s.label or "", LETTERS)) for s in labelled), default=0) * 6.6 + (16 if labelled else 0)
     frame = Frame(x_range, y_range, right=WIDTH - 12 - gutter)
     parts = frame.axes(x_name, y_name, whole_x)
@@ -195,6 +196,100 @@ def lines(
                 drawn.append(tag("path", class_="leader", d=leader))
             drawn.append(tag("text", escape(clip(s.label, LETTERS)), class_="label", x=frame.right + 10, y=y + 4))
         parts.append(tag("g", *drawn, style=colour(s.style, s.accent)))
+    return drawing(title, description, parts, class_="chart")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean with its single values and, if known, its interval."""
+
+    name: str
+    values: Sequence[float]
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    style: int | None = None
+
+
+def strips(title: str, description: str, rows: Sequence[Estimate], *, x_range: Point, x_name: str) -> Markup:
+    """One line for each row: a faint dot for each value, a marker at the mean, a bar for the interval; names at the left."""
+    row, top = 21.0, 10.0
+    left = 16 + 6.6 * max(len(clip(r.name, LETTERS)) for r in rows)
+    bottom = top + row * len(rows)
+    frame = Frame(x_range, (0.0, 1.0), left=left, top=top, bottom=bottom)
+    parts: list[Markup] = []
+    for value in ticks(*x_range, 7):
+        x = frame.x(value)
+        parts.append(tag("path", class_="g", d=f"M{x:.1f} {top:g}V{bottom:g}"))
+        parts.append(tag("text", f"{value:g}", class_="t c", x=x, y=bottom + 16))
+    parts.append(tag("text", escape(x_name), class_="a c", x=(frame.left + frame.right) / 2, y=bottom + 33))
+    for number, one in enumerate(rows):
+        y = top + row * (number + 0.5)
+        said = f"{one.name}: {one.mean:.1f}" + (
+            "" if one.low is None else f", interval {one.low:.1f} to {one.high:.1f}"
+        )
+        drawn = [tag("title", escape(said))]
+        drawn.append(tag("text", escape(clip(one.name, LETTERS)), class_="t e", x=left - 8, y=y + 4))
+        if one.low is not None and one.high is not None:
+            drawn.append(tag("path", class_="l", d=f"M{frame.x(one.low):.1f} {y:.1f}H{frame.x(one.high):.1f}"))
+        drawn += [tag("circle", class_="dot", cx=frame.x(value), cy=y, r=3.4) for value in one.values]
+        drawn.append(tag("path", class_="l", d=f"M{frame.x(one.mean):.1f} {y - 6:.1f}V{y + 6:.1f}"))
+        parts.append(tag("g", *drawn, style=colour(one.style)))
+    return drawing(title, description, parts, height=bottom + 42, class_="chart")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spot:
+    """A point of a scatter chart."""
+
+    name: str
+    x: float
+    y: float
+    style: int | None = None
+    labelled: bool = False
+
+
+def scatter(
+    title: str,
+    description: str,
+    spots: Sequence[Spot],
+    *,
+    y_range: Point,
+    x_name: str,
+    y_name: str,
+    front: Sequence[Point],
+) -> Markup:
+    """Points over a logarithmic x axis, and a line through those that no other point beats in both. Raises ValueError for an x
+    that is not positive."""
+    low, high = math.log10(min(s.x for s in spots)), math.log10(max(s.x for s in spots))
+    margin = 0.06 * (high - low) or 0.3
+    frame = Frame((low - margin, high + margin), y_range)
+    parts = frame.axes("", y_name, whole_x=False, x_ticks=False)
+    for exponent in range(math.floor(low - margin), math.ceil(high + margin) + 1):
+        for factor in (1, 2, 5):
+            at = exponent + math.log10(factor)
+            if low - margin <= at <= high + margin:
+                parts.append(
+                    tag("text", f"{factor * 10.0**exponent:g}", class_="t c", x=frame.x(at), y=frame.bottom + 16)
+                )
+    parts.append(tag("text", escape(x_name), class_="a c", x=(frame.left + frame.right) / 2, y=frame.bottom + 33))
+    corners = [(frame.x(math.log10(x)), frame.y(y)) for x, y in front]
+    if corners:
+        stairs = "".join(f"H{x:.1f}V{y:.1f}" for x, y in corners[1:])
+        parts.append(tag("path", class_="g b", d=f"M{corners[0][0]:.1f} {corners[0][1]:.1f}{stairs}H{frame.right:.1f}"))
+    for spot in spots:
+        x, y = frame.x(math.log10(spot.x)), frame.y(spot.y)
+        said = f"{spot.name}: {spot.y:.1f} %, {spot.x:,.0f} s"
+        drawn = [
+            tag("circle", tag("title", escape(said)), class_="dot", cx=x, cy=y, r=3.4)
+            if spot.style is None
+            else marker(spot.style, x, y, said)
+        ]
+        if spot.labelled:
+            end = x > (frame.left + frame.right) / 2
+            place = {"class_": "label e" if end else "label", "x": x - 7 if end else x + 7, "y": y - 5}
+            drawn.append(tag("text", escape(clip(spot.name, LETTERS)), **place))
+        parts.append(tag("g", *drawn, style=colour(spot.style)))
     return drawing(title, description, parts, class_="chart")
 
 

@@ -1,0 +1,81 @@
+"""The table of a comparison for other programs: CSV with a line for every run, and LaTeX as a paper prints it."""
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lamina.compare.rows import ACCURACIES, COSTS, LANGUAGE, Line
+
+if TYPE_CHECKING:
+    from lamina.compare.table import Content
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "−": "$-$",
+    "±": r"$\pm$",
+    "–": "--",
+    "×": r"$\times$",
+    "<": "$<$",
+    ">": "$>$",
+}
+
+
+def as_csv(table: "Content") -> str:
+    """Returns one line for every run, with figures as fractions and costs as numbers."""
+    figures = [*ACCURACIES, *COSTS, *(LANGUAGE if table.language else ())]
+    text = io.StringIO()
+    out = csv.writer(text, lineterminator="\n")
+    out.writerow(["stream", "row", "method", "seed", "class_order", *figures, "lamina", "commit", "cell"])
+    for section in table.sections:
+        for line in section.lines:
+            for run in line.row.runs:
+                values = ["" if (value := run.figures[key]) is None else repr(value) for key in figures]
+                order = "" if run.order is None else run.order
+                code = (run.record.code.version, run.record.code.commit or "") if run.record.code else ("", "")
+                out.writerow(
+                    [section.name, line.name, run.record.method.name, run.seed, order, *values, *code, run.folder]
+                )
+    return text.getvalue()
+
+
+def as_latex(table: "Content") -> str:
+    """Returns one table for every stream, to be used with the package booktabs."""
+    return "\n".join(_latex_of(section.caption, table.accuracies, section.lines) for section in table.sections)
+
+
+def _latex_of(caption: str, columns: Sequence[str], lines: Sequence[Line]) -> str:
+    def row(texts: Sequence[str]) -> str:
+        return " & ".join(map(latex, texts)) + r" \\"
+
+    body = [row([line.name, *line.accuracies]) for line in lines]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"  \centering",
+            f"  \\caption{{{latex(caption)}}}",
+            f"  \\begin{{tabular}}{{l{'r' * len(columns)}}}",
+            r"    \toprule",
+            f"    {row(['Method', *columns])}",
+            r"    \midrule",
+            *(f"    {text}" for text in body),
+            r"    \bottomrule",
+            r"  \end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def latex(text: str) -> str:
+    """Returns text with what LaTeX would take for a command written out."""
+    return "".join(_LATEX.get(letter, letter) for letter in text)
