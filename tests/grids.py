@@ -1,15 +1,14 @@
 """Comparisons without training: runs that are made up, with records as real ones have them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from lamina import record, runs
-from lamina.compare.cells import Place, Process
+from lamina.compare.runners import Started
 from lamina.config import RunConfig
 from lamina.maths.metrics import AccuracyMatrix
 from lamina.record import (
@@ -22,6 +21,7 @@ from lamina.record import (
     StreamRecord,
     TaskRecord,
 )
+from lamina.runs.side_by_side import Process
 
 
 def record_of(config: RunConfig, accuracy: float, tasks: int = 3) -> Record:
@@ -80,12 +80,21 @@ class Ended:
 
 @dataclass
 class MadeUp:
-    """Starts cells that are done at once. accuracy: of a run, or None where it fails."""
+    """A runner of cells that are done at once. accuracy: of a run, or None where it fails."""
 
     accuracy: Callable[[RunConfig], float | None]
     started: list[RunConfig] = field(default_factory=list)
+    side_by_side: int = 1
+    pause: float = 0.0
 
-    def __call__(self, place: Place, lock: IO[str]) -> Process:
+    def start(self, cells: Sequence[Started]) -> list[Process]:
+        return [self.start_one(cell) for cell in cells]
+
+    def leave(self) -> str | None:
+        return None
+
+    def start_one(self, cell: Started) -> Process:
+        place = cell.place
         config = runs.load_config(place.config, [])
         self.started.append(config)
         accuracy = self.accuracy(config)

@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pytest
@@ -17,11 +16,13 @@ from PIL import Image
 from tests.end_to_end.conftest import Command, paint
 from tests.end_to_end.test_command import assert_self_contained
 from tests.faults.processes import finish, kill_all, start
-from tests.grids import Ended, Told, write_grid
+from tests.grids import Ended, MadeUp, Told, write_grid
 
 from lamina import runs
 from lamina.compare import Study
-from lamina.compare.cells import Place, Process
+from lamina.compare.cells import Place
+from lamina.compare.runners import Started
+from lamina.runs.side_by_side import Process
 
 SMALL = """\
 base:
@@ -121,9 +122,10 @@ def test_killed_and_given_again(lamina: Command, tmp_path: Path) -> None:
     assert json.loads((cell / "run" / "results.json").read_text())["matrix"] == whole.matrix.as_dict()
 
 
-def in_this_process(place: Place, lock: IO[str]) -> Process:
-    runs.create(runs.load_config(place.config, []), place.run)
-    return Ended(0)
+class InThisProcess(MadeUp):
+    def start_one(self, cell: Started) -> Process:
+        runs.create(runs.load_config(cell.place.config, []), cell.place.run)
+        return Ended(0)
 
 
 def test_the_search_sees_no_test_example(tmp_path: Path) -> None:
@@ -146,7 +148,7 @@ methods: {{finetune: {{}}}}
 search: {{over: {{training.lr: [1.0e-4, 1.0e-2]}}, tasks: 2}}
 """
         study = Study(write_grid(tmp_path, text, f"{name}.yaml"), cells=tmp_path / "cells")
-        assert study.work(1, Told(), in_this_process).failures == []
+        assert study.work(Told(), InThisProcess(lambda config: None)).failures == []
         (row,) = study.grid.rows
         trials = [study.place(cell).record() for cell in study.grid.trials(row)]
         scores.append([(trial.matrix, trial.task_aware, trial.losses) for trial in trials] + [study.chosen(row)])

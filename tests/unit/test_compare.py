@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -24,11 +25,13 @@ from lamina.compare import Study, cells, table
 from lamina.compare.cells import Place, Store, bare, code_hash
 from lamina.compare.drawings import pareto
 from lamina.compare.grid import Grid
+from lamina.compare.runners import LOST, Started
 from lamina.compare.study import duration, seconds_left
 from lamina.compare.work import Job, Watch, work
 from lamina.config import RunConfig
 from lamina.engine.loop import Interrupted
 from lamina.errors import ConfigError, LaminaError, RunError
+from lamina.runs.side_by_side import Process
 
 GRID = """\
 title: Made up
@@ -310,11 +313,19 @@ SLEEPER = "import sys, time; time.sleep(float(sys.argv[1])); open(sys.argv[2], '
 class Sleepers:
     """Starts processes that sleep and then say that their run is done, and counts how many were at work at once."""
 
-    def __init__(self, seconds: float = 0.4, codes: dict[str, int] | None = None) -> None:
-        self.seconds, self.codes, self.processes = seconds, codes or {}, []
-        self.most = 0
+    pause = 0.05
 
-    def __call__(self, place: Place, lock: IO[str]) -> subprocess.Popen[bytes]:
+    def __init__(self, seconds: float = 0.4, codes: dict[str, int] | None = None, side_by_side: int = 1) -> None:
+        self.seconds, self.codes, self.processes = seconds, codes or {}, []
+        self.side_by_side, self.most = side_by_side, 0
+
+    def start(self, cells: Sequence[Started]) -> list[Process]:
+        return [self.start_one(cell.place, cell.lock) for cell in cells]
+
+    def leave(self) -> str | None:
+        return None
+
+    def start_one(self, place: Place, lock: IO[str]) -> subprocess.Popen[bytes]:
         place.run.mkdir(exist_ok=True)
         code = self.codes.get(place.folder.name, 0)
         done = place.run / ("results.json" if code == 0 else "nothing")
@@ -335,19 +346,20 @@ def watch(ended: list[tuple[str, int | None]], held: list[str] | None = None) ->
     return Watch(
         ended=lambda job, code: ended.append((job.name, code)),
         held=lambda job: (held if held is not None else []).append(job.name),
+        lost=lambda job: ended.append((job.name, LOST)),
         look=lambda jobs: None,
     )
 
 
 def test_cells_run_side_by_side_and_a_failure_stops_no_other(tmp_path: Path):
-    start, ended = Sleepers(codes={"cell1": 3}), []
+    start, ended = Sleepers(codes={"cell1": 3}, side_by_side=2), []
     jobs = [*jobs_in(tmp_path, 4), Job("cell4", Place(tmp_path / "cell4"), lambda: False)]
-    work(jobs, 2, start, watch(ended))
+    work(jobs, start, watch(ended))
     assert dict(ended) == {"cell0": 0, "cell1": 3, "cell2": 0, "cell3": 0, "cell4": None}
     assert start.most == 2
     assert len(start.processes) == 4
     ended.clear()
-    work(jobs_in(tmp_path, 4), 2, start, watch(ended))
+    work(jobs_in(tmp_path, 4), start, watch(ended))
     assert sorted(ended) == [("cell0", 0), ("cell1", 3), ("cell2", 0), ("cell3", 0)]
     assert len(start.processes) == 5, "what is done is not started again"
 
@@ -355,10 +367,10 @@ def test_cells_run_side_by_side_and_a_failure_stops_no_other(tmp_path: Path):
 def test_a_cell_that_another_process_holds_is_waited_for(tmp_path: Path):
     place = Place(tmp_path / "cell0")
     lock = place.lock()
-    orphan = Sleepers(1.0)(place, lock)
+    orphan = Sleepers(1.0).start_one(place, lock)
     lock.close()  # as if the comparison that started it had been killed
     start, ended, held = Sleepers(0.1), [], []
-    work(jobs_in(tmp_path, 2), 1, start, watch(ended, held))
+    work(jobs_in(tmp_path, 2), start, watch(ended, held))
     assert held == ["cell0"]
     assert ended == [("cell0", 0), ("cell1", 0)]
     assert len(start.processes) == 1
@@ -367,15 +379,16 @@ def test_a_cell_that_another_process_holds_is_waited_for(tmp_path: Path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_stops_its_runs_first(tmp_path: Path, number: int):
-    start, ended = Sleepers(60), []
+    start, ended = Sleepers(60, side_by_side=2), []
     late = Watch(
         ended=lambda job, code: ended.append(job.name),
         held=lambda job: None,
+        lost=lambda job: None,
         look=lambda jobs: os.kill(os.getpid(), number),
     )
     before = time.monotonic()
     with pytest.raises(Interrupted):
-        work(jobs_in(tmp_path, 3), 2, start, replace(late))
+        work(jobs_in(tmp_path, 3), start, replace(late))
     assert time.monotonic() - before < 30
     assert [process.returncode for process in start.processes] == [-signal.SIGTERM] * 2
     assert ended == []
@@ -403,7 +416,7 @@ def test_settings_are_chosen_first_and_only_what_is_not_done_is_run(tmp_path: Pa
     start, told = MadeUp(accuracies), Told()
     found = study(tmp_path)
     assert {listed.state for listed in found.listing()} == {"new", None}
-    outcome = found.work(2, told, start)
+    outcome = found.work(told, start)
     assert (outcome.failures, outcome.not_started) == ([], [])
     assert len(start.started) == 8 + 12
     assert [found.chosen(row)["training.lr"] for row in found.grid.rows] == [1e-3, 2e-3, 2e-3, 1e-3]
@@ -415,10 +428,10 @@ def test_settings_are_chosen_first_and_only_what_is_not_done_is_run(tmp_path: Pa
     assert told.lines[-1].startswith("[12/12] grid/joint/seed2: final accuracy 62.0%, 10 s")
     again = study(tmp_path)
     assert {listed.state for listed in again.listing()} == {"done"}
-    again.work(2, told, start)
+    again.work(told, start)
     assert len(start.started) == 20
     wider = study(tmp_path, SEARCHED.replace("[0, 1, 2]", "[0, 1, 2, 3]"))
-    wider.work(2, told, start)
+    wider.work(told, start)
     assert len(start.started) == 24, "only the new seed of every row"
 
 
@@ -429,7 +442,7 @@ def test_failures_are_told_with_the_end_of_the_log_and_tried_again(tmp_path: Pat
 
     start, told = MadeUp(some_fail), Told()
     found = study(tmp_path)
-    outcome = found.work(1, told, start)
+    outcome = found.work(told, start)
     assert len(outcome.failures) == 2 + 4
     failure = outcome.failures[0]
     assert failure.name == "grid/finetune/search/training.lr=0.002"
@@ -439,15 +452,15 @@ def test_failures_are_told_with_the_end_of_the_log_and_tried_again(tmp_path: Pat
     assert "**training.lr=0.001: 60.0** · training.lr=0.002: failed" in text
     assert "- `finetune`: 1 run of 3 missing." in text
     start.accuracy = accuracies
-    assert study(tmp_path).work(1, told, start).failures == []
+    assert study(tmp_path).work(told, start).failures == []
     assert "missing" not in table.block(study(tmp_path).content("x"))
 
 
 def test_only_some_cells(tmp_path: Path):
     start = MadeUp(accuracies)
-    study(tmp_path, only="inflora/seed1").work(1, Told(), start)
+    study(tmp_path, only="inflora/seed1").work(Told(), start)
     assert [(c.evaluation.split, c.seed) for c in start.started] == [("val", 0), ("val", 0), ("test", 1)]
-    study(tmp_path, only="*/seed?").work(1, Told(), start)
+    study(tmp_path, only="*/seed?").work(Told(), start)
     assert len(start.started) == 20
     with pytest.raises(ConfigError, match=r"--only 'nothing' fits no cell. .* such as 'grid/finetune/seed0'"):
         study(tmp_path, only="nothing")
@@ -455,7 +468,7 @@ def test_only_some_cells(tmp_path: Path):
 
 def test_other_code_is_another_cell_unless_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     start = MadeUp(accuracies)
-    study(tmp_path).work(1, Told(), start)
+    study(tmp_path).work(Told(), start)
     monkeypatch.setattr(cells, "code_hash", lambda method: "newer")
     assert {listed.state for listed in study(tmp_path).listing()} == {"new", None}
     kept = study(tmp_path, keep_code=True)
@@ -463,11 +476,11 @@ def test_other_code_is_another_cell_unless_it_is_kept(tmp_path: Path, monkeypatc
     text = table.block(kept.content("x"))
     assert re.search(r"Runs made with other code than this one \(lamina 0[^)]*\): all\.", text)
     assert "Trials of the search made with other code than this one: all." in text
-    study(tmp_path, only="*/inflora/*").work(1, Told(), start)
+    study(tmp_path, only="*/inflora/*").work(Told(), start)
     text = table.block(study(tmp_path, keep_code=True).content("x"))
     assert re.search(r"this one \(lamina 0[^)]*\): 3 of `finetune`, 3 of `noproj`, 3 of `joint`\.", text)
     assert "search made with other code than this one: 2 of `finetune`, 2 of `noproj`, 2 of `joint`." in text
-    study(tmp_path).work(1, Told(), start)
+    study(tmp_path).work(Told(), start)
     assert len(start.started) == 40
     assert "other code" not in table.block(study(tmp_path, keep_code=True).content("x"))
     assert len(list((tmp_path / "cells").glob("inflora-*"))) == 20, "the old ones are kept"
@@ -476,20 +489,20 @@ def test_other_code_is_another_cell_unless_it_is_kept(tmp_path: Path, monkeypatc
 def test_a_file_of_records_stands_for_runs_that_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     records = tmp_path / "records" / "grid.jsonl"
     found = study(tmp_path, records=records)
-    found.work(1, Told(), MadeUp(accuracies))
+    found.work(Told(), MadeUp(accuracies))
     whole = table.block(found.content("x"))
     lines = records.read_text().splitlines()
     assert len(lines) == 20 == len(set(lines))
     shutil.rmtree(tmp_path / "cells")
     start, again = MadeUp(accuracies), study(tmp_path, records=records)
     assert {listed.state for listed in again.listing()} == {"done"}
-    again.work(1, Told(), start)
+    again.work(Told(), start)
     assert start.started == []
     assert table.block(again.content("x")) == whole
     assert records.read_text().splitlines() == lines, "noted again, the same"
     assert {listed.state for listed in study(tmp_path).listing()} == {"new", None}, "only where the file is named"
     wider = study(tmp_path, SEARCHED.replace("[0, 1, 2]", "[0, 1, 2, 3]"), records=records)
-    wider.work(1, Told(), start)
+    wider.work(Told(), start)
     wider.content("x")
     assert (len(start.started), len(records.read_text().splitlines())) == (4, 24)
     again.content("x")
@@ -524,7 +537,7 @@ def test_no_cell_starts_with_other_code_than_the_comparison_began_with(tmp_path:
     found = study(tmp_path, GRID)
     start = MadeUp(accuracies)
     monkeypatch.setattr(cells, "code_hash", lambda method: "edited meanwhile")
-    outcome = found.work(1, Told(), start)
+    outcome = found.work(Told(), start)
     assert (len(start.started), len(outcome.not_started), outcome.failures) == (0, 12, [])
 
 
@@ -533,7 +546,7 @@ def test_no_cell_starts_with_other_code_than_the_comparison_began_with(tmp_path:
 
 def test_the_table_says_what_the_runs_say(tmp_path: Path):
     found = study(tmp_path)
-    found.work(1, Told(), MadeUp(accuracies))
+    found.work(Told(), MadeUp(accuracies))
     told = found.content("lamina compare grid.yaml")
     page = table.write(told, found.out)
     text = (found.out / "table.md").read_text()
@@ -575,7 +588,7 @@ def test_the_table_says_what_the_runs_say(tmp_path: Path):
 
 def test_the_page_draws_what_the_table_says(tmp_path: Path):
     found = study(tmp_path, GRID, only="*/[fij]*")
-    found.work(1, Told(), MadeUp(accuracies))
+    found.work(Told(), MadeUp(accuracies))
     told = found.content("")
     page = table.write(told, found.out).read_text()
     assert [d.title for d in told.sections[0].drawings] == [
@@ -599,7 +612,7 @@ def test_the_table_for_other_programs(tmp_path: Path):
     found = study(
         tmp_path, GRID.replace("  inflora: {", '  "50 % of_it & {more}": {method.name: inflora, '), only="*/[f5]*"
     )
-    found.work(1, Told(), MadeUp(accuracies))
+    found.work(Told(), MadeUp(accuracies))
     table.write(found.content(""), found.out)
     lines = list(csv.DictReader(io.StringIO((found.out / "table.csv").read_text())))
     assert [(line["row"], line["method"], line["seed"], line["class_order"]) for line in lines] == [
@@ -631,7 +644,7 @@ def test_with_enough_seeds_the_table_tests_the_differences(tmp_path: Path):
             else accuracies(config.model_copy(update={"seed": 0}))
         )
 
-    found.work(1, Told(), MadeUp(even))
+    found.work(Told(), MadeUp(even))
     told = found.content("")
     table.write(told, found.out)
     page = (found.out / "table.md").read_text()
@@ -648,7 +661,7 @@ def test_with_enough_seeds_the_table_tests_the_differences(tmp_path: Path):
 
 def test_the_spread_of_seeds_and_of_class_orders(tmp_path: Path):
     found = study(tmp_path, GRID.replace("[0, 1, 2]", "[0, 1]") + "orders: [null, 1, 2]\n")
-    found.work(1, Told(), MadeUp(lambda config: accuracies(config) + 0.05 * (config.stream.order_seed or 0)))
+    found.work(Told(), MadeUp(lambda config: accuracies(config) + 0.05 * (config.stream.order_seed or 0)))
     text = table.block(found.content(""))
     assert "over 3 class orders, each with the mean of its seeds" in text
     assert "over seeds and over class orders, in points: `finetune` 0.7 and 5.0, " in text
@@ -663,7 +676,6 @@ def test_what_training_can_gain_and_who_gains_it(tmp_path: Path):
     ):
         found = study(tmp_path / str(joint), text)
         found.work(
-            1,
             Told(),
             MadeUp(
                 lambda config, joint=joint: (joint + config.seed / 100) if config.stream.joint else accuracies(config)
@@ -685,7 +697,7 @@ def test_a_cost_that_is_not_known_is_left_out(tmp_path: Path):
     """As of a run that shared its features with others, before that was counted."""
     records = tmp_path / "grid.jsonl"
     found = study(tmp_path, GRID, records=records)
-    found.work(1, Told(), MadeUp(accuracies))
+    found.work(Told(), MadeUp(accuracies))
     found.content("")
     shutil.rmtree(tmp_path / "cells")
     noted = [json.loads(line) for line in records.read_text().splitlines()]
@@ -693,7 +705,7 @@ def test_a_cost_that_is_not_known_is_left_out(tmp_path: Path):
         line["cost"] |= {"seconds": {"total": None}, "peak_memory_mb": None}
     records.write_text("".join(json.dumps(line) + "\n" for line in noted[1:]))
     found, told, start = study(tmp_path, GRID, records=records), Told(), MadeUp(accuracies)
-    found.work(1, told, start)
+    found.work(told, start)
     assert len(start.started) == 1, "the one that is not in the records"
     text = table.block(found.content(""))
     assert text.count("| 10 | 1.20 k | 3.40 k | 0 B | 524 MB |") == 1
@@ -703,7 +715,7 @@ def test_a_cost_that_is_not_known_is_left_out(tmp_path: Path):
 def test_a_stream_without_runs_says_so_in_a_line(tmp_path: Path):
     text = GRID.replace("seeds", "streams: {begun: {}, planned: {data.per_class: 2}}\nseeds")
     found = study(tmp_path, text, only="begun/")
-    found.work(1, Told(), MadeUp(accuracies))
+    found.work(Told(), MadeUp(accuracies))
     told = found.content("")
     assert "## planned\n\nNo run of this stream is done; 12 are planned.\n\n### Columns" in table.block(told)
     page = table.write(told, found.out).read_text()
@@ -716,16 +728,17 @@ def test_a_row_that_is_not_like_the_others_says_so(tmp_path: Path):
     text = text.replace("  noproj", "  prototype: {search: false}\n  noproj").replace("[0, 1, 2]", "[3]")
     found = study(tmp_path, text)
 
-    def started(place: Place, lock: IO[str]) -> object:
-        process = MadeUp(accuracies)(place, lock)
-        if "noproj" not in place.folder.name and "rank: 3" in place.config.read_text():
-            made = record.read(place.run)
-            other = made.stream.model_copy(update={"fingerprint": "eeeeeeee"})
-            cost = made.cost.model_copy(update={"kept_examples": 30, "kept_per_class": 3})
-            record.write(made.model_copy(update={"stream": other, "cost": cost}), place.run)
-        return process
+    class OfAnotherStream(MadeUp):
+        def start_one(self, cell: Started) -> Process:
+            process, place = super().start_one(cell), cell.place
+            if "noproj" not in place.folder.name and "rank: 3" in place.config.read_text():
+                made = record.read(place.run)
+                other = made.stream.model_copy(update={"fingerprint": "eeeeeeee"})
+                cost = made.cost.model_copy(update={"kept_examples": 30, "kept_per_class": 3})
+                record.write(made.model_copy(update={"stream": other, "cost": cost}), place.run)
+            return process
 
-    found.work(1, Told(), started)
+    found.work(Told(), OfAnotherStream(accuracies))
     told = table.block(found.content("x"))
     for note in (
         "- `inflora`: its search had 4 trials, where most had 2.",
@@ -741,7 +754,7 @@ def test_a_row_that_is_not_like_the_others_says_so(tmp_path: Path):
 
 def test_a_table_goes_into_a_page_between_its_markers(tmp_path: Path):
     found = study(tmp_path, GRID)
-    found.work(1, Told(), MadeUp(accuracies))
+    found.work(Told(), MadeUp(accuracies))
     told, page = found.content("x"), tmp_path / "page.md"
     table.write(told, found.out, page)
     assert page.read_text() == f"# Made up\n\n{table.BEGIN}\n\n{table.block(told)}\n{table.END}\n"

@@ -45,6 +45,7 @@ app.command("methods")(methods.methods)
 app.add_typer(data_app, name="data")
 data_app.command("check")(data.check)
 app.command("train-task", hidden=True)(run.train_task)
+app.command("run-cell", hidden=True)(compare.run_cell)
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """In the messages of PyTorch."""

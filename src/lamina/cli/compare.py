@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,14 @@ from lamina.errors import ConfigError
 
 if TYPE_CHECKING:
     from lamina.compare import Outcome, Study
+    from lamina.compare.runners import Runner
+
+
+class RunnerName(StrEnum):
+    local = "local"
+    slurm = "slurm"
+    ray = "ray"
+
 
 SHOWN = ("Final", "By", "Forgetting", "Minus", "Runs")
 """Beginnings of the titles of columns that fit a terminal."""
@@ -40,6 +49,16 @@ def compare(
     page: Annotated[
         Path | None, typer.Option(help="Also write the Markdown table into this page, between its two markers.")
     ] = None,
+    runner: Annotated[
+        RunnerName, typer.Option(help="Where runs are made: processes of this machine, or jobs of a cluster.")
+    ] = RunnerName.local,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="For --runner slurm, such as partition=gpu or account=me. May be repeated."
+        ),
+    ] = None,
+    ray: Annotated[str, typer.Option(metavar="ADDRESS", help="For --runner ray: address of the cluster.")] = "auto",
 ) -> None:
     """Run a grid of methods, seeds and streams, and write one table of the results.
 
@@ -57,6 +76,8 @@ def compare(
         )
     if page is not None:
         table.check_page(page)
+    if slurm and runner is not RunnerName.slurm:
+        raise ConfigError(f"--slurm {slurm[0]} goes with --runner slurm")
     study = Study(grid[0], out=out, cells=cells, only=only, keep_code=keep_code, records=records)
     if dry_run:
         for state, name, place in study.listing():
@@ -64,7 +85,7 @@ def compare(
         return
     command = f"lamina compare {grid[0]}" + (" --keep-code" if keep_code else "")
     command += f" --records {records}" if records else ""
-    outcome = Outcome() if no_run else _work(study, jobs)
+    outcome = Outcome() if no_run else _work(study, _runner(study, runner, jobs, slurm or [], ray))
     content = study.content(command)
     written = table.write(content, study.out, page)
     columns = [k for k, title in enumerate(content.accuracies) if title.startswith(SHOWN)]
@@ -79,15 +100,46 @@ def compare(
     _report_failures(outcome)
 
 
-def _work(study: "Study", jobs: int | None) -> "Outcome":
+def _runner(study: "Study", name: RunnerName, jobs: int | None, slurm: list[str], ray: str) -> "Runner":
+    """Returns what runs the cells. Raises ConfigError where it is not at hand, or this machine has too few cores or GPUs."""
+    from lamina.compare import runners
+
+    if name is RunnerName.slurm:
+        wrong = [text for text in slurm if "=" not in text]
+        if wrong:
+            raise ConfigError(f"--slurm {wrong[0]}: must be KEY=VALUE, such as partition=gpu")
+        given = {key: value for key, _, value in (text.partition("=") for text in slurm)}
+        return runners.Slurm(study.store.folder / ".slurm", jobs, given)
+    if name is RunnerName.ray:
+        return runners.Ray(ray, jobs)
+    return runners.local(jobs or study.grid.settings.jobs, [study.grid.resources(row) for row in study.grid.rows])
+
+
+def run_cell(directory: Path, held: bool = False, attempt: str = "", parent: int = 0) -> None:
+    """Run one cell of a comparison. `lamina compare` starts this command, here or on other machines."""
+    from lamina.cli.commands import main
+    from lamina.compare import cell_run
+
+    def command(arguments: list[str]) -> int:
+        sys.argv = ["lamina", *arguments]
+        try:
+            main()
+        except SystemExit as ended:
+            return ended.code if isinstance(ended.code, int) else 1
+
+    raise typer.Exit(cell_run.run(directory, command, held=held, attempt=attempt, parent=parent))
+
+
+def _work(study: "Study", runner: "Runner") -> "Outcome":
     """Returns the outcome of running all cells. If it is asked to stop, says how to continue and exits with code 130."""
     from lamina.engine.loop import Interrupted
 
     try:
         with GridWatcher(study.grid.name) as watch:
-            return study.work(jobs, watch)
-    except (Interrupted, KeyboardInterrupt):
-        print(f"stopped; all progress is saved. Continue with: lamina {shlex.join(sys.argv[1:])}", file=sys.stderr)
+            return study.work(watch, runner)
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        going_on = str(stopped) or "all progress is saved."
+        print(f"stopped; {going_on} Continue with: lamina {shlex.join(sys.argv[1:])}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -6,7 +6,9 @@ CELLS/METHOD-WHAT-CODE/
   run/           the directory of the run
   log.txt        its output
   failed.txt     the end of the log, if the last attempt failed
-  lock           held by the comparison and by the run that it started
+  lock           held by the process that runs it, and by the comparison that started this
+  lease.json     kept by the process that runs it, for other machines
+  ended.json     how the last attempt ended
 
 WHAT is a hash of the settings that decide the result, of the data and of the backbone's files. CODE is a hash of the code that
 can change the result. A run whose settings, data, weights or code changed therefore has another directory; the old one is kept.
@@ -22,29 +24,29 @@ import hashlib
 import inspect
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import lamina
 from lamina import __version__, backbones, record, runs
 from lamina import config as configuration
+from lamina.compare import lease
 from lamina.config import RunConfig
 from lamina.data import Source
 from lamina.errors import RunError
 from lamina.files import replace_text
 from lamina.methods import METHODS
 from lamina.record import Record
-from lamina.runs.side_by_side import Process
 
 PACKAGE = Path(lamina.__file__).parent
 WITHOUT_EFFECT = frozenset({"__init__.py", "record.py", "cli", "report", "compare", "methods"})
 """Code that no result depends on. Of the methods, a run depends on its own file, and on those that no method has to itself."""
 LAST_LINES = 12
 """How much of the log of a failed run is shown."""
+
+ATTEMPT = "==== "
+"""Begins the first line that an attempt writes into its log."""
 
 State = Literal["new", "begun", "failed", "done"]
 
@@ -90,12 +92,15 @@ class Place:
         if not self.log.exists():
             return ""
         text = self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
-        return "\n".join(text.rpartition(_ATTEMPT)[2].splitlines()[1:][-most:])
+        return "\n".join(text.rpartition(ATTEMPT)[2].splitlines()[1:][-most:])
 
     def lock(self) -> IO[str] | None:
-        """Holds the cell and returns its lock file; None where another process holds it. It is free once this file is closed
-        here and in the run that inherits it, so a run that outlives a killed comparison still holds it."""
+        """Holds the cell and returns its lock file; None where another process holds it, here or on another machine. It is free
+        once this file is closed here and in the run that inherits it, so a run that outlives a killed comparison still holds
+        it."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if lease.holder(self.folder) is not None:
+            return None
         file = (self.folder / "lock").open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -107,6 +112,8 @@ class Place:
 
     def holder(self) -> str:
         """Returns who holds it, in words."""
+        if (elsewhere := lease.holder(self.folder)) is not None:
+            return elsewhere
         file = self.folder / "lock"
         return file.read_text(encoding="utf-8").strip() if file.exists() else "another process"
 
@@ -263,30 +270,3 @@ def _code(identity: dict[str, Any]) -> str:
 
 def _hash(*parts: str) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=6).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------- starting one
-
-
-Start = Callable[[Place, IO[str]], Process]
-"""Begins or resumes the run of a cell, which holds the lock while it works. Another implementation may use other machines."""
-
-_ATTEMPT = "==== "
-
-
-def start_here(place: Place, lock: IO[str]) -> Process:
-    """Starts the run as a process of this machine."""
-    going_on = (place.run / "config.json").exists()
-    arguments = ["resume", str(place.run)] if going_on else ["run", str(place.config), "--out", str(place.run)]
-    with place.log.open("a", encoding="utf-8") as log:
-        log.write(f"{_ATTEMPT}{datetime.now(UTC).isoformat(timespec='seconds')} lamina {' '.join(arguments)}\n")
-        log.flush()
-        return subprocess.Popen(
-            [sys.executable, "-m", "lamina.cli", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            pass_fds=[lock.fileno()],
-            start_new_session=True,  # Ctrl-C reaches the comparison alone, which then asks its runs to stop
-        )

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from lamina import config as configuration
 from lamina.backbones import is_language
+from lamina.compare.runners import Resources
 from lamina.config import ConsolidationConfig, MethodConfig, RunConfig, Section
 from lamina.errors import ConfigError
 from lamina.methods import METHODS
@@ -65,7 +66,7 @@ class GridConfig(Section):
     """Settings on top of the base, or a file of them, by name. Default: one stream, that of the base."""
     methods: dict[str, dict[str, Any] | None] = Field(min_length=1)
     """Settings on top, by name of the row. method.name defaults to the name of the row. `search` adds to the search of this
-    row; false leaves it out. `each` makes a row of every combination of values."""
+    row; false leaves it out. `resources` says what its runs need. `each` makes a row of every combination of values."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
     """Seeds of the runs of every row."""
     orders: Literal["seeds"] | tuple[int | None, ...] = (None,)
@@ -78,8 +79,10 @@ class GridConfig(Section):
     share that every row reaches."""
     search: SearchConfig | None = None
     """Search for settings of each row, on validation data of the first tasks."""
+    resources: Resources = Resources()
+    """What a run needs: on a cluster this is asked for. A row may have `resources` of its own."""
     jobs: int = Field(1, ge=1)
-    """Runs at a time."""
+    """Runs at a time on this machine."""
 
     @property
     def runs(self) -> list[tuple[int, int | None]]:
@@ -180,6 +183,7 @@ class Grid:
         if not rows:
             raise ConfigError(configuration.listed(["methods: no combination of `each` is valid for its method"], file))
         self._searches = {name: value.pop("search", None) for name, value in rows.items()}
+        self._resources = {name: self._needed(name, value.pop("resources", None)) for name, value in rows.items()}
         self.methods = {name: self._layer(value, f"methods.{name}") for name, value in rows.items()}
         for name, layer in self.methods.items():
             layer.settings.setdefault("method.name", name)
@@ -192,6 +196,19 @@ class Grid:
     @property
     def rows(self) -> list[Row]:
         return [Row(stream, method) for stream in self.streams for method in self.methods]
+
+    def resources(self, row: Row) -> Resources:
+        """Returns what a run of this row needs."""
+        return self._resources[row.method]
+
+    def _needed(self, name: str, own: Any) -> Resources:
+        """Returns the resources of a row. Raises ConfigError where its own are wrong."""
+        key, common = f"methods.{name}.resources", self.settings.resources.model_dump()
+        try:
+            return Resources.model_validate(common | own if isinstance(own, dict) else common if own is None else own)
+        except ValidationError as error:
+            problems = [f"{key}.{problem}" for problem in configuration.explain(error, Resources)]
+            raise ConfigError(configuration.listed([self._at(key, p) for p in problems], self.file)) from error
 
     def searches(self, method: str) -> dict[str, list[Any]]:
         """Returns the settings and values to try for a row of this name; nothing where it is not searched."""
@@ -223,6 +240,7 @@ class Grid:
         if not isinstance(each, dict) or not each or not all(isinstance(v, list) and v for v in each.values()):
             problem = f"{key} = {each!r}: must be settings, each with a list of values"
             raise ConfigError(configuration.listed([self._at(key, problem)], self.file))
+        whole = {part: row.pop(part) for part in ("search", "resources") if part in row}
         settings = dict(flat(row))
         method = METHODS.get(settings.get("method.name", name))
         refused = {f"consolidation.{part}" for part, _ in method.refuses} if method else set()
@@ -237,7 +255,7 @@ class Grid:
             if idle or any(around[key] != DEFAULTS[key] for key in refused):
                 continue
             short = ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in chosen.items())
-            yield f"{name}, {short}", {"method.name": name} | said
+            yield f"{name}, {short}", {"method.name": name} | said | whole
 
     # -- settings ---------------------------------------------------------------------------------------------------
 
@@ -263,11 +281,12 @@ class Grid:
 
     def _raw(self, row: Row, seed: int, order: int | None, tried: Mapping[str, Any], searching: bool) -> Settings:
         raw: Settings = {}
-        merged: Settings = {"threads": 1, "precision": "fp32"}  # not left to the load of the machine
+        cpus = self.resources(row).cpus
+        merged: Settings = {"threads": cpus, "precision": "fp32"}  # not left to the load of the machine
         for layer in self._layers(row, tried):
             merged |= layer.settings
         merged |= {"seed": seed, "stream.order_seed": order}
-        merged["threads"] = merged["threads"] or 1
+        merged["threads"] = merged["threads"] or cpus
         merged["precision"] = "fp32" if merged["precision"] == "auto" else merged["precision"]
         if searching and self.settings.search is not None:
             merged |= {"stream.first": self.settings.search.tasks, "evaluation.split": "val"}

@@ -5,15 +5,17 @@ import math
 import statistics
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from lamina import config as configuration
 from lamina.compare import table
-from lamina.compare.cells import Place, Start, State, Store, start_here
+from lamina.compare.cells import Place, State, Store
 from lamina.compare.grid import Cell, Grid, Row
 from lamina.compare.rows import RowRuns, Run, Trial
-from lamina.compare.work import Job, Watch, work
+from lamina.compare.runners import LOST, Local, Runner
+from lamina.compare.work import MOST_LOST, Job, Watch, work
 from lamina.errors import ConfigError, LaminaError
 from lamina.record import Record
 from lamina.runs import with_whole_paths
@@ -144,14 +146,14 @@ class Study:
 
     # -- work -------------------------------------------------------------------------------------------------------
 
-    def work(self, jobs: int | None, viewer: Viewer, start: Start = start_here) -> Outcome:
-        """Runs what is not done: first the search, then the table.
+    def work(self, viewer: Viewer, runner: Runner | None = None) -> Outcome:
+        """Runs what is not done: first the search, then the table. runner: where; by default, on this machine.
 
         Raises Interrupted when asked to stop, after the active runs have saved.
         """
         outcome = Outcome()
-        progress = _Progress(self, jobs or self.grid.settings.jobs, viewer, outcome)
-        progress.go(self._wanted_trials(), start, "the search")
+        progress = _Progress(self, runner or Local(self.grid.settings.jobs), viewer, outcome)
+        progress.go(self._wanted_trials(), "the search")
         for row in self.grid.rows:
             wanted = any(self._wanted(cell.name) for cell in self.grid.cells(row, {}))
             if wanted and self.chosen(row) is None:
@@ -159,7 +161,7 @@ class Study:
                     f"{row.stream}/{row.method}: no trial of its search was finished, so it has no settings to run"
                 )
         cells = [cell for row in self.grid.rows for cell in self.table_cells(row)]
-        progress.go([cell for cell in cells if self._wanted(cell.name)], start, "the table")
+        progress.go([cell for cell in cells if self._wanted(cell.name)], "the table")
         return outcome
 
     # -- tables -----------------------------------------------------------------------------------------------------
@@ -195,12 +197,12 @@ class Study:
 class _Progress:
     """Counts finished cells, estimates the remaining time, and reports to the viewer."""
 
-    def __init__(self, study: Study, jobs: int, viewer: Viewer, outcome: Outcome) -> None:
-        self.study, self.jobs, self.viewer, self.outcome = study, jobs, viewer, outcome
+    def __init__(self, study: Study, runner: Runner, viewer: Viewer, outcome: Outcome) -> None:
+        self.study, self.runner, self.viewer, self.outcome = study, runner, viewer, outcome
         self.seconds: dict[tuple[Row, bool], list[float]] = {}
         """Seconds of every finished run, by row and whether it is a trial."""
 
-    def go(self, cells: Sequence[Cell], start: Start, part: str) -> None:
+    def go(self, cells: Sequence[Cell], part: str) -> None:
         self.cells: dict[Path, Cell] = {}
         self.part = part
         self.seconds.clear()  # a trial takes less time than a run of the table
@@ -213,12 +215,14 @@ class _Progress:
             if place.state == "done":
                 self._note(cell, place)
             else:
-                todo.append(Job(cell.name, place, lambda c=cell, p=place: self._prepare(c, p)))  # type: ignore[misc]
+                resources = self.study.grid.resources(cell.row)
+                prepare = partial(self._prepare, cell, place)
+                todo.append(Job(cell.name, place, prepare, resources))
         self.left = {job.place.folder for job in todo}
         if todo:
             count = len(self.cells)
             self.viewer.say(f"{count} cells of {part}: {count - len(todo)} done, {len(todo)} to do")
-            work(todo, self.jobs, start, Watch(self._ended, self._held, self._look))
+            work(todo, self.runner, Watch(self._ended, self._held, self._lost, self._look))
 
     def _prepare(self, cell: Cell, place: Place) -> bool:
         config, store = with_whole_paths(cell.config), self.study.store
@@ -240,12 +244,16 @@ class _Progress:
         elif code is None:
             self.outcome.not_started.append(job.name)
         else:
-            job.place.fail(why(code))
+            reason = f"its process or machine was lost {MOST_LOST + 1} times" if code == LOST else why(code)
+            job.place.fail(reason)
             self.outcome.failures.append(Failure(job.name, job.place.failure, job.place.log))
-            self.viewer.say(f"{done}FAILED, {why(code)}{self._still()}")
+            self.viewer.say(f"{done}FAILED, {reason}{self._still()}")
 
     def _held(self, job: Job) -> None:
         self.viewer.say(f"{job.name}: {job.place.holder()} is still at work on it; waiting for that")
+
+    def _lost(self, job: Job) -> None:
+        self.viewer.say(f"{job.name}: its process or machine was lost; it continues elsewhere from its last checkpoint")
 
     def _look(self, at_work: Sequence[Job]) -> None:
         lines = [(job.name, job.place.last_lines(1)) for job in at_work]
@@ -257,7 +265,7 @@ class _Progress:
 
     def remaining(self) -> float | None:
         keys = [(cell.row, cell.tried is not None) for folder, cell in self.cells.items() if folder in self.left]
-        return seconds_left(keys, self.seconds, self.jobs)
+        return seconds_left(keys, self.seconds, self.runner.side_by_side)
 
     def _still(self) -> str:
         left = self.remaining()

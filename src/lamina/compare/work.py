@@ -1,17 +1,21 @@
-"""Runs several cells at a time, each in a process. One loop without threads polls the processes."""
+"""Runs several cells at a time. One loop without threads polls them, on whatever machines they run."""
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from lamina.compare.cells import Place, Start, note_holder
+from lamina.compare.cell_run import HELD
+from lamina.compare.cells import Place
+from lamina.compare.runners import LOST, Resources, Runner, Started
 from lamina.engine.loop import Interrupted
 from lamina.runs import stop_on_signals
 from lamina.runs.side_by_side import Process, stop
 
-PAUSE = 0.2
+ONE_CORE = Resources()
+MOST_LOST = 3
+"""How often a cell is started anew after its process or machine was lost."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,20 +25,23 @@ class Job:
     name: str
     place: Place
     prepare: Callable[[], bool]
+    resources: Resources = ONE_CORE
 
 
 @dataclass(frozen=True)
 class Watch:
     """Callbacks. ended: a run with its exit code, or None where it must not start. held: a cell that another process holds.
-    look: at every poll, the runs at work."""
+    lost: a run that will be started again. look: at every poll, the runs at work."""
 
     ended: Callable[[Job, int | None], None]
     held: Callable[[Job], None]
+    lost: Callable[[Job], None]
     look: Callable[[Sequence[Job]], None]
 
 
-def work(jobs: Sequence[Job], side_by_side: int, start: Start, watch: Watch) -> None:
-    """Runs every job in this order. Raises Interrupted when asked to stop, once its runs have saved and stopped.
+def work(jobs: Sequence[Job], runner: Runner, watch: Watch) -> None:
+    """Runs every job in this order. Raises Interrupted when asked to stop, once its runs have saved and stopped; with a runner
+    whose runs go on, at once, saying so.
 
     A cell that another process holds is waited for: it is a run that outlived a killed comparison, or another
     comparison's run.
@@ -42,42 +49,63 @@ def work(jobs: Sequence[Job], side_by_side: int, start: Start, watch: Watch) -> 
     waiting = deque(jobs)
     held: list[Job] = []
     at_work: dict[Job, tuple[Process, IO[str]]] = {}
+    lost: Counter[Job] = Counter()
 
-    def begin(job: Job) -> bool:
-        """False where another process holds it."""
+    def prepared(job: Job) -> tuple[bool, IO[str] | None]:
+        """Returns whether the cell is free, and its lock where it is to start."""
         lock = job.place.lock()
         if lock is None:
-            return False
+            return False, None
         done = job.place.state == "done"
         if done or not job.prepare():
             lock.close()
             watch.ended(job, 0 if done else None)
-            return True
-        process = start(job.place, lock)
-        note_holder(lock, f"process {process.pid}")
-        at_work[job] = process, lock
-        return True
+            return True, None
+        return True, lock
+
+    def collect() -> None:
+        for job, (process, lock) in list(at_work.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del at_work[job]
+            lock.close()
+            if job.place.state != "done" and (code == HELD or (code == LOST and lost[job] < MOST_LOST)):
+                if code == LOST:
+                    lost[job] += 1
+                    watch.lost(job)
+                held.append(job)
+            else:
+                watch.ended(job, code)
 
     with stop_on_signals() as should_stop:
         try:
             while waiting or held or at_work:
                 if should_stop():
-                    raise Interrupted
-                for job, (process, lock) in list(at_work.items()):
-                    code = process.poll()
-                    if code is not None:
-                        del at_work[job]
-                        lock.close()
-                        watch.ended(job, code)
-                held = [job for job in held if not begin(job)]
-                while waiting and len(at_work) + len(held) < side_by_side:
+                    raise Interrupted(runner.leave() or "")
+                collect()
+                batch: list[tuple[Job, IO[str]]] = []
+                for job in list(held):
+                    free, lock = prepared(job)
+                    if free:
+                        held.remove(job)
+                    if lock is not None:
+                        batch.append((job, lock))
+                while waiting and len(at_work) + len(batch) + len(held) < runner.side_by_side:
                     job = waiting.popleft()
-                    if not begin(job):
+                    free, lock = prepared(job)
+                    if lock is not None:
+                        batch.append((job, lock))
+                    elif not free:
                         held.append(job)
                         watch.held(job)
+                if batch:
+                    processes = runner.start([Started(job.place, lock, job.resources) for job, lock in batch])
+                    at_work |= {job: (process, lock) for (job, lock), process in zip(batch, processes, strict=True)}
                 watch.look([*at_work, *held])
-                time.sleep(PAUSE if at_work or held else 0)
+                time.sleep(runner.pause if at_work or held else 0)
         finally:
-            stop([process for process, _ in at_work.values()])
+            if runner.leave() is None:
+                stop([process for process, _ in at_work.values()])
             for _, lock in at_work.values():
                 lock.close()
