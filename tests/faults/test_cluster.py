@@ -184,20 +184,21 @@ def ray_nodes(tmp_path: Path) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
     nodes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(name: str, *options: str) -> None:
+    def start(name: str, told: bytes, *options: str) -> None:
         with (tmp_path / f"{name}.log").open("wb") as log:
             nodes[name] = subprocess.Popen(
                 [*ray, *options], env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
+        wait_for(lambda: told in (tmp_path / f"{name}.log").read_bytes(), 120)
 
-    start("head", "--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false")
-    wait_for(lambda: b"ray start --address" in (tmp_path / "head.log").read_bytes(), 120)
-    for number in range(NODES):
-        start(f"node{number}", f"--address=127.0.0.1:{PORT}", "--num-cpus=1")
-    wait_for(lambda: all(b"Ray runtime started" in (tmp_path / f"node{n}.log").read_bytes() for n in range(NODES)), 120)
-    yield nodes
-    for process in nodes.values():
-        kill_session(process)
+    try:
+        start("head", b"ray start --address", "--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false")
+        for number in range(NODES):
+            start(f"node{number}", b"Ray runtime started", f"--address=127.0.0.1:{PORT}", "--num-cpus=1")
+        yield nodes
+    finally:
+        for process in nodes.values():
+            kill_session(process)
 
 
 def kill_session(process: subprocess.Popen[bytes]) -> None:

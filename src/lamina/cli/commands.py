@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from lamina import __version__
-from lamina.cli import compare, data, demo, export, methods, model, predict, report, run, serve
+from lamina.cli import compare, data, demo, export, methods, model, predict, presets, report, run, serve
 from lamina.errors import ConfigError, LaminaError
 
 app = typer.Typer(
@@ -41,6 +41,8 @@ app.command("run", rich_help_panel=RUNS)(run.run)
 app.command("resume", rich_help_panel=RUNS)(run.resume)
 app.command("report", rich_help_panel=RUNS)(report.report)
 app.command("compare", rich_help_panel=RUNS)(compare.compare)
+app.command("presets", rich_help_panel=RUNS)(presets.presets)
+app.add_typer(presets.ledger, name="ledger", rich_help_panel=RUNS)
 app.command("methods")(methods.methods)
 app.add_typer(data_app, name="data")
 data_app.command("check")(data.check)

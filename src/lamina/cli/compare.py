@@ -28,7 +28,22 @@ SHOWN = ("Final", "By", "Forgetting", "Minus", "Runs")
 
 
 def compare(
-    grid: Annotated[list[Path], typer.Argument(help="YAML file: methods, seeds, class orders, streams, settings.")],
+    grid: Annotated[
+        list[Path] | None, typer.Argument(help="YAML file: methods, seeds, class orders, streams, settings.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="In place of a file: the protocol of a paper; `lamina presets` lists them.")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", "-d", help="With --preset: its data.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option("--backbone", "-b", help="With --preset: another backbone than the protocol's.")
+    ] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            help="With --preset: this share of its epochs and examples, on whatever data there is, such as 0.02."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Directory of the tables. Default: runs/NAME of the grid.")
     ] = None,
@@ -69,6 +84,13 @@ def compare(
     """
     from lamina.compare import Outcome, Study, table
 
+    if preset is not None:
+        grid = [_grid_of(preset, grid or [], out, data, backbone, scale)]
+        out = grid[0].parent
+    elif data or backbone or scale is not None:
+        raise ConfigError("--data, --backbone and --scale go with --preset; a grid file says them itself")
+    if not grid:
+        raise ConfigError("`lamina compare` takes a grid (a YAML file), or --preset NAME --data FOLDER")
     if len(grid) > 1 or grid[0].is_dir():
         raise ConfigError(
             f"`lamina compare` takes one grid (a YAML file), not {' '.join(map(str, grid))}. To compare finished runs: "
@@ -98,6 +120,22 @@ def compare(
             print(f"{section.name}: {section.caption}")
     print(f"\n{study.out / 'table'}.md, .csv, .tex, .json\nOpen the table: {written.resolve()}")
     _report_failures(outcome)
+
+
+def _grid_of(
+    name: str, grid: list[Path], out: Path | None, data: str | None, backbone: str | None, scale: float | None
+) -> Path:
+    """Returns the grid file of a preset, which is written for this data. Raises ConfigError where something is missing, or the
+    data is not that of the protocol."""
+    from lamina.compare import preset
+
+    found = preset.load(name)
+    if grid:
+        raise ConfigError(f"--preset {name} and {grid[0]}: give one of them")
+    if data is None:
+        raise ConfigError(f"--preset {name} needs --data. It expects: {found.file.data.what}.")
+    folder = out or Path("runs") / (name if scale is None else f"{name}-{scale:g}")
+    return preset.write_grid(found, folder, data, backbone, 1.0 if scale is None else scale)
 
 
 def _runner(study: "Study", name: RunnerName, jobs: int | None, slurm: list[str], ray: str) -> "Runner":
