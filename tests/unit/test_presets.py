@@ -190,3 +190,8 @@ def test_what_is_no_ledger_is_refused(tmp_path: Path):
     (tmp_path / "x").write_text("{}\n")
     with pytest.raises(RunError, match="not a ledger"):
         ledger.read(tmp_path / "x")
+
+
+def test_the_page_is_up_to_date():
+    docs = Path(__file__).parents[2] / "docs"
+    assert (docs / "ledger.md").read_text() == ledger.page(ledger.read(docs / "ledger.jsonl"))
