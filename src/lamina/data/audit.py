@@ -190,6 +190,11 @@ def render(found: Audit) -> str:
     return "\n".join(map(escaped, lines)) + "\n"
 
 
+def content_of(payload: Payload) -> bytes:
+    """A hash of what an item shows: decoded pixels, or text after folding case and white space."""
+    return _content(payload)[0]
+
+
 def _content(payload: Payload) -> tuple[bytes, bool, bool]:
     """A hash of what an item shows, whether it is an image that has turned out nearly black, and one of several frames."""
     if isinstance(payload, Row):
