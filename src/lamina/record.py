@@ -158,6 +158,15 @@ class ClassRecord(Part):
         return self.correct / self.total if self.total else None
 
 
+class BatchRecord(Part):
+    """Whether predictions of the last model depend on the other examples of their batch."""
+
+    examples: int
+    """Test examples that were predicted alone and among others."""
+    dependent: int
+    """Those whose scores differed by more than rounding."""
+
+
 class CostRecord(Part):
     seconds: dict[str, float | None] = Field(default_factory=dict)
     """By phase, and `total`."""
@@ -281,6 +290,8 @@ class Record(Part):
     machine: MachineRecord = MachineRecord()
     code: CodeRecord | None = None
     classes: tuple[ClassRecord, ...] = ()
+    batch: BatchRecord | None = None
+    """None where it was not tried."""
     language: LanguageRecord | None = None
     cost: CostRecord = CostRecord()
     lineage: tuple[LineageRecord, ...] = ()
@@ -364,6 +375,7 @@ class Record(Part):
             backbone=self.backbone,
             machine=self.machine,
             code=self.code,
+            batch=self.batch,
             language=self.language and self.language.model_copy(update={"predictions": ()}),
             cost=self.cost,
         )

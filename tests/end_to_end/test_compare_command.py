@@ -161,6 +161,8 @@ search: {{over: {{training.lr: [1.0e-4, 1.0e-2]}}, tasks: 2}}
     assert len(list((tmp_path / "cells").glob("finetune-*"))) == 6, "other data is another cell, searched or not"
     for record in records:
         assert record.split == "val"
+        assert record.batch is not None
+        assert (record.batch.examples, record.batch.dependent) == (6, 0)
         tasks = record.stream.tasks
         assert [task.val for task in tasks] == record.matrix.total_ij[-1].tolist() == [4, 4]
         assert [task.train for task in tasks] == [16, 16], "validation examples are not trained on"

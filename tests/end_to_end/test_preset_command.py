@@ -84,4 +84,6 @@ def test_the_commands(lamina: Command, tmp_path: Path):
     assert "inflora-cifar100/frozen + LDA/seed0" in told
     assert lamina("ledger", "page", "page.md", "--ledger", "none.jsonl").out.strip() == "page.md"
     assert "None of the 20 presets has been run yet" in (tmp_path / "page.md").read_text()
-    assert "there is no run directory nowhere" in lamina.refused("ledger", "add", "nowhere", "--preset", "inflora-cifar100")
+    assert "there is no run directory nowhere" in lamina.refused(
+        "ledger", "add", "nowhere", "--preset", "inflora-cifar100"
+    )

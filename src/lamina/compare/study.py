@@ -5,17 +5,18 @@ import math
 import statistics
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from lamina import config as configuration
-from lamina.compare import table
+from lamina.compare import guards, table
 from lamina.compare.cells import Place, State, Store
 from lamina.compare.grid import Cell, Grid, Row
 from lamina.compare.rows import RowRuns, Run, Trial
 from lamina.compare.runners import LOST, Local, Runner
 from lamina.compare.work import MOST_LOST, Job, Watch, work
+from lamina.data.leaks import Leaks
 from lamina.errors import ConfigError, LaminaError
 from lamina.record import Record
 from lamina.runs import with_whole_paths
@@ -89,6 +90,12 @@ class Study:
                 f"--only {only!r} fits no cell. `--dry-run` lists their names, such as {self._names()[0]!r}."
             )
 
+    @cached_property
+    def leaks(self) -> dict[str, Leaks]:
+        """Test examples among the training examples, by stream."""
+        first = {row.stream: self.grid.cells(row, {})[0].config for row in reversed(self.grid.rows)}
+        return {stream: guards.look(first[stream], self.store.folder / ".data") for stream in self.grid.streams}
+
     # -- cells ------------------------------------------------------------------------------------------------------
 
     def place(self, cell: Cell) -> Place:
@@ -152,6 +159,9 @@ class Study:
         Raises Interrupted when asked to stop, after the active runs have saved.
         """
         outcome = Outcome()
+        for stream, found in self.leaks.items():
+            for warning in guards.warnings(stream, found, {}):
+                viewer.say(warning)
         progress = _Progress(self, runner or Local(self.grid.settings.jobs), viewer, outcome)
         progress.go(self._wanted_trials(), "the search")
         for row in self.grid.rows:
@@ -181,7 +191,7 @@ class Study:
             done += [place for _, place in (*cells, *trials) if place.state == "done"]
         if self.store.records is not None:
             self.store.note(done)
-        return table.content(self.grid, rows, command)
+        return table.content(self.grid, rows, command, self.leaks)
 
     def _run(self, cell: Cell, place: Place) -> Run:
         return Run(cell.seed, cell.order, place.record(), str(place.folder), self._is_older(cell, place))

@@ -8,7 +8,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from lamina import report
-from lamina.compare import stats
+from lamina.compare import guards, stats
 from lamina.compare.drawings import drawings, matrices
 from lamina.compare.formats import as_csv, as_latex
 from lamina.compare.grid import Grid, Row, said
@@ -27,6 +27,7 @@ from lamina.compare.rows import (
     line_of,
 )
 from lamina.compare.stats import Difference
+from lamina.data.leaks import Leaks
 from lamina.errors import ConfigError
 from lamina.maths.metrics import DEFINITIONS
 from lamina.record import Record
@@ -69,12 +70,15 @@ class Content:
     definitions: list[tuple[str, str]]
     facts: list[tuple[str, str]]
     command: str
+    warnings: list[str] = field(default_factory=list)
+    """What speaks against the figures: leaks that were found."""
     files: list[tuple[str, str]] = field(default_factory=list)
     """Names and text of the grid and of the files it names."""
 
 
-def content(grid: Grid, rows: Mapping[Row, RowRuns], command: str) -> Content:
-    """Returns the content of the table of these runs. command: the command that makes it again."""
+def content(grid: Grid, rows: Mapping[Row, RowRuns], command: str, leaks: Mapping[str, Leaks] | None = None) -> Content:
+    """Returns the content of the table of these runs. command: the command that makes it again. leaks: test examples among the
+    training examples, by stream, as far as they were looked for."""
     baseline = grid.settings.baseline
     by_stream = {s: {row.method: runs for row, runs in rows.items() if row.stream == s} for s in grid.streams}
     gains = {stream: _gains(found, baseline) for stream, found in by_stream.items()}
@@ -82,6 +86,14 @@ def content(grid: Grid, rows: Mapping[Row, RowRuns], command: str) -> Content:
     differences = [f"Minus {baseline}"] if baseline else []
     differences += [TEST] if tested else []
     differences += [SHARE] if grid.settings.headroom else []
+    records = [run.record for runs in rows.values() for run in runs.runs]
+    warned = [
+        warning
+        for stream, found in by_stream.items()
+        for warning in guards.warnings(
+            stream, (leaks or {}).get(stream), {name: row.runs for name, row in found.items()}
+        )
+    ]
     files = [(grid.file.name, grid.text)]
     for given in dict.fromkeys(
         layer for layer in (grid.settings.base, *grid.settings.streams.values()) if isinstance(layer, str)
@@ -95,7 +107,8 @@ def content(grid: Grid, rows: Mapping[Row, RowRuns], command: str) -> Content:
         sections=[_section(stream, found, grid, gains[stream], tested) for stream, found in by_stream.items()],
         search_note=_search_note(grid),
         definitions=_definitions(grid, language=_of_language(rows), tested=tested),
-        facts=_facts([run.record for runs in rows.values() for run in runs.runs]),
+        facts=_facts(records) + guards.facts(leaks or {}, records),
+        warnings=warned,
         command=command,
         files=files,
     )
@@ -231,7 +244,7 @@ def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
 
 def block(table: Content) -> str:
     """Returns the Markdown of everything but the title."""
-    parts: list[str] = []
+    parts = [f"**{warning}**" for warning in table.warnings]
     for section in table.sections:
         if len(table.sections) > 1:
             parts.append(f"## {section.name}")
@@ -290,7 +303,14 @@ def write(table: Content, out: Path, page: Path | None = None) -> Path:
         for s in table.sections
     ]
     facts = {name.lower().replace(" ", "_"): text for name, text in table.facts}
-    record = {"format": FORMAT, "title": table.title, "command": table.command, "streams": streams, "facts": facts}
+    record = {
+        "format": FORMAT,
+        "title": table.title,
+        "command": table.command,
+        "warnings": table.warnings,
+        "streams": streams,
+    }
+    record["facts"] = facts
     report.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", out / "table.json")
     if page is not None:
         check_page(page)

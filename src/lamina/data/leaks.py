@@ -2,8 +2,8 @@
 
 Near copies of images have perceptual hashes of 64 bits (from `imagehash`) that nearly agree: pHash in all but NEAR_BITS bits,
 and the wavelet hash in all but WAVELET_BITS. By pHash alone, drawings on white paper look alike. Near copies of texts share at
-least NEAR_WORDS of their runs of three words (Jaccard similarity, estimated with the MinHash of `datasketch`). Both libraries are
-an extra; without them only exact copies are found.
+least NEAR_WORDS of their runs of three words (Jaccard similarity, estimated with the MinHash of `datasketch`). Both libraries
+are an extra; without them only exact copies are found.
 """
 
 import importlib.util
@@ -24,6 +24,8 @@ from lamina.types import SPLITS
 
 NEAR_BITS, WAVELET_BITS, NEAR_WORDS = 3, 8, 0.8
 PERMUTATIONS = 64
+SMALLEST = 16
+"""Least height and width of an image, in pixels, for which near copies are looked for."""
 _EXAMPLES = 5
 
 
@@ -72,9 +74,11 @@ def has_near(source: Source) -> bool:
 def _near_images(source: Source, train: list[int], test: list[int], progress: Progress | None) -> dict[int, int]:
     import imagehash
 
-    found = [h if isinstance(h, int) else 0 for h in each(source, perceptual_hash, progress)]
+    found = list(each(source, perceptual_hash, progress))
+    train, test = ([row for row in rows if not isinstance(found[row], Damage)] for rows in (train, test))
+    hashes_n = np.array([0 if isinstance(one, Damage) else one for one in found], np.uint64)
     alike: dict[int, int] = {}
-    for row, other in near_hashes(np.array(found, np.uint64), train, test):
+    for row, other in near_hashes(hashes_n, train, test):
         if row not in alike:
             ours, theirs = (imagehash.whash(Image.fromarray(decode(source.read(r)))) for r in (row, other))
             if ours - theirs <= WAVELET_BITS:
@@ -83,11 +87,14 @@ def _near_images(source: Source, train: list[int], test: list[int], progress: Pr
 
 
 def perceptual_hash(payload: Payload) -> int:
-    """Returns the pHash of an image."""
+    """Returns the pHash of an image. Raises ValueError for one that is too small to tell a copy from a likeness."""
     import imagehash
 
     assert not isinstance(payload, str | Row)
-    bits = imagehash.phash(Image.fromarray(decode(payload))).hash.ravel()
+    pixels = decode(payload)
+    if min(pixels.shape[:2]) < SMALLEST:
+        raise ValueError("the image is too small")
+    bits = imagehash.phash(Image.fromarray(pixels)).hash.ravel()
     return int(np.packbits(bits).view(">u8")[0])
 
 

@@ -15,6 +15,8 @@ from lamina.errors import TrainingError
 from lamina.learner import Learner, class_scores
 from lamina.types import Batch, Examples, Ints
 
+ROUNDING = 0.05
+
 
 class Predictor(Protocol):
     """A method, or what is deployed of it."""
@@ -88,6 +90,25 @@ def predict_all(
             found.append(tuple(t.numpy() for t in (batch.labels_b.cpu(), predicted_b, aware_b, inferred_b)))
     back_n = np.argsort(order_n)
     return Predictions(*(np.concatenate(column)[back_n] for column in zip(*found, strict=True)))
+
+
+def depends_on_batch(
+    learner: Learner, predictor: Predictor, examples: Examples, batches: Callable[[Examples], Iterable[Batch]]
+) -> int:
+    """Returns how many of these few examples have other scores alone than in one batch. Rounding differs with the batch, most
+    in bf16, so a difference counts from ROUNDING of the spread of an example's scores."""
+    with learner.folded():
+        whole_bj = torch.cat([predictor.predict(learner, batch).cpu() for batch in batches(examples)])
+        alone = [next(iter(batches(examples.select(np.array([k]))))) for k in range(len(examples))]
+        alone_bj = torch.cat([predictor.predict(learner, batch).cpu() for batch in alone])
+    kept_bj = whole_bj.isfinite() & alone_bj.isfinite()
+    spread_b = whole_bj.masked_fill(~kept_bj, -torch.inf).amax(1) - whole_bj.masked_fill(~kept_bj, torch.inf).amin(1)
+    size_b = whole_bj.masked_fill(~kept_bj, 0.0).abs().amax(1)
+    apart_b = (whole_bj - alone_bj).masked_fill(~kept_bj, 0.0).abs().amax(1)
+    other_b = (whole_bj.isfinite() != alone_bj.isfinite()).any(1) | (
+        apart_b > ROUNDING * spread_b.maximum(0.01 * size_b)
+    )
+    return int(other_b.sum())
 
 
 def _checked(scores_bj: Tensor, task: str) -> Tensor:

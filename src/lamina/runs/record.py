@@ -4,19 +4,24 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lamina import __version__
 from lamina.data import InstructionTable
 from lamina.data.tokens import MULTIPLE
 from lamina.engine import device
 from lamina.engine.batches import Order
+from lamina.engine.evaluate import depends_on_batch
 from lamina.engine.loop import Loop
 from lamina.engine.optim import for_task
 from lamina.engine.order import steps_per_epoch
 from lamina.engine.rehearsal import keep
 from lamina.engine.state import Clock, now
+from lamina.learner import LanguageLearner
 from lamina.methods.base import describe
 from lamina.record import (
     BackboneRecord,
+    BatchRecord,
     ClassRecord,
     CodeRecord,
     CostRecord,
@@ -65,6 +70,7 @@ def record_of(setup: Setup, loop: Loop) -> Record:
         machine=MachineRecord(**environment.to_json()),
         code=CodeRecord(version=__version__, commit=environment.commit),
         classes=_classes(setup, loop),
+        batch=_batch(setup, loop),
         language=_language(setup, loop),
         cost=_cost(setup, loop),
         lineage=_lineage(setup, loop),
@@ -182,6 +188,20 @@ def _lineage(setup: Setup, loop: Loop) -> tuple[LineageRecord, ...]:
 
 def _times(clock: Clock, task: int) -> dict[str, Any]:
     return {"seconds": clock.train_seconds.get(str(task)), "finished": clock.finished.get(str(task))}
+
+
+def _batch(setup: Setup, loop: Loop) -> BatchRecord | None:
+    """Tries whether predictions depend on the batch, with three test examples of the first and three of the last task."""
+    if loop.learner.generates or isinstance(loop.learner, LanguageLearner):
+        return None
+    measure, found = loop.measure(), 0
+    tasks = [task.split(setup.config.evaluation.split) for task in (setup.stream[0], setup.stream[-1])]
+    tried = [
+        examples.select(np.unique([0, len(examples) // 2, len(examples) - 1])) for examples in tasks if len(examples)
+    ]
+    for examples in tried:
+        found += depends_on_batch(loop.learner, loop.consolidation, examples, lambda some: measure.batches(some, False))
+    return BatchRecord(examples=sum(map(len, tried)), dependent=found)
 
 
 def _classes(setup: Setup, loop: Loop) -> tuple[ClassRecord, ...]:

@@ -1,0 +1,92 @@
+"""Guards: what could make a comparison worthless, looked for in every one and said at the top of its page.
+
+- A test example among the training examples, exactly or nearly (`lamina.data.leaks`).
+- Predictions that depend on the other examples of the batch: every run tries it at its end (`BatchRecord`).
+- A backbone that has seen the data: what is known of its pre-training.
+
+That nothing is chosen on test examples, and that class order, split and seed are pinned in the record, holds by construction.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from lamina import runs
+from lamina.compare.rows import Run
+from lamina.config import RunConfig
+from lamina.data.leaks import Leaks, has_near, leaks
+from lamina.files import replace_text
+from lamina.record import Record
+
+SEEN = {
+    "nano": "trained on 98,000 training images of Tiny ImageNet and on the scores of an ImageNet-1k model, so classes of "
+    "everyday objects and animals are not new to it",
+    "in21k": "ImageNet-21k has nearly all classes of CIFAR-100, ImageNet-R, ImageNet-A and CUB-200, but not their test images",
+    "in1k": "ImageNet-1k has the classes of ImageNet-R and ImageNet-A, but not their test images",
+    "dinov2": "LVD-142M was collected around ImageNet, CUB-200, Stanford Cars, Flowers, Pets and others, by similarity",
+    "clip": "trained on pairs from the web, among which common test images occur",
+}
+"""What is known of the pre-training of a backbone, by a part of its name."""
+
+
+def look(config: RunConfig, folder: Path) -> Leaks:
+    """Returns the leaks of the data of a configuration. They are kept in this folder, and looked for again where the data has
+    changed, or near copies could not be looked for."""
+    source = runs.open_source(config)
+    file = folder / f"{source.fingerprint}-{source.stamp}-leaks.json"
+    if file.exists():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found["near"] is not None or not has_near(source):
+            return Leaks(**found | {"examples": tuple(map(tuple, found["examples"]))})
+    made = _leaks(f"{source.fingerprint}-{source.stamp}", lambda: leaks(source))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(file, json.dumps(asdict(made)) + "\n")
+    return made
+
+
+_known: dict[str, Leaks] = {}
+
+
+def _leaks(mark: str, search: Callable[[], Leaks]) -> Leaks:
+    """Returns what is among the training examples of this data; looked for once in a process."""
+    if mark not in _known:
+        _known[mark] = search()
+    return _known[mark]
+
+
+def warnings(stream: str, found: Leaks | None, rows: Mapping[str, Iterable[Run]]) -> Iterator[str]:
+    """Yields what speaks against the figures of a stream. found: None where the data was not looked at."""
+    if found is not None and found.exact + (found.near or 0):
+        parts = [f"{found.exact:,} of {found.tests:,} test examples are also training examples"] * bool(found.exact)
+        if found.near:
+            more = f"{found.near:,} more are" if found.exact else f"{found.near:,} of {found.tests:,} test examples are"
+            parts.append(f"{more} nearly the same as one")
+        if not found.exact:
+            parts[0] += " of the training examples"
+        ours, theirs = found.examples[0]
+        yield f"Leak in the data of {stream}: {', and '.join(parts)} (such as {ours}, like {theirs})."
+    for name, of_row in rows.items():
+        tried = [run.record.batch for run in of_row if run.record.batch is not None]
+        if dependent := sum(one.dependent for one in tried):
+            what = f"{dependent} of {sum(one.examples for one in tried)} predictions of `{name}` on {stream}"
+            yield f"Leak through the batch: {what} depend on the other examples."
+
+
+def facts(found: Mapping[str, Leaks | None], records: Iterable[Record]) -> list[tuple[str, str]]:
+    """Returns what the guards found, as lines below a table."""
+    records = list(records)
+    said = []
+    for stream, one in found.items():
+        if one is None:
+            continue
+        near = "near copies not looked for (pip install 'lamina[guards]')" if one.near is None else f"{one.near:,} near"
+        said.append(f"{stream}: {one.exact:,} exact, {near}, of {one.tests:,}")
+    tried = [record.batch for record in records if record.batch is not None]
+    lines = [("Test examples among the training examples", "; ".join(said))] * bool(said)
+    if tried:
+        examples, dependent = sum(one.examples for one in tried), sum(one.dependent for one in tried)
+        lines.append(("Predictions that depend on the batch", f"{dependent} of {examples} tried in {len(tried)} runs"))
+    names = {record.backbone.name for record in records if record.backbone}
+    seen = [f"{name}: {text}" for name in sorted(names) for part, text in SEEN.items() if part in name.lower()]
+    return lines + ([("Pre-training", "; ".join(seen))] if seen else [])
