@@ -6,14 +6,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: demo test test-slow test-cluster lint wheel bench bench-language growth results language tables clean
+.PHONY: demo test test-slow test-cluster test-trackers lint wheel bench bench-language growth results language tables clean
 
 demo: .stamps/demo        ## learn five tasks of handwritten digits four ways and write a report
 	$(BIN)/lamina demo
 
 # Several processes test at once: a thread with nothing to do must not keep another's core by spinning.
-test test-slow test-cluster: export OMP_NUM_THREADS := 1
-test test-slow test-cluster: export OMP_WAIT_POLICY := passive
+test test-slow test-cluster test-trackers: export OMP_NUM_THREADS := 1
+test test-slow test-cluster test-trackers: export OMP_WAIT_POLICY := passive
 test: lint                ## lint, types, and every test that is not marked slow
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
@@ -27,6 +27,9 @@ lint: .stamps/dev         ## ruff and mypy
 
 test-cluster: .stamps/dev .stamps/ray ## comparisons on submitit and on a Ray cluster, with processes killed (minutes)
 	$(BIN)/python -m pytest -m slow tests/faults/test_cluster.py
+
+test-trackers: .stamps/dev .stamps/tensorboard .stamps/mlflow .stamps/wandb ## TensorBoard, MLflow and W&B with their own files
+	$(BIN)/python -m pytest tests/end_to_end/test_tracking.py
 
 wheel: .stamps/dev        ## build a wheel, install it into an environment of its own, and follow the README there
 	rm -rf dist .wheel && $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .

@@ -73,6 +73,10 @@ def run(
             "--jobs", "-j", help="Number of tasks trained in parallel, for methods that learn tasks independently."
         ),
     ] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help="Also log to tensorboard, mlflow, wandb (offline) or trackio. Repeatable.", metavar="NAME"),
+    ] = None,
     settings: Settings = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Directory of the run. Default: runs/DATA-METHOD-seedN.")
@@ -108,6 +112,7 @@ def run(
         "consolidation.drift": drift,
         "consolidation.classifier": classifier,
         "rehearsal.per_class": rehearsal,
+        "tracking.to": track or None,
         "seed": seed,
         "device": device,
         "jobs": jobs,

@@ -241,7 +241,7 @@ class Grid:
             problem = f"{key} = {each!r}: must be settings, each with a list of values"
             raise ConfigError(configuration.listed([self._at(key, problem)], self.file))
         whole = {part: row.pop(part) for part in ("search", "resources") if part in row}
-        settings = dict(flat(row))
+        settings = dict(configuration.flat(row))
         method = METHODS.get(settings.get("method.name", name))
         refused = {f"consolidation.{part}" for part, _ in method.refuses} if method else set()
         for values in product(*each.values()):
@@ -261,10 +261,10 @@ class Grid:
 
     def _layer(self, given: str | dict[str, Any], key: str) -> Layer:
         if isinstance(given, dict):
-            return Layer(dict(flat(given)), self.file, f"{key}.", self._lines)
+            return Layer(dict(configuration.flat(given)), self.file, f"{key}.", self._lines)
         file = self.file.parent / Path(given).expanduser()
         content, lines = configuration.read_yaml(file)
-        return Layer(dict(flat(content)), file, "", lines)
+        return Layer(dict(configuration.flat(content)), file, "", lines)
 
     def _layers(self, row: Row, tried: Mapping[str, Any]) -> list[Layer]:
         own = self._searches[row.method] or {}
@@ -403,18 +403,6 @@ class Grid:
 
     def _at(self, key: str, problem: str) -> str:
         return f"line {self._lines[key]}: {problem}" if key in self._lines else problem
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields nested settings by dotted key. `method: NAME` is `method.name`."""
-    for name, value in settings.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and value:
-            yield from flat(value, f"{key}.")
-        elif key == "method" and isinstance(value, str):
-            yield "method.name", value
-        elif value != {}:
-            yield key, value
 
 
 def said(settings: Mapping[str, Any]) -> str:

@@ -19,8 +19,8 @@ from pydantic import Field
 
 from lamina import config as configuration
 from lamina import data, runs
-from lamina.compare.grid import Grid, flat
-from lamina.config import RunConfig, Section
+from lamina.compare.grid import Grid
+from lamina.config import RunConfig, Section, flat
 from lamina.data import Source
 from lamina.errors import ConfigError
 from lamina.files import replace_text

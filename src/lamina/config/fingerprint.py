@@ -5,7 +5,7 @@ import json
 
 from lamina.config.schema import DataConfig, MethodConfig, RunConfig
 
-_WITHOUT_EFFECT = {"checkpoint_seconds", "jobs"}
+_WITHOUT_EFFECT = {"checkpoint_seconds", "jobs", "tracking"}
 _ELSEWHERE = (("data", "cache"), ("data", "source"), ("backbone", "name"), ("evaluation", "batch_size"))
 """Streams and backbones have fingerprints of their own content. The batch size of evaluation may change last bits only."""
 

@@ -2,7 +2,7 @@
 
 import difflib
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -131,6 +131,18 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), parse(value)[0]
     except ConfigError as error:
         raise ConfigError(f"--set {_shown(text)}: {error}") from error
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields nested settings by dotted key. `method: NAME` is `method.name`."""
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{key}.")
+        elif key == "method" and isinstance(value, str):
+            yield "method.name", value
+        elif value != {}:
+            yield key, value
 
 
 def put(raw: dict[str, Any], key: str, value: Any) -> None:

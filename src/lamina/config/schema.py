@@ -240,6 +240,17 @@ class EvaluationConfig(Section):
     task. Not set: a short English text that lamina carries."""
 
 
+class TrackingConfig(Section):
+    """Trackers for a run, beside its own record. They change no result."""
+
+    to: tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...] = ()
+    """Where figures are logged, too. W&B is offline unless WANDB_MODE says otherwise."""
+    project: str = Field("lamina", min_length=1)
+    """Name of the project or experiment there."""
+    every: int = Field(10, ge=1)
+    """Training steps between two losses that are logged."""
+
+
 class RunConfig(Section):
     """Everything that decides the result of a run."""
 
@@ -272,6 +283,8 @@ class RunConfig(Section):
     jobs: int = Field(1, ge=1)
     """Number of tasks trained in parallel, each by a process of its own. For methods that learn every task from the pre-trained
     model alone."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Trackers: TensorBoard, MLflow, Weights & Biases, trackio."""
     checkpoint_seconds: float = Field(30.0, ge=0)
     """Longest time between checkpoints within a task. The end of every phase is saved as well."""
 

@@ -27,6 +27,7 @@ from lamina.runs.directory import Begun, begun, locked
 from lamina.runs.record import record_of
 from lamina.runs.setup import MakeLoop, Setup, Watch
 from lamina.runs.signals import stop_on_signals
+from lamina.runs.tracking import Tracking, check_trackers
 from lamina.speed import keeping_memory
 from lamina.types import Batch, Examples, Split
 
@@ -59,6 +60,7 @@ def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None, *, make
     """
     directory.refuse_used(out)
     directory.refuse_inside_data(out, config.data.source)
+    check_trackers(config)
     setup = Setup(directory.with_whole_paths(config), None, watch)
     loop = setup.loop(out, make_loop)
     try:
@@ -224,8 +226,10 @@ def _work(setup: Setup, loop: Loop, out: Path, watch: Watch) -> Record:
                 line = dataclasses.asdict(event) | {"time": now(), "task": setup.stream[event.task].name}
                 log.write(json.dumps(line) + "\n")
         watch(setup.stream, event)
+        tracked.event(event, setup.stream, loop.state)
 
-    with stop_on_signals() as should_stop, keeping_memory(), closing(setup.accelerated):
+    tracked = Tracking(setup.config, out, lambda text: watch(None, Event(task=0, phase="evaluate", note=text)))
+    with stop_on_signals() as should_stop, keeping_memory(), closing(setup.accelerated), closing(tracked):
         loop.on_event, loop.should_stop = on_event, should_stop
         loop.restore()
         loop.spend("load", time.perf_counter() - setup.started)
