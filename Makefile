@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: demo test test-slow test-cluster test-trackers lint wheel bench bench-language growth results language tables clean
+.PHONY: demo test test-slow test-cluster test-trackers lint wheel bench bench-language growth results results-compare language tables clean
 
 demo: .stamps/demo        ## learn five tasks of handwritten digits four ways and write a report
 	$(BIN)/lamina demo
@@ -36,6 +36,9 @@ wheel: .stamps/dev        ## build a wheel, install it into an environment of it
 	$(PYTHON) -m venv .wheel
 	.wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[serve,onnx,peft]"
 	LAMINA_BIN=$(CURDIR)/.wheel/bin $(BIN)/python -m pytest -n 0 tests/end_to_end/test_transcript.py
+
+results-compare: .stamps/dev .stamps/ray ## the demo's table by local processes, submitit and Ray: identical numbers (an hour)
+	$(BIN)/python benchmarks/runners.py
 
 bench: .stamps/bench      ## speed and memory against the bare backbone and against PEFT (QUICK=1: under five minutes)
 	$(BIN)/python benchmarks/bench.py
