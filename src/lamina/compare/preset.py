@@ -100,6 +100,9 @@ class Preset:
         base["training.epochs"] = max(1, round(scale * base["training.epochs"]))
         base["training.batch_size"] = min(base["training.batch_size"], 8)
         base["data.per_class"] = base["evaluation.per_class"] = max(LEAST, round(scale * examples))
+        for key, most in (("data.max_length", 64), ("evaluation.max_new_tokens", 8)):
+            if key in base:
+                base[key] = min(base[key], most)
         base["training.milestones"] = [e for e in base.get("training.milestones", ()) if e < base["training.epochs"]]
         if not set(base.get("stream.domains", ())) <= set(there.domain_names):
             base.pop("stream.domains")
