@@ -1,5 +1,6 @@
 """Progress of runs: a bar on a terminal, otherwise a plain line now and then. Names are never read as rich's markup."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +31,11 @@ MOST_TASKS, MOST_CLASSES = 12, 8
 """Tasks, and classes of each, that are named at the start of a run."""
 
 
+def speaks() -> bool:
+    """Returns whether this process tells the user anything. Of several that `torchrun` started, the first does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _columns() -> tuple[ProgressColumn, ...]:
     plain = (TextColumn("{task.description}", markup=False), TextColumn("{task.fields[facts]}", markup=False))
     return plain[0], BarColumn(bar_width=24), plain[1], TimeElapsedColumn()
@@ -52,7 +58,7 @@ class Watcher:
         listing: bool = True,
     ) -> None:
         self.label, self.interval, self.brief = label, interval, brief
-        self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.console = console or Console(file=sys.stderr, highlight=False, soft_wrap=True, quiet=not speaks())
         self._last = time.monotonic()
         self._loss: float | None = None
         self._bar: Progress | None = None

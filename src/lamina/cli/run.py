@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from lamina.cli.progress import Watcher
+from lamina.cli.progress import Watcher, speaks
 from lamina.cli.tables import print_evaluation, print_summary, print_table
 from lamina.errors import RunError
 
@@ -126,7 +126,8 @@ def run(
     where = out or default_directory(config)
     with Watcher(config.name) as watch:
         record = stoppable(_resume(where), lambda: runs.create(config, where, watch))
-    print_summary(record, where)
+    if speaks():
+        print_summary(record, where)
 
 
 def resume(
@@ -141,7 +142,8 @@ def resume(
 
     with Watcher(directory.resolve().name) as watch:
         record = stoppable(_resume(directory), lambda: runs.resume(directory, watch, jobs, data))
-    print_summary(record, directory)
+    if speaks():
+        print_summary(record, directory)
 
 
 def evaluate(

@@ -1,25 +1,29 @@
 """Create, resume and evaluate runs: one method on one stream, in a directory that can be killed and resumed."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from lamina import data, record, report
-from lamina.config import RunConfig
+from lamina.config import RunConfig, differences
 from lamina.engine import checkpoint
+from lamina.engine import world as processes
 from lamina.engine.completions import Examiner, questions
 from lamina.engine.evaluate import predict_all
-from lamina.engine.loop import Event, Loop
+from lamina.engine.loop import Event, Interrupted, Loop
 from lamina.engine.order import in_order
 from lamina.engine.state import Position, now
-from lamina.errors import CheckpointError, RunError
+from lamina.engine.world import World
+from lamina.errors import CheckpointError, ConfigError, RunError
 from lamina.learner import LanguageLearner
 from lamina.record import Record
 from lamina.runs import directory, side_by_side
@@ -58,9 +62,11 @@ def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None, *, make
     or MethodError where the run cannot begin (nothing is left behind then); Interrupted when asked to stop by SIGINT or
     SIGTERM.
     """
+    check_trackers(config)
+    if (world := processes.join()).size > 1:
+        return _together(world, config, out, watch)
     directory.refuse_used(out)
     directory.refuse_inside_data(out, config.data.source)
-    check_trackers(config)
     setup = Setup(directory.with_whole_paths(config), None, watch)
     loop = setup.loop(out, make_loop)
     try:
@@ -89,6 +95,8 @@ def resume(
     other data, weights or settings.
     """
     directory.refuse_other(out)
+    if (world := processes.join()).size > 1:
+        return _together(world, None, out, watch)
     if done := directory.finished(out):
         return done
     with locked(out):
@@ -219,8 +227,51 @@ def _measure(loop: Loop, number: int, examples: Examples) -> Measured:
     )
 
 
+def _together(world: World, config: RunConfig | None, out: Path, watch: Watch) -> Record:
+    """Make or continue a run by several processes, as `torchrun` starts them and, where one is lost, starts them again. All see
+    the directory of the run; the first one writes there. config: None where a run is to be continued.
+
+    Raises what `create` and `resume` raise; RunError where the directory holds a run of other settings.
+    """
+    with ExitStack() as stack:
+        if world.is_first:
+            if config is not None and config.jobs > 1:
+                raise ConfigError(
+                    f"jobs = {config.jobs}: tasks are trained in parallel by one process. Leave jobs at 1"
+                )
+            if config is not None:
+                directory.refuse_inside_data(out, config.data.source)
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out))
+            if not (out / directory.CONFIG).exists() and config is not None:
+                directory.refuse_used(out)
+                directory.begin(out, Setup(directory.with_whole_paths(config), None, watch, world=world))
+            elif config is not None and (found := begun(out).config) != (wanted := directory.with_whole_paths(config)):
+                keys = [key for key, *_ in differences(found.model_dump(), wanted.model_dump())]
+                raise RunError(f"{out} holds a run of other settings ({', '.join(keys[:5])}). Choose another --out.")
+        world.wait()
+        if done := directory.finished(out):
+            world.wait()
+            return done
+        start = begun(out)
+        setup = Setup(start.config, start.environment, watch, world=world)
+        try:
+            return _work(setup, _loop(setup, start, out), out, watch)
+        finally:
+            if sys.exc_info()[0] in (None, Interrupted):  # after another error, the others may not come
+                world.wait()
+
+
 def _work(setup: Setup, loop: Loop, out: Path, watch: Watch) -> Record:
+    world = setup.world
+    if not world.is_first:
+        loop.save = lambda: None  # type: ignore[method-assign]
+
     def on_event(event: Event) -> None:
+        if event.seconds:
+            world.check_same(_mark(loop), "what was learnt")
+        if not world.is_first:
+            return
         if event.seconds:
             with (out / "events.jsonl").open("a", encoding="utf-8") as log:
                 line = dataclasses.asdict(event) | {"time": now(), "task": setup.stream[event.task].name}
@@ -228,19 +279,32 @@ def _work(setup: Setup, loop: Loop, out: Path, watch: Watch) -> Record:
         watch(setup.stream, event)
         tracked.event(event, setup.stream, loop.state)
 
-    tracked = Tracking(setup.config, out, lambda text: watch(None, Event(task=0, phase="evaluate", note=text)))
+    def note(text: str) -> None:
+        watch(None, Event(task=0, phase="evaluate", note=text))
+
+    tracked = Tracking(setup.config if world.is_first else RunConfig(), out, note)
     with stop_on_signals() as should_stop, keeping_memory(), closing(setup.accelerated), closing(tracked):
-        loop.on_event, loop.should_stop = on_event, should_stop
+        loop.on_event, loop.should_stop = on_event, lambda: world.any(should_stop())
         loop.restore()
         loop.spend("load", time.perf_counter() - setup.started)
         if setup.config.jobs > 1 or (out / "parallel").exists():
             _train_side_by_side(setup, loop, out)
         loop.run()
     found = record_of(setup, loop)
+    if not world.is_first:
+        return found
     shutil.rmtree(out / "parallel", ignore_errors=True)
     report.write([found], out / "report.html")
     record.write(found, out)  # last: it says that all is done
     return found
+
+
+def _mark(loop: Loop) -> str:
+    """Returns a hash of what the learner holds."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(loop.learner.tensors().items()):
+        digest.update(f"|{name}|".encode() + tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _is_trained(loop: Loop, number: int, out: Path) -> bool:

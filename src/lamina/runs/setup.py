@@ -17,6 +17,7 @@ from lamina.data import Source, streams
 from lamina.data.streams import Stream
 from lamina.engine import device
 from lamina.engine.loop import Event, Loop
+from lamina.engine.world import ALONE, World
 from lamina.errors import ConfigError
 from lamina.learner import LanguageLearner, learner_of
 from lamina.methods import METHODS
@@ -54,7 +55,8 @@ class Setup:
     """Everything a run needs, made from its configuration.
 
     environment: that of the run if it has begun before. watch: is told what was found in the data, and the progress of loading.
-    cut: makes the stream of the data, decoded or not, for a backbone; by default as the configuration describes it.
+    cut: makes the stream of the data, decoded or not, for a backbone; by default as the configuration describes it. world: the
+    processes that make the run together.
     Raises ConfigError, DataError, BackboneError or MethodError for what cannot be run.
     """
 
@@ -65,7 +67,9 @@ class Setup:
         watch: Watch = lambda *_: None,
         *,
         cut: Callable[[LabelledData, Backbone], Stream] | None = None,
+        world: World = ALONE,
     ) -> None:
+        self.world = world
         self.started = time.perf_counter()
         self.config = config
         cut = cut or (lambda labelled, _: make_stream(config, labelled))
@@ -150,7 +154,7 @@ class Setup:
                     f"none. Leave it out."
                 )
             learner.recompute = True
-        self.accelerated = accelerate(learner)
+        self.accelerated = accelerate(learner, self.world)
         method: Method[Any] = self.method(self.settings, self.task_count)
         try:
             return make_loop(
