@@ -152,10 +152,23 @@ class ClassRecord(Part):
     """The task that brought the class."""
     correct: int
     total: int
+    correct_when_learnt: int | None = None
+    """The same examples, those of each task by the model right after that task; None in records of older runs."""
 
     @property
     def accuracy(self) -> float | None:
         return self.correct / self.total if self.total else None
+
+    @property
+    def accuracy_when_learnt(self) -> float | None:
+        known = self.total and self.correct_when_learnt is not None
+        return (self.correct_when_learnt or 0) / self.total if known else None
+
+    @property
+    def forgetting(self) -> float | None:
+        """Accuracy when learnt minus accuracy of the last model."""
+        learnt, last = self.accuracy_when_learnt, self.accuracy
+        return None if learnt is None or last is None else learnt - last
 
 
 class BatchRecord(Part):
@@ -375,6 +388,7 @@ class Record(Part):
             backbone=self.backbone,
             machine=self.machine,
             code=self.code,
+            classes=self.classes,
             batch=self.batch,
             language=self.language and self.language.model_copy(update={"predictions": ()}),
             cost=self.cost,

@@ -167,6 +167,9 @@ search: {{over: {{training.lr: [1.0e-4, 1.0e-2]}}, tasks: 2}}
         assert [task.val for task in tasks] == record.matrix.total_ij[-1].tolist() == [4, 4]
         assert [task.train for task in tasks] == [16, 16], "validation examples are not trained on"
         assert sum(found.total for found in record.classes) == 8
+        learnt = [found.correct_when_learnt for found in record.classes]
+        assert sum(learnt) == np.trace(record.matrix.correct_ij)
+        assert sum(found.correct for found in record.classes) == record.matrix.correct_ij[-1].sum()
 
 
 def test_what_is_wrong_with_a_grid_is_one_message(lamina: Command, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def write_table(path: Path) -> Path:
     text = f"title: {long}\nmethods: {{finetune: {{}}, {long}: {{method.name: inflora}}}}\nseeds: [0, 1]\nbaseline: {long}\n"
     text += "search: {over: {training.lr: [1, 2, 3, 4, 5, 6, 7, 8]}}\n"
     study = Study(write_grid(path.parent, text), cells=path.parent / "cells")
-    study.work(1, Told(), MadeUp(lambda config: 0.5))
+    study.work(Told(), MadeUp(lambda config: 0.5))
     table.write(study.content(f"lamina compare {long}.yaml"), path.parent).rename(path)
     return path
 

@@ -603,6 +603,26 @@ def test_the_page_draws_what_the_table_says(tmp_path: Path):
         assert run.folder in page
 
 
+def test_the_classes_that_are_forgotten_most(tmp_path: Path):
+    class WithClasses(MadeUp):
+        def start_one(self, cell: Started) -> Process:
+            process = super().start_one(cell)
+            made = record.read(cell.place.run)
+            seen = [("cat", 40, 90), ("dog", 80, 70 + 10 * made.seed), ("owl", 50, None)]
+            classes = [record.ClassRecord(name=n, correct=c, total=100, correct_when_learnt=w) for n, c, w in seen]
+            record.write(made.model_copy(update={"classes": tuple(classes)}), cell.place.run)
+            return process
+
+    found = study(tmp_path, GRID, only="*/[fj]*", records=tmp_path / "grid.jsonl")
+    found.work(Told(), WithClasses(accuracies))
+    page = table.write(found.content(""), found.out).read_text()
+    assert dict(found.content("").sections[0].forgotten) == {"finetune": "cat 50.0"}, "the dog got better on average"
+    assert "Classes that were forgotten most" in page
+    shutil.rmtree(tmp_path / "cells")
+    again = study(tmp_path, GRID, only="*/[fj]*", records=tmp_path / "grid.jsonl")
+    assert dict(again.content("").sections[0].forgotten) == {"finetune": "cat 50.0"}, "records know it, too"
+
+
 def test_rows_that_none_beats_in_both():
     assert pareto([(10, 50), (20, 40), (20, 60), (5, 30), (40, 60)]) == [(5, 30), (10, 50), (20, 60)]
     assert pareto([]) == []

@@ -61,7 +61,7 @@ def test_a_table_needs_a_part_of_it() -> None:
     assert part.metrics.known() == whole.metrics.known()
     assert (part.cost, part.machine, part.split, part.seed) == (whole.cost, whole.machine, "test", 0)
     assert Record.from_json(part.to_json(), "again").for_table() == part
-    assert part.to_json().keys().isdisjoint({"config", "lineage", "losses", "classes", "source"})
+    assert part.to_json().keys().isdisjoint({"config", "lineage", "losses", "source"})
     assert "tasks" not in part.to_json()["stream"]
 
 

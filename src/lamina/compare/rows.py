@@ -108,6 +108,16 @@ class RowRuns:
     trials: Sequence[Trial] = ()
     chosen: Mapping[str, Any] | None = None
 
+    def forgotten(self, most: int) -> list[tuple[str, float]]:
+        """Returns the classes that were forgotten most, with the mean over the runs of their forgetting."""
+        found: dict[str, list[float]] = {}
+        for run in self.runs:
+            for one in run.record.classes:
+                if one.forgetting is not None and not run.joint:
+                    found.setdefault(one.name, []).append(one.forgetting)
+        means = {name: stats.mean_and_spread(values)[0] for name, values in found.items()}
+        return sorted(((name, mean) for name, mean in means.items() if mean > 0), key=lambda pair: -pair[1])[:most]
+
     def values(self, key: str) -> list[float]:
         """Returns one figure of every run that has it."""
         return [value for run in self.runs if (value := run.figures[key]) is not None]

@@ -52,6 +52,8 @@ class Section:
     search: list[tuple[str, list[tuple[str, bool]]]]
     """For each row that was searched: its name, and each trial in words and whether it was chosen."""
     drawings: list[report.Drawing] = field(default_factory=list)
+    forgotten: list[tuple[str, str]] = field(default_factory=list)
+    """For each row the classes that were forgotten most, in words."""
     matrices: list[tuple[str, Markup]] = field(default_factory=list)
     """Accuracy matrix of every row, the mean over its runs."""
 
@@ -161,8 +163,17 @@ def _section(stream: str, rows: Mapping[str, RowRuns], grid: Grid, gains: Gains,
         notes=notes,
         search=[(name, _trials(row)) for name, row in rows.items() if row.trials],
         drawings=drawings(rows, baseline),
+        forgotten=[
+            (name, ", ".join(_class(*one) for one in worst))
+            for name, row in rows.items()
+            if (worst := row.forgotten(6))
+        ],
         matrices=matrices(rows),
     )
+
+
+def _class(name: str, forgetting: float) -> str:
+    return f"{name} {100 * forgetting:.1f}"
 
 
 def _trials(row: RowRuns) -> list[tuple[str, bool]]:

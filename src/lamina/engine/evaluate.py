@@ -47,6 +47,11 @@ class Predictions:
     def correct(self) -> int:
         return int((self.predicted_n == self.labels_n).sum())
 
+    def correct_by_class(self) -> dict[str, int]:
+        """Returns the correct predictions of every class that has examples, by class id as text."""
+        hit_n = self.predicted_n == self.labels_n
+        return {str(label): int(hit_n[self.labels_n == label].sum()) for label in np.unique(self.labels_n).tolist()}
+
     @property
     def task_aware_correct(self) -> int:
         return int((self.task_aware_n == self.labels_n).sum())

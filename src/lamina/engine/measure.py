@@ -96,6 +96,7 @@ class Measure:
         state = state.with_entry(
             negative_flips=sum(flips) / len(flips) if flips else None,
             accuracy_when_learnt=found[task].correct / max(totals[task], 1),
+            class_correct=None if self.learner.generates else found[task].correct_by_class(),
         )
         return state, {str(j): torch.from_numpy(p.predicted_n) for j, p in found.items()}
 

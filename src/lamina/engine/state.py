@@ -44,6 +44,9 @@ class TaskEntry:
     """Share of test examples that this task turned from correct to wrong, averaged over earlier tasks; None for the first
     task."""
     accuracy_when_learnt: float | None = None
+    class_correct: Mapping[str, int] | None = None
+    """Correct predictions for the task's own test examples when it was learnt, by class id as text; None where predictions are
+    no classes."""
     stored_parameters: int | None = None
     memory_bytes: int | None = None
 

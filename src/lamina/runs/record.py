@@ -175,7 +175,7 @@ def _lineage(setup: Setup, loop: Loop) -> tuple[LineageRecord, ...]:
         losses = [loss.value for loss in state.losses if loss.task == index]
         found.append(
             LineageRecord(
-                **dataclasses.asdict(entry),
+                **{key: value for key, value in dataclasses.asdict(entry).items() if key != "class_correct"},
                 classes=tuple(names[c] for c in setup.stream[index].classes),
                 loss_first=losses[0] if losses else None,
                 loss_last=losses[-1] if losses else None,
@@ -214,8 +214,17 @@ def _classes(setup: Setup, loop: Loop) -> tuple[ClassRecord, ...]:
         for label, predicted in zip(labels_n.tolist(), loop.last_predictions[str(j)].tolist(), strict=True):
             correct, total = counts.get(label, (0, 0))
             counts[label] = correct + (label == predicted), total + 1
+    entries = [entry.class_correct for entry in loop.state.lineage]
+    learnt = {c: sum((entry or {}).get(str(c), 0) for entry in entries) for c in counts}
+    known = all(entry is not None for entry in entries)
     first_task = {label: task.name for task in reversed(setup.stream.tasks) for label in task.classes}
     return tuple(
-        ClassRecord(name=setup.stream.class_names[c], task=first_task[c], correct=counts[c][0], total=counts[c][1])
+        ClassRecord(
+            name=setup.stream.class_names[c],
+            task=first_task[c],
+            correct=counts[c][0],
+            total=counts[c][1],
+            correct_when_learnt=learnt[c] if known else None,
+        )
         for c in sorted(counts)
     )
