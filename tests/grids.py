@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lamina import record, runs
+from lamina.compare.cells import Place
 from lamina.compare.runners import Started
 from lamina.config import RunConfig
 from lamina.maths.metrics import AccuracyMatrix
@@ -92,6 +93,9 @@ class MadeUp:
 
     def leave(self) -> str | None:
         return None
+
+    def reason(self, place: Place) -> str:
+        return ""
 
     def start_one(self, cell: Started) -> Process:
         place = cell.place

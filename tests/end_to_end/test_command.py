@@ -19,7 +19,18 @@ from lamina.methods import METHODS
 COMMANDS = ("demo", "run", "resume", "evaluate", "report", "compare", "methods", "data")
 RECORD = (
     *("sha256", "format", "name", "created", "seed", "split", "method", "stream", "matrix", "task_aware"),
-    *("task_inference_accuracy", "config", "source", "backbone", "machine", "code", "classes", "cost", "lineage"),
+    *(
+        "task_inference_accuracy",
+        "config",
+        "source",
+        "backbone",
+        "machine",
+        "code",
+        "classes",
+        "batch",
+        "cost",
+        "lineage",
+    ),
     *("losses", "skipped", "notes", "metrics"),
 )
 """The keys of results.json."""

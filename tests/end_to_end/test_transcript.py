@@ -116,6 +116,7 @@ def world(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str]]]:
     return tmp_path, environment
 
 
+@pytest.mark.slow
 def test_the_transcript_of_the_readme(world: tuple[Path, dict[str, str]]) -> None:
     folder, environment = world
     lines, pieces = transcript()

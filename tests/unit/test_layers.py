@@ -24,6 +24,7 @@ LEVELS = (
     ("compare", "model"),
     ("export", "serve"),
     ("cli",),
+    ("__main__",),
 )
 """Parts of one level do not import each other."""
 LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from tests.grids import write_grid
+from tests.grids import Ended, write_grid
 
+from lamina import __version__
 from lamina.compare import cell_run, lease, runners
-from lamina.compare.cells import Place
+from lamina.compare.cells import Place, code_hash
 from lamina.compare.grid import Grid
 from lamina.compare.runners import LOST, Remote, Resources, Started
+from lamina.compare.work import Job, Watch, work
 from lamina.errors import ConfigError
 
 HERE = lease._here
@@ -92,6 +94,29 @@ def test_one_of_many_gets_a_lost_lease(tmp_path: Path):
     assert len([one for one in got if one is not None]) == 1
 
 
+def test_a_process_number_that_is_used_again_holds_nothing_for_ever(tmp_path: Path):
+    file = written(tmp_path, pid=os.getppid())
+    assert lease.holder(tmp_path) is not None
+    os.utime(file, (1, 1))
+    assert lease.holder(tmp_path) is None
+
+
+def test_a_lease_that_was_taken_over_meanwhile_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Between the judgement and the taking, another process is faster."""
+    written(tmp_path, pid=dead_process())
+    judge = lease.holder
+
+    def slow(folder: Path) -> str | None:
+        found = judge(folder)
+        (folder / lease.FILE).unlink()
+        written(folder, token="faster", host="other")
+        return found
+
+    monkeypatch.setattr(lease, "holder", slow)
+    assert lease.claim(tmp_path, "me") is None
+    assert json.loads((tmp_path / lease.FILE).read_text())["token"] == "faster"
+
+
 def test_a_kept_lease_is_touched_and_stops_its_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lease, "BEAT", 0.02)
     stopped: list[str] = []
@@ -143,6 +168,51 @@ def test_a_cell_begins_or_goes_on_and_says_how_it_ended(tmp_path: Path):
     assert run(tmp_path, ran, attempt="c") == 0
     assert len(ran) == 2, "what is done is not done again"
     assert lease.holder(tmp_path) is None
+
+
+def test_a_cell_does_not_run_with_other_code_than_it_was_submitted_with(tmp_path: Path):
+    identity = {"lamina": __version__, "code": code_hash("finetune"), "method": "finetune"}
+    ran: list[list[str]] = []
+    (tmp_path / "cell.json").write_text(json.dumps(identity))
+    assert run(tmp_path, ran) == 0
+    (tmp_path / "cell.json").write_text(json.dumps(identity | {"code": "older"}))
+    assert run(tmp_path, ran) == cell_run.OTHER_CODE
+    assert len(ran) == 1
+    ended: list[int | None] = []
+    job = Job("a", Place(tmp_path), lambda: True)
+    ends = Ends([cell_run.OTHER_CODE])
+    work([job], ends, Watch(lambda _, code: ended.append(code), lambda _: None, lambda _: None, lambda _: None))
+    assert ended == [None], "it counts as not started"
+
+
+class Ends:
+    """A runner whose runs end at once with these codes, one after the other."""
+
+    side_by_side, pause = 1, 0.0
+
+    def __init__(self, codes: list[int]) -> None:
+        self.codes = codes
+
+    def start(self, cells: list[Started]) -> list[Any]:
+        found = []
+        for cell in cells:
+            cell.lock.close()
+            found.append(Ended(self.codes.pop(0)))
+        return found
+
+    def leave(self) -> str | None:
+        return None
+
+    def reason(self, place: Place) -> str:
+        return ""
+
+
+def test_a_lost_run_is_started_again_but_not_for_ever(tmp_path: Path):
+    ended, lost = list[int | None](), list[str]()
+    watch = Watch(lambda _, code: ended.append(code), lambda _: None, lambda job: lost.append(job.name), lambda _: None)
+    ends = Ends([LOST] * 5)
+    work([Job("a", Place(tmp_path), lambda: True)], ends, watch)
+    assert (ended, lost, ends.codes) == ([LOST], ["a"] * 3, [LOST])
 
 
 def test_a_cell_that_another_holds_is_left_alone(tmp_path: Path):
@@ -263,4 +333,36 @@ def test_a_gpu_is_given_to_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest
     first.code = 0
     begin("c", 1)
     begin("d", 0)
-    assert seen == ["0,1", "2", "0", None]
+    assert seen == ["0,1", "2", "0", ""], "and a run that needs none sees none"
+
+
+def test_the_gpus_are_those_that_are_visible_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[str | None] = []
+
+    def launch(folder: Path, *options: str, pass_fds: object, environment: dict[str, str]) -> Sleeping:
+        seen.append(environment.get("CUDA_VISIBLE_DEVICES"))
+        return Sleeping()
+
+    monkeypatch.setattr(cell_run, "launch", launch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    place = Place(tmp_path / "a")
+    lock = place.lock()
+    assert lock is not None
+    runners.Local(side_by_side=1, gpus=2).start([Started(place, lock, Resources(gpus=2))])
+    lock.close()
+    assert seen == ["4,6"]
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        *(
+            ("setup", "module load cuda", ["module load cuda"]),
+            ("use_srun", "false", False),
+            ("exclusive", "true", True),
+        ),
+        *(("account", "007", "007"), ("nodes", "2", 2), ("partition", "gpu", "gpu"), ("time", "1:00", "1:00")),
+    ],
+)
+def test_parameters_of_submitit(key: str, text: str, value: object):
+    assert runners._value(key, text) == value

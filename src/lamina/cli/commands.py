@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -47,7 +48,6 @@ app.command("methods")(methods.methods)
 app.add_typer(data_app, name="data")
 data_app.command("check")(data.check)
 app.command("train-task", hidden=True)(run.train_task)
-app.command("run-cell", hidden=True)(compare.run_cell)
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """In the messages of PyTorch."""
@@ -89,6 +89,21 @@ def main() -> NoReturn:
             f"evaluation.batch_size or backbone.image_size, or a smaller backbone."
         )
     sys.exit(0)
+
+
+@app.command("run-cell", hidden=True)
+def run_cell(directory: Path, held: bool = False, attempt: str = "", parent: int = 0) -> None:
+    """Run one cell of a comparison. `lamina compare` starts this command, here or on other machines."""
+    from lamina.compare import cell_run
+
+    def command(arguments: list[str]) -> int:
+        sys.argv = ["lamina", *arguments]
+        try:
+            main()
+        except SystemExit as ended:
+            return ended.code if isinstance(ended.code, int) else 1
+
+    raise typer.Exit(cell_run.run(directory, command, held=held, attempt=attempt, parent=parent))
 
 
 def _fail(message: str) -> NoReturn:

@@ -41,7 +41,7 @@ def compare(
     scale: Annotated[
         float | None,
         typer.Option(
-            help="With --preset: this share of its epochs and examples, on whatever data there is, such as 0.02."
+            help="With --preset: try it small on any data: this share of its epochs and examples, short texts, one seed."
         ),
     ] = None,
     out: Annotated[
@@ -73,7 +73,10 @@ def compare(
             metavar="KEY=VALUE", help="For --runner slurm, such as partition=gpu or account=me. May be repeated."
         ),
     ] = None,
-    ray: Annotated[str, typer.Option(metavar="ADDRESS", help="For --runner ray: address of the cluster.")] = "auto",
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="For --runner ray: address of the cluster. Default: this machine's."),
+    ] = None,
 ) -> None:
     """Run a grid of methods, seeds and streams, and write one table of the results.
 
@@ -88,7 +91,7 @@ def compare(
         grid = [_grid_of(preset, grid or [], out, data, backbone, scale)]
         out = grid[0].parent
     elif data or backbone or scale is not None:
-        raise ConfigError("--data, --backbone and --scale go with --preset; a grid file says them itself")
+        raise ConfigError("--data, --backbone and --scale go with --preset; a grid file sets these itself")
     if not grid:
         raise ConfigError("`lamina compare` takes a grid (a YAML file), or --preset NAME --data FOLDER")
     if len(grid) > 1 or grid[0].is_dir():
@@ -100,6 +103,8 @@ def compare(
         table.check_page(page)
     if slurm and runner is not RunnerName.slurm:
         raise ConfigError(f"--slurm {slurm[0]} goes with --runner slurm")
+    if ray is not None and runner is not RunnerName.ray:
+        raise ConfigError(f"--ray {ray} goes with --runner ray")
     study = Study(grid[0], out=out, cells=cells, only=only, keep_code=keep_code, records=records)
     if dry_run:
         for state, name, place in study.listing():
@@ -107,7 +112,7 @@ def compare(
         return
     command = f"lamina compare {grid[0]}" + (" --keep-code" if keep_code else "")
     command += f" --records {records}" if records else ""
-    outcome = Outcome() if no_run else _work(study, _runner(study, runner, jobs, slurm or [], ray))
+    outcome = Outcome() if no_run else _work(study, _runner(study, runner, jobs, slurm or [], ray or "auto"))
     content = study.content(command)
     written = table.write(content, study.out, page)
     columns = [k for k, title in enumerate(content.accuracies) if title.startswith(SHOWN)]
@@ -147,25 +152,10 @@ def _runner(study: "Study", name: RunnerName, jobs: int | None, slurm: list[str]
         if wrong:
             raise ConfigError(f"--slurm {wrong[0]}: must be KEY=VALUE, such as partition=gpu")
         given = {key: value for key, _, value in (text.partition("=") for text in slurm)}
-        return runners.Slurm(study.store.folder / ".slurm", jobs, given)
+        return runners.Slurm(study.store.folder / ".slurm", jobs, given, study.grid.settings.jobs)
     if name is RunnerName.ray:
         return runners.Ray(ray, jobs)
     return runners.local(jobs or study.grid.settings.jobs, [study.grid.resources(row) for row in study.grid.rows])
-
-
-def run_cell(directory: Path, held: bool = False, attempt: str = "", parent: int = 0) -> None:
-    """Run one cell of a comparison. `lamina compare` starts this command, here or on other machines."""
-    from lamina.cli.commands import main
-    from lamina.compare import cell_run
-
-    def command(arguments: list[str]) -> int:
-        sys.argv = ["lamina", *arguments]
-        try:
-            main()
-        except SystemExit as ended:
-            return ended.code if isinstance(ended.code, int) else 1
-
-    raise typer.Exit(cell_run.run(directory, command, held=held, attempt=attempt, parent=parent))
 
 
 def _work(study: "Study", runner: "Runner") -> "Outcome":

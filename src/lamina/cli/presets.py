@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lamina.errors import ConfigError
+from lamina.errors import ConfigError, LaminaError
 
 LEDGER = Path("docs/ledger.jsonl")
 
@@ -66,10 +66,10 @@ def add(
     for run in runs:
         try:
             entry = book.entry_of(one, run)
-        except ConfigError as error:
+            new = book.add(file, entry)
+        except LaminaError as error:
             problems.append(str(error))
             continue
-        new = book.add(file, entry)
         print(f"{run}: {entry.row}, seed {entry.seed}" + ("" if new else ": is in the ledger already"))
     if problems:
         raise ConfigError("\n".join(problems))

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -19,8 +20,8 @@ from lamina.compare import lease
 from lamina.compare.cells import ATTEMPT, Place
 from lamina.files import replace_text
 
-HELD = 75
-"""Exit code where another process holds the cell."""
+HELD, OTHER_CODE = 75, 76
+"""Exit codes where another process holds the cell, and where the code of lamina has changed since the cell was submitted."""
 ENDED = "ended.json"
 
 
@@ -54,7 +55,9 @@ def run_there(folder: str, attempt: str) -> int:
     with suppress(ValueError):  # not the main thread; then the run notices by itself that this process is gone
         signal.signal(signal.SIGTERM, asked)
     try:
-        return child.wait()
+        while (code := child.poll()) is None:
+            time.sleep(0.5)  # not child.wait(), which an interrupt from another thread does not wake
+        return code
     except BaseException:
         child.terminate()
         child.wait()
@@ -62,8 +65,8 @@ def run_there(folder: str, attempt: str) -> int:
 
 
 def run(folder: Path, command: Callable[[list[str]], int], *, held: bool, attempt: str, parent: int) -> int:
-    """Runs a cell with this command of lamina, and returns its exit code, or HELD. held: the process that started this one
-    holds the lock. parent: a process; the run stops when it is gone."""
+    """Runs a cell with this command of lamina, and returns its exit code, HELD or OTHER_CODE. held: the process that started
+    this one holds the lock. parent: a process; the run stops when it is gone."""
     place = Place(folder)
     lock = None if held else place.lock()
     if lock is None and not held:
@@ -75,6 +78,8 @@ def run(folder: Path, command: Callable[[list[str]], int], *, held: bool, attemp
     try:
         if place.state == "done":
             code = 0
+        elif not place.has_this_code():
+            code = OTHER_CODE
         else:
             mine.keep(lambda: parent > 0 and os.getppid() != parent, lambda: os.kill(os.getpid(), signal.SIGTERM))
             going_on = (place.run / "config.json").exists()

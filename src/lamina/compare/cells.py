@@ -9,6 +9,7 @@ CELLS/METHOD-WHAT-CODE/
   lock           held by the process that runs it, and by the comparison that started this
   lease.json     kept by the process that runs it, for other machines
   ended.json     how the last attempt ended
+  job.json       the job of SLURM that was submitted for it
 
 WHAT is a hash of the settings that decide the result, of the data and of the backbone's files. CODE is a hash of the code that
 can change the result. A run whose settings, data, weights or code changed therefore has another directory; the old one is kept.
@@ -17,6 +18,7 @@ runs and is small enough to be kept beside it.
 """
 
 import ast
+import errno
 import fcntl
 import fnmatch
 import functools
@@ -84,6 +86,14 @@ class Place:
         replace_text(self.config, configuration.to_yaml(config))
         replace_text(self.folder / "cell.json", json.dumps(identity, indent=1) + "\n")
 
+    def has_this_code(self) -> bool:
+        """Returns whether the code of lamina is that with which the cell was begun."""
+        file = self.folder / "cell.json"
+        if not file.exists():
+            return True
+        identity = json.loads(file.read_text(encoding="utf-8"))
+        return bool(identity["lamina"] == __version__ and identity["code"] == code_hash(identity["method"]))
+
     def fail(self, why: str) -> None:
         replace_text(self._failed, f"{why}\n{self.last_lines()}".strip() + "\n")
 
@@ -107,7 +117,12 @@ class Place:
         except BlockingIOError:
             file.close()
             return None
-        note_holder(file, f"the comparison of process {os.getpid()}")
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                file.close()
+                raise
+            # The file system knows no locks: the lease alone tells processes apart.
+        note_holder(file, f"process {os.getpid()}")
         return file
 
     def holder(self) -> str:

@@ -80,6 +80,8 @@ def _ranking(rows: Mapping[str, RowRuns], ranked: Sequence[str], styles: Mapping
         ends = (None, None) if low is None or high is None else (100 * low, 100 * high)
         mean = sum(single) / len(single)
         estimates.append(Estimate(name=name, values=single, mean=mean, low=ends[0], high=ends[1], style=styles[name]))
+    counts = sorted({len(stats.units(by_run(rows[name].runs, _key(rows[name])))) for name in ranked} - {1})
+    covered = " and ".join(f"{100 * stats.coverage(n):.0f} % for {n}" for n in counts)
     everything = np.array([value for one in estimates for value in one.values])
     span = (_floor([everything]), float(min(100.0, 10 * math.ceil(everything.max() / 10))))
     title = "Final accuracy"
@@ -88,6 +90,7 @@ def _ranking(rows: Mapping[str, RowRuns], ranked: Sequence[str], styles: Mapping
         title=title,
         svg=charts.strips(title, told, estimates, x_range=span, x_name="%"),
         note="Dots: runs. Upright stroke: their mean. Bar: its interval over class orders, or over seeds of the one order. "
+        f"It covers the centre with probability {covered}. "
         "Rows of joint training: micro accuracy. These intervals hold the spread that all rows share; the differences from "
         "the baseline in the table do not.",
     )

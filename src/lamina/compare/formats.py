@@ -3,12 +3,9 @@
 import csv
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from lamina.compare.rows import ACCURACIES, COSTS, LANGUAGE, Line
-
-if TYPE_CHECKING:
-    from lamina.compare.table import Content
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -30,27 +27,35 @@ _LATEX = {
 }
 
 
-def as_csv(table: "Content") -> str:
+class Rows(NamedTuple):
+    """The rows of a stream."""
+
+    stream: str
+    caption: str
+    lines: Sequence[Line]
+
+
+def as_csv(streams: Sequence[Rows], *, language: bool) -> str:
     """Returns one line for every run, with figures as fractions and costs as numbers."""
-    figures = [*ACCURACIES, *COSTS, *(LANGUAGE if table.language else ())]
+    figures = [*ACCURACIES, *COSTS, *(LANGUAGE if language else ())]
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
     out.writerow(["stream", "row", "method", "seed", "class_order", *figures, "lamina", "commit", "cell"])
-    for section in table.sections:
-        for line in section.lines:
+    for rows in streams:
+        for line in rows.lines:
             for run in line.row.runs:
                 values = ["" if (value := run.figures[key]) is None else repr(value) for key in figures]
                 order = "" if run.order is None else run.order
                 code = (run.record.code.version, run.record.code.commit or "") if run.record.code else ("", "")
                 out.writerow(
-                    [section.name, line.name, run.record.method.name, run.seed, order, *values, *code, run.folder]
+                    [rows.stream, line.name, run.record.method.name, run.seed, order, *values, *code, run.folder]
                 )
     return text.getvalue()
 
 
-def as_latex(table: "Content") -> str:
-    """Returns one table for every stream, to be used with the package booktabs."""
-    return "\n".join(_latex_of(section.caption, table.accuracies, section.lines) for section in table.sections)
+def as_latex(streams: Sequence[Rows], columns: Sequence[str]) -> str:
+    """Returns one table for every stream, to be used with the package booktabs. columns: titles of the accuracies."""
+    return "\n".join(_latex_of(rows.caption, columns, rows.lines) for rows in streams)
 
 
 def _latex_of(caption: str, columns: Sequence[str], lines: Sequence[Line]) -> str:

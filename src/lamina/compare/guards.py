@@ -8,6 +8,7 @@ That nothing is chosen on test examples, and that class order, split and seed ar
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,45 +19,43 @@ from lamina.config import RunConfig
 from lamina.data.leaks import Leaks, has_near, leaks
 from lamina.files import replace_text
 from lamina.record import Record
+from lamina.report.text import count
 
 SEEN = {
     "nano": "trained on 98,000 training images of Tiny ImageNet and on the scores of an ImageNet-1k model, so classes of "
     "everyday objects and animals are not new to it",
-    "in21k": "ImageNet-21k has nearly all classes of CIFAR-100, ImageNet-R, ImageNet-A and CUB-200, but not their test images",
-    "in1k": "ImageNet-1k has the classes of ImageNet-R and ImageNet-A, but not their test images",
+    "in21k": "ImageNet-21k has nearly all classes of CIFAR-100, ImageNet-R and ImageNet-A. CUB-200 shares images with "
+    "ImageNet, test images too",
+    "in1k": "ImageNet-1k has the classes of ImageNet-R and ImageNet-A. CUB-200 shares images with ImageNet, test images too",
     "dinov2": "LVD-142M was collected around ImageNet, CUB-200, Stanford Cars, Flowers, Pets and others, by similarity",
     "clip": "trained on pairs from the web, among which common test images occur",
 }
 """What is known of the pre-training of a backbone, by a part of its name."""
 
 
-def look(config: RunConfig, folder: Path) -> Leaks:
+def look(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda _: None) -> Leaks:
     """Returns the leaks of the data of a configuration. They are kept in this folder, and looked for again where the data has
-    changed, or near copies could not be looked for."""
+    changed, or near copies could not be looked for. say: is told before a search."""
     source = runs.open_source(config)
     file = folder / f"{source.fingerprint}-{source.stamp}-leaks.json"
     if file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
         if found["near"] is not None or not has_near(source):
             return Leaks(**found | {"examples": tuple(map(tuple, found["examples"]))})
-    made = _leaks(f"{source.fingerprint}-{source.stamp}", lambda: leaks(source))
+    say(f"looking for copies of test examples among the training examples of {source.name}, once")
+    made = leaks(source)
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_text(file, json.dumps(asdict(made)) + "\n")
     return made
 
 
-_known: dict[str, Leaks] = {}
-
-
-def _leaks(mark: str, search: Callable[[], Leaks]) -> Leaks:
-    """Returns what is among the training examples of this data; looked for once in a process."""
-    if mark not in _known:
-        _known[mark] = search()
-    return _known[mark]
+def _words(name: str) -> list[str]:
+    """Returns the words of the last part of a backbone's name."""
+    return re.split(r"[^a-z0-9]+", name.lower().rstrip("/").rpartition("/")[2])
 
 
 def warnings(stream: str, found: Leaks | None, rows: Mapping[str, Iterable[Run]]) -> Iterator[str]:
-    """Yields what speaks against the figures of a stream. found: None where the data was not looked at."""
+    """Yields why the figures of a stream may mislead. found: None where the data was not looked at."""
     if found is not None and found.exact + (found.near or 0):
         parts = [f"{found.exact:,} of {found.tests:,} test examples are also training examples"] * bool(found.exact)
         if found.near:
@@ -70,7 +69,7 @@ def warnings(stream: str, found: Leaks | None, rows: Mapping[str, Iterable[Run]]
         tried = [run.record.batch for run in of_row if run.record.batch is not None]
         if dependent := sum(one.dependent for one in tried):
             what = f"{dependent} of {sum(one.examples for one in tried)} predictions of `{name}` on {stream}"
-            yield f"Leak through the batch: {what} depend on the other examples."
+            yield f"Leak through the batch: {what} have scores that depend on the other examples."
 
 
 def facts(found: Mapping[str, Leaks | None], records: Iterable[Record]) -> list[tuple[str, str]]:
@@ -86,7 +85,9 @@ def facts(found: Mapping[str, Leaks | None], records: Iterable[Record]) -> list[
     lines = [("Test examples among the training examples", "; ".join(said))] * bool(said)
     if tried:
         examples, dependent = sum(one.examples for one in tried), sum(one.dependent for one in tried)
-        lines.append(("Predictions that depend on the batch", f"{dependent} of {examples} tried in {len(tried)} runs"))
+        lines.append(
+            ("Predictions that depend on the batch", f"{dependent} of {examples} tried in {count(len(tried), 'run')}")
+        )
     names = {record.backbone.name for record in records if record.backbone}
-    seen = [f"{name}: {text}" for name in sorted(names) for part, text in SEEN.items() if part in name.lower()]
+    seen = [f"{name}: {text}" for name in sorted(names) for part, text in SEEN.items() if part in _words(name)]
     return lines + ([("Pre-training", "; ".join(seen))] if seen else [])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 FILE = "lease.json"
-BEAT = 5.0
+BEAT = 2.0
 """Seconds between two touches."""
 FRESH = 60.0
 """A lease that was not touched for so many seconds has lost its holder."""
@@ -35,13 +35,15 @@ class Lease:
 
         def beat() -> None:
             asked = False
-            while not self._ended.wait(BEAT if asked else min(BEAT, 1.0)):
-                found = _read(self.folder / FILE)
-                mine = found is not None and found["token"] == self.token
-                if mine:
+            while not self._ended.wait(BEAT):
+                found, there = _read(self.folder / FILE), (self.folder / FILE).exists()
+                taken = (found is not None and found["token"] != self.token) or not there
+                if not taken:
                     with suppress(OSError):
                         os.utime(self.folder / FILE)
-                if not asked and (not mine or should_stop()):
+                if not asked and (
+                    taken or should_stop()
+                ):  # a file that cannot be read may be one of a server that is busy
                     asked = True
                     stop()
 
@@ -61,12 +63,20 @@ def claim(folder: Path, who: str) -> Lease | None:
     """Returns a lease on a cell, taking over one whose holder is lost; None where another process holds it."""
     file, token = folder / FILE, uuid.uuid4().hex
     if file.exists():
+        judged = _read(file)
         if holder(folder) is not None:
             return None
         lost = folder / f".{FILE}.{token}"
-        with suppress(FileNotFoundError):  # another process may be faster
+        try:
             os.rename(file, lost)
+        except FileNotFoundError:  # another process was faster
+            return None
+        if _read(lost) != judged:  # another process had taken it over meanwhile: give it back
+            with suppress(FileExistsError):
+                os.link(lost, file)
             lost.unlink(missing_ok=True)
+            return None
+        lost.unlink(missing_ok=True)
     try:
         opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
@@ -80,14 +90,15 @@ def holder(folder: Path) -> str | None:
     """Returns who holds a cell, in words; None where no process does."""
     file = folder / FILE
     try:
-        age = _now(folder) - file.stat().st_mtime
+        touched = file.stat().st_mtime
     except FileNotFoundError:
         return None
     found = _read(file) or {}
     who = f"{found.get('who', 'a process')} on {found.get('host', 'another machine')}"
-    if {key: found.get(key) for key in _here()} == _here():
-        return who if _alive(int(found.get("pid", 0))) else None
-    return who if age < FRESH else None
+    here = _here()
+    if {key: found.get(key) for key in here} == here and not _alive(int(found.get("pid", 0))):
+        return None
+    return who if _now(folder) - touched < FRESH else None
 
 
 def _read(file: Path) -> dict[str, Any] | None:

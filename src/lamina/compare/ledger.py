@@ -10,9 +10,10 @@ from typing import Any
 
 from lamina import record
 from lamina.compare import preset as presets
-from lamina.compare.preset import Preset
+from lamina.compare.notes import code_of
+from lamina.compare.preset import Part, Preset
 from lamina.compare.stats import mean_and_spread
-from lamina.config import RunConfig, Section
+from lamina.config import RunConfig
 from lamina.errors import ConfigError, RunError
 from lamina.files import replace_text
 from lamina.report.text import DASH
@@ -25,7 +26,7 @@ FIGURES = {
 NOT_RUN = "not run yet"
 
 
-class Entry(Section):
+class Entry(Part):
     """A run that followed a preset."""
 
     preset: str
@@ -38,8 +39,6 @@ class Entry(Section):
     machine: str
     seconds: float | None
     code: str
-    run: str
-    """Fingerprint of its stream and time of its end: what tells two runs apart."""
 
 
 def entry_of(preset: Preset, run: Path) -> Entry:
@@ -52,7 +51,7 @@ def entry_of(preset: Preset, run: Path) -> Entry:
     stream, row = presets.row_of(preset, config)
     if differs := list(preset.problems(found.source.model_dump())):
         raise ConfigError(f"{run}: its data is not that of preset {preset.name}: {'; '.join(differs)}")
-    machine, code = found.machine, found.code
+    machine = found.machine
     metrics = vars(found.metrics)
     return Entry(
         preset=preset.name,
@@ -64,8 +63,7 @@ def entry_of(preset: Preset, run: Path) -> Entry:
         backbone_hash=found.backbone.hash if found.backbone else None,
         machine=machine.gpu or machine.cpu or "unknown",
         seconds=found.cost.total_seconds,
-        code=f"lamina {code.version}, commit {code.commit}" if code else "unknown",
-        run=f"{found.stream.fingerprint} {found.created}",
+        code=code_of(found),
     )
 
 
@@ -82,10 +80,17 @@ def read(file: Path) -> list[Entry]:
 
 
 def add(file: Path, entry: Entry) -> bool:
-    """Adds a run to a ledger. Returns False where it is there already."""
+    """Adds a run to a ledger. Returns False where it is there already. Raises ConfigError where another run of the same row,
+    seed and class order is: two of them are no two pieces of evidence."""
     entries = read(file)
-    if any(old.run == entry.run and old.preset == entry.preset for old in entries):
-        return False
+    for old in entries:
+        if all(getattr(old, key) == getattr(entry, key) for key in ("preset", "stream", "row", "seed", "order")):
+            if old == entry:
+                return False
+            raise ConfigError(
+                f"{file} has a run of {entry.row}, seed {entry.seed}, already, with other figures or other code. Take its line "
+                "out first, or use another seed."
+            )
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(one.model_dump()) + "\n" for one in [*entries, entry]]
     replace_text(file, "".join(lines))
@@ -114,7 +119,7 @@ def page(entries: Sequence[Entry]) -> str:
 def _summary(entries: Sequence[Entry]) -> str:
     run, known = len({entry.preset for entry in entries}), len(presets.names())
     if not run:
-        return f"**None of the {known} presets has been run yet**: they need datasets and GPUs that we did not have."
+        return f"**None of the {known} presets has been run yet**: they need their datasets and GPUs."
     return f"{run} of {known} presets have runs."
 
 
@@ -130,7 +135,7 @@ def _rows(preset: Preset, entries: Sequence[Entry]) -> Iterator[list[str]]:
         mine = [e for e in entries if (e.stream, e.row) == (stream, row)]
         yield [stream or DASH, f"`{row}`", FIGURES["final_accuracy"], DASH, DASH, *_ours(mine, "final_accuracy")]
     if not preset.file.reported and not entries:
-        yield [DASH, DASH, DASH, "no value was to be had", DASH, NOT_RUN, DASH]
+        yield [DASH, DASH, DASH, "no published value found", DASH, NOT_RUN, DASH]
 
 
 def _ours(entries: Sequence[Entry], figure: str) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 search of its own says so."""
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from lamina.compare import stats
 from lamina.compare.rows import RowRuns, by_run
@@ -11,8 +11,8 @@ from lamina.record import Record
 from lamina.report.text import count, percent
 
 
-def notes_of(rows: Mapping[str, RowRuns], gains: Sequence[Difference], baseline: str | None) -> list[str]:
-    """Returns the notes of one stream. gains: the differences from the baseline that are known."""
+def notes_of(rows: Mapping[str, RowRuns], gains: Mapping[str, Difference], baseline: str | None) -> list[str]:
+    """Returns the notes of one stream. gains: the differences from the baseline that are known, by name of the row."""
     return [*_row_notes(rows, baseline), *_code_notes(rows), *_source_notes(rows), *_difference_notes(gains)]
 
 
@@ -65,29 +65,33 @@ def _code_notes(rows: Mapping[str, RowRuns]) -> Iterable[str]:
         yield f"Trials of the search made with other code than this one: {found}."
 
 
-def _difference_notes(gains: Sequence[Difference]) -> Iterable[str]:
-    if not gains:
-        return
-    units = min(gain.units for gain in gains)
-    if units == 1:
-        yield "One pair of runs has no spread, so there is no interval. Use more seeds."
-        return
-    several = any(gain.pairs > gain.units for gain in gains)
-    what = (
-        "class orders, each with the mean of its seeds"
-        if several
-        else "pairs of runs with the same seed and class order"
-    )
-    yield (
-        f"In brackets: interval of the mean difference over {units} {what}, from the means of their subsets. It covers the "
-        f"centre of symmetric differences with probability {percent(stats.coverage(units), 0)}."
-    )
-    if units < stats.LEAST_UNITS:
-        yield (
-            f"With {units} {'class orders' if several else 'pairs'} that interval is the range of the differences, and a "
-            f"permutation test cannot give a p-value below {2.0 ** (1 - units):.2g}, so none is shown. "
-            f"{'Use more class orders' if several else 'Use more seeds'}: with {stats.LEAST_UNITS} or more, 5 % can be reached."
+def _difference_notes(gains: Mapping[str, Difference]) -> Iterable[str]:
+    """Yields what the brackets are, one sentence for each number of units."""
+    by_units: dict[int, list[str]] = {}
+    for name, gain in gains.items():
+        by_units.setdefault(gain.units, []).append(name)
+    for units, names in sorted(by_units.items(), reverse=True):
+        of = "" if len(by_units) == 1 else f" ({', '.join(f'`{name}`' for name in names)})"
+        several = any(gains[name].pairs > units for name in names)
+        more = "class orders" if several else "seeds"
+        if units == 1:
+            yield f"One pair of runs has no spread, so there is no interval{of}. Use more {more}."
+            continue
+        what = (
+            "class orders, each with the mean of its seeds"
+            if several
+            else "pairs of runs with the same seed and class order"
         )
+        yield (
+            f"In brackets{of}: interval of the mean difference over {units} {what}, from the means of their subsets. It covers "
+            f"the centre of symmetric differences with probability {percent(stats.coverage(units), 0)}."
+        )
+        if units < stats.LEAST_UNITS:
+            yield (
+                f"With {units} {'class orders' if several else 'pairs'} that interval is the range of the differences, and a "
+                f"permutation test cannot give a p-value below {2.0 ** (1 - units):.2g}, so none is shown{of}. Use more "
+                f"{more}; {stats.units_for(len(gains))} are needed for 5 % with {count(len(gains), 'row')} tested."
+            )
 
 
 def _source_notes(rows: Mapping[str, RowRuns]) -> Iterable[str]:

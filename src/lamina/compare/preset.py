@@ -10,17 +10,16 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from lamina import config as configuration
 from lamina import data, runs
 from lamina.compare.grid import Grid
-from lamina.config import RunConfig, Section, flat
+from lamina.config import RunConfig, as_yaml, flat, read_yaml
 from lamina.data import Source
 from lamina.errors import ConfigError
 from lamina.files import replace_text
@@ -31,7 +30,13 @@ LEAST = 4
 """Least number of examples of a class in a scaled run."""
 
 
-class Expected(Section):
+class Part(BaseModel):
+    """A part of a preset's file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Expected(Part):
     """The data of a protocol."""
 
     what: str
@@ -45,7 +50,7 @@ class Expected(Section):
     domains: tuple[str, ...] | None = None
 
 
-class Reported(Section):
+class Reported(Part):
     """A value that was published."""
 
     row: str
@@ -57,7 +62,7 @@ class Reported(Section):
     """Name of the stream, where the preset has several."""
 
 
-class PresetFile(Section):
+class PresetFile(Part):
     title: str
     paper: str
     data: Expected
@@ -154,8 +159,9 @@ def load(name: str) -> Preset:
     """Raises ConfigError for a name that no preset has."""
     if name not in names():
         raise ConfigError(configuration.unknown("preset", name, names(), "presets"))
-    text = files(__package__).joinpath("presets", f"{name}.yaml").read_text(encoding="utf-8")
-    return Preset(name, PresetFile.model_validate(yaml.safe_load(text)))
+    with as_file(files(__package__).joinpath("presets", f"{name}.yaml")) as file:
+        content, _ = read_yaml(file)
+    return Preset(name, PresetFile.model_validate(content))
 
 
 def write_grid(preset: Preset, out: Path, source: str, backbone: str | None, scale: float) -> Path:
@@ -166,8 +172,13 @@ def write_grid(preset: Preset, out: Path, source: str, backbone: str | None, sca
         preset.check(_open(source))
     out.mkdir(parents=True, exist_ok=True)
     head = f"# Preset {preset.name}: {preset.file.paper}\n"
-    file = out / f"{preset.name}.yaml"
-    replace_text(file, head + yaml.safe_dump(grid, sort_keys=False, allow_unicode=True))
+    file, text = out / f"{preset.name}.yaml", head + as_yaml(grid)
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        raise ConfigError(
+            f"{file} is there already and says something else: it was changed, or made for other data. `lamina compare {file}` "
+            "runs it; give --out to begin another."
+        )
+    replace_text(file, text)
     return file
 
 
@@ -180,7 +191,7 @@ def row_of(preset: Preset, config: RunConfig) -> tuple[str, str]:
         raise ConfigError(f"the run did not follow preset {preset.name}: its backbone is {used}, in place of {wanted}")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "grid.yaml"
-        file.write_text(yaml.safe_dump(preset.grid(config.data.source)), encoding="utf-8")
+        file.write_text(as_yaml(preset.grid(config.data.source)), encoding="utf-8")
         grid = Grid(file)
     closest: list[str] | None = None
     for row in grid.rows:
@@ -196,6 +207,7 @@ def row_of(preset: Preset, config: RunConfig) -> tuple[str, str]:
 FREE = (
     *("seed", "device", "threads", "jobs", "checkpoint_seconds", "precision", "data.source", "data.cache"),
     *("backbone.name", "evaluation.batch_size", "evaluation.unseen"),
+    *("tracking.to", "tracking.project", "tracking.every"),
 )
 """Settings in which a run may differ from the protocol: they say where and how it ran."""
 

@@ -1,8 +1,9 @@
 """Where the cells of a comparison run: processes of this machine, a SLURM cluster (through submitit), or a Ray cluster.
 
 Every runner starts the same command, `lamina run-cell`, in the folder of the cell. On a cluster this folder, the data, the
-backbone and the Python environment must be on a file system that all machines share. A cell whose machine or process is lost
-is started again, elsewhere, and resumes from its last checkpoint.
+backbone and the Python environment must be on a file system that all machines share. There, a cell whose machine or process is
+lost is started again, elsewhere, and resumes from its last checkpoint. On this machine it has failed, and the next comparison
+resumes it.
 """
 
 import importlib
@@ -23,6 +24,7 @@ from lamina.compare.cells import Place, note_holder
 from lamina.config import Section
 from lamina.errors import ConfigError
 from lamina.files import replace_text
+from lamina.report.text import count
 from lamina.runs.side_by_side import Process
 
 JOB = "job.json"
@@ -70,6 +72,10 @@ class Runner(Protocol):
         """Returns what the user is told of runs that go on when the comparison is stopped; None where they stop with it."""
         ...
 
+    def reason(self, place: Place) -> str:
+        """Returns what the cluster says of the last job of a cell that was lost, in a line; empty where it says nothing."""
+        ...
+
 
 @dataclass
 class Local:
@@ -87,10 +93,15 @@ class Local:
     def leave(self) -> str | None:
         return None
 
+    def reason(self, place: Place) -> str:
+        return place.last_lines(1)
+
     def _start(self, cell: Started) -> Process:
         free = [n for n in range(self.gpus) if n not in self._busy or self._busy[n].poll() is not None]
         given = free[: cell.resources.gpus]
-        seen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, given))} if given else {}
+        inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = inherited.split(",") if inherited else [str(n) for n in range(self.gpus)]
+        seen = {"CUDA_VISIBLE_DEVICES": ",".join(names[n] for n in given)} if self.gpus else {}
         process = cell_run.launch(cell.place.folder, "--held", pass_fds=[cell.lock.fileno()], environment=seen)
         self._busy |= dict.fromkeys(given, process)
         note_holder(cell.lock, f"process {process.pid}")
@@ -102,12 +113,16 @@ def local(side_by_side: int, needed: Sequence[Resources]) -> Local:
     cpus, gpus = max(r.cpus for r in needed), max(r.gpus for r in needed)
     cores = len(os.sched_getaffinity(0))
     if cpus > cores:
-        raise ConfigError(f"resources.cpus = {cpus}: this machine has {cores} cores. Ask for fewer, or use a cluster.")
+        raise ConfigError(
+            f"resources.cpus = {cpus}: this machine has {count(cores, 'core')}. Ask for fewer, or use a cluster."
+        )
     if not gpus:
         return Local(side_by_side)
     there = _gpus()
     if gpus > there:
-        raise ConfigError(f"resources.gpus = {gpus}: this machine has {there} GPUs. Ask for fewer, or use a cluster.")
+        raise ConfigError(
+            f"resources.gpus = {gpus}: this machine has {count(there, 'GPU')}. Ask for fewer, or use a cluster."
+        )
     return Local(min(side_by_side, there // gpus), there)
 
 
@@ -164,9 +179,9 @@ class Slurm:
 
     pause = 2.0
 
-    def __init__(self, folder: Path, side_by_side: int | None, parameters: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, side_by_side: int | None, parameters: Mapping[str, str], here: int = 1) -> None:
         """folder: for the files of submitit. parameters: of submitit's executor for SLURM, such as partition, account or
-        setup; `cluster: local` tries everything out with processes of this machine.
+        setup; `cluster: local` tries everything out with processes of this machine. here: how many of those at a time.
 
         Raises ConfigError where submitit is not installed, SLURM is not found, or a parameter is unknown."""
         submitit = _needed("submitit", "slurm")
@@ -176,37 +191,52 @@ class Slurm:
             raise ConfigError(f"--slurm cluster={self._cluster}: allowed are slurm and local")
         if self._cluster == "slurm" and submitit.SlurmExecutor.affinity() < 0:
             raise ConfigError("--runner slurm: `sbatch` is not found. Give the command on a login node of the cluster.")
-        self.folder, self.side_by_side = folder, side_by_side or 1000
+        self.folder, self.side_by_side = folder, side_by_side or (1000 if self._cluster == "slurm" else here)
         self._submitit = submitit
-        self._parameters = {f"slurm_{key}": _value(text) for key, text in given.items()}
+        self._parameters = {f"slurm_{key}": _value(key, text) for key, text in given.items()}
         self._executor(Resources())
 
     def start(self, cells: Sequence[Started]) -> list[Process]:
         free = _free(cells)
-        found = {place: waiting for place, _, _ in free if (waiting := self._in_the_queue(place))}
-        for resources in dict.fromkeys(resources for _, resources, _ in free):
+        noted = {place: job for place, _, _ in free if (job := self._noted(place)) is not None}
+        found = {place: one for place, one in noted.items() if one.job.state in WAITING}
+        for resources in dict.fromkeys(resources for place, resources, _ in free if place not in found):
             group = [(place, attempt) for place, needed, attempt in free if needed == resources and place not in found]
             executor = self._executor(resources)
-            with executor.batch():  # one array of SLURM
-                jobs = [executor.submit(SlurmRun(), str(place.folder.resolve()), attempt) for place, attempt in group]
+            try:
+                with executor.batch():  # one array of SLURM
+                    jobs = [
+                        executor.submit(SlurmRun(), str(place.folder.resolve()), attempt) for place, attempt in group
+                    ]
+            except RuntimeError as error:  # submitit's errors of jobs and submissions are RuntimeErrors
+                raise ConfigError(f"--runner slurm: the jobs were refused ({_last_line(str(error))})") from error
             for (place, attempt), job in zip(group, jobs, strict=True):
                 replace_text(place.folder / JOB, json.dumps({"attempt": attempt, "job": str(job.job_id)}) + "\n")
                 found[place] = self._remote(place, attempt, job)
         return [found[place] for place, _, _ in free]
 
-    def _in_the_queue(self, place: Place) -> Process | None:
-        """Returns the job that an earlier comparison submitted for a cell, where it is still waiting."""
+    def _noted(self, place: Place) -> Remote | None:
+        """Returns the job that an earlier comparison submitted for a cell."""
         file = place.folder / JOB
         if self._cluster != "slurm" or not file.exists():
             return None
         noted = json.loads(file.read_text(encoding="utf-8"))
-        job = self._submitit.SlurmJob(folder=self.folder, job_id=noted["job"])
-        return self._remote(place, noted["attempt"], job) if job.state in WAITING else None
+        return self._remote(place, noted["attempt"], self._submitit.SlurmJob(folder=self.folder, job_id=noted["job"]))
 
-    def _remote(self, place: Place, attempt: str, job: Any) -> Process:
+    def reason(self, place: Place) -> str:
+        file = place.folder / JOB
+        if not file.exists():
+            return ""
+        job = json.loads(file.read_text(encoding="utf-8"))["job"]
+        logs = sorted(self.folder.glob(f"{job}_*log.err"))
+        return f"{_last_line(logs[-1].read_text(encoding='utf-8', errors='replace'))} ({logs[-1]})" if logs else ""
+
+    def _remote(self, place: Place, attempt: str, job: Any) -> Remote:
         return Remote(place, attempt, job, lambda j: bool(j.done()), lambda j, _: j.cancel())
 
     def leave(self) -> str | None:
+        if self._cluster == "local":
+            return "the processes that submitit started go on."
         return "the jobs go on in SLURM (`squeue --me` lists them, `scancel` ends them)."
 
     def _executor(self, resources: Resources) -> Any:
@@ -250,6 +280,7 @@ class Ray:
                 "and join other machines with `ray start --address HOST:6379`."
             ) from error
         self.side_by_side = side_by_side or 1000
+        self._jobs: dict[Path, Any] = {}
         self._task = self._ray.remote(cell_run.run_there)
 
     def start(self, cells: Sequence[Started]) -> list[Process]:
@@ -258,10 +289,24 @@ class Ray:
     def leave(self) -> str | None:
         return None
 
+    def reason(self, place: Place) -> str:
+        try:
+            self._ray.get(self._jobs[place.folder], timeout=1)
+        except Exception as error:  # noqa: BLE001 - whatever Ray raises is what is asked for
+            return _last_line(str(error))
+        return ""
+
     def _start(self, place: Place, resources: Resources, attempt: str) -> Process:
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        if not any(n.get("CPU", 0) >= resources.cpus and n.get("GPU", 0) >= resources.gpus for n in nodes):
+            raise ConfigError(
+                f"resources cpus = {resources.cpus}, gpus = {resources.gpus}: no node of the Ray cluster has them. Ask for "
+                "fewer, or add a node."
+            )
         needs: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_retries": 0}
         needs |= {"memory": int(resources.memory_gb * 2**30)} if resources.memory_gb else {}
         job = self._task.options(**needs).remote(str(place.folder.resolve()), attempt)
+        self._jobs[place.folder] = job
         return Remote(place, attempt, job, self._gone, lambda j, at_once: self._ray.cancel(j, force=at_once))
 
     def _gone(self, job: Any) -> bool:
@@ -275,9 +320,18 @@ def _needed(package: str, extra: str) -> Any:
     return importlib.import_module(package)
 
 
-def _value(text: str) -> Any:
-    """Returns a number where the text is one."""
-    try:
-        return int(text)
-    except ValueError:
-        return text
+LISTS = ("setup", "teardown", "srun_args")
+"""Parameters of submitit that are lists of commands."""
+
+
+def _value(key: str, text: str) -> Any:
+    """Returns the value of a parameter of submitit: true and false, whole numbers, lists where they are wanted, or text."""
+    if key in LISTS:
+        return [text]
+    if text in ("true", "false"):
+        return text == "true"
+    return int(text) if text.isascii() and text.isdigit() and str(int(text)) == text else text
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")[:300]

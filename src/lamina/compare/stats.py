@@ -34,7 +34,7 @@ EXACT = 12
 """Up to this many units, every subset and every vector of signs is taken."""
 DRAWS = 10_000
 LEAST_UNITS = 6
-"""With fewer, no difference has a p-value of 5 % or less."""
+"""With fewer, no difference has a p-value of 5 % or less, even if it is the only one."""
 
 Key = tuple[int, int | None]
 """Seed and class order of a run."""
@@ -78,10 +78,11 @@ def spread_by_source(values: Mapping[Key, float]) -> Spread:
     within = sum(statistics.variance(group) * (len(group) - 1) for group in repeated) / free if free else None
     if len(groups) < 2:
         return Spread(None if within is None else math.sqrt(within), None)
+    if within is None:  # one seed for each class order: the two cannot be taken apart
+        return Spread(None, None)
     between = statistics.variance([statistics.fmean(group) for group in groups])
-    if within is not None:
-        between -= within * statistics.fmean([1 / len(group) for group in groups])
-    return Spread(None if within is None else math.sqrt(within), math.sqrt(max(0.0, between)))
+    between -= within * statistics.fmean([1 / len(group) for group in groups])
+    return Spread(math.sqrt(within), math.sqrt(max(0.0, between)))
 
 
 def subset_means(differences_n: Floats) -> Floats:
@@ -122,6 +123,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
         worst = max(worst, min(1.0, (len(p_values) - rank) * p_values[i]))
         corrected[i] = worst
     return corrected
+
+
+def units_for(rows: int, level: float = LEVEL) -> int:
+    """Returns how many units are needed for a corrected p-value of 1 - level, if so many rows are tested."""
+    return math.ceil(1 + math.log2(max(1, rows) / (1 - level)) - 1e-9)
 
 
 def paired(ours: Mapping[Key, float], theirs: Mapping[Key, float]) -> Difference | None:

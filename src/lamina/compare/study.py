@@ -3,7 +3,7 @@
 import fnmatch
 import math
 import statistics
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from lamina.errors import ConfigError, LaminaError
 from lamina.record import Record
 from lamina.runs import with_whole_paths
 from lamina.runs.side_by_side import why
+from lamina.runs.tracking import check_trackers
 
 K = TypeVar("K", bound=Hashable)
 
@@ -72,6 +73,7 @@ class Study:
         Raises ConfigError naming every error of the grid, and all data and backbones that are missing.
         """
         self.grid, self.only, self.keep_code = Grid(file), only, keep_code
+        self.say: Callable[[str], None] = lambda _: None
         settings = self.grid.settings
         self.out = out or Path(settings.out or Path("runs") / self.grid.name)
         self.store = Store(cells or Path(settings.cells), records)
@@ -81,6 +83,7 @@ class Study:
                 try:
                     self.place(cell)
                     self.store.check_stream(cell.config)
+                    check_trackers(cell.config)
                 except LaminaError as error:
                     problems.append(str(error))
         if problems:
@@ -94,7 +97,9 @@ class Study:
     def leaks(self) -> dict[str, Leaks]:
         """Test examples among the training examples, by stream."""
         first = {row.stream: self.grid.cells(row, {})[0].config for row in reversed(self.grid.rows)}
-        return {stream: guards.look(first[stream], self.store.folder / ".data") for stream in self.grid.streams}
+        return {
+            stream: guards.look(first[stream], self.store.folder / ".data", self.say) for stream in self.grid.streams
+        }
 
     # -- cells ------------------------------------------------------------------------------------------------------
 
@@ -159,6 +164,7 @@ class Study:
         Raises Interrupted when asked to stop, after the active runs have saved.
         """
         outcome = Outcome()
+        self.say = viewer.say
         for stream, found in self.leaks.items():
             for warning in guards.warnings(stream, found, {}):
                 viewer.say(warning)
@@ -254,7 +260,8 @@ class _Progress:
         elif code is None:
             self.outcome.not_started.append(job.name)
         else:
-            reason = f"its process or machine was lost {MOST_LOST + 1} times" if code == LOST else why(code)
+            reason = why(code) if code != LOST else f"its process or machine was lost {MOST_LOST + 1} times"
+            reason += f": {self.runner.reason(job.place)}" if code == LOST and self.runner.reason(job.place) else ""
             job.place.fail(reason)
             self.outcome.failures.append(Failure(job.name, job.place.failure, job.place.log))
             self.viewer.say(f"{done}FAILED, {reason}{self._still()}")

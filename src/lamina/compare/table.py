@@ -10,7 +10,7 @@ from markupsafe import Markup
 from lamina import report
 from lamina.compare import guards, stats
 from lamina.compare.drawings import drawings, matrices
-from lamina.compare.formats import as_csv, as_latex
+from lamina.compare.formats import Rows, as_csv, as_latex
 from lamina.compare.grid import Grid, Row, said
 from lamina.compare.notes import code_of, notes_of
 from lamina.compare.rows import (
@@ -73,7 +73,7 @@ class Content:
     facts: list[tuple[str, str]]
     command: str
     warnings: list[str] = field(default_factory=list)
-    """What speaks against the figures: leaks that were found."""
+    """Why the figures may mislead: leaks that were found."""
     files: list[tuple[str, str]] = field(default_factory=list)
     """Names and text of the grid and of the files it names."""
 
@@ -155,7 +155,7 @@ def _section(stream: str, rows: Mapping[str, RowRuns], grid: Grid, gains: Gains,
         drawn = f", class orders {', '.join(map(str, orders))}" if orders else ""
         caption += f" (seeds {', '.join(map(str, seeds))}{drawn}), measured on {' and '.join(splits)} data"
     notes = [headroom.note()] if headroom else []
-    notes += notes_of(rows, [gain for gain in gains.values() if gain], baseline)
+    notes += notes_of(rows, {name: gain for name, gain in gains.items() if gain}, baseline)
     return Section(
         name=stream,
         caption=f"{caption}.",
@@ -329,8 +329,9 @@ def write(table: Content, out: Path, page: Path | None = None) -> Path:
         head, tail = _parts(old) or ("", "")
         report.write_text(f"{head}{BEGIN}\n\n{text}\n{END}{tail}", page)
     template = report.template("lamina.compare", "table.html.j2")
-    report.write_text(as_csv(table), out / "table.csv")
-    report.write_text(as_latex(table), out / "table.tex")
+    rows = [Rows(section.name, section.caption, section.lines) for section in table.sections]
+    report.write_text(as_csv(rows, language=bool(table.language)), out / "table.csv")
+    report.write_text(as_latex(rows, table.accuracies), out / "table.tex")
     html = template.render(content=table, cost_caption=COST_CAPTION, said=said, code_of=code_of)
     return report.write_text(html, out / "table.html")
 

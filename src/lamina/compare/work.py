@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from lamina.compare.cell_run import HELD
+from lamina.compare import lease
+from lamina.compare.cell_run import HELD, OTHER_CODE
 from lamina.compare.cells import Place
 from lamina.compare.runners import LOST, Resources, Runner, Started
 from lamina.engine.loop import Interrupted
@@ -70,10 +71,14 @@ def work(jobs: Sequence[Job], runner: Runner, watch: Watch) -> None:
                 continue
             del at_work[job]
             lock.close()
-            if job.place.state != "done" and (code == HELD or (code == LOST and lost[job] < MOST_LOST)):
-                if code == LOST:
-                    lost[job] += 1
-                    watch.lost(job)
+            if job.place.state == "done" or code not in (HELD, LOST):
+                watch.ended(job, None if code == OTHER_CODE else code)
+            elif code == HELD or lease.holder(job.place.folder) is not None:  # another process is at work on it
+                held.append(job)
+                watch.held(job)
+            elif lost[job] < MOST_LOST:
+                lost[job] += 1
+                watch.lost(job)
                 held.append(job)
             else:
                 watch.ended(job, code)

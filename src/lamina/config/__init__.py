@@ -33,7 +33,7 @@ from lamina.config.schema import (
     TrackingConfig,
     TrainingConfig,
 )
-from lamina.config.yaml_text import Loader, read_yaml, to_yaml
+from lamina.config.yaml_text import Loader, as_yaml, read_yaml, to_yaml
 
 __all__ = [
     "OF_A_CLASSIFIER",
@@ -55,6 +55,7 @@ __all__ = [
     "StreamConfig",
     "TrackingConfig",
     "TrainingConfig",
+    "as_yaml",
     "check",
     "differences",
     "explain",

@@ -1,7 +1,7 @@
 """YAML as configurations use it: numbers such as 1e-3, no aliases, no key twice, limited size and depth."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,11 @@ def read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: must hold keys and values, not a {type(content).__name__}")
     return content, lines
+
+
+def as_yaml(content: Mapping[str, Any]) -> str:
+    """Returns a mapping as YAML, its keys in their order."""
+    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
 
 
 def to_yaml(config: RunConfig, without: Collection[str] = ()) -> str:

@@ -47,11 +47,6 @@ class Predictions:
     def correct(self) -> int:
         return int((self.predicted_n == self.labels_n).sum())
 
-    def correct_by_class(self) -> dict[str, int]:
-        """Returns the correct predictions of every class that has examples, by class id as text."""
-        hit_n = self.predicted_n == self.labels_n
-        return {str(label): int(hit_n[self.labels_n == label].sum()) for label in np.unique(self.labels_n).tolist()}
-
     @property
     def task_aware_correct(self) -> int:
         return int((self.task_aware_n == self.labels_n).sum())
@@ -95,6 +90,12 @@ def predict_all(
             found.append(tuple(t.numpy() for t in (batch.labels_b.cpu(), predicted_b, aware_b, inferred_b)))
     back_n = np.argsort(order_n)
     return Predictions(*(np.concatenate(column)[back_n] for column in zip(*found, strict=True)))
+
+
+def correct_by_class(found: Predictions) -> dict[str, int]:
+    """Returns the correct predictions of every class that has examples, by class id as text."""
+    hit_n = found.predicted_n == found.labels_n
+    return {str(label): int(hit_n[found.labels_n == label].sum()) for label in np.unique(found.labels_n).tolist()}
 
 
 def depends_on_batch(

@@ -11,7 +11,7 @@ from lamina.config import EvaluationConfig
 from lamina.data.streams import Stream
 from lamina.engine.completions import Completions, Examiner
 from lamina.engine.consolidate import Consolidation
-from lamina.engine.evaluate import Predictions, Predictor, predict_all
+from lamina.engine.evaluate import Predictions, Predictor, correct_by_class, predict_all
 from lamina.engine.language_state import LanguageState, Shown
 from lamina.engine.state import RunState
 from lamina.errors import TrainingError
@@ -96,7 +96,7 @@ class Measure:
         state = state.with_entry(
             negative_flips=sum(flips) / len(flips) if flips else None,
             accuracy_when_learnt=found[task].correct / max(totals[task], 1),
-            class_correct=None if self.learner.generates else found[task].correct_by_class(),
+            class_correct=None if self.learner.generates else correct_by_class(found[task]),
         )
         return state, {str(j): torch.from_numpy(p.predicted_n) for j, p in found.items()}
 

@@ -62,7 +62,9 @@ class MLflow:
         self.project, self.folder = project, folder
 
     def begin(self, name: str, settings: Mapping[str, Any]) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         self._mlflow = mlflow = import_module("mlflow")
+        self._before = os.environ.get("MLFLOW_TRACKING_URI")
         if "MLFLOW_TRACKING_URI" not in os.environ:
             mlflow.set_tracking_uri(f"sqlite:///{self.folder.resolve() / 'mlflow.db'}")
         mlflow.set_experiment(self.project)
@@ -79,6 +81,9 @@ class MLflow:
 
     def end(self) -> None:
         self._mlflow.end_run()
+        if self._before is None:  # it was set for this run alone
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+            self._mlflow.set_tracking_uri(None)
 
 
 class WandB:
