@@ -41,13 +41,13 @@ def test_leaks_stand_at_the_top(tmp_path: Path):
     told = Told()
     study.work(told, Leaky(lambda config: 0.5))
     assert told.lines[1].startswith(
-        "Leak in the data of grid: 4 of 12 test examples are also training examples (such as "
+        "Leak in the data (stream grid): 4 of 12 test examples are also training examples (such as "
     )
     content = study.content("")
     page = table.write(content, study.out).read_text()
     text = (study.out / "table.md").read_text()
     head = text.partition("Accuracies in %")[0]
-    assert "**Leak in the data of grid: 4 of 12 test examples are also training examples" in head
+    assert "**Leak in the data (stream grid): 4 of 12 test examples are also training examples" in head
     assert (
         "**Leak through the batch: 2 of 6 predictions of `finetune` on grid have scores that depend on the other examples.**"
         in head

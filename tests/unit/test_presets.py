@@ -107,6 +107,10 @@ def test_good_and_bad_folders(tmp_path: Path):
 def test_a_scaled_preset_fits_the_data_there_is(tmp_path: Path):
     file = preset.write_grid(small(classes=100, train=50_000), tmp_path, "digits", "nano", 0.02)
     grid = Grid(file)
+    assert grid.settings.note is not None
+    assert grid.settings.note.startswith(
+        "This is not Digits, but a trial of its protocol: data digits, backbone nano, 0.02 of"
+    )
     configs = {row: grid.cells(row, {}) for row in grid.rows}
     assert {len(cells) for cells in configs.values()} == {1}, "one seed"
     for row, (cell,) in configs.items():

@@ -85,7 +85,7 @@ def compare(
 
     Exit code 1 if a cell failed or was not started; the other cells still run.
     """
-    from lamina.compare import Outcome, Study, table
+    from lamina.compare import Outcome, Study, lease, table
 
     if preset is not None:
         grid = [_grid_of(preset, grid or [], out, data, backbone, scale)]
@@ -107,8 +107,14 @@ def compare(
         raise ConfigError(f"--ray {ray} goes with --runner ray")
     study = Study(grid[0], out=out, cells=cells, only=only, keep_code=keep_code, records=records)
     if dry_run:
+        if runner is RunnerName.local:
+            _runner(study, runner, jobs, [], "")  # refuses what this machine lacks
         for state, name, place in study.listing():
-            print(f"{state or 'waits for the search':21}{name}" + (f"  {place.folder}" if place else ""))
+            held = place is not None and state != "done" and lease.holder(place.folder)
+            print(
+                f"{'at work' if held else state or 'waits for the search':21}{name}"
+                + (f"  {place.folder}" if place else "")
+            )
         return
     command = f"lamina compare {grid[0]}" + (" --keep-code" if keep_code else "")
     command += f" --records {records}" if records else ""
@@ -123,6 +129,8 @@ def compare(
             print_table(titles, rows, title=section.name)
         else:
             print(f"{section.name}: {section.caption}")
+    for warning in content.warnings:
+        print(f"\n{warning}")
     print(f"\n{study.out / 'table'}.md, .csv, .tex, .json\nOpen the table: {written.resolve()}")
     _report_failures(outcome)
 
@@ -177,7 +185,8 @@ def _report_failures(outcome: "Outcome") -> None:
         print(f"FAILED {failure.name}, log {failure.log}:\n{failure.why}", file=sys.stderr)
     if outcome.not_started:
         print(
-            f"{len(outcome.not_started)} cells not started: lamina's code changed meanwhile. Give the command again.",
+            f"{len(outcome.not_started)} cells not started: lamina's code changed meanwhile. Give the command again; with "
+            "--keep-code it keeps what is finished.",
             file=sys.stderr,
         )
     if outcome.failures or outcome.not_started:

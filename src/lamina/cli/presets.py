@@ -68,7 +68,7 @@ def add(
             entry = book.entry_of(one, run)
             new = book.add(file, entry)
         except LaminaError as error:
-            problems.append(str(error))
+            problems.append(f"{run}: {error}" if str(run) not in str(error) else str(error))
             continue
         print(f"{run}: {entry.row}, seed {entry.seed}" + ("" if new else ": is in the ledger already"))
     if problems:
@@ -83,5 +83,6 @@ def page(
     from lamina.compare import ledger as book
     from lamina.files import replace_text
 
+    out.parent.mkdir(parents=True, exist_ok=True)
     replace_text(out, book.page(book.read(file)))
     print(out)

@@ -115,7 +115,8 @@ def _against_time(rows: Mapping[str, RowRuns], ranked: Sequence[str], styles: Ma
         svg=charts.scatter(
             title, told, spots, y_range=span, x_name="seconds of a run", y_name="final accuracy, %", front=front
         ),
-        note="Dashed line: rows that no other row beats in both. They have their names; hover the others.",
+        note="Dotted line: rows that no other row beats in both. They have their names; hover the others. Joint training has "
+        "its micro accuracy.",
     )
 
 

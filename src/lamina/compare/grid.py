@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -56,6 +56,8 @@ class HeadroomConfig(Section):
 class GridConfig(Section):
     title: str | None = None
     """Title of the page."""
+    note: str | None = None
+    """What a reader must know first: said at the top of the page."""
     out: str | None = None
     """Directory of the tables. Default: runs/NAME of the grid file."""
     cells: str = "runs/cells"
@@ -67,7 +69,7 @@ class GridConfig(Section):
     methods: dict[str, dict[str, Any] | None] = Field(min_length=1)
     """Settings on top, by name of the row. method.name defaults to the name of the row. `search` adds to the search of this
     row; false leaves it out. `resources` says what its runs need. `each` makes a row of every combination of values."""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
+    seeds: tuple[int, ...] = (0,)
     """Seeds of the runs of every row."""
     orders: Literal["seeds"] | tuple[int | None, ...] = (None,)
     """Class orders: values of stream.order_seed; null is the dataset's own order. `seeds`: each seed has a class order of its
@@ -90,6 +92,13 @@ class GridConfig(Section):
         if self.orders == "seeds":
             return [(seed, seed) for seed in self.seeds]
         return [(seed, order) for order in self.orders for seed in self.seeds]
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _are_seeds(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple) or not value or not all(type(v) is int and v >= 0 for v in value):
+            raise ValueError("must be a list of whole numbers, such as [0, 1, 2]")
+        return value
 
     @field_validator("orders", mode="before")
     @classmethod

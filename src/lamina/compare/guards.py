@@ -64,7 +64,7 @@ def warnings(stream: str, found: Leaks | None, rows: Mapping[str, Iterable[Run]]
         if not found.exact:
             parts[0] += " of the training examples"
         ours, theirs = found.examples[0]
-        yield f"Leak in the data of {stream}: {', and '.join(parts)} (such as {ours}, like {theirs})."
+        yield f"Leak in the data (stream {stream}): {', and '.join(parts)} (such as {ours}, like {theirs})."
     for name, of_row in rows.items():
         tried = [run.record.batch for run in of_row if run.record.batch is not None]
         if dependent := sum(one.dependent for one in tried):

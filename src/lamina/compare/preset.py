@@ -115,6 +115,11 @@ class Preset:
             if layer.get("stream.tasks", 1) > classes:
                 layer["stream.tasks"] = classes
         grid["title"] += f", scaled to {scale:g}"
+        grid["note"] = (
+            f"This is not {self.file.title}, but a trial of its protocol: data {Path(source).name}, backbone "
+            f"{base['backbone.name']}, {scale:g} of its epochs and examples, one seed, small batches. No published value can be "
+            "compared with it."
+        )
         grid["seeds"] = grid["seeds"][:1]
 
     def problems(self, record: Mapping[str, Any]) -> Iterator[str]:

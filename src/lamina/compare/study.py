@@ -19,6 +19,7 @@ from lamina.compare.work import MOST_LOST, Job, Watch, work
 from lamina.data.leaks import Leaks
 from lamina.errors import ConfigError, LaminaError
 from lamina.record import Record
+from lamina.report.text import count
 from lamina.runs import with_whole_paths
 from lamina.runs.side_by_side import why
 from lamina.runs.tracking import check_trackers
@@ -236,8 +237,8 @@ class _Progress:
                 todo.append(Job(cell.name, place, prepare, resources))
         self.left = {job.place.folder for job in todo}
         if todo:
-            count = len(self.cells)
-            self.viewer.say(f"{count} cells of {part}: {count - len(todo)} done, {len(todo)} to do")
+            number = len(self.cells)
+            self.viewer.say(f"{count(number, 'cell')} of {part}: {number - len(todo)} done, {len(todo)} to do")
             work(todo, self.runner, Watch(self._ended, self._held, self._lost, self._look))
 
     def _prepare(self, cell: Cell, place: Place) -> bool:

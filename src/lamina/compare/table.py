@@ -73,7 +73,7 @@ class Content:
     facts: list[tuple[str, str]]
     command: str
     warnings: list[str] = field(default_factory=list)
-    """Why the figures may mislead: leaks that were found."""
+    """What a reader must know first: the note of the grid, and leaks that were found."""
     files: list[tuple[str, str]] = field(default_factory=list)
     """Names and text of the grid and of the files it names."""
 
@@ -110,7 +110,7 @@ def content(grid: Grid, rows: Mapping[Row, RowRuns], command: str, leaks: Mappin
         search_note=_search_note(grid),
         definitions=_definitions(grid, language=_of_language(rows), tested=tested),
         facts=_facts(records) + guards.facts(leaks or {}, records),
-        warnings=warned,
+        warnings=[*([grid.settings.note] if grid.settings.note else []), *warned],
         command=command,
         files=files,
     )
@@ -209,7 +209,12 @@ def _definitions(grid: Grid, *, language: bool, tested: bool) -> list[tuple[str,
     found = [(title, DEFINITIONS[key]) for key, title in ACCURACIES.items()]
     baseline, headroom = grid.settings.baseline, grid.settings.headroom
     if baseline:
-        found.append((f"Minus {baseline}", f"final accuracy minus that of {baseline} in the same seed and class order"))
+        found.append(
+            (
+                f"Minus {baseline}",
+                f"final accuracy minus that of {baseline} in the same seed and class order; of joint training, micro accuracy",
+            )
+        )
     if tested:
         found.append(
             (TEST, "p-value of that difference: two-sided permutation test, corrected for the number of rows (Holm)")
@@ -331,7 +336,8 @@ def write(table: Content, out: Path, page: Path | None = None) -> Path:
     template = report.template("lamina.compare", "table.html.j2")
     rows = [Rows(section.name, section.caption, section.lines) for section in table.sections]
     report.write_text(as_csv(rows, language=bool(table.language)), out / "table.csv")
-    report.write_text(as_latex(rows, table.accuracies), out / "table.tex")
+    told = "".join(f"% {warning}\n" for warning in table.warnings)
+    report.write_text(told + as_latex(rows, table.accuracies), out / "table.tex")
     html = template.render(content=table, cost_caption=COST_CAPTION, said=said, code_of=code_of)
     return report.write_text(html, out / "table.html")
 
