@@ -203,7 +203,7 @@ search: {over: {training.lr: [1, x]}, tasks: 40}
         ("methods: {}", "methods = {}"),
         ("seeds: [0]", "methods = .*field required"),
         ("methods: {finetune: {}}\nseeds: [1, 1]", "a value occurs twice"),
-        ("methods: {finetune: {}}\nseeds: [-1]", "greater than or equal to 0"),
+        ("methods: {finetune: {}}\nseeds: [-1]", "seeds = [-1]: must be a list of whole numbers"),
         ("methods: {finetune: {}}\nbse: {}", "Did you mean 'base'?"),
         ("methods: {finetune: {}}\nsearch: {ovr: {}}", "Did you mean 'over'?"),
         (

@@ -117,8 +117,8 @@ class Preset:
         grid["title"] += f", scaled to {scale:g}"
         grid["note"] = (
             f"This is not {self.file.title}, but a trial of its protocol: data {Path(source).name}, backbone "
-            f"{base['backbone.name']}, {scale:g} of its epochs and examples, one seed, small batches. No published value can be "
-            "compared with it."
+            f"{base['backbone.name']}, {scale:g} of its epochs and examples, one seed, small batches. No published value can "
+            "be compared with it."
         )
         grid["seeds"] = grid["seeds"][:1]
 

@@ -265,13 +265,11 @@ def scatter(
     margin = 0.06 * (high - low) or 0.3
     frame = Frame((low - margin, high + margin), y_range)
     parts = frame.axes("", y_name, whole_x=False, x_ticks=False)
-    for exponent in range(math.floor(low - margin), math.ceil(high + margin) + 1):
-        for factor in (1, 2, 5):
-            at = exponent + math.log10(factor)
-            if low - margin <= at <= high + margin:
-                parts.append(
-                    tag("text", f"{factor * 10.0**exponent:g}", class_="t c", x=frame.x(at), y=frame.bottom + 16)
-                )
+    left, right = 10.0 ** (low - margin), 10.0 ** (high + margin)
+    powers = range(math.floor(math.log10(left)), math.ceil(math.log10(right)) + 1)
+    marked = [value for power in powers for f in (1, 2, 5) if left <= (value := f * 10.0**power) <= right]
+    for value in marked if len(marked) > 1 else ticks(left, right, 5):
+        parts.append(tag("text", f"{value:g}", class_="t c", x=frame.x(math.log10(value)), y=frame.bottom + 16))
     parts.append(tag("text", escape(x_name), class_="a c", x=(frame.left + frame.right) / 2, y=frame.bottom + 33))
     corners = [(frame.x(math.log10(x)), frame.y(y)) for x, y in front]
     if corners:
