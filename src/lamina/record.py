@@ -388,10 +388,10 @@ class Record(Part):
             backbone=self.backbone,
             machine=self.machine,
             code=self.code,
-            classes=self.classes,
             batch=self.batch,
             language=self.language and self.language.model_copy(update={"predictions": ()}),
             cost=self.cost,
+            **({"classes": self.classes} if self.classes else {}),
         )
 
 
