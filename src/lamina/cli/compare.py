@@ -155,6 +155,7 @@ def _runner(study: "Study", name: RunnerName, jobs: int | None, slurm: list[str]
     """Returns what runs the cells. Raises ConfigError where it is not at hand, or this machine has too few cores or GPUs."""
     from lamina.compare import runners
 
+    needed = [study.grid.resources(row) for row in study.grid.rows]
     if name is RunnerName.slurm:
         wrong = [text for text in slurm if "=" not in text]
         if wrong:
@@ -162,8 +163,8 @@ def _runner(study: "Study", name: RunnerName, jobs: int | None, slurm: list[str]
         given = {key: value for key, _, value in (text.partition("=") for text in slurm)}
         return runners.Slurm(study.store.folder / ".slurm", jobs, given, study.grid.settings.jobs)
     if name is RunnerName.ray:
-        return runners.Ray(ray, jobs)
-    return runners.local(jobs or study.grid.settings.jobs, [study.grid.resources(row) for row in study.grid.rows])
+        return runners.Ray(ray, jobs, needed)
+    return runners.local(jobs or study.grid.settings.jobs, needed)
 
 
 def _work(study: "Study", runner: "Runner") -> "Outcome":

@@ -33,7 +33,7 @@ MOST_TASKS, MOST_CLASSES = 12, 8
 
 def speaks() -> bool:
     """Returns whether this process tells the user anything. Of several that `torchrun` started, the first does."""
-    return os.environ.get("RANK", "0") == "0"
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def _columns() -> tuple[ProgressColumn, ...]:

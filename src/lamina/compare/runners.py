@@ -268,8 +268,9 @@ class Ray:
 
     pause = 1.0
 
-    def __init__(self, address: str, side_by_side: int | None) -> None:
-        """Raises ConfigError where ray is not installed, or no cluster is found at this address."""
+    def __init__(self, address: str, side_by_side: int | None, needed: Sequence[Resources]) -> None:
+        """Raises ConfigError where ray is not installed, no cluster is found at this address, or none of its nodes has what a run
+        needs."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self._ray = _needed("ray", "ray")
         try:
@@ -279,6 +280,13 @@ class Ray:
                 f"--runner ray: no cluster at {address!r} ({str(error).splitlines()[0]}). Start one with `ray start --head`, "
                 "and join other machines with `ray start --address HOST:6379`."
             ) from error
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        for one in needed:
+            if not any(n.get("CPU", 0) >= one.cpus and n.get("GPU", 0) >= one.gpus for n in nodes):
+                raise ConfigError(
+                    f"resources cpus = {one.cpus}, gpus = {one.gpus}: no node of the Ray cluster has them. Ask for fewer, or add "
+                    "a node."
+                )
         self.side_by_side = side_by_side or 1000
         self._jobs: dict[Path, Any] = {}
         self._task = self._ray.remote(cell_run.run_there)
@@ -297,12 +305,6 @@ class Ray:
         return ""
 
     def _start(self, place: Place, resources: Resources, attempt: str) -> Process:
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        if not any(n.get("CPU", 0) >= resources.cpus and n.get("GPU", 0) >= resources.gpus for n in nodes):
-            raise ConfigError(
-                f"resources cpus = {resources.cpus}, gpus = {resources.gpus}: no node of the Ray cluster has them. Ask for "
-                "fewer, or add a node."
-            )
         needs: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_retries": 0}
         needs |= {"memory": int(resources.memory_gb * 2**30)} if resources.memory_gb else {}
         job = self._task.options(**needs).remote(str(place.folder.resolve()), attempt)

@@ -25,6 +25,8 @@ from lamina.runs.side_by_side import why
 from lamina.runs.tracking import check_trackers
 
 K = TypeVar("K", bound=Hashable)
+MOST_SHOWN = 12
+"""Most cells at work of which the last line of the log is read and shown."""
 
 
 class Viewer(Protocol):
@@ -274,7 +276,7 @@ class _Progress:
         self.viewer.say(f"{job.name}: its process or machine was lost; it continues elsewhere from its last checkpoint")
 
     def _look(self, at_work: Sequence[Job]) -> None:
-        lines = [(job.name, job.place.last_lines(1)) for job in at_work]
+        lines = [(job.name, job.place.last_lines(1)) for job in at_work[:MOST_SHOWN]]
         self.viewer.show(len(self.cells) - len(self.left), len(self.cells), self.remaining(), lines)
 
     def _note(self, cell: Cell, place: Place) -> None:

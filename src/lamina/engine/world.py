@@ -53,7 +53,7 @@ class World:
         """Raises RunError in all processes where this mark differs between them."""
         if self.any(self.first_text(mark) != mark):
             raise RunError(
-                f"{what} differs between the processes of this run. Use processors of one kind, and one version of PyTorch."
+                f"{what} differs between the processes of this run. Use CPUs or GPUs of one kind, and one version of PyTorch."
             )
 
     def summed(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -66,7 +66,7 @@ class World:
         parts = iter(torch.split(flat, [tensor.numel() for tensor in there]))
         return [None if tensor is None else next(parts).view_as(tensor) for tensor in tensors]
 
-    def joined(self, own: Tensor, rows: Sequence[int]) -> Tensor:
+    def gathered(self, own: Tensor, rows: Sequence[int]) -> Tensor:
         """Returns the rows of all processes, in their order. rows: how many each has."""
         most = max(rows)
         padded = own.new_zeros(most, *own.shape[1:], dtype=torch.float32)

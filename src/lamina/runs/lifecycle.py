@@ -268,7 +268,7 @@ def _work(setup: Setup, loop: Loop, out: Path, watch: Watch) -> Record:
         loop.save = lambda: None  # type: ignore[method-assign]
 
     def on_event(event: Event) -> None:
-        if event.seconds:
+        if event.seconds and world.size > 1:
             world.check_same(_mark(loop), "what was learnt")
         if not world.is_first:
             return

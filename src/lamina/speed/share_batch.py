@@ -45,7 +45,7 @@ class ShareBatch:
         start = sum(rows[: self.world.rank])
         own = {name: value[start : start + rows[self.world.rank]] for name, value in inputs.items()}
         if not torch.is_grad_enabled():
-            return self.world.joined(self.plain(own), rows)
+            return self.world.gathered(self.plain(own), rows)
         leaves = [*self.learner.trainable().values()]
         found: Tensor = _OwnPart.apply(self.world, self.plain, own, rows, leaves, *leaves)  # type: ignore[no-untyped-call]
         return found
@@ -82,7 +82,7 @@ class _OwnPart(torch.autograd.Function):
         ctx.world, ctx.rows, ctx.leaves = world, rows, leaves
         with torch.enable_grad():
             ctx.features = plain(own)
-        return world.joined(ctx.features.detach(), rows)
+        return world.gathered(ctx.features.detach(), rows)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
