@@ -269,8 +269,8 @@ class Ray:
     pause = 1.0
 
     def __init__(self, address: str, side_by_side: int | None, needed: Sequence[Resources]) -> None:
-        """Raises ConfigError where ray is not installed, no cluster is found at this address, or none of its nodes has what a run
-        needs."""
+        """Raises ConfigError where ray is not installed, no cluster is found at this address, or none of its nodes has what a
+        run needs."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self._ray = _needed("ray", "ray")
         try:
@@ -284,8 +284,8 @@ class Ray:
         for one in needed:
             if not any(n.get("CPU", 0) >= one.cpus and n.get("GPU", 0) >= one.gpus for n in nodes):
                 raise ConfigError(
-                    f"resources cpus = {one.cpus}, gpus = {one.gpus}: no node of the Ray cluster has them. Ask for fewer, or add "
-                    "a node."
+                    f"resources cpus = {one.cpus}, gpus = {one.gpus}: no node of the Ray cluster has them. Ask for fewer, or "
+                    "add a node."
                 )
         self.side_by_side = side_by_side or 1000
         self._jobs: dict[Path, Any] = {}
