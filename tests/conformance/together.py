@@ -17,7 +17,7 @@ from lamina.config import ConsolidationConfig, RehearsalConfig
 from lamina.engine import world as processes
 from lamina.engine.loop import Loop
 from lamina.methods import METHODS
-from lamina.speed import accelerate
+from lamina.speed import accelerate, shard
 
 LLAMA, TEXT = World("llama", "domain"), World("bert", "domain")
 OF_LANGUAGE = sorted(name for name, method in METHODS.items() if not method.refuses_language)
@@ -31,6 +31,10 @@ CASES: dict[str, tuple[str, World, dict[str, Any]]] = {
     "inflora with rehearsal": ("inflora", HOME, REHEARSED),
     "finetune of language with rehearsal": ("finetune", LLAMA, REHEARSED),
 }
+
+
+SHARDED = " with sharded weights"
+CASES |= {name + SHARDED: CASES[name] for name in CASES}
 
 
 def loop_of(case: str, folder: Path) -> Loop:
@@ -57,6 +61,9 @@ def main(out: Path) -> None:
     world = processes.join()
     for case in CASES:
         loop = loop_of(case, out / f"rank{world.rank}" / case)
+        if case.endswith(SHARDED):
+            here, total = shard(loop.learner.backbone, (), world, loop.learner.device)
+            assert here < 0.8 * total, (here, total)
         with closing(accelerate(loop.learner, world)) as loop.steps:
             loop.run()
             found = end_of(loop)

@@ -72,16 +72,19 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_killed_process_changes_nothing(tmp_path: Path, alone: dict[str, Any]):
+@pytest.mark.parametrize("sharded", ["false", "true"])
+def test_a_killed_process_changes_nothing(tmp_path: Path, alone: dict[str, Any], sharded: str):
     out = tmp_path / "run"
-    process = launch("run", "--method=inflora", *SETTINGS, f"--out={out}", restarts=2)
+    command = ["run", "--method=inflora", *SETTINGS, f"--set=backbone.shard={sharded}", f"--out={out}"]
+    process = launch(*command, restarts=2)
     wait_for(lambda: begun(out), process)
     os.kill(workers(process)[-1], signal.SIGKILL)
     code, said = finish(process)
     assert code == 0, said
     assert result(out) == alone
     assert said.count("Open the report") == 1, "one process speaks"
-    code, said = finish(launch("run", "--method=inflora", *SETTINGS, f"--out={out}"))
+    assert ("MB in each of 2 processes" in said) == (sharded == "true")
+    code, said = finish(launch(*command))
     assert (code, said.count("Open the report")) == (0, 1), "it is finished"
 
 

@@ -6,7 +6,8 @@ import json
 from lamina.config.schema import DataConfig, MethodConfig, RunConfig
 
 _WITHOUT_EFFECT = {"checkpoint_seconds", "jobs", "tracking"}
-_ELSEWHERE = (("data", "cache"), ("data", "source"), ("backbone", "name"), ("evaluation", "batch_size"))
+_ELSEWHERE = (("data", "cache"), ("data", "source"), ("backbone", "name"), ("backbone", "shard"),
+              ("evaluation", "batch_size"))  # fmt: skip
 """Streams and backbones have fingerprints of their own content. The batch size of evaluation may change last bits only."""
 
 

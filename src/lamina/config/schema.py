@@ -141,6 +141,8 @@ class BackboneConfig(Section):
     down."""
     blocks: tuple[int, ...] | None = None
     """Blocks that get adapters, counted from 0. Not set: all."""
+    shard: bool = False
+    """Under `torchrun`: every process holds a part of the frozen weights (FSDP2). For backbones that do not fit one GPU."""
 
 
 class TrainingConfig(Section):

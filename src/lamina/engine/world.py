@@ -7,6 +7,7 @@ Every process holds the whole learner and does the same steps in the same order.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -77,6 +78,7 @@ class World:
 
 
 ALONE = World()
+_NAME = "lamina/group"
 
 
 def join() -> World:
@@ -89,8 +91,22 @@ def join() -> World:
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        _meet("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     return World(dist.get_rank(), dist.get_world_size())
+
+
+def _meet(backend: str) -> None:
+    """Begins the process group under a name that is new each time. `torchrun` keeps its store when it starts processes again
+    after a loss. Under PyTorch's own name they may find the addresses of those that are gone, and wait for them."""
+    store, rank, size = next(iter(dist.rendezvous("env://")))  # type: ignore[attr-defined]
+    if rank == 0:
+        store.set(_NAME, uuid4().hex)
+    name = store.get(_NAME).decode()  # waits for the first process
+    own_store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=own_store, rank=rank, world_size=size)
+    dist.barrier()
+    if rank == 0:
+        store.delete_key(_NAME)
 
 
 def leave() -> None:

@@ -24,7 +24,7 @@ from lamina.methods import METHODS
 from lamina.methods.base import Method
 from lamina.runs import limits
 from lamina.runs.environment import Environment
-from lamina.speed import accelerate, precision
+from lamina.speed import accelerate, precision, shard
 from lamina.types import SPLITS, Ints, Kind, LabelledData
 
 Watch = Callable[[Stream | None, Event], None]
@@ -69,7 +69,7 @@ class Setup:
         cut: Callable[[LabelledData, Backbone], Stream] | None = None,
         world: World = ALONE,
     ) -> None:
-        self.world = world
+        self.world, self.watch = world, watch
         self.started = time.perf_counter()
         self.config = config
         cut = cut or (lambda labelled, _: make_stream(config, labelled))
@@ -142,10 +142,23 @@ class Setup:
             vocabulary=backbone.vocabulary,
         )
 
+    def _shard(self) -> None:
+        """Shares the frozen weights out over the processes, where that is wanted."""
+        section, world = self.config.backbone, self.world
+        if not section.shard or world.size == 1:
+            return
+        blocks = range(self.backbone.blocks) if section.blocks is None else section.blocks
+        adapted = {site.path for site in self.backbone.sites if site.role in section.targets and site.block in blocks}
+        here, total = shard(self.backbone, adapted, world, torch.device(self.device))
+        if world.is_first:
+            note = f"frozen weights: {here / 1e6:,.1f} of {total / 1e6:,.1f} MB in each of {world.size} processes"
+            self.watch(None, Event(task=0, phase="load", note=note))
+
     def loop(self, out: Path, make_loop: MakeLoop = Loop) -> Loop:
         """Returns a new loop whose checkpoints lie in the directory `out`."""
         config = self.config
         dtype = precision.DTYPES[self.environment.precision]
+        self._shard()
         learner = learner_of(self.backbone, config.backbone.targets, config.backbone.blocks, dtype, self.device)
         if config.training.gradient_checkpointing:
             if not isinstance(learner, LanguageLearner):

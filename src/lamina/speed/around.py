@@ -16,6 +16,7 @@ from lamina.speed.fused_block import fuse
 from lamina.speed.instance import replace
 from lamina.speed.prefetch import prefetched
 from lamina.speed.rms_norm import lean_norms
+from lamina.speed.shard_backbone import is_sharded
 from lamina.speed.share_batch import share
 from lamina.speed.split_batch import SplitBatch, Workers
 from lamina.types import Batch
@@ -59,7 +60,8 @@ def accelerate(learner: Learner, world: World = ALONE) -> Accelerated:
         if on_cpu and learner.dtype == torch.bfloat16:
             undo.callback(use_plain_attention(backbone.module))
             undo.callback(lean_norms(backbone.module))
-            for path in backbone.stages[1:] if backbone.fusible else ():
+            whole = world.size == 1 or not is_sharded(backbone.module)
+            for path in backbone.stages[1:] if backbone.fusible and whole else ():
                 undo.callback(fuse(backbone.module.get_submodule(path)))
         elif on_cpu and learner.dtype == torch.float32 and torch.get_num_threads() % 2 == 0 and world.size == 1:
             workers = Workers()

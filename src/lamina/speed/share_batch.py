@@ -14,7 +14,8 @@ since those look at the batch as a whole; then every process computes it all.
 Shape letters: b batch, d width; features may have more dimensions after b.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class ShareBatch:
         self, learner: Learner, layers: Sequence[ComposedLinear], world: World, plain: Callable[[Inputs], Tensor]
     ) -> None:
         self.learner, self.layers, self.world, self.plain = learner, layers, world, plain
+        self._usual = {id(hook) for hook in self._hooks()}
+        """Of hooks that are there from the start: those of sharded blocks."""
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Returns the features of the whole batch. They can be differentiated once."""
@@ -53,7 +56,10 @@ class ShareBatch:
     def shareable(self) -> bool:
         """Returns whether every example passes through the backbone by itself, unwatched."""
         routed = any(one.layer.mixtures for one in self.layers)
-        return not (routed or any(map(hooks_of, self.learner.backbone.module.modules())))
+        return not (routed or any(id(hook) not in self._usual for hook in self._hooks()))
+
+    def _hooks(self) -> Iterator[Any]:
+        return chain.from_iterable(map(hooks_of, self.learner.backbone.module.modules()))
 
 
 def share(learner: Learner, layers: Sequence[ComposedLinear], world: World) -> dict[str, Callable[..., Tensor]]:
