@@ -28,8 +28,16 @@ lint: .stamps/dev         ## ruff and mypy
 test-cluster: .stamps/dev .stamps/ray ## comparisons on submitit and on a Ray cluster, with processes killed (minutes)
 	$(BIN)/python -m pytest -m slow tests/faults/test_cluster.py
 
-test-trackers: .stamps/dev .stamps/tensorboard .stamps/mlflow .stamps/wandb ## TensorBoard, MLflow and W&B with their own files
+test-trackers: .stamps/dev .stamps/tensorboard .stamps/mlflow .stamps/wandb .trackio/bin/trackio ## trackers with their own files
 	$(BIN)/python -m pytest tests/end_to_end/test_tracking.py
+	.trackio/bin/python -m pytest -n 0 tests/end_to_end/test_tracking.py -k trackio
+
+# trackio takes an older pillow than constraints.txt pins.
+.trackio/bin/trackio: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .trackio
+	grep -v '^pillow==' constraints.txt > .trackio/constraints.txt
+	.trackio/bin/python -m pip install --quiet --disable-pip-version-check -c .trackio/constraints.txt -e '.[dev,trackio]'
+	touch $@
 
 wheel: .stamps/dev        ## build a wheel, install it into an environment of its own, and follow the README there
 	rm -rf dist .wheel && $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
@@ -84,4 +92,4 @@ runs/smollm2: .stamps/bench
 	@mkdir -p .stamps && touch $@
 
 clean:                    ## remove everything these commands made
-	rm -rf $(VENV) .wheel .stamps runs demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .wheel .trackio .stamps runs demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
