@@ -59,6 +59,14 @@ def test_leaks_stand_at_the_top(tmp_path: Path):
     assert facts["Pre-training"].startswith("nano: trained on 98,000 training images of Tiny ImageNet")
 
 
+def test_a_leak_is_said_by_domain():
+    found = Leaks(tests=1000, exact=0, near=7, examples=(("a", "b"),), domains={"news": 2, "films": 5})
+    assert list(guards.warnings("texts", found, {})) == [
+        "Leak in the data (stream texts): 7 of 1,000 test examples are nearly the same as one of the training examples (such "
+        "as a, like b). By domain: 5 in films, 2 in news."
+    ]
+
+
 def test_what_was_found_is_kept_until_the_data_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[str] = []
 

@@ -40,7 +40,7 @@ def look(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda _:
     file = folder / f"{source.fingerprint}-{source.stamp}-leaks.json"
     if file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
-        if found["near"] is not None or not has_near(source):
+        if "domains" in found and (found["near"] is not None or not has_near(source)):
             return Leaks(**found | {"examples": tuple(map(tuple, found["examples"]))})
     say(f"looking for copies of test examples among the training examples of {source.name}, once")
     made = leaks(source)
@@ -59,12 +59,18 @@ def warnings(stream: str, found: Leaks | None, rows: Mapping[str, Iterable[Run]]
     if found is not None and found.exact + (found.near or 0):
         parts = [f"{found.exact:,} of {found.tests:,} test examples are also training examples"] * bool(found.exact)
         if found.near:
-            more = f"{found.near:,} more are" if found.exact else f"{found.near:,} of {found.tests:,} test examples are"
-            parts.append(f"{more} nearly the same as one")
+            others = (
+                f"{found.near:,} more are" if found.exact else f"{found.near:,} of {found.tests:,} test examples are"
+            )
+            parts.append(f"{others} nearly the same as one")
         if not found.exact:
             parts[0] += " of the training examples"
         ours, theirs = found.examples[0]
-        yield f"Leak in the data (stream {stream}): {', and '.join(parts)} (such as {ours}, like {theirs})."
+        of = ", ".join(
+            f"{number:,} in {name}" for name, number in sorted(found.domains.items(), key=lambda one: -one[1])
+        )
+        more = f" By domain: {of}." if of else ""
+        yield f"Leak in the data (stream {stream}): {', and '.join(parts)} (such as {ours}, like {theirs}).{more}"
     for name, of_row in rows.items():
         tried = [run.record.batch for run in of_row if run.record.batch is not None]
         if dependent := sum(one.dependent for one in tried):

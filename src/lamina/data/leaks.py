@@ -7,9 +7,9 @@ are an extra; without them only exact copies are found.
 """
 
 import importlib.util
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,12 +32,14 @@ _EXAMPLES = 5
 @dataclass(frozen=True, kw_only=True)
 class Leaks:
     """tests: the number of test items. exact, near: how many of them are among the training items; near is None where it was
-    not looked for. examples: places of a test item and of the training item that is like it."""
+    not looked for. examples: places of a test item and of the training item that is like it. domains: how many were found in
+    each domain, where the source has several."""
 
     tests: int
     exact: int
     near: int | None
     examples: tuple[tuple[str, str], ...] = ()
+    domains: Mapping[str, int] = field(default_factory=dict)
 
 
 def leaks(source: Source, progress: Progress | None = None) -> Leaks:
@@ -57,12 +59,14 @@ def leaks(source: Source, progress: Progress | None = None) -> Leaks:
         search = _near_images if source.kind == "image" else _near_texts
         near = search(source, [row for row in rows if train_n[row]], [row for row in rows if test_n[row]], progress)
     found = exact | (near or {})
-    where = source.items.where
+    where, names = source.items.where, source.domain_names
+    domains = Counter(names[source.domains_n[row]] for row in found) if len(names) > 1 else {}
     return Leaks(
         tests=len(tests),
         exact=len(exact),
         near=None if near is None else len(near),
         examples=tuple((where(row), where(like)) for row, like in list(found.items())[:_EXAMPLES]),
+        domains=dict(domains),
     )
 
 

@@ -69,7 +69,10 @@ def test_copies_of_texts_are_found():
     test += [f"  {train[0].upper()} ", train[1], " ".join(near), " ".join(far)]
     source = from_arrays(train + test, [0, 1] * 5 + [0, 1] * 7, splits=["train"] * 10 + ["test"] * 14)
     found = leaks.leaks(source)
-    assert (found.tests, found.exact, found.near) == (14, 2, 1)
+    assert (found.tests, found.exact, found.near, found.domains) == (14, 2, 1, {})
+    domains = ["spoken"] * 20 + ["spoken", "written", "written", "written"]
+    source = from_arrays(train + test, [0, 1] * 5 + [0, 1] * 7, splits=["train"] * 10 + ["test"] * 14, domains=domains)
+    assert leaks.leaks(source).domains == {"spoken": 1, "written": 2}
 
 
 def test_without_the_libraries_only_exact_copies_are_found(monkeypatch: pytest.MonkeyPatch):
