@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lamina import report
 from lamina.errors import RunError
@@ -310,6 +312,20 @@ def test_ticks_are_few_and_inside(low: float, high: float) -> None:
     found = charts.ticks(low, high)
     assert 1 <= len(found) <= 6
     assert all(low - 1e-9 <= t <= high + 1e-9 for t in found)
+
+
+@given(st.lists(st.tuples(st.floats(10, 1000), st.floats(50, 100)), min_size=1, max_size=4, unique=True))
+def test_names_of_points_cover_no_other_name(points: list[tuple[float, float]]) -> None:
+    spots = [charts.Spot(name=f"row {k}", x=x, y=y, style=k, labelled=True) for k, (x, y) in enumerate(points)]
+    drawn = str(charts.scatter("", "", spots, y_range=(50, 100), x_name="", y_name="", front=()))
+    labels = re.findall(r'<text class="label( e)?" x="([\d.]+)" y="([\d.]+)">(row \d)</text>', drawn)
+    assert [name for *_, name in labels] == [spot.name for spot in spots]
+    boxes = []
+    for end, x, y, name in labels:
+        start = float(x) - charts.LETTER * len(name) * bool(end)
+        boxes.append((start, float(y) - 11, start + charts.LETTER * len(name), float(y) + 3))
+        assert 0 <= start <= charts.WIDTH - charts.LETTER * len(name) + 0.1
+    assert not any(charts.overlap(one, other) for k, one in enumerate(boxes) for other in boxes[:k])
 
 
 def test_lines_differ_by_more_than_colour() -> None:

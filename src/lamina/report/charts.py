@@ -33,6 +33,10 @@ NUMBERED = 15
 """Most tasks for which the matrix has room for numbers in its cells."""
 
 Point = tuple[float, float]
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
+LETTER = 6.6
+"""Width of a letter in a label, in pixels, at most about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,8 +279,9 @@ def scatter(
     if corners:
         stairs = "".join(f"H{x:.1f}V{y:.1f}" for x, y in corners[1:])
         parts.append(tag("path", class_="g b", d=f"M{corners[0][0]:.1f} {corners[0][1]:.1f}{stairs}H{frame.right:.1f}"))
-    for spot in spots:
-        x, y = frame.x(math.log10(spot.x)), frame.y(spot.y)
+    places = [(frame.x(math.log10(spot.x)), frame.y(spot.y)) for spot in spots]
+    taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
+    for spot, (x, y) in zip(spots, places, strict=True):
         said = f"{spot.name}: {spot.y:.1f} %, {spot.x:,.0f} s"
         drawn = [
             tag("circle", tag("title", escape(said)), class_="dot", cx=x, cy=y, r=3.4)
@@ -284,11 +289,32 @@ def scatter(
             else marker(spot.style, x, y, said)
         ]
         if spot.labelled:
-            end = x > (frame.left + frame.right) / 2
-            place = {"class_": "label e" if end else "label", "x": x - 7 if end else x + 7, "y": y - 5}
-            drawn.append(tag("text", escape(clip(spot.name, LETTERS)), **place))
+            text = clip(spot.name, LETTERS)
+            left_of, below = _beside(x, y, LETTER * len(text), frame, taken)
+            place = {"class_": "label e" if left_of else "label", "x": x - 7 if left_of else x + 7, "y": below}
+            drawn.append(tag("text", escape(text), **place))
         parts.append(tag("g", *drawn, style=colour(spot.style)))
     return drawing(title, description, parts, class_="chart")
+
+
+def _beside(x: float, y: float, width: float, frame: Frame, taken: list[Box]) -> tuple[bool, float]:
+    """Returns whether the label of a point ends left of it, and its baseline. It covers no other label and no point where there
+    is such a place. Its box is added to those taken."""
+    leftwards = x > (frame.left + frame.right) / 2
+    boxes = []
+    for baseline in (y - 5, y + 15, y - 17, y + 27):
+        for left_of in (leftwards, not leftwards):
+            start = x - 7 - width if left_of else x + 7
+            if 0 <= start <= WIDTH - width:
+                boxes.append((left_of, baseline, (start, baseline - 11, start + width, baseline + 3)))
+    free = (one for one in boxes if not any(overlap(one[2], other) for other in taken))
+    left_of, baseline, box = next(free, boxes[0])
+    taken.append(box)
+    return left_of, baseline
+
+
+def overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def drops(
