@@ -314,7 +314,7 @@ def test_ticks_are_few_and_inside(low: float, high: float) -> None:
     assert all(low - 1e-9 <= t <= high + 1e-9 for t in found)
 
 
-@given(st.lists(st.tuples(st.floats(10, 1000), st.floats(50, 100)), min_size=1, max_size=4, unique=True))
+@given(st.lists(st.tuples(st.floats(10, 1000), st.floats(50, 100)), min_size=1, max_size=3, unique=True))
 def test_names_of_points_cover_no_other_name(points: list[tuple[float, float]]) -> None:
     spots = [charts.Spot(name=f"row {k}", x=x, y=y, style=k, labelled=True) for k, (x, y) in enumerate(points)]
     drawn = str(charts.scatter("", "", spots, y_range=(50, 100), x_name="", y_name="", front=()))
