@@ -1,9 +1,11 @@
 """Small files of a run: replaced as a whole, and JSON that carries a checksum of its own content."""
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,26 @@ CHECKSUM = "sha256"
 """Key of the checksum."""
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Replace a small file. A reader, or a crash, finds the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def replace_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """Replace a small file. A reader, or a crash, finds the old text or the new one. shared: other processes may replace it at
+    the same time."""
+    temporary = path.with_name(f".{path.name}.{f'{os.getpid()}.' if shared else ''}tmp")
     temporary.write_text(text, encoding="utf-8")
     fsync(temporary)
     os.replace(temporary, path)
     fsync(path.parent)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process is within this context for the folder. File systems without locks do not wait."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def fsync(path: Path) -> None:

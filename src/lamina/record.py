@@ -128,6 +128,8 @@ class MachineRecord(Part):
     precision: str | None = None
     """Of the frozen weights."""
     threads: int | None = None
+    processes: int = 1
+    """That made the run together. Seconds and memory are those of the first one."""
     cpu: str | None = None
     cores: int | None = None
     memory_gb: float | None = None

@@ -19,6 +19,7 @@ import torch
 from tests.languages import language_stream, text, tiny_language
 from tests.tiny import tiny_bert, tiny_fused_vit, tiny_images, tiny_texts, tiny_vit
 
+from lamina.backbones import Backbone
 from lamina.config import EvaluationConfig, TrainingConfig
 from lamina.data.streams import PlannedTask, Scenario, Stream, class_plan, domain_plan, make_stream
 from lamina.engine import checkpoint
@@ -272,11 +273,14 @@ def make_loop(
     seconds: float = 1e9,
     device: Literal["cpu", "cuda"] = "cpu",
     training: TrainingConfig | None = None,
+    prepare: Callable[[Backbone, Sequence[str]], None] = lambda *_: None,
     **watch: Any,
 ) -> Loop:
-    """A loop as a new process would have it; generators are left in a state of no meaning, which must not matter."""
+    """A loop as a new process would have it; generators are left in a state of no meaning, which must not matter. prepare: is
+    called with the backbone before it has adapters, and with the roles that will have some."""
     make, targets = BACKBONES[world.backbone]
     backbone = make()
+    prepare(backbone, CASES[name].targets or targets)
     language = backbone.kind == "language" and world.scenario == "domain"  # others are texts to be classified
     make_learner = learner_of if language else Learner
     learner = make_learner(backbone, CASES[name].targets or targets, None, world.dtype, device)

@@ -45,4 +45,5 @@ def test_two_processes_are_as_one(case: str, by_two: Path, tmp_path: Path, monke
     assert wanted.keys() == found.keys()
     assert torch.equal(found.pop("matrix"), wanted.pop("matrix"))
     far = {part: distance(found[part], value) for part, value in wanted.items()}
-    assert {part: value for part, value in far.items() if value > 1e-4} == {}
+    most = 0.02 if "bfloat16" in case else 1e-4  # a batch cut otherwise rounds otherwise
+    assert {part: value for part, value in far.items() if value > most} == {}

@@ -2,7 +2,9 @@
 what each comes to."""
 
 import sys
+from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ from tests.conformance.test_speed import SGD, STEADY, outcome
 from tests.languages import tiny_language
 from torch import Tensor
 
+from lamina.backbones import Backbone
 from lamina.config import ConsolidationConfig, RehearsalConfig
 from lamina.engine import world as processes
 from lamina.engine.loop import Loop
 from lamina.methods import METHODS
-from lamina.speed import accelerate, shard
+from lamina.speed import accelerate, held, shard
 
 LLAMA, TEXT = World("llama", "domain"), World("bert", "domain")
 OF_LANGUAGE = sorted(name for name, method in METHODS.items() if not method.refuses_language)
@@ -30,6 +33,7 @@ CASES: dict[str, tuple[str, World, dict[str, Any]]] = {
     "finetune with LDA": ("finetune", HOME, LDA),
     "inflora with rehearsal": ("inflora", HOME, REHEARSED),
     "finetune of language with rehearsal": ("finetune", LLAMA, REHEARSED),
+    "finetune of language in bfloat16": ("finetune", World("llama", "domain", torch.bfloat16), {}),
 }
 
 
@@ -37,9 +41,12 @@ SHARDED = " with sharded weights"
 CASES |= {name + SHARDED: CASES[name] for name in CASES}
 
 
-def loop_of(case: str, folder: Path) -> Loop:
+def loop_of(case: str, folder: Path, **more: Any) -> Loop:
     name, world, how = CASES[case]
-    training = LANGUAGE_TRAINING.model_copy(update={"optimizer": "sgd", "momentum": 0.0}) if world is LLAMA else SGD
+    how = how | more
+    training = (
+        LANGUAGE_TRAINING.model_copy(update={"optimizer": "sgd", "momentum": 0.0}) if world.backbone == "llama" else SGD
+    )
     loop = make_loop(name, world, folder, training=training, **how)
     loop.method.config = loop.method.config.model_copy(update=STEADY.get(name))
     return loop
@@ -55,18 +62,36 @@ def end_of(loop: Loop) -> dict[str, Tensor]:
     return {name: value.clone().contiguous() for name, value in ({"losses": losses} | updates).items()} | counts
 
 
+def sharding(world: processes.World, backbone: Backbone, roles: Sequence[str]) -> None:
+    shard(backbone, {site.path for site in backbone.sites_of(roles, None)}, world, torch.device("cpu"))
+
+
+class Shared(processes.World):
+    """A world that counts the batches whose features were put together from those of all processes."""
+
+    calls = 0
+
+    def gathered(self, own: Tensor, rows: Sequence[int]) -> Tensor:
+        Shared.calls += 1
+        return super().gathered(own, rows)
+
+
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     tiny_language("llama")  # transformers lets the first process alone save models, once they have met
-    world = processes.join()
+    met = processes.join()
+    world = Shared(met.rank, met.size)
     for case in CASES:
-        loop = loop_of(case, out / f"rank{world.rank}" / case)
-        if case.endswith(SHARDED):
-            here, total = shard(loop.learner.backbone, (), world, loop.learner.device)
-            assert here < 0.8 * total, (here, total)
+        folder, sharded = out / f"rank{world.rank}" / case, case.endswith(SHARDED)
+        loop = loop_of(case, folder, **{"prepare": partial(sharding, world)} if sharded else {})
+        here, total = held(loop.learner)
+        assert (here < total) == sharded, (here, total)
+        calls = Shared.calls
         with closing(accelerate(loop.learner, world)) as loop.steps:
             loop.run()
             found = end_of(loop)
+        if CASES[case][0] != "moram":  # its adapters are selected per input, in every forward
+            assert Shared.calls > calls, f"{case}: no batch was shared"
         if world.is_first:
             save_file(found, out / f"{case}.safetensors")
     processes.leave()

@@ -103,6 +103,46 @@ def test_asked_to_stop_all_stop_and_go_on_later(tmp_path: Path, alone: dict[str,
 
 
 @pytest.mark.slow
+def test_a_process_that_is_lost_before_they_have_met_keeps_none_waiting(tmp_path: Path):
+    script = tmp_path / "meet.py"
+    script.write_text(MEETING)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n")) == ["", "0 of 2 met at start 1", "1 of 2 met at start 1"]
+
+
+MEETING = """
+import os, sys, time
+import torch.distributed as dist
+from lamina.engine import world
+
+start, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+if (start, rank) == (0, 1):
+    store, *_ = next(iter(dist.rendezvous("env://")))
+    store.get(world._OFFER)
+    sys.exit(1)
+if (start, rank) == (1, 0):
+    time.sleep(3)  # the other one finds the old offer
+met = world.join()
+met.wait()
+sys.stdout.write(f"{met.rank} of {met.size} met at start {start}\\n")
+world.leave()
+"""
+
+
+@pytest.mark.slow
+def test_a_single_process_goes_on_after_a_loss_as_well(tmp_path: Path, alone: dict[str, Any]):
+    out = tmp_path / "run"
+    process = launch("run", "--method=inflora", *SETTINGS, f"--out={out}", processes=1, restarts=1)
+    wait_for(lambda: begun(out), process)
+    os.kill(workers(process)[0], signal.SIGKILL)
+    code, said = finish(process)
+    assert code == 0, said
+    assert result(out) == alone
+
+
+@pytest.mark.slow
 def test_what_several_processes_cannot_do(tmp_path: Path):
     out = tmp_path / "run"
     code, said = finish(launch("run", "--method=color", *SETTINGS, "--jobs=2", f"--out={out}"))
@@ -114,3 +154,13 @@ def test_what_several_processes_cannot_do(tmp_path: Path):
     code, said = finish(launch("run", "--method=ewc", *short, f"--out={out}"))
     assert code != 0
     assert "holds a run of other settings (method" in said
+    (out / "results.json").unlink()
+    for options, told in ((("--jobs=2",), "jobs = 2: tasks are trained"), (("--data=nowhere",), "nowhere")):
+        code, said = finish(launch("resume", str(out), *options))
+        assert code != 0
+        assert told in said
+    code, said = finish(launch("run", "--method=finetune", *short, "--set=backbone.shard=true", f"--out={out}"))
+    assert code == 0, said
+    assert "MB in each of 2 processes" in said, "a setting that changes no result may change"
+    made = json.loads((out / "results.json").read_text())
+    assert made["machine"]["processes"] == 2

@@ -70,7 +70,7 @@ def test_a_leak_is_said_by_domain():
 def test_what_was_found_is_kept_until_the_data_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[str] = []
 
-    def search(source: object) -> Leaks:
+    def search(source: object, domains: object) -> Leaks:
         calls.append("search")
         return Leaks(tests=3, exact=1, near=None, examples=(("a", "b"),))
 

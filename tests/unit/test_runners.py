@@ -215,6 +215,30 @@ def test_a_lost_run_is_started_again_but_not_for_ever(tmp_path: Path):
     assert (ended, lost, ends.codes) == ([LOST], ["a"] * 3, [LOST])
 
 
+def test_a_run_lost_with_its_machine_leaves_a_lease_and_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lease, "FRESH", 0.05)
+
+    class OnOtherMachine(Ends):
+        def start(self, cells: list[Started]) -> list[Any]:
+            written(tmp_path, host="other")
+            return super().start(cells)
+
+    ended, lost = list[int | None](), list[str]()
+    watch = Watch(lambda _, code: ended.append(code), lambda _: None, lambda job: lost.append(job.name), lambda _: None)
+    work([Job("a", Place(tmp_path), lambda: True)], OnOtherMachine([LOST] * 5), watch)
+    assert (ended, lost) == ([LOST], ["a"] * 3)
+
+
+def test_a_run_that_raises_has_failed_and_is_not_lost(tmp_path: Path):
+    def broken(_: list[str]) -> int:
+        raise KeyError("a defect")
+
+    with pytest.raises(KeyError):
+        cell_run.run(tmp_path, broken, held=False, attempt="a", parent=0)
+    assert cell_run.how_it_ended(tmp_path, "a") == 1
+    assert lease.holder(tmp_path) is None
+
+
 def test_a_cell_that_another_holds_is_left_alone(tmp_path: Path):
     ran: list[list[str]] = []
     lock = Place(tmp_path).lock()

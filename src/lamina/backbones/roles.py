@@ -179,6 +179,10 @@ class Backbone:
             raise BackboneError(f"{self.name} is not a causal language model: it has no scores of a next token")
         return self.language
 
+    def sites_of(self, roles: Sequence[str], blocks: Sequence[int] | None) -> list[Site]:
+        """Returns the sites with these roles in these blocks (all if None)."""
+        return [site for site in self.sites if site.role in roles and (blocks is None or site.block in blocks)]
+
     def stored_layer(self, path: str) -> StoredLayer:
         """Returns how the plain transformers model holds the linear layer at this path of `module`."""
         return self.stored.get(path, StoredLayer(path))

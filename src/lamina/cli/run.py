@@ -95,6 +95,7 @@ def run(
     """
     from lamina import config as configuration
     from lamina import runs
+    from lamina.engine.world import leave
 
     flags = {
         "method.name": method,
@@ -126,6 +127,7 @@ def run(
     where = out or default_directory(config)
     with Watcher(config.name) as watch:
         record = stoppable(_resume(where), lambda: runs.create(config, where, watch))
+    leave()
     if speaks():
         print_summary(record, where)
 
@@ -139,9 +141,11 @@ def resume(
 ) -> None:
     """Continue a run from its last checkpoint. On the same CPU, the result is the same as without the interruption."""
     from lamina import runs
+    from lamina.engine.world import leave
 
     with Watcher(directory.resolve().name) as watch:
         record = stoppable(_resume(directory), lambda: runs.resume(directory, watch, jobs, data))
+    leave()
     if speaks():
         print_summary(record, directory)
 

@@ -74,7 +74,6 @@ def run(folder: Path, command: Callable[[list[str]], int], *, held: bool, attemp
     mine = lease.claim(folder, f"process {os.getpid()}")
     if mine is None:
         return HELD
-    code = 1
     try:
         if place.state == "done":
             code = 0
@@ -86,12 +85,20 @@ def run(folder: Path, command: Callable[[list[str]], int], *, held: bool, attemp
             code = command(
                 ["resume", str(place.run)] if going_on else ["run", str(place.config), "--out", str(place.run)]
             )
-        replace_text(folder / ENDED, json.dumps({"attempt": attempt, "code": code}) + "\n")
+    except BaseException:  # it failed here, and was not lost with its machine
+        _note_end(folder, attempt, 1)
+        raise
+    else:
+        _note_end(folder, attempt, code)
         return code
     finally:
         mine.release()
         if lock is not None:
             lock.close()
+
+
+def _note_end(folder: Path, attempt: str, code: int) -> None:
+    replace_text(folder / ENDED, json.dumps({"attempt": attempt, "code": code}) + "\n")
 
 
 def how_it_ended(folder: Path, attempt: str) -> int | None:

@@ -37,7 +37,7 @@ from lamina.compare import lease
 from lamina.config import RunConfig
 from lamina.data import Source
 from lamina.errors import RunError
-from lamina.files import replace_text
+from lamina.files import alone_in, replace_text
 from lamina.methods import METHODS
 from lamina.record import Record
 
@@ -191,12 +191,13 @@ class Store:
     def note(self, places: Iterable[Place]) -> None:
         """Adds the records of these finished runs to the file of records."""
         assert self.records is not None
-        if self.records.exists():  # another comparison may have added runs
-            self.noted = read_records(self.records) | self.noted
-        self.noted |= {place.folder.name: place.record().for_table() for place in places}
-        lines = [json.dumps({"cell": name} | noted.to_json()) + "\n" for name, noted in sorted(self.noted.items())]
         self.records.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(self.records, "".join(lines))
+        with alone_in(self.records.parent):
+            if self.records.exists():  # another comparison may have added runs
+                self.noted = read_records(self.records) | self.noted
+            self.noted |= {place.folder.name: place.record().for_table() for place in places}
+            lines = [json.dumps({"cell": name} | noted.to_json()) + "\n" for name, noted in sorted(self.noted.items())]
+            replace_text(self.records, "".join(lines))
 
     def _place(self, name: str) -> Place:
         return Place(self.folder / name, self.noted.get(name))
@@ -209,7 +210,7 @@ class Store:
         note = self.folder / ".data" / f"{source.fingerprint}-{source.stamp}"
         if not note.exists():
             note.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(note, _content(source))
+            replace_text(note, _content(source), shared=True)
         return note.read_text(encoding="utf-8")
 
 

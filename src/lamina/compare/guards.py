@@ -7,6 +7,7 @@
 That nothing is chosen on test examples, and that class order, split and seed are pinned in the record, holds by construction.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,18 +35,24 @@ SEEN = {
 
 
 def look(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda _: None) -> Leaks:
-    """Returns the leaks of the data of a configuration. They are kept in this folder, and looked for again where the data has
-    changed, or near copies could not be looked for. say: is told before a search."""
+    """Returns the leaks of the data of a configuration, within the domains of its stream. They are kept in this folder, and
+    looked for again where the data has changed, or near copies could not be looked for. say: is told before a search."""
     source = runs.open_source(config)
-    file = folder / f"{source.fingerprint}-{source.stamp}-leaks.json"
+    domains = config.stream.domains
+    part = (
+        ""
+        if domains is None
+        else "-" + hashlib.blake2b(json.dumps(sorted(domains)).encode(), digest_size=6).hexdigest()
+    )
+    file = folder / f"{source.fingerprint}-{source.stamp}{part}-leaks.json"
     if file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
         if "domains" in found and (found["near"] is not None or not has_near(source)):
             return Leaks(**found | {"examples": tuple(map(tuple, found["examples"]))})
     say(f"looking for copies of test examples among the training examples of {source.name}, once")
-    made = leaks(source)
+    made = leaks(source, domains)
     file.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(file, json.dumps(asdict(made)) + "\n")
+    replace_text(file, json.dumps(asdict(made)) + "\n", shared=True)
     return made
 
 

@@ -73,7 +73,7 @@ def _difference_notes(gains: Mapping[str, Difference]) -> Iterable[str]:
     for units, names in sorted(by_units.items(), reverse=True):
         of = "" if len(by_units) == 1 else f" ({', '.join(f'`{name}`' for name in names)})"
         several = any(gains[name].pairs > units for name in names)
-        more = "class orders" if several else "seeds"
+        more = "class orders" if any(gains[name].by_order for name in names) else "seeds"
         if units == 1:
             yield f"One pair of runs has no spread, so there is no interval{of}. Use more {more}."
             continue

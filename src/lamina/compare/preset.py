@@ -177,7 +177,7 @@ def write_grid(preset: Preset, out: Path, source: str, backbone: str | None, sca
         preset.check(_open(source))
     out.mkdir(parents=True, exist_ok=True)
     head = f"# Preset {preset.name}: {preset.file.paper}\n"
-    file, text = out / f"{preset.name}.yaml", head + as_yaml(grid)
+    file, text = out / f"{out.resolve().name}.yaml", head + as_yaml(grid)
     if file.exists() and file.read_text(encoding="utf-8") != text:
         raise ConfigError(
             f"{file} is there already and says something else: it was changed, or made for other data. `lamina compare {file}` "
@@ -211,7 +211,7 @@ def row_of(preset: Preset, config: RunConfig) -> tuple[str, str]:
 
 FREE = (
     *("seed", "device", "threads", "jobs", "checkpoint_seconds", "precision", "data.source", "data.cache"),
-    *("backbone.name", "evaluation.batch_size", "evaluation.unseen"),
+    *("backbone.name", "backbone.shard", "evaluation.batch_size", "evaluation.unseen"),
     *("tracking.to", "tracking.project", "tracking.every"),
 )
 """Settings in which a run may differ from the protocol: they say where and how it ran."""

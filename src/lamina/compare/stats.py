@@ -51,6 +51,8 @@ class Difference:
     pairs: int
     units: int
     """Class orders, or seeds of the one class order."""
+    by_order: bool = False
+    """Whether more class orders give more units. Where every seed has an order of its own, more seeds do."""
     p: float | None = None
     """Two-sided, of the permutation test; None for a single unit."""
 
@@ -137,7 +139,9 @@ def paired(ours: Mapping[Key, float], theirs: Mapping[Key, float]) -> Difference
         return None
     parts = units(gains)
     low, high = interval(parts) or (None, None)
-    return Difference(statistics.fmean(parts), low, high, len(gains), len(parts), permutation_p(parts))
+    seeds, orders = ({key[k] for key in gains} for k in (0, 1))
+    by_order = len(orders) > 1 and not len(seeds) == len(orders) == len(gains)
+    return Difference(statistics.fmean(parts), low, high, len(gains), len(parts), by_order, permutation_p(parts))
 
 
 def units(values: Mapping[Key, float]) -> list[float]:

@@ -249,6 +249,11 @@ def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
         ("CPU", all_of(lambda r: r.machine.cpu)),
         *([("GPU", all_of(lambda r: r.machine.gpu))] if any(r.machine.gpu for r in records) else []),
         ("Threads per run", all_of(lambda r: r.machine.threads)),
+        *(
+            [("Processes per run", all_of(lambda r: r.machine.processes))]
+            if any(r.machine.processes > 1 for r in records)
+            else []
+        ),
         ("Precision of frozen weights", all_of(lambda r: r.machine.precision)),
         ("Backbone", all_of(lambda r: r.backbone and f"{r.backbone.name}, sha256 {r.backbone.hash}")),
         ("Data", all_of(lambda r: f"{r.stream.data}, {r.stream.scenario}")),

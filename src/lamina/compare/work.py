@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from lamina.compare import lease
 from lamina.compare.cell_run import HELD, OTHER_CODE
 from lamina.compare.cells import Place
 from lamina.compare.runners import LOST, Resources, Runner, Started
@@ -73,7 +72,7 @@ def work(jobs: Sequence[Job], runner: Runner, watch: Watch) -> None:
             lock.close()
             if job.place.state == "done" or code not in (HELD, LOST):
                 watch.ended(job, None if code == OTHER_CODE else code)
-            elif code == HELD or lease.holder(job.place.folder) is not None:  # another process is at work on it
+            elif code == HELD:  # another process is at work on it
                 held.append(job)
                 watch.held(job)
             elif lost[job] < MOST_LOST:

@@ -8,7 +8,7 @@ are an extra; without them only exact copies are found.
 
 import importlib.util
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,9 +42,11 @@ class Leaks:
     domains: Mapping[str, int] = field(default_factory=dict)
 
 
-def leaks(source: Source, progress: Progress | None = None) -> Leaks:
-    """Returns the test items of a source that are among its training items. Damaged items are passed over."""
-    train_n, test_n = (source.splits_n == SPLITS.index(split) for split in ("train", "test"))
+def leaks(source: Source, domains: Collection[str] | None = None, progress: Progress | None = None) -> Leaks:
+    """Returns the test items of a source that are among its training items, within these domains (all if None). Damaged items
+    are passed over."""
+    used_n = np.array([domains is None or name in domains for name in source.domain_names])[source.domains_n]
+    train_n, test_n = (used_n & (source.splits_n == SPLITS.index(split)) for split in ("train", "test"))
     contents = list(each(source, content_of, progress))
     first: dict[bytes, int] = {}
     for row in np.flatnonzero(train_n).tolist():

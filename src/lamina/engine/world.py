@@ -5,8 +5,10 @@ Every process holds the whole learner and does the same steps in the same order.
 """
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from uuid import uuid4
 
 import torch
@@ -78,35 +80,57 @@ class World:
 
 
 ALONE = World()
-_NAME = "lamina/group"
+_OFFER = "lamina/group"
+_PATIENCE = timedelta(hours=6)
+"""How long processes wait for each other. The first one decodes the data while the others wait."""
+
+
+def launched() -> bool:
+    """Returns whether `torchrun`, or another launcher that sets its variables, started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def join() -> World:
-    """Returns the world that `torchrun` says this process belongs to, after meeting the others; the world of one process where
-    it was started otherwise."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "RANK" not in os.environ:
+    """Returns the world that the launcher says this process belongs to, after meeting the others; the world of one process
+    where it was started otherwise."""
+    if not launched() or int(os.environ["WORLD_SIZE"]) == 1:
         return ALONE
     if not dist.is_initialized():
         on_gpu = torch.cuda.is_available()
         if on_gpu:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if number >= there:
+                raise RunError(
+                    f"process {number} of this machine has no GPU of its own: there are {there}. Give torchrun "
+                    f"--nproc-per-node={there}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on CPUs."
+                )
+            torch.cuda.set_device(number)
         _meet("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     return World(dist.get_rank(), dist.get_world_size())
 
 
 def _meet(backend: str) -> None:
     """Begins the process group under a name that is new each time. `torchrun` keeps its store when it starts processes again
-    after a loss. Under PyTorch's own name they may find the addresses of those that are gone, and wait for them."""
+    after a loss. Under PyTorch's own name they may find the addresses of those that are gone, and wait for them.
+
+    The first process offers a name, and says go once all others have taken it. It takes back its offer before that, so a name
+    that is offered and has a go does not exist, and an offer of a process that is gone is left for the next one.
+    """
     store, rank, size = next(iter(dist.rendezvous("env://")))  # type: ignore[attr-defined]
+    name = uuid4().hex if rank == 0 else ""
     if rank == 0:
-        store.set(_NAME, uuid4().hex)
-    name = store.get(_NAME).decode()  # waits for the first process
+        store.set(_OFFER, name)
+        store.wait([f"{name}/taken by {other}" for other in range(1, size)], _PATIENCE)
+        store.set(_OFFER, "")
+        store.set(f"{name}/go", "")
+    while not store.check([f"{name}/go"]):
+        offered = store.get(_OFFER).decode()  # waits for the first process
+        if offered not in ("", name):
+            name = offered
+            store.set(f"{name}/taken by {rank}", "")
+        time.sleep(0.05)
     own_store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=own_store, rank=rank, world_size=size)
-    dist.barrier()
-    if rank == 0:
-        store.delete_key(_NAME)
+    dist.init_process_group(backend, timeout=_PATIENCE, store=own_store, rank=rank, world_size=size)
 
 
 def leave() -> None:

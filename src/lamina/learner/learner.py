@@ -43,7 +43,7 @@ class Learner:
         device: torch.device | Literal["cpu", "cuda"] = "cpu",
     ) -> None:
         wanted = set(range(backbone.blocks) if blocks is None else blocks)
-        places = [site for site in backbone.sites if site.role in targets and site.block in wanted]
+        places = backbone.sites_of(targets, blocks)
         missing = set(targets) - {site.role for site in places}
         if missing or not wanted <= set(range(backbone.blocks)):
             raise ConfigError(

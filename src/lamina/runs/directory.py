@@ -90,7 +90,11 @@ def begin(out: Path, setup: Setup) -> None:
     """Write down what a run is begun with. The settings come last: with them the directory is a run."""
     write_checked(out / SOURCE, {"stream": setup.stream.fingerprint, "data": setup.source})
     write_checked(out / ENVIRONMENT, setup.environment.to_json())
-    write_checked(out / CONFIG, setup.config.model_dump(mode="json"))
+    write_config(out, setup.config)
+
+
+def write_config(out: Path, config: RunConfig) -> None:
+    write_checked(out / CONFIG, config.model_dump(mode="json"))
 
 
 def begun(out: Path) -> Begun:

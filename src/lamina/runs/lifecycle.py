@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from lamina import data, record, report
-from lamina.config import RunConfig, differences
+from lamina.config import RunConfig, differences, fingerprint
 from lamina.engine import checkpoint
 from lamina.engine import world as processes
 from lamina.engine.completions import Examiner, questions
@@ -25,6 +25,7 @@ from lamina.engine.state import Position, now
 from lamina.engine.world import World
 from lamina.errors import CheckpointError, ConfigError, RunError
 from lamina.learner import LanguageLearner
+from lamina.methods import METHODS
 from lamina.record import Record
 from lamina.runs import directory, side_by_side
 from lamina.runs.directory import Begun, begun, locked
@@ -63,8 +64,8 @@ def create(config: RunConfig, out: Path, watch: Watch = lambda *_: None, *, make
     SIGTERM.
     """
     check_trackers(config)
-    if (world := processes.join()).size > 1:
-        return _together(world, config, out, watch)
+    if processes.launched():
+        return _together(processes.join(), config, out, watch, make_loop)
     directory.refuse_used(out)
     directory.refuse_inside_data(out, config.data.source)
     setup = Setup(directory.with_whole_paths(config), None, watch)
@@ -95,8 +96,8 @@ def resume(
     other data, weights or settings.
     """
     directory.refuse_other(out)
-    if (world := processes.join()).size > 1:
-        return _together(world, None, out, watch)
+    if processes.launched():
+        return _together(processes.join(), None, out, watch, make_loop, jobs=jobs, source=source)
     if done := directory.finished(out):
         return done
     with locked(out):
@@ -227,39 +228,67 @@ def _measure(loop: Loop, number: int, examples: Examples) -> Measured:
     )
 
 
-def _together(world: World, config: RunConfig | None, out: Path, watch: Watch) -> Record:
-    """Make or continue a run by several processes, as `torchrun` starts them and, where one is lost, starts them again. All see
-    the directory of the run; the first one writes there. config: None where a run is to be continued.
+def _together(
+    world: World,
+    config: RunConfig | None,
+    out: Path,
+    watch: Watch,
+    make_loop: MakeLoop,
+    *,
+    jobs: int | None = None,
+    source: str | None = None,
+) -> Record:
+    """Make or continue a run by the processes that `torchrun` starts and, where one is lost, starts again. All see the
+    directory of the run; the first one writes there. config: None where a run is to be continued. jobs, source: as in `resume`.
 
     Raises what `create` and `resume` raise; RunError where the directory holds a run of other settings.
     """
+    setup: Setup | None = None
     with ExitStack() as stack:
         if world.is_first:
-            if config is not None and config.jobs > 1:
-                raise ConfigError(
-                    f"jobs = {config.jobs}: tasks are trained in parallel by one process. Leave jobs at 1"
-                )
-            if config is not None:
-                directory.refuse_inside_data(out, config.data.source)
-            out.mkdir(parents=True, exist_ok=True)
+            whole = None if config is None else directory.with_whole_paths(config)
+            if whole is not None:
+                directory.refuse_inside_data(out, whole.data.source)
+                out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out))
-            if not (out / directory.CONFIG).exists() and config is not None:
+            if whole is not None and not (out / directory.CONFIG).exists():
                 directory.refuse_used(out)
-                directory.begin(out, Setup(directory.with_whole_paths(config), None, watch, world=world))
-            elif config is not None and (found := begun(out).config) != (wanted := directory.with_whole_paths(config)):
-                keys = [key for key, *_ in differences(found.model_dump(), wanted.model_dump())]
-                raise RunError(f"{out} holds a run of other settings ({', '.join(keys[:5])}). Choose another --out.")
+                _refuse_side_by_side(whole)
+                setup = Setup(whole, None, watch, world=world)
+                directory.begin(out, setup)
+            elif whole is not None or not directory.finished(out):
+                found = begun(out).config
+                wanted = whole or _moved(found, source).model_copy(update={"jobs": jobs or found.jobs})
+                if _fingerprint(found) != _fingerprint(wanted):
+                    keys = [key for key, *_ in differences(found.model_dump(), wanted.model_dump())]
+                    raise RunError(
+                        f"{out} holds a run of other settings ({', '.join(keys[:5])}). Choose another --out."
+                    )
+                _refuse_side_by_side(wanted)
+                directory.write_config(out, wanted)
         world.wait()
         if done := directory.finished(out):
             world.wait()
             return done
         start = begun(out)
-        setup = Setup(start.config, start.environment, watch, world=world)
+        setup = setup or Setup(start.config, start.environment, watch, world=world)
         try:
-            return _work(setup, _loop(setup, start, out), out, watch)
+            return _work(setup, _loop(setup, start, out, make_loop), out, watch)
         finally:
             if sys.exc_info()[0] in (None, Interrupted):  # after another error, the others may not come
                 world.wait()
+
+
+def _refuse_side_by_side(config: RunConfig) -> None:
+    if config.jobs > 1:
+        raise ConfigError(
+            f"jobs = {config.jobs}: tasks are trained in parallel by one process, and torchrun started several for this run. "
+            f"Give --jobs 1"
+        )
+
+
+def _fingerprint(config: RunConfig) -> str:
+    return fingerprint(config, METHODS[config.method["name"]].config_type)
 
 
 def _work(setup: Setup, loop: Loop, out: Path, watch: Watch) -> Record:

@@ -67,7 +67,7 @@ def record_of(setup: Setup, loop: Loop) -> Record:
             parameters=setup.backbone_parameters,
             kind=setup.backbone.kind,
         ),
-        machine=MachineRecord(**environment.to_json()),
+        machine=MachineRecord(**environment.to_json(), processes=setup.world.size),
         code=CodeRecord(version=__version__, commit=environment.commit),
         classes=_classes(setup, loop),
         batch=_batch(setup, loop),

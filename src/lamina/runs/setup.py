@@ -19,12 +19,12 @@ from lamina.engine import device
 from lamina.engine.loop import Event, Loop
 from lamina.engine.world import ALONE, World
 from lamina.errors import ConfigError
-from lamina.learner import LanguageLearner, learner_of
+from lamina.learner import LanguageLearner, Learner, learner_of
 from lamina.methods import METHODS
 from lamina.methods.base import Method
 from lamina.runs import limits
 from lamina.runs.environment import Environment
-from lamina.speed import accelerate, precision, shard
+from lamina.speed import accelerate, held, precision, shard
 from lamina.types import SPLITS, Ints, Kind, LabelledData
 
 Watch = Callable[[Stream | None, Event], None]
@@ -142,24 +142,27 @@ class Setup:
             vocabulary=backbone.vocabulary,
         )
 
-    def _shard(self) -> None:
-        """Shares the frozen weights out over the processes, where that is wanted."""
+    def _learner(self) -> Learner:
+        """Returns the learner, with the frozen weights shared out over the processes where that is wanted."""
         section, world = self.config.backbone, self.world
-        if not section.shard or world.size == 1:
-            return
-        blocks = range(self.backbone.blocks) if section.blocks is None else section.blocks
-        adapted = {site.path for site in self.backbone.sites if site.role in section.targets and site.block in blocks}
-        here, total = shard(self.backbone, adapted, world, torch.device(self.device))
-        if world.is_first:
+        # With its number: "cuda" alone is the first GPU in every thread that was not told another.
+        where = torch.device("cuda", torch.cuda.current_device()) if self.device == "cuda" else torch.device("cpu")
+        sharded = section.shard and world.size > 1
+        if sharded:
+            adapted = {site.path for site in self.backbone.sites_of(section.targets, section.blocks)}
+            shard(self.backbone, adapted, world, where)
+        dtype = precision.DTYPES[self.environment.precision]
+        learner = learner_of(self.backbone, section.targets, section.blocks, dtype, where)
+        if sharded and world.is_first:
+            here, total = held(learner)
             note = f"frozen weights: {here / 1e6:,.1f} of {total / 1e6:,.1f} MB in each of {world.size} processes"
             self.watch(None, Event(task=0, phase="load", note=note))
+        return learner
 
     def loop(self, out: Path, make_loop: MakeLoop = Loop) -> Loop:
         """Returns a new loop whose checkpoints lie in the directory `out`."""
         config = self.config
-        dtype = precision.DTYPES[self.environment.precision]
-        self._shard()
-        learner = learner_of(self.backbone, config.backbone.targets, config.backbone.blocks, dtype, self.device)
+        learner = self._learner()
         if config.training.gradient_checkpointing:
             if not isinstance(learner, LanguageLearner):
                 raise ConfigError(

@@ -5,6 +5,6 @@
 
 from lamina.speed.around import Accelerated, accelerate
 from lamina.speed.memory import keeping_memory, return_large_blocks
-from lamina.speed.shard_backbone import shard
+from lamina.speed.shard_backbone import held, shard
 
-__all__ = ["Accelerated", "accelerate", "keeping_memory", "return_large_blocks", "shard"]
+__all__ = ["Accelerated", "accelerate", "held", "keeping_memory", "return_large_blocks", "shard"]

@@ -5,15 +5,17 @@ Adapted layers stay whole in every process, and so do weights that two parts of 
 the first, and the second are needed at both ends of a forward. Adapters, head and optimiser are small, and whole as well.
 """
 
+from collections import Counter
 from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lamina.backbones import Backbone
 from lamina.engine.world import World
 from lamina.errors import ConfigError
+from lamina.learner import Learner
 
 
 class Held(NamedTuple):
@@ -24,7 +26,7 @@ class Held(NamedTuple):
     total: int
 
 
-def shard(backbone: Backbone, adapted: Collection[str], world: World, device: torch.device) -> Held:
+def shard(backbone: Backbone, adapted: Collection[str], world: World, device: torch.device) -> None:
     """Leave this process its part of the frozen weights, on the device. All processes must call it. It cannot be undone.
 
     adapted: paths of the linear layers that have adapters, or will have them.
@@ -35,29 +37,38 @@ def shard(backbone: Backbone, adapted: Collection[str], world: World, device: to
             f"backbone.shard = true: backbone {backbone.name!r} does not name its blocks. Give `stages` to from_module(), or "
             f"leave backbone.shard at false."
         )
-    module = backbone.module
-    paths = [*backbone.stages, *([] if backbone.language is None else [backbone.language.head])]
-    held_by: dict[nn.Parameter, int] = {}
-    for path in paths:
-        for parameter in module.get_submodule(path).parameters():
-            held_by[parameter] = held_by.get(parameter, 0) + 1
-    shared = {parameter for parameter, count in held_by.items() if count > 1}
-    kept = shared.union(*(module.get_submodule(path).parameters() for path in adapted))
     from torch.distributed.device_mesh import init_device_mesh  # takes most of a second, which few runs need
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
 
+    paths = [*backbone.stages, *([] if backbone.language is None else [backbone.language.head])]
+    parts = [backbone.module.get_submodule(path) for path in paths]
+    # By number: a name for a whole weight here would keep it in memory.
+    uses = Counter(id(parameter) for part in parts for parameter in part.parameters())
+    whole = {number for number, count in uses.items() if count > 1}
+    whole |= {id(one) for path in adapted for one in backbone.module.get_submodule(path).parameters()}
     mesh = init_device_mesh(device.type, (world.size,))
-    for path in paths:
-        part = module.get_submodule(path)
-        if not kept.issuperset(part.parameters()):
-            fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=kept & {*part.parameters()})
-    parameters = [*module.parameters()]
-    here = sum((one.to_local() if isinstance(one, DTensor) else one).nbytes for one in parameters)
-    return Held(here, sum(one.nbytes for one in parameters))
+    for part in parts:
+        if any(id(one) not in whole for one in part.parameters()):
+            ignored = {one for one in part.parameters() if id(one) in whole}
+            fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
 
 
 def is_sharded(module: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def held(learner: Learner) -> Held:
+    """Returns what this process holds of the frozen weights, with the float32 copies of adapted layers, and what one holds that
+    shares them with none."""
+    from torch.distributed.tensor import DTensor
+
+    frozen = [one for one in learner.backbone.module.parameters() if not one.requires_grad]
+    copies = [
+        weight for layer in learner.layers.values() for weight in (layer.base_oi, layer.folded_oi, layer.weight_oi)
+    ]
+    distinct: dict[int, Tensor] = {copy.data_ptr(): copy for copy in copies}
+    whole = sum(copy.nbytes for copy in distinct.values())
+    here = sum((one.to_local() if isinstance(one, DTensor) else one).nbytes for one in frozen)
+    return Held(whole + here, whole + sum(one.nbytes for one in frozen))

@@ -37,7 +37,7 @@ class ShareBatch:
     ) -> None:
         self.learner, self.layers, self.world, self.plain = learner, layers, world, plain
         self._usual = {id(hook) for hook in self._hooks()}
-        """Of hooks that are there from the start: those of sharded blocks."""
+        """Numbers of the hooks that are there from the start. Those of sharded blocks watch no example."""
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Returns the features of the whole batch. They can be differentiated once."""

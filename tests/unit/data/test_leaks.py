@@ -99,3 +99,10 @@ def test_near_hashes_are_all_found(seed: int, count: int):
     train, test = range(0, count, 2), range(1, count, 2)
     expected = {(t, s) for t in test for s in train if int(hashes_n[t] ^ hashes_n[s]).bit_count() <= NEAR_BITS}
     assert set(near_hashes(hashes_n, train, test)) == expected
+
+
+def test_leaks_are_looked_for_within_the_domains_of_a_stream():
+    texts = ["one two three four", "five six seven eight", "one two three four", "five six seven eight"]
+    source = from_arrays(texts, [0, 1, 0, 1], splits=["train"] * 2 + ["test"] * 2, domains=["a", "b", "a", "a"])
+    assert (leaks.leaks(source).tests, leaks.leaks(source).exact) == (2, 2)
+    assert (leaks.leaks(source, ["a"]).tests, leaks.leaks(source, ["a"]).exact) == (2, 1)
