@@ -81,7 +81,7 @@ def test_the_commands(lamina: Command, tmp_path: Path):
     told = lamina(
         "compare", "--preset", "inflora-cifar100", "--data=digits", "--backbone=nano", "--scale=0.02", "--dry-run"
     ).out
-    assert "inflora-cifar100/frozen + LDA/seed0" in told
+    assert "inflora-cifar100-0.02/frozen + LDA/seed0" in told
     assert lamina("ledger", "page", "page.md", "--ledger", "none.jsonl").out.strip() == "page.md"
     assert "None of the 20 presets has been run yet" in (tmp_path / "page.md").read_text()
     assert "there is no run directory nowhere" in lamina.refused(

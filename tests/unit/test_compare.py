@@ -435,7 +435,7 @@ def test_settings_are_chosen_first_and_only_what_is_not_done_is_run(tmp_path: Pa
     assert told.lines[1].startswith(
         "[1/8] grid/finetune/search/training.lr=0.001: average accuracy on validation 60.0%, 10 s"
     )
-    assert told.lines[-1].startswith("[12/12] grid/joint/seed2: final accuracy 62.0%, 10 s")
+    assert told.lines[-1].startswith("[12/12] grid/joint/seed2: micro accuracy 62.0%, 10 s")
     again = study(tmp_path)
     assert {listed.state for listed in again.listing()} == {"done"}
     again.work(told, start)

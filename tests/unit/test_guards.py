@@ -91,6 +91,7 @@ def test_what_was_found_is_kept_until_the_data_changes(tmp_path: Path, monkeypat
     [
         (Leaks(tests=10, exact=0, near=0), None),
         (Leaks(tests=10, exact=0, near=None), None),
+        (Leaks(tests=10, exact=0, near=None, searched=True), None),
         (
             Leaks(tests=10, exact=0, near=2, examples=(("a", "b"),)),
             "2 of 10 test examples are nearly the same as one of the ",
@@ -107,7 +108,8 @@ def test_leaks_in_words(found: Leaks, said: str | None):
     assert said is None or said in warnings[0]
     made = record_of(RunConfig.model_validate({}), 0.5)
     told = dict(guards.facts({"s": found}, [made]))
-    near = "near copies not looked for (pip install 'lamina[guards]')" if found.near is None else f"{found.near} near"
+    why = "images below 16 pixels" if found.searched else "pip install 'lamina[guards]'"
+    near = f"near copies not looked for ({why})" if found.near is None else f"{found.near} near"
     assert told["Test examples among the training examples"] == f"s: {found.exact} exact, {near}, of 10"
 
 

@@ -179,7 +179,7 @@ def test_the_ledger_takes_runs_that_followed_a_preset(tmp_path: Path, one: Prese
     [
         ({"training": {"epochs": 49}}, "training.epochs = 49 in place of 50"),
         ({"stream": {"order_seed": 3}}, "stream.order_seed = 3 in place of None"),
-        ({"backbone": {"name": "nano"}}, "its backbone is nano, in place of some_vit"),
+        ({"backbone": {"name": "nano"}}, "backbone.name = 'nano' in place of 'some_vit'"),
         ({"splits": {"train": 6}}, "6 training examples, where the protocol has 5"),
     ],
 )

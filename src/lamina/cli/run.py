@@ -230,5 +230,6 @@ def stoppable(again: str, work: Callable[[], T]) -> T:
     try:
         return work()
     except Interrupted:
-        print(f"stopped; all progress is saved. Continue with: {again}", file=sys.stderr)
+        if speaks():
+            print(f"stopped; all progress is saved. Continue with: {again}", file=sys.stderr)
         sys.exit(130)

@@ -16,6 +16,9 @@ from lamina.report.charts import COLOURS, Estimate, Point, Series, Spot
 SHOWN = COLOURS - 1
 """Most rows that get a colour of their own, the best ones. The baseline gets another, and the rest are thin and grey."""
 
+NAMED = 8
+"""Most rows that all have their names beside their points."""
+
 
 def drawings(rows: Mapping[str, RowRuns], baseline: str | None) -> list[Drawing]:
     """Returns the charts of one stream; none of rows without a run."""
@@ -82,6 +85,12 @@ def _ranking(rows: Mapping[str, RowRuns], ranked: Sequence[str], styles: Mapping
         estimates.append(Estimate(name=name, values=single, mean=mean, low=ends[0], high=ends[1], style=styles[name]))
     counts = sorted({len(stats.units(by_run(rows[name].runs, _key(rows[name])))) for name in ranked} - {1})
     covered = " and ".join(f"{100 * stats.coverage(n):.0f} % for {n}" for n in counts)
+    bar = (
+        "Bar: its interval over class orders, or over seeds of the one order. It covers the centre with probability "
+        f"{covered}. It holds the spread that all rows share; the differences from the baseline in the table do not. "
+        if covered
+        else ""
+    )
     everything = np.array([value for one in estimates for value in one.values])
     span = (_floor([everything]), float(min(100.0, 10 * math.ceil(everything.max() / 10))))
     title = "Final accuracy"
@@ -89,10 +98,7 @@ def _ranking(rows: Mapping[str, RowRuns], ranked: Sequence[str], styles: Mapping
     return Drawing(
         title=title,
         svg=charts.strips(title, told, estimates, x_range=span, x_name="%"),
-        note="Dots: runs. Upright stroke: their mean. Bar: its interval over class orders, or over seeds of the one order. "
-        f"It covers the centre with probability {covered}. "
-        "Rows of joint training: micro accuracy. These intervals hold the spread that all rows share; the differences from "
-        "the baseline in the table do not.",
+        note=f"Dots: runs. Upright stroke: their mean. {bar}Rows of joint training: micro accuracy.",
     )
 
 
@@ -105,7 +111,8 @@ def _against_time(rows: Mapping[str, RowRuns], ranked: Sequence[str], styles: Ma
         assert seconds is not None
         spots.append(Spot(name=name, x=seconds, y=100 * accuracy, style=styles[name]))
     front = pareto([(spot.x, spot.y) for spot in spots])
-    spots = [Spot(name=s.name, x=s.x, y=s.y, style=s.style, labelled=(s.x, s.y) in front) for s in spots]
+    few = len(spots) <= NAMED
+    spots = [Spot(name=s.name, x=s.x, y=s.y, style=s.style, labelled=few or (s.x, s.y) in front) for s in spots]
     heights = np.array([spot.y for spot in spots])
     span = (_floor([heights]), float(min(100.0, 10 * math.ceil(heights.max() / 10))))
     title = "Accuracy against time"
@@ -115,8 +122,9 @@ def _against_time(rows: Mapping[str, RowRuns], ranked: Sequence[str], styles: Ma
         svg=charts.scatter(
             title, told, spots, y_range=span, x_name="seconds of a run", y_name="final accuracy, %", front=front
         ),
-        note="Dotted line: rows that no other row beats in both. They have their names; hover the others. Joint training has "
-        "its micro accuracy.",
+        note="Dotted line: rows that no other row beats in both. "
+        + ("" if few else "They have their names; hover the others. ")
+        + "Joint training has its micro accuracy.",
     )
 
 
@@ -155,5 +163,7 @@ def _curves(rows: Mapping[str, RowRuns], ranked: Sequence[str], styles: Mapping[
         y_range=(low, 100.0),
         write=lambda value: f"{value:.1f} %",
     )
-    note = "Mean over tasks learnt so far, and over runs. Thin grey lines: rows further down; hover one for its name."
+    note = "Mean over tasks learnt so far, and over runs."
+    if any(one.style is None for one in series):
+        note += " Thin grey lines: rows further down; hover one for its name."
     return [Drawing(title=title, svg=svg, note=note)]

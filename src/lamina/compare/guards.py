@@ -47,7 +47,7 @@ def look(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda _:
     file = folder / f"{source.fingerprint}-{source.stamp}{part}-leaks.json"
     if file.exists():
         found = json.loads(file.read_text(encoding="utf-8"))
-        if "domains" in found and (found["near"] is not None or not has_near(source)):
+        if found.get("searched", False) or ("searched" in found and not has_near(source)):
             return Leaks(**found | {"examples": tuple(map(tuple, found["examples"]))})
     say(f"looking for copies of test examples among the training examples of {source.name}, once")
     made = leaks(source, domains)
@@ -92,7 +92,8 @@ def facts(found: Mapping[str, Leaks | None], records: Iterable[Record]) -> list[
     for stream, one in found.items():
         if one is None:
             continue
-        near = "near copies not looked for (pip install 'lamina[guards]')" if one.near is None else f"{one.near:,} near"
+        why = "images below 16 pixels" if one.searched else "pip install 'lamina[guards]'"
+        near = f"near copies not looked for ({why})" if one.near is None else f"{one.near:,} near"
         said.append(f"{stream}: {one.exact:,} exact, {near}, of {one.tests:,}")
     tried = [record.batch for record in records if record.batch is not None]
     lines = [("Test examples among the training examples", "; ".join(said))] * bool(said)

@@ -192,8 +192,7 @@ def row_of(preset: Preset, config: RunConfig) -> tuple[str, str]:
     none."""
     wanted = dict(flat(preset.file.grid["base"]))["backbone.name"].rpartition("/")[2]
     used = config.backbone.name.rstrip("/").rpartition("/")[2]
-    if used != wanted:
-        raise ConfigError(f"the run did not follow preset {preset.name}: its backbone is {used}, in place of {wanted}")
+    other = [] if used == wanted else [f"backbone.name = {used!r} in place of {wanted!r}"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "grid.yaml"
         file.write_text(as_yaml(preset.grid(config.data.source)), encoding="utf-8")
@@ -201,7 +200,7 @@ def row_of(preset: Preset, config: RunConfig) -> tuple[str, str]:
     closest: list[str] | None = None
     for row in grid.rows:
         for cell in grid.cells(row, {}):
-            differs = list(_differences(cell.config, config))
+            differs = [*other, *_differences(cell.config, config)]
             if not differs:
                 return row.stream if len(grid.streams) > 1 else "", row.method
             if closest is None or len(differs) < len(closest):

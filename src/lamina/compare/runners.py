@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,10 @@ WAITING = ("PENDING", "REQUEUED", "CONFIGURING", "RUNNING")
 """States of SLURM in which a job will run, or has only just begun to."""
 STOPPED = 130
 """Exit code of a run that was asked to stop, and saved."""
+MANY = 1000
+"""Cells that a cluster is given at a time where nothing else was said."""
+ANSWER = 10.0
+"""Seconds in which a cluster must answer."""
 LOST = -999
 """In place of an exit code: the process or its machine is gone, and the cell should be started again."""
 
@@ -191,7 +196,7 @@ class Slurm:
             raise ConfigError(f"--slurm cluster={self._cluster}: allowed are slurm and local")
         if self._cluster == "slurm" and submitit.SlurmExecutor.affinity() < 0:
             raise ConfigError("--runner slurm: `sbatch` is not found. Give the command on a login node of the cluster.")
-        self.folder, self.side_by_side = folder, side_by_side or (1000 if self._cluster == "slurm" else here)
+        self.folder, self.side_by_side = folder, side_by_side or (MANY if self._cluster == "slurm" else here)
         self._submitit = submitit
         self._parameters = {f"slurm_{key}": _value(key, text) for key, text in given.items()}
         self._executor(Resources())
@@ -274,8 +279,9 @@ class Ray:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self._ray = _needed("ray", "ray")
         try:
+            _check_answer(address)
             self._ray.init(address=address, log_to_driver=False, logging_level="error")
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"--runner ray: no cluster at {address!r} ({str(error).splitlines()[0]}). Start one with `ray start --head`, "
                 "and join other machines with `ray start --address HOST:6379`."
@@ -287,7 +293,7 @@ class Ray:
                     f"resources cpus = {one.cpus}, gpus = {one.gpus}: no node of the Ray cluster has them. Ask for fewer, or "
                     "add a node."
                 )
-        self.side_by_side = side_by_side or 1000
+        self.side_by_side = side_by_side or MANY
         self._jobs: dict[Path, Any] = {}
         self._task = self._ray.remote(cell_run.run_there)
 
@@ -314,6 +320,13 @@ class Ray:
     def _gone(self, job: Any) -> bool:
         ready, _ = self._ray.wait([job], timeout=0)
         return bool(ready)
+
+
+def _check_answer(address: str) -> None:
+    """Raises OSError where nothing listens at a HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
 
 
 def _needed(package: str, extra: str) -> Any:

@@ -3,6 +3,7 @@
 import fnmatch
 import math
 import statistics
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -14,7 +15,7 @@ from lamina.compare import guards, table
 from lamina.compare.cells import Place, State, Store
 from lamina.compare.grid import Cell, Grid, Row
 from lamina.compare.rows import RowRuns, Run, Trial
-from lamina.compare.runners import LOST, Local, Runner
+from lamina.compare.runners import LOST, MANY, Local, Runner
 from lamina.compare.work import MOST_LOST, Job, Watch, work
 from lamina.data.leaks import Leaks
 from lamina.errors import ConfigError, LaminaError
@@ -79,6 +80,7 @@ class Study:
         self.say: Callable[[str], None] = lambda _: None
         settings = self.grid.settings
         self.out = out or Path(settings.out or Path("runs") / self.grid.name)
+        _refuse_files({"out": self.out, "cells": cells or Path(settings.cells)})
         self.store = Store(cells or Path(settings.cells), records)
         problems = []
         for row in self.grid.rows:
@@ -213,6 +215,14 @@ class Study:
         return self.store.place(with_whole_paths(cell.config)).folder != place.folder
 
 
+def _refuse_files(folders: Mapping[str, Path]) -> None:
+    """Raises ConfigError for a folder that is a file, or lies in one."""
+    for option, folder in folders.items():
+        file = next((one for one in (folder, *folder.parents) if one.exists()), folder)
+        if file.exists() and not file.is_dir():
+            raise ConfigError(f"--{option} {folder}: {file} is a file. Give a folder.")
+
+
 class _Progress:
     """Counts finished cells, estimates the remaining time, and reports to the viewer."""
 
@@ -238,6 +248,7 @@ class _Progress:
                 prepare = partial(self._prepare, cell, place)
                 todo.append(Job(cell.name, place, prepare, resources))
         self.left = {job.place.folder for job in todo}
+        self.todo, self.began = len(todo), time.monotonic()
         if todo:
             number = len(self.cells)
             self.viewer.say(f"{count(number, 'cell')} of {part}: {number - len(todo)} done, {len(todo)} to do")
@@ -258,7 +269,12 @@ class _Progress:
             self._note(cell, job.place)
             what, value = "average accuracy on validation", score(record)
             if cell.tried is None:
-                what, value = "final accuracy", record.metrics.final_accuracy
+                joint, metrics = record.stream.joint, record.metrics
+                what, value = (
+                    ("micro accuracy", metrics.final_accuracy_micro)
+                    if joint
+                    else ("final accuracy", metrics.final_accuracy)
+                )
             self.viewer.say(f"{done}{what} {value:.1%}, {duration(record.cost.total_seconds or 0.0)}{self._still()}")
         elif code is None:
             self.outcome.not_started.append(job.name)
@@ -284,6 +300,9 @@ class _Progress:
             self.seconds.setdefault((cell.row, cell.tried is not None), []).append(spent)
 
     def remaining(self) -> float | None:
+        if self.runner.side_by_side >= MANY:  # how many a cluster runs at a time shows in the time that they took
+            ended = self.todo - len(self.left)
+            return (time.monotonic() - self.began) / ended * len(self.left) if ended else None
         keys = [(cell.row, cell.tried is not None) for folder, cell in self.cells.items() if folder in self.left]
         return seconds_left(keys, self.seconds, self.runner.side_by_side)
 

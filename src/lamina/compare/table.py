@@ -151,10 +151,13 @@ def _section(stream: str, rows: Mapping[str, RowRuns], grid: Grid, gains: Gains,
     drawn_orders = sorted({run.order for run in runs if run.order is not None})
     orders = ["the dataset's own"] * any(run.order is None for run in runs) + [str(order) for order in drawn_orders]
     splits = sorted({run.record.split for run in runs})
-    caption = "Accuracies in %, forgetting and differences in points: mean ± standard deviation over runs"
+    caption = "Accuracies in %, forgetting and differences in points"
+    if any(len(row.runs) > 1 for row in rows.values()):
+        caption += ": mean ± standard deviation over runs"
     if runs:
+        of = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
         drawn = f", class orders {', '.join(orders)}" if drawn_orders else ""
-        caption += f" (seeds {', '.join(map(str, seeds))}{drawn}), measured on {' and '.join(splits)} data"
+        caption += f" ({of}{drawn}), measured on {' and '.join(splits)} data"
     notes = [headroom.note()] if headroom else []
     notes += notes_of(rows, {name: gain for name, gain in gains.items() if gain}, baseline)
     return Section(

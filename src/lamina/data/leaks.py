@@ -32,14 +32,16 @@ _EXAMPLES = 5
 @dataclass(frozen=True, kw_only=True)
 class Leaks:
     """tests: the number of test items. exact, near: how many of them are among the training items; near is None where it was
-    not looked for. examples: places of a test item and of the training item that is like it. domains: how many were found in
-    each domain, where the source has several."""
+    not looked for, because `searched` is false or all images are too small. examples: places of a test item and of the
+    training item that is like it. domains: how many were found in each domain, where the source has several."""
 
     tests: int
     exact: int
     near: int | None
     examples: tuple[tuple[str, str], ...] = ()
     domains: Mapping[str, int] = field(default_factory=dict)
+    searched: bool = False
+    """Whether the library that finds near copies was there."""
 
 
 def leaks(source: Source, domains: Collection[str] | None = None, progress: Progress | None = None) -> Leaks:
@@ -55,8 +57,8 @@ def leaks(source: Source, domains: Collection[str] | None = None, progress: Prog
             first.setdefault(content, row)
     tests = np.flatnonzero(test_n).tolist()
     exact = {row: first[c] for row in tests if not isinstance(c := contents[row], Damage) and c in first}
-    near = None
-    if has_near(source):
+    near, searched = None, has_near(source)
+    if searched:
         rows = [row for row in range(len(source)) if not isinstance(contents[row], Damage) and row not in exact]
         search = _near_images if source.kind == "image" else _near_texts
         near = search(source, [row for row in rows if train_n[row]], [row for row in rows if test_n[row]], progress)
@@ -69,6 +71,7 @@ def leaks(source: Source, domains: Collection[str] | None = None, progress: Prog
         near=None if near is None else len(near),
         examples=tuple((where(row), where(like)) for row, like in list(found.items())[:_EXAMPLES]),
         domains=dict(domains),
+        searched=searched,
     )
 
 
@@ -77,11 +80,15 @@ def has_near(source: Source) -> bool:
     return importlib.util.find_spec("imagehash" if source.kind == "image" else "datasketch") is not None
 
 
-def _near_images(source: Source, train: list[int], test: list[int], progress: Progress | None) -> dict[int, int]:
+def _near_images(source: Source, train: list[int], test: list[int], progress: Progress | None) -> dict[int, int] | None:
+    """Returns None where all test images are too small."""
     import imagehash
 
     found = list(each(source, perceptual_hash, progress))
+    all_tests = test
     train, test = ([row for row in rows if not isinstance(found[row], Damage)] for rows in (train, test))
+    if all_tests and not test:
+        return None
     hashes_n = np.array([0 if isinstance(one, Damage) else one for one in found], np.uint64)
     alike: dict[int, int] = {}
     for row, other in near_hashes(hashes_n, train, test):

@@ -6,7 +6,8 @@ Every process holds the whole learner and does the same steps in the same order.
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from uuid import uuid4
@@ -33,13 +34,15 @@ class World:
         if self.size == 1:
             return here
         flag = torch.tensor(int(here))
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        with _exchanging():
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 
     def wait(self) -> None:
         """Returns once all processes have come here."""
         if self.size > 1:
-            dist.barrier()
+            with _exchanging():
+                dist.barrier()
 
     def first_text(self, text: str) -> str:
         """Returns the text of the first process."""
@@ -47,9 +50,10 @@ class World:
             return text
         content = torch.tensor(list(text.encode()), dtype=torch.uint8)
         length = torch.tensor(len(content))
-        dist.broadcast(length, 0)
-        content = content if self.is_first else torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(content, 0)
+        with _exchanging():
+            dist.broadcast(length, 0)
+            content = content if self.is_first else torch.empty(int(length), dtype=torch.uint8)
+            dist.broadcast(content, 0)
         return bytes(content.tolist()).decode()
 
     def check_same(self, mark: str, what: str) -> None:
@@ -65,7 +69,8 @@ class World:
         if self.size == 1 or not there:
             return list(tensors)
         flat = torch.cat([tensor.reshape(-1) for tensor in there])
-        dist.all_reduce(flat)
+        with _exchanging():
+            dist.all_reduce(flat)
         parts = iter(torch.split(flat, [tensor.numel() for tensor in there]))
         return [None if tensor is None else next(parts).view_as(tensor) for tensor in tensors]
 
@@ -75,8 +80,27 @@ class World:
         padded = own.new_zeros(most, *own.shape[1:], dtype=torch.float32)
         padded[: len(own)] = own
         found = [torch.empty_like(padded) for _ in rows]
-        dist.all_gather(found, padded)
+        with _exchanging():
+            dist.all_gather(found, padded)
         return torch.cat([part[:count] for part, count in zip(found, rows, strict=True)]).to(own.dtype)
+
+
+LOST = ("onnection", "Broken pipe", "NCCL", "ocket", "imed out")
+"""In the messages of gloo and NCCL where a process is gone."""
+
+
+@contextmanager
+def _exchanging() -> Iterator[None]:
+    """Raises RunError where another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST):
+            raise
+        raise RunError(
+            "another process of this run has ended: it was lost, or has said why. After a loss, torchrun starts all again as "
+            "often as --max-restarts allows, and the run goes on from its last checkpoint."
+        ) from error
 
 
 ALONE = World()
