@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from lamina.errors import RunError
 
@@ -18,7 +19,7 @@ CHECKSUM = "sha256"
 def replace_text(path: Path, text: str, *, shared: bool = False) -> None:
     """Replace a small file. A reader, or a crash, finds the old text or the new one. shared: other processes may replace it at
     the same time."""
-    temporary = path.with_name(f".{path.name}.{f'{os.getpid()}.' if shared else ''}tmp")
+    temporary = path.with_name(f".{path.name}.{f'{uuid4().hex}.' if shared else ''}tmp")
     temporary.write_text(text, encoding="utf-8")
     fsync(temporary)
     os.replace(temporary, path)
@@ -26,15 +27,12 @@ def replace_text(path: Path, text: str, *, shared: bool = False) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Waits until no other process is within this context for the folder. File systems without locks do not wait."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+def alone(lock: Path) -> Iterator[None]:
+    """Waits until no other process is within this context for the same file. On file systems without locks nobody waits."""
+    with lock.open("a") as file:
         with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
 
 
 def fsync(path: Path) -> None:

@@ -14,6 +14,7 @@ from tests.conformance.cases import HOME, LANGUAGE_TRAINING, World, make_loop
 from tests.conformance.test_speed import SGD, STEADY, outcome
 from tests.languages import tiny_language
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lamina.backbones import Backbone
 from lamina.config import ConsolidationConfig, RehearsalConfig
@@ -67,13 +68,13 @@ def sharding(world: processes.World, backbone: Backbone, roles: Sequence[str]) -
 
 
 class Shared(processes.World):
-    """A world that counts the batches whose features were put together from those of all processes."""
+    """A world that counts the batches whose gradients were summed over all processes."""
 
     calls = 0
 
-    def gathered(self, own: Tensor, rows: Sequence[int]) -> Tensor:
-        Shared.calls += 1
-        return super().gathered(own, rows)
+    def summed(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        Shared.calls += any(tensor is not None for tensor in tensors)
+        return super().summed(tensors)
 
 
 def main(out: Path) -> None:
@@ -85,12 +86,15 @@ def main(out: Path) -> None:
         folder, sharded = out / f"rank{world.rank}" / case, case.endswith(SHARDED)
         loop = loop_of(case, folder, **{"prepare": partial(sharding, world)} if sharded else {})
         here, total = held(loop.learner)
+        whole = [one for one in loop.learner.backbone.module.parameters() if not isinstance(one, DTensor)]
         assert (here < total) == sharded, (here, total)
+        assert not sharded or sum(one.nbytes for one in whole) < 0.3 * total, "blocks and embeddings are shared out"
         calls = Shared.calls
         with closing(accelerate(loop.learner, world)) as loop.steps:
             loop.run()
             found = end_of(loop)
-        if CASES[case][0] != "moram":  # its adapters are selected per input, in every forward
+        # moram selects its adapters per input in every forward, and prototype trains nothing.
+        if CASES[case][0] not in ("moram", "prototype"):
             assert Shared.calls > calls, f"{case}: no batch was shared"
         if world.is_first:
             save_file(found, out / f"{case}.safetensors")

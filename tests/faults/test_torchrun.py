@@ -154,11 +154,16 @@ def test_what_several_processes_cannot_do(tmp_path: Path):
     code, said = finish(launch("run", "--method=ewc", *short, f"--out={out}"))
     assert code != 0
     assert "holds a run of other settings (method" in said
+    before = (out / "config.json").read_text()
+    code, said = finish(launch("run", "--method=finetune", *short, "--set=backbone.name=other", f"--out={out}"))
+    assert code != 0
+    assert "holds a run of other settings (backbone" in said
     (out / "results.json").unlink()
     for options, told in ((("--jobs=2",), "jobs = 2: tasks are trained"), (("--data=nowhere",), "nowhere")):
         code, said = finish(launch("resume", str(out), *options))
         assert code != 0
         assert told in said
+        assert (out / "config.json").read_text() == before, "what is refused changes nothing"
     code, said = finish(launch("run", "--method=finetune", *short, "--set=backbone.shard=true", f"--out={out}"))
     assert code == 0, said
     assert "MB in each of 2 processes" in said, "a setting that changes no result may change"

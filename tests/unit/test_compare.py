@@ -21,7 +21,7 @@ from tests.grids import MadeUp, Told, write_grid
 
 from lamina import record
 from lamina.cli.progress import GridWatcher
-from lamina.compare import Study, cells, guards, table
+from lamina.compare import Study, cells, guards, stats, table
 from lamina.compare.cells import Place, Store, bare, code_hash
 from lamina.compare.drawings import pareto
 from lamina.compare.grid import Grid
@@ -833,3 +833,25 @@ def test_what_is_left_is_guessed_from_what_is_done():
     assert seconds_left(["a"], {}, 1) is None
     assert seconds_left([], known, 1) == 0
     assert [duration(s) for s in (40, 600, 9000)] == ["40 s", "10 min", "2.5 h"]
+
+
+@pytest.mark.parametrize("option", ["out", "cells"])
+def test_a_folder_that_is_a_file_is_refused_at_once(tmp_path: Path, option: str):
+    (tmp_path / "taken").touch()
+    with pytest.raises(ConfigError, match=rf"--{option} .*inside: .*taken is a file\. Give a folder\."):
+        Study(write_grid(tmp_path, "methods: {finetune: {}}\n"), **{option: tmp_path / "taken" / "inside"})
+
+
+@pytest.mark.parametrize(
+    ("runs", "more"),
+    [
+        ([(0, None), (1, None)], False),
+        ([(0, None), (0, 1)], True),
+        ([(0, 5), (1, 6)], False),
+        ([(0, 1), (1, 1), (0, 2), (1, 2)], True),
+    ],
+)
+def test_what_gives_more_units(runs: list[tuple[int, int | None]], more: bool):
+    gain = stats.paired(dict.fromkeys(runs, 0.5), dict.fromkeys(runs, 0.25))
+    assert gain is not None
+    assert gain.by_order == more

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from lamina import record
 from lamina.compare import Study, guards, table
 from lamina.compare.runners import Started
 from lamina.config import RunConfig
+from lamina.config.schema import StreamConfig
 from lamina.data.leaks import Leaks
 from lamina.engine.evaluate import depends_on_batch
 from lamina.learner import Learner
@@ -57,6 +59,19 @@ def test_leaks_stand_at_the_top(tmp_path: Path):
     assert facts["Test examples among the training examples"] == "grid: 4 exact, 0 near, of 12"
     assert facts["Predictions that depend on the batch"] == "2 of 6 tried in 1 run"
     assert facts["Pre-training"].startswith("nano: trained on 98,000 training images of Tiny ImageNet")
+
+
+@pytest.mark.parametrize(
+    ("stream", "domains"),
+    [
+        ({"scenario": "class", "domains": ["a"]}, None),
+        ({"scenario": "domain", "domains": ["a", "b"]}, ("a", "b")),
+        ({"scenario": "mixed", "plan": [{"name": "1", "classes": ["x"], "domains": ["b"]}]}, ["b"]),
+        ({"scenario": "mixed", "plan": [{"name": "1", "classes": ["x"]}]}, None),
+    ],
+)
+def test_the_domains_that_a_stream_learns_from(stream: dict[str, Any], domains: object):
+    assert guards._domains(StreamConfig.model_validate(stream)) == domains
 
 
 def test_a_leak_is_said_by_domain():

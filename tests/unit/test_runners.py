@@ -390,3 +390,11 @@ def test_the_gpus_are_those_that_are_visible_here(tmp_path: Path, monkeypatch: p
 )
 def test_parameters_of_submitit(key: str, text: str, value: object):
     assert runners._value(key, text) == value
+
+
+def test_a_run_that_another_holds_on_a_cluster_is_not_lost(tmp_path: Path):
+    written(tmp_path, host="other")
+    (tmp_path / cell_run.ENDED).write_text(json.dumps({"attempt": "theirs", "code": 0}))
+    assert run(tmp_path, [], attempt="mine") == cell_run.HELD
+    assert Remote(Place(tmp_path), "mine", "job", lambda _: True, lambda *_: None).poll() == cell_run.HELD
+    assert cell_run.how_it_ended(tmp_path, "theirs") == 0

@@ -22,7 +22,8 @@ from lamina.files import replace_text
 
 HELD, OTHER_CODE = 75, 76
 """Exit codes where another process holds the cell, and where the code of lamina has changed since the cell was submitted."""
-ENDED = "ended.json"
+ENDED, REFUSED = "ended.json", "refused.json"
+"""How the last attempt ended that held the cell, and the last one that did not get it."""
 
 
 def launch(
@@ -69,10 +70,9 @@ def run(folder: Path, command: Callable[[list[str]], int], *, held: bool, attemp
     this one holds the lock. parent: a process; the run stops when it is gone."""
     place = Place(folder)
     lock = None if held else place.lock()
-    if lock is None and not held:
-        return HELD
-    mine = lease.claim(folder, f"process {os.getpid()}")
+    mine = None if lock is None and not held else lease.claim(folder, f"process {os.getpid()}")
     if mine is None:
+        _note_end(folder, attempt, HELD, REFUSED)
         return HELD
     try:
         if place.state == "done":
@@ -97,14 +97,15 @@ def run(folder: Path, command: Callable[[list[str]], int], *, held: bool, attemp
             lock.close()
 
 
-def _note_end(folder: Path, attempt: str, code: int) -> None:
-    replace_text(folder / ENDED, json.dumps({"attempt": attempt, "code": code}) + "\n")
+def _note_end(folder: Path, attempt: str, code: int, name: str = ENDED) -> None:
+    replace_text(folder / name, json.dumps({"attempt": attempt, "code": code}) + "\n")
 
 
 def how_it_ended(folder: Path, attempt: str) -> int | None:
     """Returns the exit code of this attempt; None where it has not ended, or was lost."""
-    try:
-        found = json.loads((folder / ENDED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return int(found["code"]) if found.get("attempt") == attempt else None
+    for name in (ENDED, REFUSED):
+        with suppress(OSError, ValueError):
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+            if found.get("attempt") == attempt:
+                return int(found["code"])
+    return None

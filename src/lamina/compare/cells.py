@@ -37,7 +37,7 @@ from lamina.compare import lease
 from lamina.config import RunConfig
 from lamina.data import Source
 from lamina.errors import RunError
-from lamina.files import alone_in, replace_text
+from lamina.files import alone, replace_text
 from lamina.methods import METHODS
 from lamina.record import Record
 
@@ -192,7 +192,8 @@ class Store:
         """Adds the records of these finished runs to the file of records."""
         assert self.records is not None
         self.records.parent.mkdir(parents=True, exist_ok=True)
-        with alone_in(self.records.parent):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with alone(self.folder / "records.lock"):
             if self.records.exists():  # another comparison may have added runs
                 self.noted = read_records(self.records) | self.noted
             self.noted |= {place.folder.name: place.record().for_table() for place in places}

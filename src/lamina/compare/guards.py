@@ -10,13 +10,14 @@ That nothing is chosen on test examples, and that class order, split and seed ar
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from lamina import runs
 from lamina.compare.rows import Run
 from lamina.config import RunConfig
+from lamina.config.schema import StreamConfig
 from lamina.data.leaks import Leaks, has_near, leaks
 from lamina.files import replace_text
 from lamina.record import Record
@@ -32,13 +33,15 @@ SEEN = {
     "clip": "trained on pairs from the web, among which common test images occur",
 }
 """What is known of the pre-training of a backbone, by a part of its name."""
+MOST = 8
+"""Most domains that a warning names."""
 
 
 def look(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda _: None) -> Leaks:
     """Returns the leaks of the data of a configuration, within the domains of its stream. They are kept in this folder, and
     looked for again where the data has changed, or near copies could not be looked for. say: is told before a search."""
     source = runs.open_source(config)
-    domains = config.stream.domains
+    domains = _domains(config.stream)
     part = (
         ""
         if domains is None
@@ -54,6 +57,15 @@ def look(config: RunConfig, folder: Path, say: Callable[[str], None] = lambda _:
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_text(file, json.dumps(asdict(made)) + "\n", shared=True)
     return made
+
+
+def _domains(stream: StreamConfig) -> Sequence[str] | None:
+    """Returns the domains that a stream learns from; None for all."""
+    if stream.scenario == "domain":
+        return stream.domains
+    if stream.scenario == "mixed" and stream.plan and all(task.domains for task in stream.plan):
+        return [name for task in stream.plan for name in task.domains or ()]
+    return None
 
 
 def _words(name: str) -> list[str]:
@@ -73,9 +85,9 @@ def warnings(stream: str, found: Leaks | None, rows: Mapping[str, Iterable[Run]]
         if not found.exact:
             parts[0] += " of the training examples"
         ours, theirs = found.examples[0]
-        of = ", ".join(
-            f"{number:,} in {name}" for name, number in sorted(found.domains.items(), key=lambda one: -one[1])
-        )
+        ranked = sorted(found.domains.items(), key=lambda one: -one[1])
+        of = ", ".join(f"{number:,} in {name}" for name, number in ranked[:MOST])
+        of += f" and {count(len(ranked) - MOST, 'more domain')}" if len(ranked) > MOST else ""
         more = f" By domain: {of}." if of else ""
         yield f"Leak in the data (stream {stream}): {', and '.join(parts)} (such as {ours}, like {theirs}).{more}"
     for name, of_row in rows.items():

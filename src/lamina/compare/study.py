@@ -3,7 +3,6 @@
 import fnmatch
 import math
 import statistics
-import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from lamina import config as configuration
-from lamina.compare import guards, table
+from lamina.compare import guards, lease, table
 from lamina.compare.cells import Place, State, Store
 from lamina.compare.grid import Cell, Grid, Row
 from lamina.compare.rows import RowRuns, Run, Trial
-from lamina.compare.runners import LOST, MANY, Local, Runner
+from lamina.compare.runners import LOST, Local, Runner
 from lamina.compare.work import MOST_LOST, Job, Watch, work
 from lamina.data.leaks import Leaks
 from lamina.errors import ConfigError, LaminaError
@@ -248,7 +247,8 @@ class _Progress:
                 prepare = partial(self._prepare, cell, place)
                 todo.append(Job(cell.name, place, prepare, resources))
         self.left = {job.place.folder for job in todo}
-        self.todo, self.began = len(todo), time.monotonic()
+        self.running = max(1, len(todo))
+        """Cells that run at a time, as far as is known: a cluster takes more than it runs."""
         if todo:
             number = len(self.cells)
             self.viewer.say(f"{count(number, 'cell')} of {part}: {number - len(todo)} done, {len(todo)} to do")
@@ -263,6 +263,7 @@ class _Progress:
 
     def _ended(self, job: Job, code: int | None) -> None:
         self.left.discard(job.place.folder)
+        self.running = 1 + sum(lease.holder(folder) is not None for folder in self.left)
         done = f"[{len(self.cells) - len(self.left)}/{len(self.cells)}] {job.name}: "
         if job.place.state == "done":
             cell, record = self.cells[job.place.folder], job.place.record()
@@ -300,11 +301,8 @@ class _Progress:
             self.seconds.setdefault((cell.row, cell.tried is not None), []).append(spent)
 
     def remaining(self) -> float | None:
-        if self.runner.side_by_side >= MANY:  # how many a cluster runs at a time shows in the time that they took
-            ended = self.todo - len(self.left)
-            return (time.monotonic() - self.began) / ended * len(self.left) if ended else None
         keys = [(cell.row, cell.tried is not None) for folder, cell in self.cells.items() if folder in self.left]
-        return seconds_left(keys, self.seconds, self.runner.side_by_side)
+        return seconds_left(keys, self.seconds, min(self.runner.side_by_side, self.running))
 
     def _still(self) -> str:
         left = self.remaining()

@@ -34,15 +34,13 @@ class World:
         if self.size == 1:
             return here
         flag = torch.tensor(int(here))
-        with _exchanging():
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 
     def wait(self) -> None:
         """Returns once all processes have come here."""
         if self.size > 1:
-            with _exchanging():
-                dist.barrier()
+            dist.barrier()
 
     def first_text(self, text: str) -> str:
         """Returns the text of the first process."""
@@ -50,10 +48,9 @@ class World:
             return text
         content = torch.tensor(list(text.encode()), dtype=torch.uint8)
         length = torch.tensor(len(content))
-        with _exchanging():
-            dist.broadcast(length, 0)
-            content = content if self.is_first else torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(content, 0)
+        dist.broadcast(length, 0)
+        content = content if self.is_first else torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(content, 0)
         return bytes(content.tolist()).decode()
 
     def check_same(self, mark: str, what: str) -> None:
@@ -69,8 +66,7 @@ class World:
         if self.size == 1 or not there:
             return list(tensors)
         flat = torch.cat([tensor.reshape(-1) for tensor in there])
-        with _exchanging():
-            dist.all_reduce(flat)
+        dist.all_reduce(flat)
         parts = iter(torch.split(flat, [tensor.numel() for tensor in there]))
         return [None if tensor is None else next(parts).view_as(tensor) for tensor in tensors]
 
@@ -80,8 +76,7 @@ class World:
         padded = own.new_zeros(most, *own.shape[1:], dtype=torch.float32)
         padded[: len(own)] = own
         found = [torch.empty_like(padded) for _ in rows]
-        with _exchanging():
-            dist.all_gather(found, padded)
+        dist.all_gather(found, padded)
         return torch.cat([part[:count] for part, count in zip(found, rows, strict=True)]).to(own.dtype)
 
 
@@ -90,8 +85,8 @@ LOST = ("onnection", "Broken pipe", "NCCL", "ocket", "imed out")
 
 
 @contextmanager
-def _exchanging() -> Iterator[None]:
-    """Raises RunError where another process is gone."""
+def noticing_losses() -> Iterator[None]:
+    """Raises RunError within the context where another process is gone."""
     try:
         yield
     except RuntimeError as error:
@@ -99,7 +94,8 @@ def _exchanging() -> Iterator[None]:
             raise
         raise RunError(
             "another process of this run has ended: it was lost, or has said why. After a loss, torchrun starts all again as "
-            "often as --max-restarts allows, and the run goes on from its last checkpoint."
+            "often as --max-restarts allows, and the run goes on from its last checkpoint. "
+            f"(This process saw: {str(error).splitlines()[0][:200]})"
         ) from error
 
 
@@ -125,11 +121,12 @@ def join() -> World:
             number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
             if number >= there:
                 raise RunError(
-                    f"process {number} of this machine has no GPU of its own: there are {there}. Give torchrun "
+                    f"LOCAL_RANK = {number}, but this process sees GPUs 0 to {there - 1} only. Give torchrun "
                     f"--nproc-per-node={there}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on CPUs."
                 )
             torch.cuda.set_device(number)
-        _meet("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        with noticing_losses():
+            _meet("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     return World(dist.get_rank(), dist.get_world_size())
 
 
@@ -137,8 +134,8 @@ def _meet(backend: str) -> None:
     """Begins the process group under a name that is new each time. `torchrun` keeps its store when it starts processes again
     after a loss. Under PyTorch's own name they may find the addresses of those that are gone, and wait for them.
 
-    The first process offers a name, and says go once all others have taken it. It takes back its offer before that, so a name
-    that is offered and has a go does not exist, and an offer of a process that is gone is left for the next one.
+    The first process offers a name, and says go once all others have taken it. It withdraws the offer first, so no offered name
+    ever has a go: the others leave the offer of a lost process for the next one.
     """
     store, rank, size = next(iter(dist.rendezvous("env://")))  # type: ignore[attr-defined]
     name = uuid4().hex if rank == 0 else ""

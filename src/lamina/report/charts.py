@@ -36,7 +36,7 @@ Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
 LETTER = 6.6
-"""Width of a letter in a label, in pixels, at most about."""
+"""Upper estimate of the width of a letter in a label, in units of a drawing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +305,7 @@ def _beside(x: float, y: float, width: float, frame: Frame, taken: list[Box]) ->
     for baseline in (y - 5, y + 15, y - 17, y + 27):
         for left_of in (leftwards, not leftwards):
             start = x - 7 - width if left_of else x + 7
-            if 0 <= start <= WIDTH - width:
+            if 0 <= start <= WIDTH - width and (baseline == y - 5 or baseline + 3 <= frame.bottom):
                 boxes.append((left_of, baseline, (start, baseline - 11, start + width, baseline + 3)))
     free = (one for one in boxes if not any(overlap(one[2], other) for other in taken))
     left_of, baseline, box = next(free, boxes[0])

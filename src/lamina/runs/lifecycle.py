@@ -184,13 +184,17 @@ def _moved(config: RunConfig, source: str | None) -> RunConfig:
 
 def _loop(setup: Setup, start: Begun, out: Path, make_loop: MakeLoop = Loop) -> Loop:
     """Returns the loop of a run that has begun. Raises CheckpointError naming what has changed in its data."""
+    _refuse_other_data(setup, start, out)
+    return setup.loop(out, make_loop)
+
+
+def _refuse_other_data(setup: Setup, start: Begun, out: Path) -> None:
     if start.source["stream"] != setup.stream.fingerprint:
         changed = data.difference(start.source["data"]["classes"], setup.source["classes"])
         raise CheckpointError(
             f"{out}: the data at {setup.config.data.source} is not the data this run began with: {changed}. Restore it, or "
             f"start a new run."
         )
-    return setup.loop(out, make_loop)
 
 
 def _refuse_damaged(out: Path, fall_back: bool) -> None:
@@ -244,7 +248,7 @@ def _together(
     Raises what `create` and `resume` raise; RunError where the directory holds a run of other settings.
     """
     setup: Setup | None = None
-    with ExitStack() as stack:
+    with processes.noticing_losses(), ExitStack() as stack:
         if world.is_first:
             whole = None if config is None else directory.with_whole_paths(config)
             if whole is not None:
@@ -253,19 +257,23 @@ def _together(
             stack.enter_context(locked(out))
             if whole is not None and not (out / directory.CONFIG).exists():
                 directory.refuse_used(out)
-                _refuse_side_by_side(whole)
+                _refuse_side_by_side(whole, world)
                 setup = Setup(whole, None, watch, world=world)
                 directory.begin(out, setup)
-            elif whole is not None or not directory.finished(out):
-                found = begun(out).config
-                wanted = whole or _moved(found, source).model_copy(update={"jobs": jobs or found.jobs})
-                if _fingerprint(found) != _fingerprint(wanted):
-                    keys = [key for key, *_ in differences(found.model_dump(), wanted.model_dump())]
+            else:
+                found = begun(out)
+                if whole is not None and _what(found.config) != _what(whole):
+                    keys = [key for key, *_ in differences(found.config.model_dump(), whole.model_dump())]
                     raise RunError(
                         f"{out} holds a run of other settings ({', '.join(keys[:5])}). Choose another --out."
                     )
-                _refuse_side_by_side(wanted)
-                directory.write_config(out, wanted)
+                if not directory.finished(out):
+                    more = {"jobs": jobs or found.config.jobs}
+                    wanted = whole or _moved(found.config, source).model_copy(update=more)
+                    _refuse_side_by_side(wanted, world)
+                    setup = Setup(wanted, found.environment, watch, world=world)
+                    _refuse_other_data(setup, found, out)
+                    directory.write_config(out, wanted)
         world.wait()
         if done := directory.finished(out):
             world.wait()
@@ -279,16 +287,17 @@ def _together(
                 world.wait()
 
 
-def _refuse_side_by_side(config: RunConfig) -> None:
-    if config.jobs > 1:
+def _refuse_side_by_side(config: RunConfig, world: World) -> None:
+    if config.jobs > 1 and world.size > 1:
         raise ConfigError(
             f"jobs = {config.jobs}: tasks are trained in parallel by one process, and torchrun started several for this run. "
-            f"Give --jobs 1"
+            "Give --jobs 1."
         )
 
 
-def _fingerprint(config: RunConfig) -> str:
-    return fingerprint(config, METHODS[config.method["name"]].config_type)
+def _what(config: RunConfig) -> tuple[str, str, str]:
+    """Returns what two configurations of the same run have in common."""
+    return fingerprint(config, METHODS[config.method["name"]].config_type), config.data.source, config.backbone.name
 
 
 def _work(setup: Setup, loop: Loop, out: Path, watch: Watch) -> Record:
@@ -316,7 +325,7 @@ def _work(setup: Setup, loop: Loop, out: Path, watch: Watch) -> Record:
         loop.on_event, loop.should_stop = on_event, lambda: world.any(should_stop())
         loop.restore()
         loop.spend("load", time.perf_counter() - setup.started)
-        if setup.config.jobs > 1 or (out / "parallel").exists():
+        if world.size == 1 and (setup.config.jobs > 1 or (out / "parallel").exists()):
             _train_side_by_side(setup, loop, out)
         loop.run()
     found = record_of(setup, loop)

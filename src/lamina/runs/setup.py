@@ -149,7 +149,7 @@ class Setup:
         where = torch.device("cuda", torch.cuda.current_device()) if self.device == "cuda" else torch.device("cpu")
         sharded = section.shard and world.size > 1
         if section.shard and not sharded:
-            note = "backbone.shard has no effect: this run has one process. `torchrun` starts several: see docs/clusters.md"
+            note = "backbone.shard has no effect in a single process. `torchrun` starts several: see docs/clusters.md"
             self.watch(None, Event(task=0, phase="load", note=note))
         if sharded:
             adapted = {site.path for site in self.backbone.sites_of(section.targets, section.blocks)}

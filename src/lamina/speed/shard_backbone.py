@@ -60,8 +60,8 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def held(learner: Learner) -> Held:
-    """Returns what this process holds of the frozen weights, with the float32 copies of adapted layers, and what one holds that
-    shares them with none."""
+    """Returns the bytes of frozen weights in this process, and in one that shards nothing. Both count the float32 copies of
+    adapted layers."""
     from torch.distributed.tensor import DTensor
 
     frozen = [one for one in learner.backbone.module.parameters() if not one.requires_grad]
