@@ -86,9 +86,9 @@ def main(out: Path) -> None:
         folder, sharded = out / f"rank{world.rank}" / case, case.endswith(SHARDED)
         loop = loop_of(case, folder, **{"prepare": partial(sharding, world)} if sharded else {})
         here, total = held(loop.learner)
-        whole = [one for one in loop.learner.backbone.module.parameters() if not isinstance(one, DTensor)]
         assert (here < total) == sharded, (here, total)
-        assert not sharded or sum(one.nbytes for one in whole) < 0.3 * total, "blocks and embeddings are shared out"
+        blocks = map(loop.learner.backbone.module.get_submodule, loop.learner.backbone.stages[1:])
+        assert all(isinstance(one, DTensor) == sharded for block in blocks for one in block.parameters())
         calls = Shared.calls
         with closing(accelerate(loop.learner, world)) as loop.steps:
             loop.run()
