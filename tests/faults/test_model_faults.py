@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,13 +237,21 @@ def test_a_reader_during_commits_sees_whole_versions(world: dict[str, Path], tmp
             except Exception as error:  # noqa: BLE001 - whatever it is, the test shows it
                 wrong.append(error)
 
+    def wait_for(version: int) -> None:
+        deadline = time.monotonic() + 60
+        while not wrong and (not seen or seen[-1][0] < version):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
     reader = threading.Thread(target=read)
     reader.start()
     try:
+        wait_for(1)
         for number in range(3):
             given = ("--class=dog", "--class=eel", f"--name=more-{number}", "--force")
             code, _, err = lamina("learn", model, world["data"], *given)
             assert code == 0, err
+        wait_for(4)
     finally:
         done.set()
         reader.join()
