@@ -855,3 +855,12 @@ def test_what_gives_more_units(runs: list[tuple[int, int | None]], more: bool):
     gain = stats.paired(dict.fromkeys(runs, 0.5), dict.fromkeys(runs, 0.25))
     assert gain is not None
     assert gain.by_order == more
+
+
+def test_a_cluster_that_takes_all_cells_runs_as_many_as_hold_a_lease(tmp_path: Path):
+    told = Told()
+    study(tmp_path, "methods: {finetune: {}}\nseeds: [0, 1, 2, 3]\n").work(
+        told, MadeUp(lambda config: 0.5, side_by_side=1000)
+    )
+    first = next(line for line in told.lines if line.startswith("[1/4]"))
+    assert "about 30 s left" in first, "of the other three, none holds one"

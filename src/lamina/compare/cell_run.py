@@ -85,7 +85,7 @@ def run(folder: Path, command: Callable[[list[str]], int], *, held: bool, attemp
             code = command(
                 ["resume", str(place.run)] if going_on else ["run", str(place.config), "--out", str(place.run)]
             )
-    except BaseException:  # it failed here, and was not lost with its machine
+    except Exception:  # it failed here, and was not lost with its machine
         _note_end(folder, attempt, 1)
         raise
     else:

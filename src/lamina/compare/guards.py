@@ -18,7 +18,7 @@ from lamina import runs
 from lamina.compare.rows import Run
 from lamina.config import RunConfig
 from lamina.config.schema import StreamConfig
-from lamina.data.leaks import Leaks, has_near, leaks
+from lamina.data.leaks import SMALLEST, Leaks, has_near, leaks
 from lamina.files import replace_text
 from lamina.record import Record
 from lamina.report.text import count
@@ -104,7 +104,7 @@ def facts(found: Mapping[str, Leaks | None], records: Iterable[Record]) -> list[
     for stream, one in found.items():
         if one is None:
             continue
-        why = "images below 16 pixels" if one.searched else "pip install 'lamina[guards]'"
+        why = f"images below {SMALLEST} pixels" if one.searched else "pip install 'lamina[guards]'"
         near = f"near copies not looked for ({why})" if one.near is None else f"{one.near:,} near"
         said.append(f"{stream}: {one.exact:,} exact, {near}, of {one.tests:,}")
     tried = [record.batch for record in records if record.batch is not None]

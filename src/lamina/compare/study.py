@@ -26,7 +26,7 @@ from lamina.runs.tracking import check_trackers
 
 K = TypeVar("K", bound=Hashable)
 MOST_SHOWN = 12
-"""Most cells at work of which the last line of the log is read and shown."""
+"""Most running cells whose progress is shown."""
 
 
 class Viewer(Protocol):
@@ -281,7 +281,8 @@ class _Progress:
             self.outcome.not_started.append(job.name)
         else:
             reason = why(code) if code != LOST else f"its process or machine was lost {MOST_LOST + 1} times"
-            reason += f": {self.runner.reason(job.place)}" if code == LOST and self.runner.reason(job.place) else ""
+            if code == LOST and (told := self.runner.reason(job.place)):
+                reason += f": {told}"
             job.place.fail(reason)
             self.outcome.failures.append(Failure(job.name, job.place.failure, job.place.log))
             self.viewer.say(f"{done}FAILED, {reason}{self._still()}")
