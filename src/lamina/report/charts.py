@@ -302,7 +302,7 @@ def _beside(x: float, y: float, width: float, frame: Frame, taken: list[Box]) ->
     is such a place. Its box is added to those taken."""
     leftwards = x > (frame.left + frame.right) / 2
     boxes = []
-    for baseline in (y - 5, y + 15, y - 17, y + 27):
+    for baseline in (y - 5, y + 15, y - 17, y + 27, y - 29, y + 39, y - 41):
         for left_of in (leftwards, not leftwards):
             start = x - 7 - width if left_of else x + 7
             if 0 <= start <= WIDTH - width and (baseline == y - 5 or baseline + 3 <= frame.bottom):
