@@ -14,6 +14,9 @@ demo: .stamps/demo        ## learn five tasks of handwritten digits four ways an
 # Several processes test at once: a thread with nothing to do must not keep another's core by spinning.
 test test-slow test-cluster test-trackers: export OMP_NUM_THREADS := 1
 test test-slow test-cluster test-trackers: export OMP_WAIT_POLICY := passive
+# They write and delete thousands of small files: in memory, where there is room for 4 GB of them.
+test test-slow test-cluster test-trackers: export PYTEST_DEBUG_TEMPROOT := \
+  $(shell df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 && $$4 >= 4000000 {print "/dev/shm"}')
 test: lint                ## lint, types, and every test that is not marked slow
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 

@@ -262,11 +262,12 @@ def test_a_cell_depends_on_the_code_that_can_change_its_result(tmp_path: Path, m
     assert before["finetune"] != before["inflora"]
     read = Path.read_text
 
-    def changed(name: str) -> list[str]:
-        """Which methods' hashes change with an added statement in this file."""
+    def changed(*names: str) -> list[str]:
+        """Which methods' hashes change with an added statement in these files."""
+        files = [cells.PACKAGE / name for name in names]
 
         def read_text(path: Path, *args: str, **named: str) -> str:
-            return read(path, *args, **named) + ("\nadded = 1\n" if path == cells.PACKAGE / name else "")
+            return read(path, *args, **named) + ("\nadded = 1\n" if path in files else "")
 
         monkeypatch.setattr(Path, "read_text", read_text)
         cells._bare.cache_clear()
@@ -281,8 +282,7 @@ def test_a_cell_depends_on_the_code_that_can_change_its_result(tmp_path: Path, m
             == ["finetune", "inflora"]
         )
         assert changed("methods/inflora.py") == ["inflora"]
-        for name in ("cli/app.py", "record.py", "report/page.py", "compare/study.py", "methods/__init__.py"):
-            assert changed(name) == [], name
+        assert changed("cli/app.py", "record.py", "report/page.py", "compare/study.py", "methods/__init__.py") == []
     finally:
         cells._bare.cache_clear()
 

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -40,9 +41,19 @@ def dotted(path: Path) -> str:
 MODULES = {dotted(path): path for path in FILES}
 
 
-def imports(path: Path, *, typing_too: bool = True) -> Iterator[str]:
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(path: Path, *, typing_too: bool = True) -> tuple[str, ...]:
     """Every module imported anywhere in a file, also inside functions; `from a import b` is a.b where that is a module."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return tuple(_imports(path, typing_too))
+
+
+def _imports(path: Path, typing_too: bool) -> Iterator[str]:
+    tree = parsed(path)
     skipped: set[ast.AST] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not typing_too:
@@ -151,10 +162,9 @@ def test_third_parties_stay_at_their_edge(library: str):
     assert not strays, f"{library} is imported in {sorted(strays)}"
 
 
-def calls(path: Path) -> Iterator[tuple[str, int]]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node.lineno
+@cache
+def calls(path: Path) -> list[tuple[str, int]]:
+    return [(ast.unparse(node.func), node.lineno) for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +183,7 @@ def test_calls_that_occur_nowhere(call: str):
 
 def test_yaml_and_arrays_are_read_without_running_code():
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if not isinstance(node, ast.Call):
                 continue
             named = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
@@ -222,7 +232,7 @@ FAST = ("speed", "fused", "split_batch", "cuda_graph", "prefetch", "composed")
 def test_the_plain_path_names_nothing_that_makes_it_faster(part: str):
     for module, path in MODULES.items():
         if module.startswith(f"lamina.{part}"):
-            names = {n.id for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Name)}
+            names = {n.id for n in ast.walk(parsed(path)) if isinstance(n, ast.Name)}
             assert not {name for name in names if any(word in name.lower() for word in FAST)}, module
 
 
@@ -240,7 +250,7 @@ FOREIGN = {
 
 @every_module
 def test_no_private_name_is_reached_from_another_module(module: str):
-    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    tree = parsed(MODULES[module])
     defined = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
     defined |= {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
     defined |= {n.target.id for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}

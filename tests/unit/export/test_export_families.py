@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tests.models import CLASSES, images, small
 from tests.tiny import timm_vit
 from tests.unit.backbones.test_families import IMAGE, ROWS
-from tests.unit.export.worlds import taught, with_tokenizer
+from tests.unit.export.worlds import slow, taught, with_tokenizer
 
 from lamina.errors import ModelError
 from lamina.export import export_merged, export_onnx, export_peft
@@ -101,7 +101,9 @@ def test_a_graph_for_one_batch_size_is_not_written(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["vit", "clip_vision_model", "siglip_vision_model", "bert", "modernbert"])
+@pytest.mark.parametrize(
+    "name", ["vit", "bert", *map(slow, ["clip_vision_model", "siglip_vision_model", "modernbert"])]
+)
 def test_onnx(name: str, tmp_path: Path):
     """With the features of several blocks and the nonlinear classifier."""
     kind = ROWS[name].kind
@@ -117,7 +119,7 @@ def test_onnx(name: str, tmp_path: Path):
     assert json.loads((tmp_path / "out" / "labels.json").read_text())["labels"] == list(model.classes)
 
 
-@pytest.mark.parametrize("method", ["olora", "fsa"])
+@pytest.mark.parametrize("method", ["olora", slow("fsa")])
 def test_a_checkpoint_with_fused_queries_keys_and_values(method: str, tmp_path: Path):
     """A ViT as timm stores it, q, k and v in one tensor: the exports are in the layout of transformers, base included."""
     base = tmp_path / "timm"

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tests.models import CLASSES, images, small
 from tests.unit.backbones.test_families import ROWS
-from tests.unit.export.worlds import taught, with_tokenizer
+from tests.unit.export.worlds import slow, taught, with_tokenizer
 
 from lamina.adapters import AdaptedLinear
 from lamina.errors import DataError, MethodError, ModelError
@@ -30,17 +30,14 @@ PER_TOKEN = ("moram",)
 """Methods that weight adapters for every token, which no format holds."""
 PER_TASK = ("olora", "inflora", "sora", *ROUTED)
 """Methods that keep an adapter per task."""
+QUICK = {(method, "split") for method in METHODS if method not in ("inflora", "sora")} | {("lamina", "fused")}
+"""Adapters per task that `make test` writes: reading each again takes a process of its own."""
 CONSOLIDATED = {
     "consolidation.classifier": "lda",
     "consolidation.layers": 2,
     "consolidation.merging": "ema",
     "consolidation.drift": "linear+local",
 }
-
-
-def slow(value: object) -> Any:
-    """A case that `make test` leaves to `make test-slow`."""
-    return pytest.param(value, marks=pytest.mark.slow)
 
 
 WORLDS = {
@@ -85,7 +82,7 @@ def test_one_adapter_and_a_checkpoint(method: str, world: str, tmp_path: Path):
         pytest.param(
             method,
             world,
-            marks=() if world == "split" or (method, world) == ("lamina", "fused") else pytest.mark.slow,
+            marks=() if (method, world) in QUICK else pytest.mark.slow,
         )
         for method in METHODS
         for world in WORLDS
@@ -133,7 +130,7 @@ def test_a_router_is_refused_by_formats_with_one_update(method: str, tmp_path: P
 
 
 @pytest.mark.parametrize("world", ["split", slow("fused"), slow("bert")])
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("layers", [slow(1), 2])
 def test_a_graph_that_infers_the_task(layers: int, world: str, tmp_path: Path):
     """Of inputs of both tasks, in batches of several sizes, and texts of several lengths."""
     model = model_of(world, "lamina", tmp_path, **{"method.layers": layers})
@@ -291,7 +288,7 @@ def test_scores_are_compared_one_by_one(
 
 
 @pytest.mark.parametrize("classes", [1, 2])
-@pytest.mark.parametrize("probes", [1, 3])
+@pytest.mark.parametrize("probes", [1, slow(3)])
 @pytest.mark.parametrize("method", ["finetune", slow("olora"), "fsa"])
 def test_one_class_and_two_are_enough(method: str, probes: int, classes: int, tmp_path: Path) -> None:
     ROWS["vit"].raw().save_pretrained(tmp_path / "base")
@@ -306,7 +303,7 @@ def test_one_class_and_two_are_enough(method: str, probes: int, classes: int, tm
         assert export_peft(tmp_path / "m", tmp_path / "peft").differences[0].agreement == 1
 
 
-@pytest.mark.parametrize("with_base", [False, True])
+@pytest.mark.parametrize("with_base", [slow(False), True])
 @pytest.mark.parametrize("world", ["split", slow("bert")])
 def test_relative_paths(world: str, with_base: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the base, the model and the export; and the export may be moved."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from tests.models import CLASSES, FEW, SMALL, images
 from torch import nn
 
@@ -14,6 +15,11 @@ from lamina.model import Model
 WORDS = ("sun", "rain", "snow", "fog", "bread", "salt", "soup", "oven", "ball", "goal", "team", "score")
 TOPICS = {"ant": WORDS[:3], "bee": WORDS[3:6], "cat": WORDS[6:9], "dog": WORDS[9:]}
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def slow(value: object) -> Any:
+    """A case that `make test` leaves to `make test-slow`."""
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def with_tokenizer(raw: nn.Module, folder: Path) -> Path:
