@@ -278,11 +278,15 @@ def test_a_short_task_is_saved_three_times(tmp_path: Path, monkeypatch: pytest.M
     assert [(at["task"], at["phase"]) for at in saved] == [*expected[1:], (tasks - 1, "done")]
 
 
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one", "every"])
 @on_every_method
-def test_a_run_resumed_from_anywhere_ends_in_the_same_bits(name: str, trail: Walks, tmp_path: Path):
-    """Without the help of any further saved state: whatever the unbroken run carried in memory alone would show."""
+def test_a_run_resumed_from_anywhere_ends_in_the_same_bits(name: str, every: bool, trail: Walks, tmp_path: Path):
+    """Without the help of any further saved state: whatever the unbroken run carried in memory alone would show.
+
+    From one state of every method, another one for each, or from all states."""
     found = trail(name, HOME)
-    for index in range(len(found.saved) - 1):
+    last = len(found.saved) - 1
+    for index in range(last) if every else [list(METHODS).index(name) % last]:
         loop = found.resumed(index, tmp_path / str(index))
         loop.run()
         assert state(newest(tmp_path / str(index))) == state(found.saved[-1]), f"resumed from {found.at[index]}"

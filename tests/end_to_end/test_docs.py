@@ -56,7 +56,7 @@ def test_the_example_of_a_method_obeys_the_laws(
     laws.test_every_setting_is_explained_has_a_default_and_cannot_be_changed("anchored")
     laws.test_its_record_is_complete_and_plain_json("anchored")
     laws.test_training_moves_what_is_declared_and_nothing_else("anchored", HOME, trail)
-    laws.test_a_run_resumed_from_anywhere_ends_in_the_same_bits("anchored", trail, tmp_path / "resumed")
+    laws.test_a_run_resumed_from_anywhere_ends_in_the_same_bits("anchored", True, trail, tmp_path / "resumed")
     laws.test_a_prediction_does_not_depend_on_the_rest_of_its_batch("anchored", World("bert", "domain"), trail)
     laws.test_it_keeps_what_it_declares("anchored", World("fused_vit", "mixed"), trail, tmp_path / "kept")
     laws.test_it_learns("anchored", trail)
