@@ -31,7 +31,7 @@ PER_TOKEN = ("moram",)
 PER_TASK = ("olora", "inflora", "sora", *ROUTED)
 """Methods that keep an adapter per task."""
 QUICK = {(method, "split") for method in METHODS if method not in ("inflora", "sora")} | {("lamina", "fused")}
-"""Adapters per task that `make test` writes: reading each again takes a process of its own."""
+"""Adapters per task that `make test` writes; `make test-slow` writes the others, in all worlds."""
 CONSOLIDATED = {
     "consolidation.classifier": "lda",
     "consolidation.layers": 2,
