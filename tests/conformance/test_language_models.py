@@ -598,7 +598,7 @@ def test_what_is_measured_is_counted_by_hand(trail: Walks, tmp_path: Path):
         assert state_.lineage[i].negative_flips == pytest.approx(float(np.mean(turned)))
     assert state_.lineage[0].negative_flips is None
     for perplexity, loop in zip(language.perplexity, loops, strict=True):
-        expected = -log_of(plain_model(LLAMA, loop), text()[:1].tolist(), text()[1:].tolist()).mean().exp().log()
+        expected = -log_of(plain_model(LLAMA, loop), text()[:1].tolist(), text()[1:].tolist()).mean()
         assert np.log(perplexity) == pytest.approx(float(expected), rel=1e-5)
     assert len(set(language.perplexity)) == 4
 
@@ -837,8 +837,6 @@ def test_a_routed_example_is_answered_by_the_adapter_of_its_task(trail: Walks, t
         method.memory["centroids/city"] = near + 100
         assert (scores(loop, batch) - by_task[1]).nan_to_num().abs().max() > 1e-3
         close(scores(loop, batch, "city").nan_to_num(neginf=0), by_task[1].nan_to_num(neginf=0))
-        free = asked(loop.stream[2].test)
-        assert written(loop, free, task="note") == written(loop, free, task="note")
     finally:
         method.memory["centroids/city"] = near
     fresh, plain_ = make_loop("color", LLAMA, tmp_path / "a"), make_loop("finetune", LLAMA, tmp_path / "b")

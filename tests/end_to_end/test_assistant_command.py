@@ -10,6 +10,7 @@ from tests.assistants import SMALL, backbone, instructions
 from tests.end_to_end.conftest import Command
 
 from lamina import runs
+from lamina.engine.measure import Measure
 from lamina.model import Model
 
 SETTINGS = [f"--set={key}={value}" for key, value in SMALL.items()]
@@ -79,6 +80,18 @@ def test_a_refused_task_waits_and_can_be_forced(lamina: Command, model: Path, tm
     assert "as after 'films'" in lamina("rollback", model, "films").out
 
 
+def test_a_task_is_cut_to_the_size_that_is_set(
+    lamina: Command, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Measure, "before", lambda *_: pytest.fail("nothing reads what this would measure"))
+    model = tmp_path / "cut"
+    assert lamina("create", model, "--backbone", base, "--method=olora", *SETTINGS).code == 0
+    sizes = ("--set=data.per_task=3", "--set=evaluation.per_task=2")
+    said = lamina("learn", model, instructions(tmp_path / "films.jsonl"), *sizes)
+    assert said.code == 0, said
+    assert Model(model).cards[0].tasks[0].examples == {"train": 3, "val": 0, "test": 2}
+
+
 def test_labelled_texts_are_learnt_through_the_template(lamina: Command, base: Path, tmp_path: Path) -> None:
     rows = ["text,label,split"]
     rows += [f"sun and rain {k},weather,{'test' if k > 5 else 'train'}" for k in range(8)]
@@ -108,7 +121,6 @@ def test_a_prompt_is_completed_and_options_are_ranked(
     assert found["options"][0]["log_likelihood"] >= found["options"][1]["log_likelihood"]
     found = json.loads(lamina("predict", model, prompt, "--options=yes, sir", "--options=no", "--json").out)
     assert {one["option"] for one in found["options"]} == {"yes, sir", "no"}
-    (tmp_path / "lines.txt").write_text(f"{prompt}\nA book\n")
     (tmp_path / "lines.jsonl").write_text(
         json.dumps({"prompt": prompt})
         + "\n\n"
@@ -137,9 +149,15 @@ def test_a_prompt_is_completed_and_options_are_ranked(
     assert chat["text"] == lines[2]["text"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{one_line}\n".encode())))
     assert lamina("predict", model, "-", "--json").code == 0
+    long = "A sentence with a full stop. " * 12 + "And more"  # it is no path, though a path could have this suffix
+    assert json.loads(lamina("predict", model, long, "--json", "--max-new-tokens=1").out)["prompt"] == long
+    for text in (tmp_path / "lines.txt", "-"):  # words, not a file and not standard input
+        assert json.loads(lamina("predict", model, "--text", text, "--json").out)["prompt"] == str(text)
 
 
-def test_what_is_wrong_is_named(lamina: Command, model: Path, tmp_path: Path, base: Path) -> None:
+def test_what_is_wrong_is_named(
+    lamina: Command, model: Path, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "nothing to predict" in lamina.refused("predict", model)
     assert "--max-files is for classifiers" in lamina.refused("serve", model, "--max-files=3")
     assert "yes" in lamina.refused("predict", model, "x", "--options=yes,yes")
@@ -149,6 +167,8 @@ def test_what_is_wrong_is_named(lamina: Command, model: Path, tmp_path: Path, ba
     assert "--file" in lamina.refused("predict", model, tmp_path / "lines.txt")
     said = lamina("predict", model, "--file", tmp_path / "lines.txt", "--max-new-tokens=1")
     assert "1 of 3 lines are blank and left out" in said.err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a joy\na joy \xff\n")))
+    assert "line 2 of standard input is not UTF-8 text" in lamina.refused("predict", model, "-")
     said = lamina("predict", model, "a joy " * 400)
     assert said.code == 1
     assert "256" in said.out + said.err

@@ -742,6 +742,30 @@ def test_a_cost_that_is_not_known_is_left_out(tmp_path: Path):
     assert text.count("| – | 1.20 k | 3.40 k | 0 B | – |") == len(found.grid.rows) - 1
 
 
+def test_language_models_have_a_table_of_their_own_and_a_busy_machine_moves_no_cost(tmp_path: Path):
+    records = tmp_path / "grid.jsonl"
+    found = study(tmp_path, GRID, records=records)
+    found.work(Told(), MadeUp(accuracies))
+    assert "Language models" not in table.block(found.content(""))
+    shutil.rmtree(tmp_path / "cells")
+    noted = [json.loads(line) for line in records.read_text().splitlines()]
+    for number, line in enumerate(noted):
+        busy = 9 if number % 3 == 1 else 1
+        line["cost"]["seconds"] |= {"total": 10.0 * busy, "train": 5.0 * busy}
+        line["language"] = {"zero_shot": [[1, 4]] * len(line["matrix"]["total"][-1]), "perplexity": [8.0, 9.0, 10.0 + number % 3], "tokens": 1000}
+    records.write_text("".join(json.dumps(line) + "\n" for line in noted))
+    found = study(tmp_path, GRID, records=records)
+    found.work(Told(), MadeUp(accuracies))
+    told = found.content("")
+    finetune = next(line for line in told.sections[0].lines if line.name == "finetune")
+    assert (finetune.costs[0], finetune.language[-1]) == ("10", "200"), "the median of three"
+    shown = dict(zip(told.language, finetune.language, strict=True))
+    assert (shown["Zero-shot"], shown["Perplexity before"], shown["Perplexity after"]) == ("25.0", "8.0", "11.0")
+    html = table.write(told, found.out).read_text()
+    for page in (table.block(told), html):
+        assert all(part in page for part in (table.LANGUAGE_CAPTION, "Perplexity after", "11.0"))
+
+
 def test_a_stream_without_runs_says_so_in_a_line(tmp_path: Path):
     text = GRID.replace("seeds", "streams: {begun: {}, planned: {data.per_class: 2}}\nseeds")
     found = study(tmp_path, text, only="begun/")

@@ -24,9 +24,10 @@ SHOWN = 100
 
 @dataclass(frozen=True)
 class Given:
-    """What the command was given. options: texts to rank. most: tokens to generate."""
+    """What the command was given. prompts: `-` is standard input. options: texts to rank. most: tokens to generate."""
 
     prompts: Sequence[str]
+    texts: Sequence[str]
     files: Sequence[Path]
     options: tuple[str, ...]
     most: int | None
@@ -94,7 +95,7 @@ def _print(line: Line, found: "Completion", given: Given, *, alone: bool, stream
         rows = [(one.option, f"{one.log_likelihood:.3f}", f"{one.probability:.4f}") for one in found.options]
         print_table(("option", "log-likelihood", "probability"), rows)
     else:
-        print("" if streamed and not found.error else found.text, flush=True)
+        print("" if streamed else found.text, flush=True)
     if not alone:
         print()
 
@@ -120,15 +121,33 @@ def _as_json(line: Line, found: "Completion") -> dict[str, Any]:
 def _lines(given: Given) -> Iterator[Line]:
     for prompt in given.prompts:
         if prompt == "-":
-            yield from _texts(sys.stdin.read(), "standard input", given)
-        elif Path(prompt).suffix and Path(prompt).is_file():
+            yield from _texts("".join(standard_input()), "standard input", given)
+        elif _names_file(prompt):
             raise DataError(
                 f"{prompt} is a file. Give --file {prompt} to complete its prompts, or --text for the words themselves."
             )
         else:
             yield _text(prompt, given)
+    for text in given.texts:
+        yield _text(text, given)
     for file in given.files:
         yield from _file(file.expanduser(), given)
+
+
+def standard_input() -> Iterator[str]:
+    """Yields the lines of standard input. Raises DataError where one is not UTF-8 text."""
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"line {number} of standard input is not UTF-8 text ({error}).") from error
+
+
+def _names_file(prompt: str) -> bool:
+    try:
+        return bool(Path(prompt).suffix) and Path(prompt).is_file()
+    except OSError:  # longer than a path may be
+        return False
 
 
 def _text(prompt: str, given: Given) -> Line:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lamina.cli.complete import Given, complete
+from lamina.cli.complete import Given, complete, standard_input
 from lamina.cli.tables import print_table
 from lamina.errors import DataError
 
@@ -96,8 +96,8 @@ def predict(
             raise DataError("--top and --format csv are for classifiers. Leave them out; --options ranks texts.")
         given = options or []
         listed = tuple(one.strip() for one in (given[0].split(",") if len(given) == 1 else given))
-        asked = [*(files or []), *(text or [])]
-        complete(opened, Given(asked, prompts or [], listed, max_new_tokens, chat, form == "json"))
+        asked = Given(files or [], text or [], prompts or [], listed, max_new_tokens, chat, form == "json")
+        complete(opened, asked)
         return
     if prompts or options or chat or max_new_tokens is not None:
         raise DataError("--file, --options, --chat and --max-new-tokens are for language models. Leave them out.")
@@ -158,7 +158,7 @@ def _texts(files: list[str], texts: list[str]) -> Iterator[tuple[str, Any]]:
 def _lines(name: str) -> Iterable[str]:
     """Yields the texts of a file."""
     if name == "-":
-        return (line.rstrip("\n") for line in sys.stdin if line.strip())
+        return (line.rstrip("\r\n") for line in standard_input() if line.strip())
     path = Path(name).expanduser()
     if not path.is_file():
         raise DataError(f"{name} is no file. Give .txt, .csv or .jsonl files, --text TEXT, or `-` for standard input.")

@@ -4,6 +4,7 @@ Every figure is a function of a run's counts, or of its record's costs.
 """
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -35,16 +36,17 @@ COST_DEFINITIONS = {
     "memory_bytes": "what else the method keeps from task to task",
     "peak_memory_mb": "peak memory of the process of the run",
 }
+TOKENS = "tokens_per_second"
 LANGUAGE: dict[str, tuple[str, Callable[[float], str]]] = {
     "zero_shot_accuracy": ("Zero-shot", lambda v: f"{100 * v:.1f}"),
     "backward_transfer": ("Backward transfer", lambda v: signed(f"{100 * v:.1f}")),
     "forward_transfer": ("Forward transfer", lambda v: signed(f"{100 * v:.1f}")),
     "perplexity_before": ("Perplexity before", lambda v: f"{v:.1f}"),
     "perplexity_after": ("Perplexity after", lambda v: f"{v:.1f}"),
-    "tokens_per_second": ("Tokens/s", lambda v: f"{v:,.0f}"),
+    TOKENS: ("Tokens/s", lambda v: f"{v:,.0f}"),
 }
 """Columns for language models only."""
-LANGUAGE_DEFINITIONS = {"tokens_per_second": "tokens trained on, padding not included, by seconds of training"}
+LANGUAGE_DEFINITIONS = {TOKENS: "tokens trained on, padding not included, by seconds of training"}
 LEAST_HEADROOM = 0.03
 """With less, the share of the headroom is mostly noise and is not shown."""
 ONLY_JOINT = "final_accuracy_micro"
@@ -127,6 +129,12 @@ class RowRuns:
         values = self.values(key)
         return stats.mean_and_spread(values) if values else (None, None)
 
+    def median(self, key: str) -> float | None:
+        """Returns the median of one figure over the runs, which a run on a busy machine hardly moves; None where no run has
+        it."""
+        values = self.values(key)
+        return statistics.median(values) if values else None
+
 
 @dataclass(frozen=True)
 class Line:
@@ -153,7 +161,10 @@ class Line:
             "name": self.name,
             "method": row.runs[0].record.method.name if row.runs else None,
             "chosen": row.chosen,
-            "figures": {key: {"mean": m, "std": s, "values": row.values(key)} for key, (m, s) in spread.items()},
+            "figures": {
+                key: {"mean": m, "std": s, "median": row.median(key), "values": row.values(key)}
+                for key, (m, s) in spread.items()
+            },
             "difference": vars(self.gain) | {"p_holm": self.p} if self.gain else None,
             "std_of_final_accuracy": vars(final),
             "headroom_share": self.headroom_share,
@@ -216,8 +227,11 @@ def line_of(
     if headroom:
         texts.append(DASH if share is None else signed(f"{100 * share:.0f}") + " %")
     texts.append(str(len(row.runs)) if len(row.runs) == row.planned else f"{len(row.runs)} of {row.planned}")
-    costs = [DASH if (mean := row.spread(key)[0]) is None else write(mean) for key, (_, write) in COSTS.items()]
-    language = [DASH if (mean := row.spread(key)[0]) is None else write(mean) for key, (_, write) in LANGUAGE.items()]
+    costs = [DASH if (half := row.median(key)) is None else write(half) for key, (_, write) in COSTS.items()]
+    language = [
+        DASH if (shown := row.median(key) if key == TOKENS else row.spread(key)[0]) is None else write(shown)
+        for key, (_, write) in LANGUAGE.items()
+    ]
     return Line(name, texts, costs, row, gain, p, language, share)
 
 

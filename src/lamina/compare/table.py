@@ -36,8 +36,8 @@ from lamina.report.text import DASH, count
 FORMAT = 2
 SHARE = "Share of headroom"
 TEST = "p"
-COST_CAPTION = "Cost: means over the runs."
-LANGUAGE_CAPTION = "Language models: means over the runs."
+COST_CAPTION = "Cost: medians over the runs."
+LANGUAGE_CAPTION = "Language models: means over the runs; of tokens per second the median."
 BEGIN, END = "<!-- compare -->", "<!-- /compare -->"
 
 
@@ -347,7 +347,8 @@ def write(table: Content, out: Path, page: Path | None = None) -> Path:
     report.write_text(as_csv(rows, language=bool(table.language)), out / "table.csv")
     told = "".join(f"% {warning}\n" for warning in table.warnings)
     report.write_text(told + as_latex(rows, table.accuracies), out / "table.tex")
-    html = template.render(content=table, cost_caption=COST_CAPTION, said=said, code_of=code_of)
+    captions = {"costs": COST_CAPTION, "language": LANGUAGE_CAPTION}
+    html = template.render(content=table, captions=captions, said=said, code_of=code_of)
     return report.write_text(html, out / "table.html")
 
 

@@ -170,7 +170,7 @@ class Loop:
                 self.save()
 
     def _begin(self, task: Task) -> Position:
-        if self.position.task == 0:
+        if self.position.task == 0 and self.state.language is None:
             self.state = self.measure().before(self.state)
         set_torch_seed(self.seed, "begin", task.name)
         self.consolidation.begin(self.learner, self.pass_over("begin", task))

@@ -170,9 +170,9 @@ def usage(opened: OpenedLanguage, loading: str, tokenizer: str) -> str:
     )
 
 
-def told_rank(rank: int) -> str:
-    """Returns what a server must know about the rank."""
+def told_rank(rank: int, where: str = "in every layer") -> str:
+    """Returns what a server must know about the rank. where: the layers that have it."""
     allowed = next((most for most in VLLM_RANKS if rank <= most), None)
     if allowed is None:
         return f"The rank is {rank}, and vLLM takes at most {VLLM_RANKS[-1]}: serve the checkpoint of `--format merged` there."
-    return f"The rank is {rank} in every layer, so vLLM needs --max-lora-rank {allowed} or more."
+    return f"The rank is {rank} {where}, so vLLM needs --max-lora-rank {allowed} or more."

@@ -64,10 +64,12 @@ class Saved:
 
 
 def is_language(path: Path) -> bool:
-    """Returns whether this is a run or a model of a causal language model. Raises ModelError for a run of another kind."""
+    """Returns whether this is a run or a model of a causal language model. Raises RunError for a run that is not finished,
+    ModelError for one of another kind."""
     if not (path / CONFIG).is_file():
         return Model(path).store.facts().kind == "language"
-    if backbones.is_language(begun(path).config.backbone.name):
+    backbone = read_record(path).backbone
+    if backbone is not None and backbone.kind == "language":
         return True
     raise ModelError(
         f"{path} is a run of a classifier, and a run is exported for language models only. Make a model of it first: "

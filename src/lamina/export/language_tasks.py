@@ -77,8 +77,8 @@ def export_language_tasks(
         used = [folder for folder, name in zip(folders, names, strict=True) if updates[name]]
         if used and router["mode"] == "sum":
             _check_together(draft, base, used, wanted)
-        most = max((one.rank for factors in updates.values() for one in factors.values()), default=0)
-        draft.notes.append(told_rank(most))
+        if ranks := [one.rank for factors in updates.values() for one in factors.values()]:
+            draft.notes.append(told_rank(max(ranks), "in every layer" if len({*ranks}) == 1 else "at most"))
         draft.notes.append(
             f"{told_together(used)} One alone is not the model."
             if router["mode"] == "sum"

@@ -14,6 +14,7 @@ from lamina.errors import ModelError
 from lamina.export.language_opened import MOST_NEW, OpenedLanguage
 from lamina.export.written import ROUNDING, TOLERANCE, Draft, spread_of
 from lamina.learner import LanguageLearner
+from lamina.learner.language import until
 from lamina.types import Batch
 
 MOST_NUMBERS = 2**22
@@ -32,10 +33,9 @@ class Computed:
     """The tokens that follow each prompt greedily, without the one that ends them."""
 
 
-def of_learner(opened: OpenedLanguage, learner: LanguageLearner | None = None) -> Computed:
-    """Returns what lamina computes. learner: another one than that of `opened`, for example in bf16."""
-    learner = learner or opened.learner
-    logits = []
+def of_learner(opened: OpenedLanguage) -> Computed:
+    """Returns what lamina computes."""
+    logits, learner = [], opened.learner
     with learner.folded():
         for batch, place_bt in zip(opened.whole, places(opened), strict=True):
             with opened.method.predicting(learner, batch):
@@ -84,20 +84,18 @@ def of_plain(opened: OpenedLanguage, model: Any) -> Computed:
         for batch in opened.asked:
             ids_bt, mask_bt = _padded_left(batch, opened.pad)
             found_bt = model.generate(input_ids=ids_bt, attention_mask=mask_bt, max_new_tokens=MOST_NEW)
-            written += [_until(row, stops) for row in found_bt[:, ids_bt.shape[1] :].tolist()]
+            written += [tuple(until(row, stops)) for row in found_bt[:, ids_bt.shape[1] :].tolist()]
     return Computed(torch.cat(logits), tuple(written))
 
 
-def compare(
-    draft: Draft[OpenedLanguage], by: str, wanted: Computed, found: Computed, inputs: str | None = None
-) -> None:
+def compare(draft: Draft[OpenedLanguage], by: str, wanted: Computed, found: Computed) -> None:
     """Compare scores and generated tokens. Raises ModelError where a score differs by more than is allowed, or other tokens are
     written though the model's scores are clearly apart."""
     opened = draft.opened
     same = [mine == theirs for mine, theirs in zip(wanted.written, found.written, strict=True)]
     agreement = sum(same) / len(same)
     labels = [f"token {token}" for token in range(wanted.logits_nv.shape[1])]
-    draft.compare(by, [wanted.logits_nv], [found.logits_nv], labels, inputs, (agreement, "generated tokens"))
+    draft.compare(by, [wanted.logits_nv], [found.logits_nv], labels, None, (agreement, "generated tokens"))
     limit = TOLERANCE * spread_of(wanted.logits_nv.double(), torch.ones_like(wanted.logits_nv, dtype=torch.bool))
     number = 0
     for batch in opened.asked:
@@ -149,8 +147,3 @@ def _padded_left(batch: Batch, pad: int) -> tuple[Tensor, Tensor]:
     ids_bt = torch.stack([torch.cat([row.new_full((longest - len(row),), pad), row]) for row in lists])
     mask_bt = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in lists])
     return ids_bt, mask_bt
-
-
-def _until(tokens: Sequence[int], stops: Sequence[int]) -> tuple[int, ...]:
-    end = next((k for k, token in enumerate(tokens) if token in stops), len(tokens))
-    return tuple(tokens[:end])

@@ -10,7 +10,7 @@ and shared, and the scores are those of one sequence per option.
 Shape letters: b batch, t tokens, d width, m options, s tokens of an option, n chosen tokens, v vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -210,7 +210,7 @@ def left_padded(values_bt: Tensor, mask_bt: Tensor, fill: int) -> Tensor:
     return values_bt.masked_fill(mask_bt == 0, fill).gather(1, order_bt)
 
 
-def until(tokens: list[int], stop: Sequence[int]) -> list[int]:
+def until(tokens: list[int], stop: Collection[int]) -> list[int]:
     """Returns the tokens before the first one in `stop`."""
     end = next((k for k, token in enumerate(tokens) if token in stop), len(tokens))
     return tokens[:end]

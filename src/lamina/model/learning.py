@@ -26,6 +26,7 @@ from lamina.data.names import listed
 from lamina.data.streams import Scenario, Stream
 from lamina.data.summary import count
 from lamina.engine import checkpoint
+from lamina.engine.language_state import LanguageState
 from lamina.engine.loop import Event, Loop
 from lamina.engine.rehearsal import chosen, keep
 from lamina.engine.state import Clock, Position, RunState, now
@@ -345,7 +346,10 @@ class _Learning:
         if self.facts.head is not None:
             loop.adopt(*self.store.state(self.facts.head))
         loop.last_predictions = {}
-        loop.state = replace(loop.state, position=Position(number, "begin"), clock=Clock())
+        before = (
+            LanguageState(zero_shot=()) if loop.learner.generates else None
+        )  # nothing is measured before the first task
+        loop.state = replace(loop.state, position=Position(number, "begin"), clock=Clock(), language=before)
 
     def _judge(
         self, loop: Loop, before: Sequence[tuple[str, Examples, Outcomes]], new: Outcomes, temperature: float

@@ -74,6 +74,8 @@ def new_task(
         per_class=config.data.per_class,
         validation=config.stream.validation,
         measured_per_class=config.evaluation.per_class,
+        per_task=config.data.per_task,
+        measured_per_task=config.evaluation.per_task,
     )
     theirs = _class_names(labelled, request.name)
     names = list(class_names)

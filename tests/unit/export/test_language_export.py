@@ -15,14 +15,14 @@ from tests.unit.backbones.languages import LANGUAGES
 from tests.unit.export.language_worlds import base, instructions, run_of
 
 from lamina import runs
-from lamina.errors import DataError, MethodError, ModelError
+from lamina.errors import BackboneError, DataError, MethodError, ModelError
 from lamina.export import Exported, export_merged, export_onnx, export_peft, export_tasks, import_adapter
 from lamina.export.checking import script_tensors
 from lamina.export.language_files import VLLM_RANKS, told_rank
 from lamina.export.language_opened import MOST_PROMPTS, open_language
 from lamina.export.language_tokens import Computed, compare, of_learner
 from lamina.export.written import Draft
-from lamina.files import write_checked
+from lamina.files import read_checked, write_checked
 from lamina.methods import METHODS
 from lamina.methods.color import nearest_task
 from lamina.methods.lamina import Lamina
@@ -242,6 +242,9 @@ def test_what_cannot_be_exported(tmp_path: Path):
     with pytest.raises(ModelError, match=r"are not those of .* their hash is"):
         export_peft(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(BackboneError, match=r"base"):
+        export_peft(run, tmp_path / "out")
 
 
 @pytest.mark.parametrize("export", [export_peft, export_merged])
@@ -277,9 +280,10 @@ def test_other_generated_tokens_are_refused_where_the_model_is_clear(finished: P
 
 
 def test_a_run_of_a_classifier_is_sent_to_lamina_create(finished: Path, tmp_path: Path):
-    settings = runs.load_config(None, []).model_dump(mode="json")
     shutil.copytree(finished, tmp_path / "run")
-    write_checked(tmp_path / "run" / "config.json", settings)
+    record = read_checked(finished / "results.json")
+    record["backbone"]["kind"] = "image"
+    write_checked(tmp_path / "run" / "results.json", record)
     with pytest.raises(ModelError, match=r"is a run of a classifier.*lamina create MODEL --from-run"):
         export_peft(tmp_path / "run", tmp_path / "out")
 
