@@ -53,6 +53,7 @@ results-compare: .stamps/dev .stamps/ray ## the demo's table by local processes,
 
 bench: .stamps/bench      ## speed and memory against the bare backbone and against PEFT (QUICK=1: under five minutes)
 	$(BIN)/python benchmarks/bench.py
+	LARGE=1 $(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/model.py
 	$(BIN)/python benchmarks/serving.py
 

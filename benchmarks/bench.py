@@ -3,6 +3,7 @@
     python benchmarks/bench.py             about half an hour; adds a line to docs/results/records/speed.jsonl, writes the page
     python benchmarks/bench.py --quick     under five minutes; records nothing
     python benchmarks/bench.py --short     between the two, for a machine that is available for minutes only; recorded as short
+    LARGE=1 python benchmarks/bench.py     the same with adapters of rank 32 on all six linear layers of a block
     python benchmarks/bench.py --page      writes the page and its plot from the records, without measuring
 
 The last line is JSON: floor_ratio (whole run, relative to the floor of as many images), peft_speedup (whole run of the fastest
@@ -60,6 +61,7 @@ def measure(quick: bool, short: bool) -> dict[str, Any]:
         "peak_mb": max(found["runs"][ours]["peak_mb"]),
         "peft_peak_mb": max(found["runs"][best]["peak_mb"]),
         "precision": run["precision"],
+        "regime": whole.REGIME,
         "accuracy": round(accuracy[f"lamina inflora, {found['precision']}"], 4),
         "reference_accuracy": round(accuracy["lamina inflora, fp32"], 4),
         "fastest_peft": best,
@@ -176,9 +178,15 @@ def two_runs_section(found: dict[str, Any]) -> str:
 def newest_of(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     def name(line: dict[str, Any]) -> str:
         threads = line["machine"]["threads"]
-        return f"{line['precision']}, {threads} thread{'s' if threads > 1 else ''}"
+        large = "" if regime_of(line) == next(iter(whole.REGIMES)) else f", {regime_of(line)}"
+        return f"{line['precision']}, {threads} thread{'s' if threads > 1 else ''}{large}"
 
     return {name(line): line for line in lines if not line["quick"]}
+
+
+def regime_of(line: dict[str, Any]) -> str:
+    """Returns rank and roles of the adapters. Older lines do not say them."""
+    return str(line.get("regime", next(iter(whole.REGIMES))))
 
 
 def on_a_gpu(line: dict[str, Any]) -> str:
@@ -257,8 +265,8 @@ def section(name: str, line: dict[str, Any]) -> str:
         [
             f"## In {name}",
             f"**Loops by hand.** Split CIFAR-100 in ten tasks, {found['per_class']} images per class, {found['epochs']} "
-            f"epochs; {seeds}. lamina's `finetune` trains the same parameters as PEFT. The fastest PEFT loop "
-            f"({line['fastest_peft']}) takes {b:.2f} times as long{spread}{like_for_like(found)}.",
+            f"epochs, {regime_of(line)}; {seeds}. lamina's `finetune` trains the same parameters as PEFT. The fastest PEFT "
+            f"loop ({line['fastest_peft']}) takes {b:.2f} times as long{spread}{like_for_like(found)}.",
             "\n".join(
                 [
                     "| | Whole run, s | Training step, ms | Last task relative to the first | Evaluation, s "
@@ -268,8 +276,8 @@ def section(name: str, line: dict[str, Any]) -> str:
                 ]
             ),
             f"**The floor.** `{run['method']}` on the same stream with {run['per_class']} of 500 training images per class and "
-            f"a fifth as many test images, twenty epochs, batch {whole.BATCH}, rank {whole.RANK} on "
-            f"{' and '.join(whole.TARGETS)} of `nano`. The floor is that of a {fastest} batch, measured within the run.",
+            f"a fifth as many test images, twenty epochs, batch {whole.BATCH}, {regime_of(line)} of "
+            f"`nano`. The floor is that of a {fastest} batch, measured within the run.",
             floor_table(run),
             f"A step in task 20 takes {median:.2f} times as long as in task 1 (quartiles {early:.2f} to {late:.2f}). "
             f"`torch.compile` on the bare backbone, with transformers' own blocks, {compiled(line)}",

@@ -752,7 +752,11 @@ def test_language_models_have_a_table_of_their_own_and_a_busy_machine_moves_no_c
     for number, line in enumerate(noted):
         busy = 9 if number % 3 == 1 else 1
         line["cost"]["seconds"] |= {"total": 10.0 * busy, "train": 5.0 * busy}
-        line["language"] = {"zero_shot": [[1, 4]] * len(line["matrix"]["total"][-1]), "perplexity": [8.0, 9.0, 10.0 + number % 3], "tokens": 1000}
+        line["language"] = {
+            "zero_shot": [[1, 4]] * len(line["matrix"]["total"][-1]),
+            "perplexity": [8.0, 9.0, 10.0 + number % 3],
+            "tokens": 1000,
+        }
     records.write_text("".join(json.dumps(line) + "\n" for line in noted))
     found = study(tmp_path, GRID, records=records)
     found.work(Told(), MadeUp(accuracies))
