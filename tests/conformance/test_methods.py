@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from lamina.errors import CheckpointError, MethodError
 from lamina.learner.head import class_scores
 from lamina.methods import METHODS, table
 from lamina.methods.base import SCENARIOS, describe
-from lamina.types import Batch, Examples
+from lamina.types import SPLITS, Batch, Examples
 
 on_every_method = pytest.mark.parametrize("name", [name for name in METHODS if name in CASES])
 SHORT = ("fsa", "ranpac", "slca", "lamina")
@@ -345,6 +345,45 @@ def test_begin_and_end_can_be_done_twice(name: str, trail: Walks, tmp_path: Path
         first, second = results
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first), f"{phase} of task {number}"
+
+
+@dataclass
+class Gone:
+    """A table of examples that nothing may read."""
+
+    what: str
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"{self.what} is asked for its {name}")
+
+
+@on_every_method
+def test_a_task_is_learnt_from_its_own_training_and_validation_examples_and_what_is_stored(
+    name: str, trail: Walks, tmp_path: Path
+):
+    """Nothing else reaches weights, statistics, or a choice: test examples and other tasks cannot be read meanwhile."""
+    found = trail(name, HOME)
+    loop = found.resumed(found.index(task=1, phase="begin"), tmp_path)
+
+    def gone(examples: Examples, what: str) -> Examples:
+        return replace(examples, table=Gone(what))
+
+    loop.stream = replace(
+        loop.stream,
+        tasks=tuple(
+            replace(
+                task,
+                **{
+                    split: gone(task.split(split), f"{split} of {task.name}")
+                    for split in SPLITS
+                    if number != 1 or split == "test"
+                },
+            )
+            for number, task in enumerate(loop.stream)
+        ),
+    )
+    loop.run(until="evaluate")
+    assert state(newest(tmp_path)) == state(found.saved[found.index(task=1, phase="evaluate")])
 
 
 @everywhere
