@@ -172,6 +172,18 @@ def test_what_is_wrong_is_named(
     said = lamina("predict", model, "a joy " * 400)
     assert said.code == 1
     assert "256" in said.out + said.err
+    assert "--options has the single option 'yes'" in lamina.refused("predict", model, "x", "--options=yes")
+    assert "max_new_tokens is 9999; allowed are 1 to 256" in lamina.refused(
+        "predict", model, "x", "--max-new-tokens=9999"
+    )
+    (tmp_path / "both.jsonl").write_text('{"prompt": "x", "messages": [{"role": "user", "content": "Hi"}]}\n')
+    assert "both.jsonl line 1 has messages and a prompt" in lamina.refused(
+        "predict", model, "--file", tmp_path / "both.jsonl"
+    )
+    assert "the method of" in lamina.refused("learn", model, tmp_path / "lines.txt", "--set=method.name=sora")
+    told = lamina.refused("create", tmp_path / "never", "--backbone", base, "--method=duallora")
+    assert "method 'duallora' cannot adapt the language model" in told
+    assert not (tmp_path / "never").exists()
     assert "gate.calibration_error" in lamina.refused("configure", model, "--set=gate.calibration_error=0.1")
     assert "gate.calibration_error" in lamina.refused(
         "create", tmp_path / "other", "--backbone", base, "--method=olora", "--set=gate.calibration_error=0.1"
@@ -200,4 +212,8 @@ def test_a_run_opens_as_a_model_and_goes_on(lamina: Command, base: Path, tmp_pat
         word: sum(one.correct for name, one in figures.classes.items() if word in name) for word in ("films", "books")
     }
     assert [right["films"] / 4, right["books"] / 4] == record.matrix.accuracy_ij[-1].tolist()
+    rows = lamina("status", tmp_path / "model").out.splitlines()
+    for number, name in enumerate(("films", "books")):
+        assert f"{100 * record.matrix.accuracy_ij[number, number]:.1f}%" in next(r for r in rows if r.startswith(name))
+    assert "is a run, not a model" in lamina.refused("predict", tmp_path / "run", "x")
     assert lamina("learn", tmp_path / "model", instructions(tmp_path / "songs.jsonl", "song"), "--force").code == 0

@@ -113,7 +113,7 @@ def test_a_file_of_another_form_is_refused(
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"threads": "many"}, "threads = 'many': input should be a valid integer"),
+        ({"threads": "many"}, "threads = 'many': allowed is a whole number"),
         ({"threads": 0}, "threads = 0"),
         ({"device": None}, "field required"),
         ({"device": "tpu"}, "device = 'tpu'"),

@@ -187,7 +187,7 @@ def test_a_row_that_is_no_instruction(
 @pytest.mark.parametrize(
     ("extra", "told"),
     [
-        (("--method", "duallora"), ["method 'duallora' cannot adapt the language model", "lamina methods"]),
+        (("--method", "duallora"), ["method 'duallora' cannot adapt the language model", "Choose one of lamina,"]),
         (("--method", "prototype"), ["method 'prototype' cannot adapt the language model", "a classifier"]),
         (
             ("--method", "olora", "--classifier", "lda"),
@@ -204,7 +204,10 @@ def test_a_row_that_is_no_instruction(
         (("--set", "evaluation.text=nosuch.txt"), ["evaluation.text = 'nosuch.txt'", "cannot be read"]),
         (("--set", "data.form=letter"), ["data.form = 'letter'", "'chat'"]),
         (("--set", "rehearsal.ratio=0"), ["rehearsal.ratio = 0"]),
-        (("--set", "stream.domains=[film, nosuch]"), ["nosuch"]),
+        (("--set", "stream.domains=[film, nosuch]"), ["'nosuch', which is no domain", "It has: film"]),
+        (("--set", "stream.domains=film"), ["stream.domains = 'film': allowed is a list, for example [a, b]"]),
+        (("--set", "training=3"), ["training = 3: allowed is key: value pairs"]),
+        (("--scenario", "class", "--tasks", "2"), ["stream.scenario = 'class'", "whole domains"]),
     ],
 )
 def test_settings_that_do_not_go_with_a_language_model(

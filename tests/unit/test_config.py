@@ -89,7 +89,7 @@ stream:
         "line 4: method.rnk = 3: no such setting. There are: rank, .* Did you mean 'rank'?",
         "line 5: method.epsilon = 2: input should be less than or equal to 1",
         "line 6: trainig = {'epochs': 3}: no such setting. There are: method, .* Did you mean 'training'?",
-        "line 8: training.epochs = 'many': input should be a valid integer, .*",
+        "line 8: training.epochs = 'many': allowed is a whole number",
         "line 10: training.schedule = 'cosin': input should be 'constant', .* Did you mean 'cosine'?",
         "line 12: backbone.targets.1 = 'w': input should be 'q', 'k', 'v', 'out', 'fc1', 'fc2', 'gate', 'up' or 'down'",
         "line 14: data.crop_scale = [0.5, 0.1]: must be two numbers with 0 < smallest <= largest <= 1",

@@ -12,7 +12,7 @@ from tests.assistants import backbone, instructions, small
 
 from lamina.data import Prompt, PromptReader
 from lamina.data.prompts import stop_tokens
-from lamina.errors import ConfigError
+from lamina.errors import ConfigError, DataError
 from lamina.model import Asked, Model, language, learning
 from lamina.model.language import Writing
 
@@ -83,6 +83,17 @@ def test_settings_of_a_completion_are_checked(base: Path, tmp_path: Path) -> Non
         model.complete("The film", max_new_tokens=0)
     with pytest.raises(ConfigError, match="empty text"):
         model.complete("The film", stop=["a", ""])
+    for most in ("5", 0, 10**6):
+        with pytest.raises(ConfigError, match="allowed are 1 to"):
+            model.complete("x", max_new_tokens=most)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="options is the text 'ab'"):
+        model.complete("x", "ab")
+    with pytest.raises(DataError, match="the list has the option 'a' more than once"):
+        model.complete(["x", "y"], ["a", "a"])
+    with pytest.raises(DataError, match="prompts are 5"):
+        model.complete(5)  # type: ignore[arg-type]
+    (blank,) = model.complete(" ")
+    assert (blank.text, blank.error) == ("", "the prompt of the request is blank. Give a text")
 
 
 @pytest.mark.parametrize("form", ["plain", "chat"])

@@ -46,8 +46,10 @@ class Line:
 
 def complete(opened: "Model", given: Given) -> None:
     """Print the completion of each prompt. Exits with code 1 where some could not be read."""
-    if len(set(given.options)) != len(given.options) or "" in given.options:
-        raise DataError(f"--options {','.join(given.options)}: give different texts, separated by commas.")
+    from lamina.data.instruction_rows import check_options
+
+    if given.options:
+        check_options(given.options, "--options")
     lines = [*_lines(given)]
     if not lines:
         raise DataError(NOTHING)
@@ -96,6 +98,8 @@ def _print(line: Line, found: "Completion", given: Given, *, alone: bool, stream
         print_table(("option", "log-likelihood", "probability"), rows)
     else:
         print("" if streamed else found.text, flush=True)
+        if not found.text:
+            print("(no text: the completion ended at once)", file=sys.stderr)
     if not alone:
         print()
 
@@ -186,10 +190,14 @@ def _record(found: Any, where: str, given: Given) -> Line:
     if isinstance(found, str):
         return _text(found, given)
     record = found if isinstance(found, dict) else {}
+    if unknown := record.keys() - {"prompt", "text", "messages", "options", "completion", "domain", "split"}:
+        print(f"{where}: {', '.join(sorted(map(str, unknown)))} is not used", file=sys.stderr)
     listed = record.get("options") or given.options
     if not isinstance(listed, list | tuple) or not all(isinstance(one, str) for one in listed):
         raise DataError(f"{where} has options that are no list of texts.")
     messages = record.get("messages")
+    if messages is not None and record.get("prompt", record.get("text")) is not None:
+        raise DataError(f"{where} has messages and a prompt. Leave one of them out.")
     if isinstance(messages, list) and messages and all(isinstance(one, dict) for one in messages):
         asked = messages[:-1] if messages[-1].get("role") == "assistant" else messages
         shown = str(asked[-1].get("content", "")) if asked else ""

@@ -121,6 +121,9 @@ def serve(
     if language and chat and not app.about()["chat_template"]:
         told = "the tokenizer has no chat template, so only /v1/completions is served, not /v1/chat/completions."
         print(f"note: {told}", file=sys.stderr)
+    elif language and chat and Model(model).facts.config.data.form == "plain":
+        told = "prompts are learnt without the chat template (data.form = plain), and /v1/completions asks in the same form."
+        print(f"note: {told} /v1/chat/completions is for what was learnt as chats.", file=sys.stderr)
     if hosts is None and token is None:
         print(
             "note: everyone who reaches this address may use it; --token-file FILE asks for a token.", file=sys.stderr

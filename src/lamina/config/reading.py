@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from lamina.config import wording
 from lamina.config.renamed import RENAMED_VALUES, advice
 from lamina.config.schema import MethodConfig, RunConfig
 from lamina.config.yaml_text import parse, read_yaml
@@ -30,6 +31,7 @@ OF_A_CLASSIFIER = tuple(
 )
 """Defaults of a method that do not apply if its unified classifier is declined (`consolidation.classifier` = own)."""
 _LONGEST = 80
+_EXAMPLES = {"allowed is a list": ", for example [a, b]", "allowed is key: value pairs": ", for example {epochs: 5}"}
 """Characters of a value in a message."""
 
 
@@ -190,6 +192,8 @@ def _explain(error: Any, prefix: str, model: type[BaseModel]) -> str:
             return start + found
         names = list(_fields_at(model, path[:-1]))
         return f"{start}no such setting. There are: {', '.join(names)}.{_nearest(path[-1], names)}"
+    if noun := wording.allowed([error["type"]]):
+        return f"{start}{noun}{_EXAMPLES.get(noun, '')}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "literal_error":
         new = RENAMED_VALUES.get((where, value)) if isinstance(value, str) else None

@@ -34,7 +34,7 @@ def row_of(record: Any, columns: Columns, where: str) -> Row:
     options = record.get(columns.options)
     if options is None:
         return Row(prompt, completion)
-    checked = _options(options, where)
+    checked = check_options(options, where)
     rank = rank_of(completion, checked)
     if rank < 0:
         raise DataError(
@@ -47,14 +47,13 @@ def row_of(record: Any, columns: Columns, where: str) -> Row:
 def text_of(value: Any, what: str, where: str) -> str:
     """Returns a text. Raises DataError where it is missing, blank, of another type or not valid Unicode."""
     if value is None:
-        raise DataError(f"{where} has no {what}. Remove the row, or add one")
+        raise DataError(f"{where} has no {what}. Add one")
     if not isinstance(value, str):
         raise DataError(
-            f"{where} has the {what} {shown(repr(value))} ({type(value).__name__}); allowed is text. Convert it, or correct the"
-            " row"
+            f"{where} has the {what} {shown(repr(value))} ({type(value).__name__}); allowed is text. Correct it"
         )
     if not value.strip():
-        raise DataError(f"{where} has a blank {what} ({shown(repr(value))}). Remove the row, or put a text in it")
+        raise DataError(f"{where} has a blank {what} ({shown(repr(value))}). Put a text in it, or leave it out")
     return unicode_of(value, what, where)
 
 
@@ -78,35 +77,34 @@ def unicode_of(value: str, what: str, where: str) -> str:
 def _messages(messages: Any, where: str) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise DataError(
-            f"{where} has the messages {shown(repr(messages))}; allowed is a list of {{role, content}}. Correct the row"
+            f"{where} has the messages {shown(repr(messages))}; allowed is a list of {{role, content}}. Correct them"
         )
     found = []
     for k, message in enumerate(messages):
         role = message.get("role") if isinstance(message, Mapping) else None
         if role not in ROLES:
             raise DataError(
-                f"message {k} of {where} has the role {shown(repr(role))}; allowed are {', '.join(ROLES)}, with a content."
+                f"message {k + 1} of {where} has the role {shown(repr(role))}; allowed are {', '.join(ROLES)}, with a content."
                 " Correct it, or remove the message"
             )
         content = message.get("content")
         # Chats without a system prompt are often written with an empty one, and a model may have replied nothing.
         optional = role == "system" or (role == "assistant" and k < len(messages) - 1)
         blank = optional and isinstance(content, str) and not content.strip()
-        what = f"content of message {k} ({role})"
+        what = f"content of message {k + 1} ({role})"
         found.append(Message(role, unicode_of(content, what, where) if blank else text_of(content, what, where)))
     if found[-1].role != "assistant":
         raise DataError(
             f"the last message of {where} has the role {found[-1].role!r}; allowed is assistant, as it is the completion."
-            " Add the reply, or remove the row"
+            " Add the reply"
         )
     if not any(message.role == "user" for message in found[:-1]):
-        raise DataError(
-            f"the messages of {where} hold none of the role user: there is no prompt. Add it, or remove the row"
-        )
+        raise DataError(f"the messages of {where} hold none of the role user: there is no prompt. Add one")
     return found
 
 
-def _options(options: Any, where: str) -> tuple[str, ...]:
+def check_options(options: Any, where: str) -> tuple[str, ...]:
+    """Returns options as texts. Raises DataError for fewer than two, and for those that are no texts, blank or not distinct."""
     if not isinstance(options, list | tuple):
         raise DataError(
             f"{where} has the options {shown(repr(options))} ({type(options).__name__}); allowed is a list of texts. Correct"
@@ -114,14 +112,14 @@ def _options(options: Any, where: str) -> tuple[str, ...]:
         )
     if not options:
         raise DataError(
-            f"{where} has an empty list of options. List them, or write null where any completion is allowed"
+            f"{where} has an empty list of options. List them, or leave options out where any completion is allowed"
         )
     if len(options) == 1:
         raise DataError(
             f"{where} has the single option {shown(repr(options[0]))}, which would always be predicted. List all options,"
-            " or write null where any completion is allowed"
+            " or none where any completion is allowed"
         )
-    checked = tuple(text_of(option, f"option {k}", where) for k, option in enumerate(options))
+    checked = tuple(text_of(option, f"option {k + 1}", where) for k, option in enumerate(options))
     names = [class_name(option) for option in checked]
     if len(set(names)) < len(names):
         twice = next(option for option, name in zip(checked, names, strict=True) if names.count(name) > 1)

@@ -107,7 +107,7 @@ class PromptReader:
         return int(ids[-1]) if rendered.ended else int(self.tokenise.eos_token_id)
 
     def read(
-        self, prompt: str | Chat, options: Sequence[str] = (), *, chat: bool | None = None, where: str = "the prompt"
+        self, prompt: str | Chat, options: Sequence[str] = (), *, chat: bool | None = None, where: str = "the request"
     ) -> Prompt:
         """Returns a prompt as token ids.
 
@@ -117,7 +117,7 @@ class PromptReader:
         be another turn. Raises TooLong where the backbone has no position for a completion.
         """
         if isinstance(prompt, str) and not prompt.strip():
-            raise DataError(f"{where} is blank. Give a text")
+            raise DataError(f"the prompt of {where} is blank. Give a text")
         form: Form = self.form if chat is None else "chat" if chat else "plain"
         reply = options[0] if options else _STAND_IN
         record: dict[str, Any] = {"options": list(options) or None}

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from lamina import rng
+from lamina.data.names import listed
 from lamina.errors import DataError
 from lamina.types import SPLITS, Examples, Ints, Kind, LabelledData, Split, Task
 
@@ -107,7 +108,11 @@ def domain_plan(
             f"{data.name!r} has a single domain, {names[0]!r}, and every task of a domain-incremental stream is a domain. Give "
             f"its rows domains, in a column or by folders; or learn it as one task of a model: `lamina create`, `lamina learn`."
         )
-    if unknown or len(names) < 2 or len(set(names)) < len(names):
+    if unknown:
+        raise DataError(
+            f"stream.domains has {unknown[0]!r}, which is no domain of {data.name!r}. It has: {listed(data.domain_names, 20)}."
+        )
+    if len(names) < 2 or len(set(names)) < len(names):
         raise DataError(
             f"stream.domains = {names}: a domain-incremental stream needs two or more different domains of {data.name!r}, "
             f"which has {list(data.domain_names)}."

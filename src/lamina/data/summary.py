@@ -129,7 +129,8 @@ def _describe_instructions(facts: Mapping[str, Any]) -> list[str]:
     else:
         least, most = facts["options"]
         options = f"{most} in each row" if least == most else f"{least} to {most} in each row"
-        options += f"; {count(facts['without_options'], 'row')} without options" if facts["without_options"] else ""
+        if facts["without_options"]:
+            options = f"{options} that has any; {count(facts['without_options'], 'row')} without"
     longest = [f"{name} {told['characters']:,} characters ({told['where']})" for name, told in facts["longest"].items()]
     chats = [f"chats: {count(facts['chats'], 'row')}"] if facts["chats"] else []
     return [f"options: {options}", *chats, f"longest: {', '.join(longest)}"]

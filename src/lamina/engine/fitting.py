@@ -1,5 +1,6 @@
 """Which methods fit a language model, a scenario, and rehearsal."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lamina.config import RehearsalConfig
@@ -8,18 +9,33 @@ from lamina.learner import LanguageLearner, Learner
 from lamina.methods.base import Method
 
 
+def check_method_for_language(
+    method: type[Method[Any]], backbone: str, known: Mapping[str, type[Method[Any]]] | None = None
+) -> None:
+    """Raises MethodError where a method needs a classifier: the language model of this name has none. known: methods to
+    choose from."""
+    if method.refuses_language:
+        fitting = [name for name, one in (known or {}).items() if not one.refuses_language]
+        raise MethodError(
+            f"method {method.name!r} cannot adapt the language model {backbone!r}: {method.refuses_language}. Choose "
+            + (f"one of {', '.join(fitting)}." if fitting else "another method.")
+        )
+
+
+def check_scenario_for_language(scenario: str) -> None:
+    """Raises MethodError for a stream of classes, which a language model cannot learn."""
+    if scenario in ("class", "task"):
+        raise MethodError(
+            f"stream.scenario = {scenario!r}: the tasks of a language model are whole domains, because it has no outputs that "
+            f"a task could add classes to. Choose domain, or mixed with whole domains."
+        )
+
+
 def check_language(learner: Learner, method: Method[Any], scenario: str) -> None:
     """Raises MethodError for a language model with a method that needs a classifier, or with a stream of classes."""
-    if learner.generates and method.refuses_language:
-        raise MethodError(
-            f"method {method.name!r} cannot adapt the language model {learner.backbone.name!r}: {method.refuses_language}. "
-            f"Choose another method; `lamina methods` lists them."
-        )
-    if scenario in ("class", "task") and learner.generates:
-        raise MethodError(
-            f"stream.scenario = {scenario!r}: the tasks of a language model are domains, because the options of an example are "
-            f"those of its whole domain. Choose domain, or mixed with whole domains."
-        )
+    if learner.generates:
+        check_method_for_language(type(method), learner.backbone.name)
+        check_scenario_for_language(scenario)
     if isinstance(learner, LanguageLearner) and learner.recompute and method.routes_training:
         raise MethodError(
             f"training.gradient_checkpointing does not go with method {method.name!r}, which selects adapters within a step. "

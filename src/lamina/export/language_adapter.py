@@ -53,12 +53,12 @@ def export_language_peft(
         compare(draft, f"plain peft, {type(base).__name__}", wanted, found)
         draft.notes.append(told_rank(next(iter(ready.values())).rank))
         if not with_base:
-            draft.notes.append(f"BASE is the base model that it was trained on: {place}")
-        where = f'"{target / BASE}"' if with_base else "BASE"
+            draft.notes.append(f"The base model that it was trained on is {place}.")
+        where = target / BASE if with_base else place
         loading = (
             "from peft import PeftModel\n"
             "from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig\n"
-            f"base = AutoModelForCausalLM.from_pretrained({where})\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{where}", dtype="float32")\n'
             f'model = PeftModel.from_pretrained(base, "{target}")\n'
             f'model.generation_config = GenerationConfig.from_pretrained("{target}")'
         )

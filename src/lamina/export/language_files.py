@@ -175,4 +175,5 @@ def told_rank(rank: int, where: str = "in every layer") -> str:
     allowed = next((most for most in VLLM_RANKS if rank <= most), None)
     if allowed is None:
         return f"The rank is {rank}, and vLLM takes at most {VLLM_RANKS[-1]}: serve the checkpoint of `--format merged` there."
-    return f"The rank is {rank} {where}, so vLLM needs --max-lora-rank {allowed} or more."
+    listed = ", ".join(map(str, VLLM_RANKS))
+    return f"The rank is {rank} {where}. For vLLM give --max-lora-rank {allowed} or more; it takes {listed}."

@@ -59,7 +59,7 @@ def export_language_merged(path: Path, target: Path, *, inputs: str | os.PathLik
         _note_rounding(draft, weights, exact, wanted)
         loading = (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{target}")'
+            f'model = AutoModelForCausalLM.from_pretrained("{target}", dtype="float32")'
         )
         draft.code = usage(opened, loading, str(target))
         return finished(draft)

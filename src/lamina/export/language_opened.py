@@ -174,9 +174,8 @@ class OpenedLanguage:
         if self.as_run is None:
             return None
         return (
-            f"It is compared in float32. The model runs in bf16 here, and then writes the same tokens after {self.as_run:.1%} "
-            f'of {self.origin}. The code loads the weights in the type that they are stored in; with dtype="float32" in '
-            f"from_pretrained it computes what was compared."
+            f"It is compared in float32, in which the code computes too. The model runs in bf16 here, and then writes the same "
+            f"tokens after {self.as_run:.1%} of {self.origin}."
         )
 
     @cached_property

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lamina.data import Chat, Prompt, PromptReader
+from lamina.data.instruction_rows import check_options
 from lamina.engine.completions import Examiner, questions
 from lamina.engine.consolidate import Consolidation
 from lamina.errors import ConfigError, DataError, ModelError, TrainingError
@@ -220,9 +221,10 @@ class LanguagePredictor(Deployed):
             raise ConfigError("stop holds an empty text, which would end every completion at once. Leave it out.")
         asked = [one if isinstance(one, str) else tuple(one) for one in prompts]
         most = self.config.evaluation.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if most < 1:
+        if max_new_tokens is not None and not (isinstance(most, int) and 1 <= most <= self.reader.positions):
             raise ConfigError(
-                f"max_new_tokens is {most}; it must be at least 1. Leave it out for {self.config.evaluation.max_new_tokens}."
+                f"max_new_tokens is {most!r}; allowed are 1 to {self.reader.positions}, the positions that the backbone has "
+                f"for prompt and completion together. Leave it out for {self.config.evaluation.max_new_tokens}."
             )
         found: list[Completion] = [Completion()] * len(asked)
         ranked: list[int] = []
@@ -230,7 +232,7 @@ class LanguagePredictor(Deployed):
         read: dict[int, Prompt] = {}
         for k, own in zip(range(len(asked)), _each_options(options, len(asked)), strict=True):
             try:
-                where = "the prompt" if len(asked) == 1 else f"prompt {k + 1}"
+                where = "the request" if len(asked) == 1 else f"request {k + 1}"
                 read[k] = self.reader.read(asked[k], own, chat=chat, where=where)
             except DataError as error:
                 found[k] = Completion(error=str(error))
@@ -323,8 +325,10 @@ def _each_options(options: Sequence[str] | Sequence[Sequence[str]] | None, count
     """Returns the options of every prompt."""
     if options is None:
         return [()] * count
+    if isinstance(options, str):
+        raise DataError(f"options is the text {options!r}. Give a list of texts.")
     if all(isinstance(one, str) for one in options):
-        return [[str(one) for one in options]] * count
+        return [check_options(options, "the list")] * count if options else [()] * count
     if len(options) != count:
         raise DataError(
             f"there are {len(options)} lists of options for {count} prompts. Give one list for each prompt."

@@ -90,6 +90,12 @@ class _Learning:
 
     def _config(self) -> ModelConfig:
         settings = {"data.source": self.request.source, **dict(self.request.settings)}
+        own = self.facts.config.method["name"]
+        if settings.get("method.name", own) != own:
+            raise ModelError(
+                f"method.name = {settings['method.name']!r}: the method of {self.store.path} is {own}, and cannot change. "
+                "Leave it out; `lamina create` makes a model with another one."
+            )
         config = load_model_config(None, list(settings.items()), base=self.facts.config)
         refuse_fixed(self.facts.config, config, self.store.path)
         refuse_inapplicable(config, self.facts.kind)

@@ -16,7 +16,7 @@ from lamina.engine import device
 from lamina.engine.consolidate import Consolidation
 from lamina.engine.fitting import check_rehearsal
 from lamina.engine.state import now
-from lamina.errors import ModelError
+from lamina.errors import DataError, ModelError
 from lamina.files import read_checked
 from lamina.learner import learner_of
 from lamina.methods import METHODS
@@ -366,9 +366,12 @@ class Model:
         each. max_new_tokens: the most tokens that are generated; by default evaluation.max_new_tokens. stop: a text that
         ends a completion, or several. chat: whether texts are rendered with the tokenizer's chat template; by default as
         data.form says.
-        A prompt that cannot be read gets an error in its place. Raises ModelError for a classifier, DataError for wrong
-        options, and ConfigError for a max_new_tokens below 1 or an empty stop text.
+        A prompt that cannot be read has an empty text, and says why in `error`. Raises ModelError for a classifier, DataError
+        for options that are wrong for all prompts, and ConfigError for a max_new_tokens that is not allowed or an empty stop
+        text.
         """
+        if not isinstance(prompts, Iterable):
+            raise DataError(f"prompts are {prompts!r}. Give a text, a chat, or a list of them.")
         several: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
         if several and all(isinstance(one, Mapping) for one in several):
             several = [several]  # one chat

@@ -7,7 +7,9 @@ from typing import Any
 from lamina import config as configuration
 from lamina.backbones import Kind, is_language
 from lamina.config import ModelConfig
+from lamina.engine.fitting import check_method_for_language
 from lamina.errors import ConfigError
+from lamina.methods import METHODS
 from lamina.runs.setup import method_settings
 
 FIXED = (
@@ -57,8 +59,11 @@ def refuse_fixed(old: ModelConfig, new: ModelConfig, where: Path) -> None:
 
 
 def refuse_inapplicable(config: ModelConfig, kind: Kind) -> None:
-    """Raises ConfigError for a limit of the gate that is not measured for this kind of backbone."""
+    """Raises MethodError for a method that does not fit this kind of backbone, ConfigError for a limit of the gate that is not
+    measured for it."""
     limit = config.gate.calibration_error
+    if kind == "language":
+        check_method_for_language(METHODS[config.method["name"]], config.backbone.name, METHODS)
     if kind == "language" and limit is not None:
         raise ConfigError(
             f"gate.calibration_error = {limit}: the model is a language model, whose calibration is not measured. Leave it out "

@@ -16,6 +16,7 @@ from lamina.config import MethodConfig, RunConfig
 from lamina.data import Source, streams
 from lamina.data.streams import Stream
 from lamina.engine import device
+from lamina.engine.fitting import check_method_for_language, check_scenario_for_language
 from lamina.engine.loop import Event, Loop
 from lamina.engine.world import ALONE, World
 from lamina.errors import ConfigError
@@ -69,7 +70,7 @@ class Setup:
         cut: Callable[[LabelledData, Backbone], Stream] | None = None,
         world: World = ALONE,
     ) -> None:
-        self.world, self.watch = world, watch
+        self.world, self.watch, whole = world, watch, cut is None
         self.started = time.perf_counter()
         self.config = config
         cut = cut or (lambda labelled, _: make_stream(config, labelled))
@@ -88,6 +89,10 @@ class Setup:
             std=config.backbone.std,
         )
         limits.check_backbone(config, self.settings, self.backbone)
+        if self.backbone.kind == "language":  # what the loop checks too, but before the data are read
+            check_method_for_language(self.method, self.backbone.name, METHODS)
+            if whole:
+                check_scenario_for_language(config.stream.scenario)
         self.backbone_parameters = sum(p.numel() for p in self.backbone.module.parameters())
         source = open_source(config)
         self.source = data.as_dict(source)
@@ -223,7 +228,7 @@ def check_kind(config: RunConfig, source: Source, backbone: Backbone) -> None:
     taken = TAKEN[backbone.kind]
     if source.kind in taken:
         return
-    remedy = "Choose a backbone or data to match."
+    remedy = "Choose a backbone or data to match (--backbone, --data)."
     if source.kind == "instructions":
         remedy = "Choose a causal language model as the backbone, or labelled data (a class for each example)."
     raise ConfigError(

@@ -104,7 +104,8 @@ def create_app(
     app = FastAPI(
         title="lamina", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, redirect_slashes=False
     )
-    _add_errors(app, metrics, f"{chats.TEXT} completes texts" if language else "")
+    there_is = f"{chats.TEXT} completes texts" + (f", and {chats.CHAT} continues chats" if chat else "")
+    _add_errors(app, metrics, there_is if language else "")
     if isinstance(batcher, Generator):
         chats.add_routes(app, chats.Parts(limits, versions, batcher, held, metrics, chat))
     else:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from lamina.config import wording
 from lamina.model import Completion
 from lamina.serve.limits import Refusal
 
@@ -35,13 +36,13 @@ def _one(value: int | None) -> int | None:
 
 def _off(value: bool | None) -> bool | None:
     if value:
-        raise ValueError("is not supported. Leave it out, or give false")
+        raise ValueError("it is not supported. Leave it out, or give false")
     return value
 
 
 def _empty(value: Any) -> Any:
     if value:
-        raise ValueError("is not supported. Leave it out, or give null")
+        raise ValueError("it is not supported. Leave it out, or give null")
     return value
 
 
@@ -233,8 +234,7 @@ def parsed(body: bytes, kind: type[Asking]) -> Asking:
         first, names = _deepest(error)
         param = ".".join(names) or None
         code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
-        told = first["msg"].removeprefix("Value error, ")
-        raise refused(400, f"{param or 'the body'}: {told}"[:300], code, param) from None
+        raise refused(400, f"{param or 'the body'}: {_told(error, kind)}"[:600], code, param) from None
     stops = found.stops
     if len(stops) > STOPS or not all(0 < len(stop) <= STOP_CHARACTERS for stop in stops):
         told = f"stop: at most {STOPS} texts of 1 to {STOP_CHARACTERS} characters are allowed"
@@ -242,13 +242,30 @@ def parsed(body: bytes, kind: type[Asking]) -> Asking:
     return found
 
 
+def _told(error: ValidationError, kind: type[BaseModel]) -> str:
+    """Returns what is wrong with the first parameter that is wrong, and what is allowed."""
+    first, names = _deepest(error)
+    if first["type"] == "missing":
+        return "it is missing"
+    if first["type"] == "extra_forbidden":
+        known = f" There are {', '.join(kind.model_fields)}" if len(names) == 1 else ""
+        return f"there is no such parameter.{known}"
+    value = repr(first["input"])
+    value = value if len(value) <= 80 else f"{value[:77]}..."
+    if noun := wording.allowed(one["type"] for one in error.errors() if _place(one) == names):
+        return f"{noun}, not {value}"
+    return wording.told(first) + (f", not {value}" if first["type"] != "value_error" else "")
+
+
+def _place(error: Any) -> list[str]:
+    """Returns where an error lies, without the names of types."""
+    return [str(part) for part in error["loc"] if part != "str" and not str(part).startswith(("list[", "function-"))]
+
+
 def _deepest(error: ValidationError) -> tuple[Any, list[str]]:
     """Returns the first error, or the one that lies deepest in the same value: a list of parts is judged as a text first. Also
-    returns its place, without the names of types."""
-    found = [
-        (one, [str(part) for part in one["loc"] if part != "str" and not str(part).startswith(("list[", "function-"))])
-        for one in error.errors()
-    ]
+    returns its place."""
+    found = [(one, _place(one)) for one in error.errors()]
     place = found[0][1]
     return max((one for one in found if one[1][: len(place)] == place), key=lambda one: len(one[1]))
 

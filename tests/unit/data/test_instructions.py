@@ -102,7 +102,7 @@ def said(role: str, content: Any = "x") -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("record", "told"),
     [
-        ({"prompt": "a"}, "row 1 has no completion. Remove the row"),
+        ({"prompt": "a"}, "row 1 has no completion. Add one"),
         ({"prompt": "a", "completion": ""}, "row 1 has a blank completion"),
         ({"prompt": "a", "completion": " \n"}, "row 1 has a blank completion"),
         ({"prompt": "a", "completion": 3}, r"row 1 has the completion 3 \(int\); allowed is text"),
@@ -115,25 +115,25 @@ def said(role: str, content: Any = "x") -> dict[str, Any]:
         ({**GOOD, "options": ["b", "c"]}, r"the completion 'a', which is none of its options \(b, c\)"),
         ({**GOOD, "options": []}, "row 1 has an empty list of options"),
         ({**GOOD, "options": ["a"]}, "row 1 has the single option 'a', which would always be predicted"),
-        ({**GOOD, "options": ["a", " "]}, "row 1 has a blank option 1"),
-        ({**GOOD, "options": ["a", None]}, "row 1 has no option 1"),
+        ({**GOOD, "options": ["a", " "]}, "row 1 has a blank option 2"),
+        ({**GOOD, "options": ["a", None]}, "row 1 has no option 2"),
         ({**GOOD, "options": "a b"}, r"row 1 has the options 'a b' \(str\); allowed is a list"),
         ({"messages": []}, r"row 1 has the messages \[\]; allowed is a list"),
         ({"messages": "hello"}, "row 1 has the messages 'hello'; allowed is a list"),
         ({"messages": [said("user")]}, "the last message of records row 1 has the role 'user'; allowed is assistant"),
         (
             {"messages": [said("human"), said("assistant")]},
-            "message 0 of records row 1 has the role 'human'; allowed are",
+            "message 1 of records row 1 has the role 'human'; allowed are",
         ),
-        ({"messages": ["a", said("assistant")]}, "message 0 of records row 1 has the role None"),
-        ({"messages": [said("user", None), said("assistant")]}, r"row 1 has no content of message 0 \(user\)"),
-        ({"messages": [said("user"), said("assistant", " ")]}, r"row 1 has a blank content of message 1 \(assistant\)"),
+        ({"messages": ["a", said("assistant")]}, "message 1 of records row 1 has the role None"),
+        ({"messages": [said("user", None), said("assistant")]}, r"row 1 has no content of message 1 \(user\)"),
+        ({"messages": [said("user"), said("assistant", " ")]}, r"row 1 has a blank content of message 2 \(assistant\)"),
         ({"messages": [said("assistant")]}, "the messages of records row 1 hold none of the role user"),
         ({"messages": [said("user"), said("assistant")], "completion": "a"}, "has both 'messages' and 'completion'"),
         ({"prompt": "a\ud83d", "completion": "a"}, "the prompt of records row 1 is not valid Unicode"),
         ({"prompt": "a", "completion": "\udc00"}, "the completion of records row 1 is not valid Unicode"),
-        ({**GOOD, "options": ["a", "\ud83d"]}, "the option 1 of records row 1 is not valid Unicode"),
-        ({"messages": [said("user", "\ud83d"), said("assistant")]}, "content of message 0 .* is not valid Unicode"),
+        ({**GOOD, "options": ["a", "\ud83d"]}, "the option 2 of records row 1 is not valid Unicode"),
+        ({"messages": [said("user", "\ud83d"), said("assistant")]}, "content of message 1 .* is not valid Unicode"),
         (
             {"prompt": "a", "completion": "a\0", "options": ["a\0", "b"], "domain": "y"},
             r"the class of records row 1, by its completion, is 'y: a.x00', which holds a control character",
@@ -193,7 +193,7 @@ def test_what_is_said_of_instructions() -> None:
     lines = describe_source(source)
     assert lines[0] == "films: 12 instructions, 3 classes, 2 domains"
     assert "classes: x: positive, x: negative, y (2 to 4 training instructions each)" in lines
-    assert "options: 2 in each row; 6 rows without options" in lines
+    assert "options: 2 in each row that has any; 6 rows without" in lines
     assert lines[-1] == "longest: prompt 37 characters (films row 1), completion 13 characters (films row 7)"
     assert as_dict(source)["instructions"]["options"] == [2, 2]
     chat = instructions_from(chats(4))

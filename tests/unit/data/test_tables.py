@@ -114,7 +114,7 @@ def test_other_column_names(tmp_path: Path) -> None:
         (images(label=[0, 1, 2, 0, -1, 2]), r"x.parquet row 4 has the label -1"),
         (images(label=[0.0] * 6), r"has the label 0.0 \(float\)"),
         (images(split=["train"] * 5 + ["later"]), r"x.parquet row 5 has the split 'later'"),
-        (images(split=["train"] * 5 + [None]), r"x.parquet row 5 has the split None"),
+        (images(split=["train"] * 5 + [None]), r"x.parquet row 5 has none"),
         (images(domain=["a"] * 5 + [None]), r"x.parquet row 5 has no domain"),
         (images(image=[png(0)] * 5 + [None]), r"x.parquet row 5 has no image"),
         (images(image=["a.png"] * 6), r"column 'image' of x.parquet is of type string; allowed for images is binary"),
