@@ -3,8 +3,8 @@
 Shape letters used here: n examples, b batch, c channels, h w pixels, t tokens, m options, s tokens of an option.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -37,6 +37,8 @@ class Batch:
 
     inputs: Mapping[str, Tensor]
     labels_b: Tensor
+    memo: MutableMapping[str, Tensor] | None = field(default=None, compare=False)
+    """What was computed of this batch before and never changes, on the CPU. None: nothing is remembered."""
 
     def __len__(self) -> int:
         return len(self.labels_b)
@@ -54,11 +56,8 @@ class Batch:
 
     def select(self, keep_b: Tensor | slice) -> "Batch":
         """Returns the examples where keep_b (b,) is true, or of a slice."""
-        return replace(
-            self,
-            inputs={name: value[keep_b] for name, value in self.inputs.items()},
-            labels_b=self.labels_b[keep_b],
-        )
+        inputs = {name: value[keep_b] for name, value in self.inputs.items()}
+        return Batch(inputs=inputs, labels_b=self.labels_b[keep_b])
 
 
 Kind = Literal["image", "text", "instructions"]

@@ -34,9 +34,11 @@ from torch import Tensor
 from lamina.engine import checkpoint
 from lamina.engine.evaluate import predict_all
 from lamina.engine.loop import Interrupted, Loop
+from lamina.engine.measure import Memos, Recalling
 from lamina.engine.order import set_torch_seed
 from lamina.engine.state import Position
 from lamina.errors import CheckpointError, MethodError
+from lamina.learner import Learner
 from lamina.learner.head import class_scores
 from lamina.methods import METHODS, table
 from lamina.methods.base import SCENARIOS, describe
@@ -441,6 +443,31 @@ def test_a_prediction_does_not_depend_on_the_rest_of_its_batch(name: str, world:
         assert torch.equal(other_nr.argmax(1), together_nr.argmax(1))
 
 
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.selects])
+def test_what_a_method_remembers_of_test_examples_saves_passes_and_changes_no_bit(
+    name: str, trail: Walks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    passes = dict.fromkeys(("with", "without"), 0)
+    compute = Learner.features
+
+    def measured(memos: str) -> Path:
+        def counted(learner: Learner, batch: Batch, layers: int = 1) -> Tensor:
+            passes[memos] += loop.position.phase == "evaluate"
+            return compute(learner, batch, layers)
+
+        loop = make_loop(name, HOME, tmp_path / memos)
+        measure = loop.measure
+        if memos == "without":
+            monkeypatch.setattr(loop, "measure", lambda: replace(measure(), memos=None))
+        with monkeypatch.context() as patch:
+            patch.setattr(Learner, "features", counted)
+            loop.run()
+        return newest(tmp_path / memos)
+
+    assert state(measured("with")) == state(measured("without")) == state(trail(name, HOME).saved[-1])
+    assert passes["with"] < 0.8 * passes["without"]
+
+
 @everywhere_in_fp32
 def test_folding_changes_the_cost_and_not_the_prediction(name: str, world: World, trail: Walks, tmp_path: Path):
     """In the middle of a task, where a branch is live and has moved; and after the last."""
@@ -470,12 +497,21 @@ def test_prediction_gets_neither_the_task_nor_the_label(
         predict_all(found.loop.learner, found.loop.method, task.test, whole, task.name)
         found.loop.measure().predictions(number)
     assert len(seen) >= 2 * len(found.stream)
-    assert all(vars(batch).keys() == {"inputs", "labels_b"} for batch in seen)
+    assert all(vars(batch).keys() == {"inputs", "labels_b", "memo"} for batch in seen)
     assert all(batch.inputs.keys() <= {"pixel_values", "input_ids", "attention_mask"} for batch in seen)
     monkeypatch.undo()
     batch = everything(found)
     assert torch.equal(scores(found.loop, batch), scores(found.loop, other_labels(batch)))
     assert torch.equal(scores(found.loop, batch), scores(found.loop, replace(batch, labels_b=-1 - batch.labels_b)))
+    remembered = []
+    for task in found.stream:  # given the one task or the other
+        memos: Memos = []
+        recalling = Recalling(found.loop.method, memos)
+        predict_all(found.loop.learner, recalling, found.stream[0].test, whole, task.name)
+        ((own, _),) = memos
+        remembered.append(own)
+    assert all(one.keys() == remembered[0].keys() for one in remembered)
+    assert all(torch.equal(one[what], remembered[0][what]) for one in remembered for what in one)
 
 
 @everywhere

@@ -29,7 +29,7 @@ from lamina.engine.completions import questions as as_questions
 from lamina.engine.consolidate import Consolidation
 from lamina.engine.finite import check_finite
 from lamina.engine.fitting import check_language, check_rehearsal
-from lamina.engine.measure import Features, Measure
+from lamina.engine.measure import Features, Measure, Memos
 from lamina.engine.order import in_order, set_torch_seed, steps_per_epoch
 from lamina.engine.rehearsal import Kept
 from lamina.engine.state import Loss, Phase, Position, RunState, TaskEntry, now
@@ -126,8 +126,8 @@ class Loop:
         self._optimizer_state: dict[str, Tensor] = {}
         self._optimizer: torch.optim.Optimizer | None = None
         self._damaged: list[Path] = []
-        self._features: Features = {}
-        """Of test examples, where no later task changes them."""
+        self._features: Features = {}  # of test examples, where no later task changes them
+        self._memos: dict[int, Memos] = {}
 
     @property
     def position(self) -> Position:
@@ -350,10 +350,9 @@ class Loop:
 
     def measure(self) -> Measure:
         """Returns what measures the learner of this loop."""
-        number = self.position.task
         if self._trains():
             self._features = {}
-        lasting = self.consolidation.config.classifier != "own" and not self.method.trains_on(number + 1)
+        lasting = self.consolidation.config.classifier != "own" and not self.method.trains_on(self.position.task + 1)
         return Measure(
             self.learner,
             self.consolidation,
@@ -362,6 +361,7 @@ class Loop:
             lambda examples, questions: self._batches("evaluate", examples, questions=questions),
             self.text,
             self._features if lasting else None,
+            self._memos if self.consolidation.selects else None,
         )
 
     def _count(self, task: Task) -> int:

@@ -1,6 +1,7 @@
 """Measure: what is measured before a stream and after each of its tasks, as a new state of the run."""
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,8 @@ from lamina.types import Batch, Examples, Task
 
 Features = dict[int, list[Tensor]]
 """Features of the examples of every task, by its number, batch by batch."""
+Memos = list[tuple[dict[str, Tensor], dict[str, Tensor]]]
+"""What is remembered of each batch without its task, and given its task. The first never sees the second."""
 Batches = Callable[[Examples, bool], Iterable[Batch]]
 """Cuts examples into batches; of questions if so."""
 
@@ -43,12 +46,34 @@ class Remembering:
         return self.deployed.predict_task_aware(learner, batch, task)
 
 
+class Recalling:
+    """Predicts as what is deployed, which remembers of each batch what never changes. memos: of the batches, in their order."""
+
+    def __init__(self, deployed: Predictor, memos: Memos) -> None:
+        self.deployed, self.memos, self.number = deployed, memos, 0
+
+    @property
+    def uses_task(self) -> bool:
+        return self.deployed.uses_task
+
+    def predict(self, learner: Learner, batch: Batch) -> Tensor:
+        if self.number == len(self.memos):
+            self.memos.append(({}, {}))
+        self.number += 1
+        return self.deployed.predict(learner, replace(batch, memo=self.memos[self.number - 1][0]))
+
+    def predict_task_aware(self, learner: Learner, batch: Batch, task: str) -> Tensor:
+        own, told = self.memos[self.number - 1]
+        return self.deployed.predict_task_aware(learner, replace(batch, memo=ChainMap(told, own)), task)
+
+
 @dataclass(frozen=True)
 class Measure:
     """Measures a learner and what is deployed of its method on the tasks of a stream.
 
     text: tokens of a text from outside the stream in windows, whose perplexity is measured too (language models only). known:
-    features that the learner still has; more are added. None if they are not to be kept.
+    features that the learner still has; more are added. None if they are not to be kept. memos: what the method may remember of
+    each batch, likewise.
     """
 
     learner: Learner
@@ -58,6 +83,7 @@ class Measure:
     batches: Batches
     text: Sequence[Tensor] = ()
     known: Features | None = None
+    memos: dict[int, Memos] | None = None
 
     def before(self, state: RunState) -> RunState:
         """Returns the state with the predictions of a language model on all tasks before it has learnt any. Other models have
@@ -113,10 +139,10 @@ class Measure:
         )
 
     def _predictor(self, number: int) -> Predictor:
-        """Returns what predicts for a task: what is deployed, perhaps from known features."""
-        if self.known is None:
-            return self.deployed
-        return Remembering(self.deployed, self.known.setdefault(number, []))
+        """Returns what predicts for a task: what is deployed, perhaps from known features or with what it remembers."""
+        if self.known is not None:
+            return Remembering(self.deployed, self.known.setdefault(number, []))
+        return self.deployed if self.memos is None else Recalling(self.deployed, self.memos.setdefault(number, []))
 
     def completions(self, learner: LanguageLearner, task: Task) -> Completions:
         """Returns the predictions of a language model for the examples of a task."""

@@ -33,7 +33,7 @@ from torch import Tensor
 from lamina.learner import Learner
 from lamina.maths.linalg import kmeans
 from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal
-from lamina.methods.routed import adapters_of, through_adapters
+from lamina.methods.routed import adapters_of, bare_features, through_adapters
 from lamina.rng import seed_of
 from lamina.types import Batch, Task
 
@@ -148,8 +148,7 @@ class CoLoR(Method[CoLoRConfig]):
             first_b = torch.zeros(len(batch), dtype=torch.int64, device=learner.device)
             features_bd = through_adapters(learner, batch, learner.head.tasks[:1], first_b)
         else:
-            with learner.bare():
-                features_bd = learner.features(batch)
+            features_bd = bare_features(learner, batch)
         return features_bd, F.normalize(features_bd, dim=1)
 
     def memory_bound(self, learner: Learner) -> int:

@@ -48,7 +48,7 @@ from lamina.maths.calibration import left_out_scores
 from lamina.maths.class_statistics import Statistics, of_features
 from lamina.maths.classifiers import LinearClassifier
 from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal, under
-from lamina.methods.routed import adapters_of, through_adapters
+from lamina.methods.routed import adapters_of, bare_features, through_adapters
 from lamina.rng import seed_of
 from lamina.types import Batch, Task
 
@@ -151,8 +151,7 @@ class Lamina(Method[LaminaConfig]):
 
     def features(self, learner: Learner, batch: Batch) -> Tensor:
         """Returns the features (b, d) of the backbone alone."""
-        with learner.bare():
-            return learner.features(batch, 1 if learner.generates else self.config.layers)
+        return bare_features(learner, batch, 1 if learner.generates else self.config.layers)
 
     def predict(self, learner: Learner, batch: Batch) -> Tensor:
         log_bt, within_bj = self.routed(learner, batch)

@@ -3,7 +3,7 @@
 Shape letters: b batch, d width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,11 +13,36 @@ from lamina.learner import Learner
 from lamina.types import Batch
 
 
+def remembered(batch: Batch, what: str, compute: Callable[[], Tensor]) -> Tensor:
+    """Returns what is computed of a batch, or what was under this name before. Only for what no later task changes."""
+    if batch.memo is None:
+        return compute()
+    if what not in batch.memo:
+        batch.memo[what] = compute().cpu()
+    return batch.memo[what].to(batch.labels_b.device, copy=True)
+
+
+def bare_features(learner: Learner, batch: Batch, layers: int = 1) -> Tensor:
+    """Returns features (b, d) of the backbone alone. layers: as in `Learner.features`."""
+
+    def features() -> Tensor:
+        with learner.bare():
+            return learner.features(batch, layers)
+
+    return remembered(batch, f"{layers} blocks", features)
+
+
 def through_adapters(learner: Learner, batch: Batch, tasks: Sequence[str], chosen_b: Tensor, layers: int = 1) -> Tensor:
     """Returns features (b, d), each input through the adapter of the task at its position in `tasks` and no other. layers: as
     in `Learner.features`."""
-    with adapters_of(learner, tasks, chosen_b):
-        return learner.features(batch, layers)
+
+    def features() -> Tensor:
+        with adapters_of(learner, tasks, chosen_b):
+            return learner.features(batch, layers)
+
+    if batch.memo is not None and len(chosen_b) and (chosen_b == chosen_b[0]).all():
+        return remembered(batch, f"{layers} blocks through {tasks[int(chosen_b[0])]}", features)
+    return features()
 
 
 @contextmanager

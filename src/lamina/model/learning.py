@@ -37,7 +37,7 @@ from lamina.model.card import Card, Facts, LearntTask
 from lamina.model.gate import GateResult, Outcomes, Probes, judged
 from lamina.model.language import LanguagePredictor, first_milliseconds, outcomes_of
 from lamina.model.predictor import Predictor, check_hash, load_backbone, milliseconds, outcomes, temperature_of
-from lamina.model.settings import load_model_config, refuse_fixed, refuse_inapplicable
+from lamina.model.settings import load_model_config, refuse_fixed, refuse_inapplicable, refuse_method
 from lamina.model.store import BASE, PLAN, WORK, Store
 from lamina.model.tasks import Labelled, Request, figures_of, labelled_examples, new_task
 from lamina.record import CodeRecord, MachineRecord, SourceRecord
@@ -90,12 +90,7 @@ class _Learning:
 
     def _config(self) -> ModelConfig:
         settings = {"data.source": self.request.source, **dict(self.request.settings)}
-        own = self.facts.config.method["name"]
-        if settings.get("method.name", own) != own:
-            raise ModelError(
-                f"method.name = {settings['method.name']!r}: the method of {self.store.path} is {own}, and cannot change. "
-                "Leave it out; `lamina create` makes a model with another one."
-            )
+        refuse_method(settings, self.facts.config, self.store.path)
         config = load_model_config(None, list(settings.items()), base=self.facts.config)
         refuse_fixed(self.facts.config, config, self.store.path)
         refuse_inapplicable(config, self.facts.kind)

@@ -1,6 +1,6 @@
 """The settings of a model: how they are read, and which may change once something is learnt."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,16 @@ def refuse_fixed(old: ModelConfig, new: ModelConfig, where: Path) -> None:
                 f"{key} = {now!r}: the weights of {where} depend on it, and it is {then!r} there. Leave it out; it can be "
                 "chosen when a model is made (`lamina create`)."
             )
+
+
+def refuse_method(given: Mapping[str, Any], old: ModelConfig, where: Path) -> None:
+    """Raises ConfigError for another method than the model has, before its settings are judged as those of that method."""
+    own = old.method["name"]
+    if given.get("method.name", own) != own:
+        raise ConfigError(
+            f"method.name = {given['method.name']!r}: the method of {where} is {own}, and cannot change. Leave it out; `lamina "
+            "create` makes a model with another one."
+        )
 
 
 def refuse_inapplicable(config: ModelConfig, kind: Kind) -> None:
