@@ -402,6 +402,8 @@ def main() -> None:
     parser.add_argument("--alone", nargs=3, metavar=("PART", "NAME", "PRECISION"), help="one part in this process")
     options = parser.parse_args()
     if options.page:
+        if not RECORD.is_file():
+            parser.error(f"{RECORD} does not exist. Measure first: leave --page out")
         options.page.write_text(page(json.loads(RECORD.read_text(encoding="utf-8"))), encoding="utf-8")
         return
     torch.set_num_threads(options.threads)
