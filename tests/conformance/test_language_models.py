@@ -1028,5 +1028,5 @@ def test_gradient_checkpointing_is_refused_where_a_step_selects_adapters(
 @pytest.mark.parametrize("scenario", ["class", "task"])
 def test_tasks_of_classes_are_refused(scenario: str, tmp_path: Path):
     loop = make_loop("finetune", LLAMA, tmp_path)
-    with pytest.raises(MethodError, match=f"scenario = '{scenario}': the tasks of a language model are domains"):
+    with pytest.raises(MethodError, match=f"scenario = '{scenario}': the tasks of a language model are whole domains"):
         check_language(loop.learner, loop.method, scenario)

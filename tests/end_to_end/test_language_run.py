@@ -204,7 +204,7 @@ def test_a_row_that_is_no_instruction(
         (("--set", "evaluation.text=nosuch.txt"), ["evaluation.text = 'nosuch.txt'", "cannot be read"]),
         (("--set", "data.form=letter"), ["data.form = 'letter'", "'chat'"]),
         (("--set", "rehearsal.ratio=0"), ["rehearsal.ratio = 0"]),
-        (("--set", "stream.domains=[film, nosuch]"), ["'nosuch', which is no domain", "It has: film"]),
+        (("--set", "stream.domains=[film, nosuch]"), ["'nosuch' not found in", "whose domains are film"]),
         (("--set", "stream.domains=film"), ["stream.domains = 'film': allowed is a list, for example [a, b]"]),
         (("--set", "training=3"), ["training = 3: allowed is key: value pairs"]),
         (("--scenario", "class", "--tasks", "2"), ["stream.scenario = 'class'", "whole domains"]),

@@ -179,7 +179,7 @@ def test_texts(lamina: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert lines[1] == {"input": " ", "error": "an empty text"}
     (tmp_path / "new.jsonl").write_text('{"text": "go left"}\n"go down"\n')
     assert len(lamina("predict", path, tmp_path / "new.jsonl", "--format=json").out.splitlines()) == 2
-    monkeypatch.setattr(sys, "stdin", io.StringIO("go left\n\ngo up\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"go left\n\ngo up\n")))
     assert len(lamina("predict", path, "-", "--format=json").out.splitlines()) == 2
     (tmp_path / "wrong.csv").write_text("words\nup\n")
     assert "has no column `text`" in lamina.refused("predict", path, tmp_path / "wrong.csv")

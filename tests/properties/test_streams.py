@@ -252,7 +252,12 @@ def test_more_tasks_than_classes(tasks: int):
         class_plan(DATA, tasks)
 
 
-@pytest.mark.parametrize("domains", [["d0", "d9"], ["d0"], ["d0", "d0"]], ids=["unknown", "one", "twice"])
+def test_domains_that_there_are_not():
+    with pytest.raises(DataError, match=r"stream.domains: 'd8', 'd9' not found in 'small', whose domains are d0, d1"):
+        domain_plan(DATA, ["d8", "d0", "d9"])
+
+
+@pytest.mark.parametrize("domains", [["d0"], ["d0", "d0"]], ids=["one", "twice"])
 def test_domains_that_make_no_stream(domains: list[str]):
     with pytest.raises(
         DataError, match=r"stream.domains = .*two or more different domains of 'small', which has \['d0'"

@@ -183,7 +183,7 @@ search: {over: {training.lr: [1, x]}, tasks: 40}
         "line 6: methods.finetune.training.lr: the search sets it too. Leave it out here, .*`search: false`",
         "line 10: methods.pp.training.lr: the search sets it too. Leave it out here, .*`search: false`",
         f"{tmp_path / 'base.yaml'}, line 3: training.epoch = 3: no such setting. .* Did you mean 'epochs'?",
-        "line 13: search.over.training.lr = 'x': input should be a valid number, .*",
+        "line 13: search.over.training.lr = 'x': allowed is a number",
         "line 7: methods.inflora.method.epsilonn = 0.99: no such setting. .* Did you mean 'epsilon'?",
         "line 8: methods.inflora-x.method.name = 'inflora-x': not one of the methods: .* Did you mean 'inflora'?",
         "line 9: methods.my.method.name = 'finetun': not one of the methods: .* Did you mean 'finetune'?",

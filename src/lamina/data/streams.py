@@ -110,7 +110,8 @@ def domain_plan(
         )
     if unknown:
         raise DataError(
-            f"stream.domains has {unknown[0]!r}, which is no domain of {data.name!r}. It has: {listed(data.domain_names, 20)}."
+            f"stream.domains: {', '.join(map(repr, unknown))} not found in {data.name!r}, whose domains are "
+            f"{listed(data.domain_names, 20)}."
         )
     if len(names) < 2 or len(set(names)) < len(names):
         raise DataError(
