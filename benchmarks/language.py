@@ -282,7 +282,7 @@ def in_processes(what: str, names: Sequence[str], precision: str, threads: int, 
     return {name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()}
 
 
-def measure(quick: bool, precisions: Sequence[str], threads: int) -> dict[str, Any]:
+def measure(quick: bool, precision: str, threads: int) -> dict[str, Any]:
     labelled = instructions()
     each, rounds = (1, 1) if quick else (3, 5)
     short, long = batches(labelled, each), [long_batch(*LONG, VOCABULARY)]
@@ -294,26 +294,24 @@ def measure(quick: bool, precisions: Sequence[str], threads: int) -> dict[str, A
         "quick": quick,
         "batches": [[len(batch), batch.inputs["input_ids"].shape[1], tokens_of(batch)] for batch in short],
         "completion_tokens": [int(batch.inputs["completion_mask"].sum()) for batch in short],
-        "precisions": {},
     }
-    for precision in precisions:
-        parts: dict[str, Any] = found["precisions"].setdefault(precision, {})
-        with keeping_memory():
-            works: dict[str, Callable[[], dict[str, Any]]] = {
-                "training": partial(training, precision, short, rounds),
-                "training, long completions": partial(training, precision, long, 1 if quick else 4),
-                "ranking": partial(ranking, precision, asked, rounds),
-                "generation": partial(generation, precision, asked[::each], rounds, pad),
-            }
-            for name, work in works.items():
-                parts[name] = work()
-                gc.collect()
-                say(f"{precision}, {name}: {json.dumps(parts[name])}")
-        compared = [name for name in TRAINING if name != "floor"]
-        parts["memory"] = in_processes("short", compared, precision, threads, 1)
-        parts["memory, long completions"] = in_processes("long", compared, precision, threads, 1)
-        parts["loading"] = in_processes("loading", [*LOADING], precision, threads, 1 if quick else 5)
-    return found
+    parts: dict[str, Any] = {}
+    with keeping_memory():
+        works: dict[str, Callable[[], dict[str, Any]]] = {
+            "training": partial(training, precision, short, rounds),
+            "training, long completions": partial(training, precision, long, 1 if quick else 4),
+            "ranking": partial(ranking, precision, asked, rounds),
+            "generation": partial(generation, precision, asked[::each], rounds, pad),
+        }
+        for name, work in works.items():
+            parts[name] = work()
+            gc.collect()
+            say(f"{precision}, {name}: {json.dumps(parts[name])}")
+    compared = [name for name in TRAINING if name != "floor"]
+    parts["memory"] = in_processes("short", compared, precision, threads, 1)
+    parts["memory, long completions"] = in_processes("long", compared, precision, threads, 1)
+    parts["loading"] = in_processes("loading", [*LOADING], precision, threads, 1 if quick else 5)
+    return found | {"precisions": {precision: parts}}
 
 
 def say(text: str) -> None:
@@ -410,10 +408,18 @@ def main() -> None:
     if options.alone:
         print(json.dumps(alone(*options.alone)))
         return
-    found = measure(options.quick, options.precisions, options.threads)
-    if not options.quick:
-        RECORD.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(found))
+    for precision in options.precisions:
+        found = measure(options.quick, precision, options.threads)
+        if not options.quick:
+            RECORD.write_text(json.dumps(with_others(found), indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(found))
+
+
+def with_others(found: dict[str, Any]) -> dict[str, Any]:
+    """Returns a measurement with those in other precisions that were recorded on the same machine and day."""
+    old = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
+    same = all(old.get(key) == found[key] for key in ("machine", "date"))
+    return found | {"precisions": (old["precisions"] if same else {}) | found["precisions"]}
 
 
 if __name__ == "__main__":
