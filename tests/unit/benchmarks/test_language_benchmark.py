@@ -96,7 +96,7 @@ HOW: list[dict[str, Any]] = [{}, {"logits": "needed"}, {"logits": "needed", "att
 @pytest.mark.parametrize("how", HOW, ids=str)
 def test_losses_and_gradients_agree(rivals: ModuleType, folder: Path, how: dict[str, Any]) -> None:
     with closing(rivals.Lamina(folder, torch.float32, 2)) as ours:
-        found = rivals.agreement(ours, rivals.Peft(folder, torch.float32, 2, **how), training_batch())
+        found = rivals.agreement(ours, rivals.Peft(folder, torch.float32, 2, **how), [training_batch()])
     assert found["lamina"] == pytest.approx(found["peft"], rel=1e-5)
     assert found["gradients"] < 1e-3
 
@@ -207,6 +207,7 @@ def test_the_page_shows_every_contender(language: ModuleType) -> None:
     peaks = {name: {"peak_mb": 900.0, "seconds": 1.0} for name in language.TRAINING if name != "floor"}
     apart, cached = "transformers, a sequence per option", "transformers, shared past_key_values"
     parts = {
+        "date": "2026-01-01",
         "training": steps(*language.TRAINING)
         | {"agreement": {"PEFT": {"lamina": 2.0, "peft": 2.0, "gradients": 0.01}}},
         "training, long completions": steps(*language.TRAINING),
@@ -217,7 +218,6 @@ def test_the_page_shows_every_contender(language: ModuleType) -> None:
         "loading": {"lamina": {"seconds": 1.0, "peak_mb": 700.0}, "PEFT": {"seconds": 2.0, "peak_mb": 800.0}},
     }
     record = {
-        "date": "2026-01-01",
         "machine": language.machine(),
         "batches": [[8, 64, 500]],
         "completion_tokens": [24],
@@ -227,4 +227,5 @@ def test_the_page_shows_every_contender(language: ModuleType) -> None:
     for name in (*language.TRAINING, apart, cached, "PEFT, unmerged"):
         assert f"| {name} | 10.0 | 5 | 1.50 (1.40 to 1.60) |" in text
     assert text.count("| 900 |") == 2 * len(peaks)
+    assert "\n\n2026-01-01, " in text
     assert text.startswith("# Language models: speed and memory\n\n**In bf16 a training step of the fastest PEFT loop")
