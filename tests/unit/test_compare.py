@@ -746,12 +746,15 @@ def test_language_models_have_a_table_of_their_own_and_a_busy_machine_moves_no_c
     records = tmp_path / "grid.jsonl"
     found = study(tmp_path, GRID, records=records)
     found.work(Told(), MadeUp(accuracies))
-    assert "Language models" not in table.block(found.content(""))
+    first = table.block(found.content(""))
+    assert "Language models" not in first
+    assert "| Task inference |" in first
     shutil.rmtree(tmp_path / "cells")
     noted = [json.loads(line) for line in records.read_text().splitlines()]
     for number, line in enumerate(noted):
         busy = 9 if number % 3 == 1 else 1
         line["cost"]["seconds"] |= {"total": 10.0 * busy, "train": 5.0 * busy}
+        line["task_inference_accuracy"] = []
         line["language"] = {
             "zero_shot": [[1, 4]] * len(line["matrix"]["total"][-1]),
             "perplexity": [8.0, 9.0, 10.0 + number % 3],
@@ -761,6 +764,8 @@ def test_language_models_have_a_table_of_their_own_and_a_busy_machine_moves_no_c
     found = study(tmp_path, GRID, records=records)
     found.work(Told(), MadeUp(accuracies))
     told = found.content("")
+    assert "Task inference" not in told.accuracies, "no run has any"
+    assert "Task-aware" in told.accuracies
     finetune = next(line for line in told.sections[0].lines if line.name == "finetune")
     assert (finetune.costs[0], finetune.language[-1]) == ("10", "200"), "the median of three"
     shown = dict(zip(told.language, finetune.language, strict=True))

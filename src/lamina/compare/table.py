@@ -24,6 +24,7 @@ from lamina.compare.rows import (
     Line,
     RowRuns,
     difference,
+    known_accuracies,
     line_of,
 )
 from lamina.compare.stats import Difference
@@ -88,6 +89,7 @@ def content(grid: Grid, rows: Mapping[Row, RowRuns], command: str, leaks: Mappin
     differences = [f"Minus {baseline}"] if baseline else []
     differences += [TEST] if tested else []
     differences += [SHARE] if grid.settings.headroom else []
+    shown = known_accuracies(rows.values())
     records = [run.record for runs in rows.values() for run in runs.runs]
     warned = [
         warning
@@ -103,12 +105,12 @@ def content(grid: Grid, rows: Mapping[Row, RowRuns], command: str, leaks: Mappin
         files.append((given, (grid.file.parent / Path(given).expanduser()).read_text(encoding="utf-8")))
     return Content(
         title=grid.settings.title or grid.name,
-        accuracies=[*ACCURACIES.values(), *differences, "Runs"],
+        accuracies=[*(ACCURACIES[key] for key in shown), *differences, "Runs"],
         costs=[title for title, _ in COSTS.values()],
         language=[title for title, _ in LANGUAGE.values()] if _of_language(rows) else [],
-        sections=[_section(stream, found, grid, gains[stream], tested) for stream, found in by_stream.items()],
+        sections=[_section(stream, found, grid, gains[stream], shown, tested) for stream, found in by_stream.items()],
         search_note=_search_note(grid),
-        definitions=_definitions(grid, language=_of_language(rows), tested=tested),
+        definitions=_definitions(grid, shown, language=_of_language(rows), tested=tested),
         facts=_facts(records) + guards.facts(leaks or {}, records),
         warnings=[*([grid.settings.note] if grid.settings.note else []), *warned],
         command=command,
@@ -136,7 +138,9 @@ def _corrected(gains: Gains) -> dict[str, float]:
     return dict(zip(found, stats.holm(list(found.values())), strict=True))
 
 
-def _section(stream: str, rows: Mapping[str, RowRuns], grid: Grid, gains: Gains, tested: bool) -> Section:
+def _section(
+    stream: str, rows: Mapping[str, RowRuns], grid: Grid, gains: Gains, shown: Sequence[str], tested: bool
+) -> Section:
     if not any(row.runs or row.trials for row in rows.values()):
         planned = sum(row.planned for row in rows.values())
         return Section(stream, f"No run of this stream is done; {planned} are planned.", lines=[], notes=[], search=[])
@@ -144,7 +148,8 @@ def _section(stream: str, rows: Mapping[str, RowRuns], grid: Grid, gains: Gains,
     headroom = Headroom(rooms.frozen, rooms.joint, rows) if rooms else None
     corrected = _corrected(gains) if tested else None
     lines = [
-        line_of(name, row, gains.get(name), baseline, tested=corrected, headroom=headroom) for name, row in rows.items()
+        line_of(name, row, gains.get(name), baseline, shown=shown, tested=corrected, headroom=headroom)
+        for name, row in rows.items()
     ]
     runs = [run for row in rows.values() for run in row.runs]
     seeds = sorted({run.seed for run in runs})
@@ -209,8 +214,8 @@ def _of_language(rows: Mapping[Row, RowRuns]) -> bool:
     return any(run.record.language is not None for row in rows.values() for run in row.runs)
 
 
-def _definitions(grid: Grid, *, language: bool, tested: bool) -> list[tuple[str, str]]:
-    found = [(title, DEFINITIONS[key]) for key, title in ACCURACIES.items()]
+def _definitions(grid: Grid, shown: Sequence[str], *, language: bool, tested: bool) -> list[tuple[str, str]]:
+    found = [(ACCURACIES[key], DEFINITIONS[key]) for key in shown]
     baseline, headroom = grid.settings.baseline, grid.settings.headroom
     if baseline:
         found.append(
