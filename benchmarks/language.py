@@ -178,9 +178,9 @@ def training(precision: str, given: Sequence[Batch], rounds: int) -> dict[str, A
             stack.enter_context(closing(one))
         agreed = {name: agreement(made[OURS], made[name], given) for name in PEFT}
         for name, found in agreed.items():
-            check_agreement(found, name, precision)
+            check_agreement(found, name, precision, len(given))
         plain, faster = (mean_loss(made[name], given) for name in ("lamina, plain", OURS))
-        assert abs(plain - faster) <= LOSSES[precision] * abs(plain), (plain, faster)
+        assert abs(plain - faster) <= allowed(precision, len(given)) * abs(plain), (plain, faster)
         times = turns({name: one.step for name, one in made.items()}, given, rounds)
     return {"agreement": agreed, "steps": summary(times, [tokens_of(batch) for batch in given])}
 
@@ -191,10 +191,15 @@ def mean_loss(contender: Any, given: Sequence[Batch]) -> float:
     return statistics.mean(losses)
 
 
-def check_agreement(found: Mapping[str, float], name: str, precision: str) -> None:
+def allowed(precision: str, batches: int) -> float:
+    """Returns how far two losses may be apart, relatively: of a single batch twice as far as of the mean of several."""
+    return LOSSES[precision] * (1 if batches > 1 else 2)
+
+
+def check_agreement(found: Mapping[str, float], name: str, precision: str, batches: int) -> None:
     """Raises AssertionError where lamina and PEFT do not compute the same loss and gradients."""
     distance = abs(found["lamina"] - found["peft"]) / abs(found["lamina"])
-    assert distance <= LOSSES[precision], f"{name}, {precision}: losses differ, {found}"
+    assert distance <= allowed(precision, batches), f"{name}, {precision}: losses differ, {found}"
     assert found["gradients"] <= GRADIENTS[precision], f"{name}, {precision}: gradients differ, {found}"
 
 
@@ -389,8 +394,9 @@ def section(precision: str, parts: Mapping[str, Any]) -> str:
     rows.append("\n".join(lines))
     agreed = parts["training"]["agreement"]["PEFT"]
     rows.append(
-        f"With the same factors and batch, the loss is {agreed['lamina']:.4f} in lamina and {agreed['peft']:.4f} in PEFT; "
-        f"gradients of a factor differ by {100 * agreed['gradients']:.2g} % at most. Log-likelihoods of options differ by "
+        f"With the same factors, the mean loss over the batches is {agreed['lamina']:.4f} in lamina and {agreed['peft']:.4f} "
+        f"in PEFT; on the first batch, gradients of a factor differ by {100 * agreed['gradients']:.2g} % at most. "
+        f"Log-likelihoods of options differ by "
         f"{max(parts['ranking']['distances'].values()):.2g} on average. Generated tokens are the same in "
         f"{100 * min(parts['generation']['same_tokens'].values()):.0f} % of places or more."
     )

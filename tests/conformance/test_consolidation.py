@@ -2,6 +2,7 @@
 own task, and start from and deploy the weights that the settings say."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_what_no_training_moves_is_computed_once(
         patch.setattr(Learner, "features", counted)
         once = loop_with(name, tmp_path / "once", settings)
         once.run()
-    monkeypatch.setattr("lamina.engine.loop.Measure", lambda *parts: Measure(*parts[:-1], None))
+    monkeypatch.setattr("lamina.engine.loop.Measure", lambda *parts: replace(Measure(*parts), known=None))
     again = loop_with(name, tmp_path / "again", settings)
     again.run()
     assert state(newest(tmp_path / "once")) == state(newest(tmp_path / "again"))

@@ -205,8 +205,8 @@ def test_a_row_that_is_no_instruction(
         (("--set", "data.form=letter"), ["data.form = 'letter'", "'chat'"]),
         (("--set", "rehearsal.ratio=0"), ["rehearsal.ratio = 0"]),
         (("--set", "stream.domains=[film, nosuch]"), ["'nosuch' not found in", "whose domains are film"]),
-        (("--set", "stream.domains=film"), ["stream.domains = 'film': allowed is a list, for example [a, b]"]),
-        (("--set", "training=3"), ["training = 3: allowed is key: value pairs"]),
+        (("--set", "stream.domains=film"), ["stream.domains = 'film': allowed is a list [...]"]),
+        (("--set", "training=3"), ["training = 3: allowed is an object {...}"]),
         (("--scenario", "class", "--tasks", "2"), ["stream.scenario = 'class'", "whole domains"]),
     ],
 )

@@ -88,7 +88,7 @@ def test_settings_of_a_completion_are_checked(base: Path, tmp_path: Path) -> Non
             model.complete("x", max_new_tokens=most)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="options is the text 'ab'"):
         model.complete("x", "ab")
-    with pytest.raises(DataError, match="the list has the option 'a' more than once"):
+    with pytest.raises(DataError, match="options has the option 'a' more than once"):
         model.complete(["x", "y"], ["a", "a"])
     with pytest.raises(DataError, match="prompts are 5"):
         model.complete(5)  # type: ignore[arg-type]

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 NOTHING = (
     "there is nothing to predict. Give a prompt, --text, --file, or `-` for standard input (a prompt on each line)."
 )
+KEYS = {"prompt", "text", "messages", "options", "completion", "domain", "split"}
+"""What a line of JSON may hold. The last three are of training data, and are left out."""
 SHOWN = 100
 """Characters of a prompt that are shown."""
 
@@ -98,7 +100,7 @@ def _print(line: Line, found: "Completion", given: Given, *, alone: bool, stream
         print_table(("option", "log-likelihood", "probability"), rows)
     else:
         print("" if streamed else found.text, flush=True)
-        if not found.text:
+        if not found.text and found.ended == "stop":
             print("(no text: the completion ended at once)", file=sys.stderr)
     if not alone:
         print()
@@ -160,7 +162,7 @@ def _text(prompt: str, given: Given) -> Line:
 
 def _texts(content: str, where: str, given: Given) -> Iterator[Line]:
     """Yields a prompt for every line that is not blank."""
-    lines = content.rstrip().split("\n")  # U+2028 and the like may stand inside a text
+    lines = content.replace("\r\n", "\n").rstrip().split("\n")  # U+2028 and the like may stand inside a text
     found = [line for line in lines if line.strip()]
     if 0 < len(found) < len(lines):
         print(f"{where}: {len(lines) - len(found)} of {len(lines)} lines are blank and left out", file=sys.stderr)
@@ -173,8 +175,12 @@ def _file(path: Path, given: Given) -> Iterator[Line]:
     if path.suffix.lower() == ".jsonl":
         from lamina.data.json_files import read_json_lines
 
+        unused: set[str] = set()
         for record, number in zip(*read_json_lines(path), strict=True):
+            unused |= {str(key) for key in record if key not in KEYS} if isinstance(record, dict) else set()
             yield _record(record, f"{path} line {number}", given)
+        if unused:
+            print(f"--file {path}: not used: {', '.join(sorted(unused))}", file=sys.stderr)
         return
     try:
         content = path.read_text(encoding="utf-8-sig")
@@ -190,8 +196,6 @@ def _record(found: Any, where: str, given: Given) -> Line:
     if isinstance(found, str):
         return _text(found, given)
     record = found if isinstance(found, dict) else {}
-    if unknown := record.keys() - {"prompt", "text", "messages", "options", "completion", "domain", "split"}:
-        print(f"{where}: {', '.join(sorted(map(str, unknown)))} is not used", file=sys.stderr)
     listed = record.get("options") or given.options
     if not isinstance(listed, list | tuple) or not all(isinstance(one, str) for one in listed):
         raise DataError(f"{where} has options that are no list of texts.")

@@ -284,7 +284,7 @@ def block(table: Content) -> str:
         if section.lines:
             parts += [_markdown_table(["Method", *table.accuracies], accuracies), COST_CAPTION]
             parts.append(_markdown_table(["Method", *table.costs], costs))
-        if table.language:
+        if table.language and section.lines:
             language = [(f"`{line.name}`", *line.language) for line in section.lines]
             parts += [LANGUAGE_CAPTION, _markdown_table(["Method", *table.language], language)]
         parts += ["\n".join(f"- {note}" for note in section.notes)] if section.notes else []

@@ -31,7 +31,6 @@ OF_A_CLASSIFIER = tuple(
 )
 """Defaults of a method that do not apply if its unified classifier is declined (`consolidation.classifier` = own)."""
 _LONGEST = 80
-_EXAMPLES = {"allowed is a list": ", for example [a, b]", "allowed is key: value pairs": ", for example {epochs: 5}"}
 """Characters of a value in a message."""
 
 
@@ -193,7 +192,7 @@ def _explain(error: Any, prefix: str, model: type[BaseModel]) -> str:
         names = list(_fields_at(model, path[:-1]))
         return f"{start}no such setting. There are: {', '.join(names)}.{_nearest(path[-1], names)}"
     if noun := wording.allowed([error["type"]]):
-        return f"{start}{noun}{_EXAMPLES.get(noun, '')}"
+        return f"{start}{noun}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "literal_error":
         new = RENAMED_VALUES.get((where, value)) if isinstance(value, str) else None

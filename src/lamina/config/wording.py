@@ -5,8 +5,8 @@ from typing import Any
 
 NOUNS: Mapping[str, str] = {
     "string_type": "a text",
-    "list_type": "a list",
-    "tuple_type": "a list",
+    "list_type": "a list [...]",
+    "tuple_type": "a list [...]",
     "bool_type": "true or false",
     "bool_parsing": "true or false",
     "int_type": "a whole number",
@@ -14,10 +14,8 @@ NOUNS: Mapping[str, str] = {
     "int_from_float": "a whole number",
     "float_type": "a number",
     "float_parsing": "a number",
-    "dict_type": "key: value pairs",
-    "model_type": "key: value pairs",
-    "model_attributes_type": "key: value pairs",
-    "none_required": "null",
+    "dict_type": "an object {...}",
+    "model_type": "an object {...}",
 }
 
 

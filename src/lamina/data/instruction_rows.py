@@ -53,7 +53,7 @@ def text_of(value: Any, what: str, where: str) -> str:
             f"{where} has the {what} {shown(repr(value))} ({type(value).__name__}); allowed is text. Correct it"
         )
     if not value.strip():
-        raise DataError(f"{where} has a blank {what} ({shown(repr(value))}). Put a text in it, or leave it out")
+        raise DataError(f"{where} has a blank {what} ({shown(repr(value))}). Put a text in it")
     return unicode_of(value, what, where)
 
 

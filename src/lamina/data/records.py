@@ -231,12 +231,12 @@ def _ids_of_numbers(
 def split_ids(values: Sequence[Any], where: Callable[[int], str]) -> Ints:
     """Positions in SPLITS (n,), from names or positions. Raises DataError naming the first row with neither."""
     found = [split_of(value) if isinstance(value, str) else value for value in values]
-    if any(value is None for value in values) and any(value is not None for value in values):
-        without = next(row for row, value in enumerate(values) if value is None)
-        given = next(row for row, value in enumerate(values) if value is not None)
+    missing = [value is None or (isinstance(value, str) and not value.strip()) for value in values]
+    if any(missing) and not all(missing):
+        without, given = missing.index(True), missing.index(False)
         raise DataError(
             f"{where(given)} has the split {shown(repr(values[given]))}, and {where(without)} has none. Give every row a split,"
-            " or none"
+            " or leave the column out"
         )
     for row, split in enumerate(found):
         whole = type(split) is int or (isinstance(split, Integral) and not isinstance(split, bool))

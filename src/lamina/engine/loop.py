@@ -361,7 +361,7 @@ class Loop:
             lambda examples, questions: self._batches("evaluate", examples, questions=questions),
             self.text,
             self._features if lasting else None,
-            self._memos if self.consolidation.selects else None,
+            self._memos if self.consolidation.selects and len(self.stream) > 1 else None,
         )
 
     def _count(self, task: Task) -> int:

@@ -38,7 +38,7 @@ class Remembering:
 
     def predict(self, learner: Learner, batch: Batch) -> Tensor:
         if self.number == len(self.known):
-            self.known.append(self.deployed.features(learner, batch).cpu())
+            self.known.append(self.deployed.features(learner, batch).to("cpu", copy=True))
         self.number += 1
         return self.deployed.scores(learner, self.known[self.number - 1])
 

@@ -18,7 +18,7 @@ def remembered(batch: Batch, what: str, compute: Callable[[], Tensor]) -> Tensor
     if batch.memo is None:
         return compute()
     if what not in batch.memo:
-        batch.memo[what] = compute().cpu()
+        batch.memo[what] = compute().to("cpu", copy=True)  # a view would keep the states of all tokens
     return batch.memo[what].to(batch.labels_b.device, copy=True)
 
 

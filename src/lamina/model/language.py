@@ -214,7 +214,8 @@ class LanguagePredictor(Deployed):
         options: texts to rank, for all prompts or one list for each; without them, text is generated. max_new_tokens: by
         default evaluation.max_new_tokens. stop: a text that ends a completion, or several. chat: whether texts are
         rendered with the chat template; by default as data.form says. each: is called with the number of a prompt and its
-        newest text; returns whether to break off. Raises ConfigError for a max_new_tokens below 1, and for an empty stop text.
+        newest text; returns whether to break off. Raises ConfigError for a
+        max_new_tokens that is not allowed, and for an empty stop text.
         """
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in stops:
@@ -328,7 +329,7 @@ def _each_options(options: Sequence[str] | Sequence[Sequence[str]] | None, count
     if isinstance(options, str):
         raise DataError(f"options is the text {options!r}. Give a list of texts.")
     if all(isinstance(one, str) for one in options):
-        return [check_options(options, "the list")] * count if options else [()] * count
+        return [check_options(options, "options")] * count if options else [()] * count
     if len(options) != count:
         raise DataError(
             f"there are {len(options)} lists of options for {count} prompts. Give one list for each prompt."

@@ -347,9 +347,8 @@ class _Learning:
         if self.facts.head is not None:
             loop.adopt(*self.store.state(self.facts.head))
         loop.last_predictions = {}
-        before = (
-            LanguageState(zero_shot=()) if loop.learner.generates else None
-        )  # nothing is measured before the first task
+        # Before its first task, nothing of a model is measured.
+        before = LanguageState(zero_shot=()) if loop.learner.generates else None
         loop.state = replace(loop.state, position=Position(number, "begin"), clock=Clock(), language=before)
 
     def _judge(

@@ -66,7 +66,7 @@ class Store:
         file = self.path / FILE
         if not file.is_file():
             lacks = f"it has no {FILE}" if self.path.is_dir() else "there is no such directory"
-            if (self.path / "config.json").is_file():
+            if (self.path / "config.json").is_file() and (self.path / "checkpoints").is_dir():
                 raise ModelError(
                     f"{self.path} is a run, not a model. Make a model of it: `lamina create MODEL --from-run {self.path}`."
                 )

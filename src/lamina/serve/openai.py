@@ -250,7 +250,9 @@ def _told(error: ValidationError, kind: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         known = f" There are {', '.join(kind.model_fields)}" if len(names) == 1 else ""
         return f"there is no such parameter.{known}"
-    value = repr(first["input"])
+    if first["type"] == "too_short":
+        return f"give at least {first['ctx']['min_length']}"
+    value = json.dumps(first["input"])
     value = value if len(value) <= 80 else f"{value[:77]}..."
     if noun := wording.allowed(one["type"] for one in error.errors() if _place(one) == names):
         return f"{noun}, not {value}"

@@ -62,9 +62,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def training_batch() -> Batch:
+def training_batch(seed: int = 1) -> Batch:
     """Four sequences of 5 to 8 tokens, padded on the right, with completions of 1 to 4 tokens."""
-    ids_bt = torch.randint(1, VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(1))
+    ids_bt = torch.randint(1, VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(seed))
     length_b1, own_b1 = torch.tensor([[8], [5], [6], [8]]), torch.tensor([[4], [1], [2], [3]])
     place_t = torch.arange(8)
     mask_bt = (place_t < length_b1).long()
@@ -96,7 +96,11 @@ HOW: list[dict[str, Any]] = [{}, {"logits": "needed"}, {"logits": "needed", "att
 @pytest.mark.parametrize("how", HOW, ids=str)
 def test_losses_and_gradients_agree(rivals: ModuleType, folder: Path, how: dict[str, Any]) -> None:
     with closing(rivals.Lamina(folder, torch.float32, 2)) as ours:
-        found = rivals.agreement(ours, rivals.Peft(folder, torch.float32, 2, **how), [training_batch()])
+        given = [training_batch(), training_batch(2)]
+        found = rivals.agreement(ours, rivals.Peft(folder, torch.float32, 2, **how), given)
+        losses = [ours.loss(batch).item() for batch in given]
+    assert losses[0] != losses[1]
+    assert found["lamina"] == pytest.approx(sum(losses) / 2, rel=1e-6)
     assert found["lamina"] == pytest.approx(found["peft"], rel=1e-5)
     assert found["gradients"] < 1e-3
 
@@ -192,11 +196,24 @@ def test_a_summary_is_relative_to_the_baseline(language: ModuleType) -> None:
     assert (found["theirs"]["per_second"], found["theirs"]["relative"]) == (4.29, 2.0)
 
 
+def test_a_record_keeps_other_precisions_of_the_same_machine(
+    language: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language, "RECORD", tmp_path / "speed.json")
+    new = {"machine": {"cpu": "a"}, "precisions": {"fp32": {"date": "2026-01-02"}}}
+    assert language.with_others(new) == new
+    old = {"machine": {"cpu": "a"}, "precisions": {"bf16": {"date": "2026-01-01"}, "fp32": {"date": "2026-01-01"}}}
+    language.RECORD.write_text(json.dumps(old))
+    assert language.with_others(new)["precisions"] == {"bf16": {"date": "2026-01-01"}, "fp32": {"date": "2026-01-02"}}
+    other = {"machine": {"cpu": "b"}, "precisions": {"fp32": {"date": "2026-01-03"}}}
+    assert language.with_others(other) == other
+
+
 def test_a_disagreement_is_found(language: ModuleType) -> None:
-    language.check_agreement({"lamina": 2.0, "peft": 2.0001, "gradients": 0.001}, "PEFT", "fp32")
+    language.check_agreement({"lamina": 2.0, "peft": 2.0001, "gradients": 0.001}, "PEFT", "fp32", 6)
     for wrong in ({"peft": 2.01}, {"gradients": 0.1}):
         with pytest.raises(AssertionError, match=r"PEFT, fp32: (losses|gradients) differ"):
-            language.check_agreement({"lamina": 2.0, "peft": 2.0, "gradients": 0.0} | wrong, "PEFT", "fp32")
+            language.check_agreement({"lamina": 2.0, "peft": 2.0, "gradients": 0.0} | wrong, "PEFT", "fp32", 1)
 
 
 def test_the_page_shows_every_contender(language: ModuleType) -> None:

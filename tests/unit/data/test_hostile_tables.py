@@ -62,7 +62,7 @@ def refused(where: Path, **options: Any) -> str:
         (b"\0" * 1000, "x.csv"),
         (b"text;label\na;b\n", "no column 'text', which should hold the text of each row. Its columns: text;label"),
         (b'text,label\na,"b\nc"\n', "holds a control character"),
-        (b"text,label,split\na,b,train\nc,d,\n", "x.csv row 1 has the split ''"),
+        (b"text,label,split\na,b,train\nc,d,\n", "x.csv row 1 has none. Give every row a split"),
         (b"text,label,split\na,b,train_test\n", "means both train and test"),
         (b"text,label,domain\na,b,x\nc,d,\n", "x.csv row 1 has no domain"),
         (b"PK\x03\x04" + bytes(range(256)) * 9, "x.csv"),

@@ -148,7 +148,7 @@ def test_a_stop_text_ends_a_completion_and_is_no_part_of_it(serve: Client) -> No
             400,
             "invalid_value",
             "messages.0.content",
-            "allowed is a text or a list, not 5",
+            "allowed is a text or a list [...], not 5",
         ),
         ({"stream": 5, "stop": [1]}, 400, "invalid_value", "stream", "allowed is true or false, not 5"),
         (
