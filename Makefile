@@ -51,7 +51,7 @@ wheel: .stamps/dev        ## build a wheel, install it into an environment of it
 results-compare: .stamps/dev .stamps/ray ## the demo's table by local processes, submitit and Ray: identical numbers (an hour)
 	$(BIN)/python benchmarks/runners.py
 
-bench: .stamps/bench      ## speed and memory against the bare backbone and against PEFT (an hour; QUICK=1: fifteen minutes)
+bench: .stamps/bench      ## speed and memory against the bare backbone and against PEFT (QUICK=1: few repeats, nothing is recorded)
 	$(BIN)/python benchmarks/bench.py
 	LARGE=1 $(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/model.py

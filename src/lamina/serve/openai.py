@@ -234,7 +234,7 @@ def parsed(body: bytes, kind: type[Asking]) -> Asking:
         first, names = _deepest(error)
         param = ".".join(names) or None
         code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
-        raise refused(400, f"{param or 'the body'}: {_told(error, kind)}"[:600], code, param) from None
+        raise refused(400, f"{param or 'the body'}: {_told(error, first, names, kind)}"[:600], code, param) from None
     stops = found.stops
     if len(stops) > STOPS or not all(0 < len(stop) <= STOP_CHARACTERS for stop in stops):
         told = f"stop: at most {STOPS} texts of 1 to {STOP_CHARACTERS} characters are allowed"
@@ -242,9 +242,8 @@ def parsed(body: bytes, kind: type[Asking]) -> Asking:
     return found
 
 
-def _told(error: ValidationError, kind: type[BaseModel]) -> str:
-    """Returns what is wrong with the first parameter that is wrong, and what is allowed."""
-    first, names = _deepest(error)
+def _told(error: ValidationError, first: Any, names: list[str], kind: type[BaseModel]) -> str:
+    """Returns what is wrong with the parameter of these names, and what is allowed. first: its error."""
     if first["type"] == "missing":
         return "it is missing"
     if first["type"] == "extra_forbidden":
