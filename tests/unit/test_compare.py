@@ -805,9 +805,9 @@ def test_a_row_that_is_not_like_the_others_says_so(tmp_path: Path):
     told = table.block(found.content("x"))
     for note in (
         "- `inflora`: its search had 4 trials, where most had 2.",
-        "- `prototype` took no part in the search.",
+        "- Without a search: `prototype`.",
         "- `noproj` did not learn the same examples as `finetune`",
-        "- `joint` learns all tasks at once",
+        "- All tasks at once: `joint`. With one task, only micro accuracy can be compared",
         "- `noproj` keeps 30 training examples and trains on them again. Its memory does not count them.",
         "One pair of runs has no spread, so there is no interval.",
     ):

@@ -31,21 +31,27 @@ def _row_notes(rows: Mapping[str, RowRuns], baseline: str | None) -> Iterable[st
     for name, row in rows.items():
         if missing := row.planned - len(row.runs):
             yield f"`{name}`: {count(missing, 'run')} of {row.planned} missing."
-        if any(run.joint for run in row.runs):
-            yield (
-                f"`{name}` learns all tasks at once. It has one task, so only its micro accuracy can be compared; its "
-                "difference is one of micro accuracies."
-            )
-        elif any(
-            streams.get((r.seed, r.order), r.record.stream.fingerprint) != r.record.stream.fingerprint for r in row.runs
+        if any(
+            streams.get((r.seed, r.order), r.record.stream.fingerprint) != r.record.stream.fingerprint
+            for r in row.runs
+            if not r.joint
         ):
             yield f"`{name}` did not learn the same examples as `{usual_row}`: their difference is not due to the method alone."
         if kept := max((run.record.cost.kept_examples or 0 for run in row.runs), default=0):
             yield f"`{name}` keeps {count(kept, 'training example')} and trains on them again. Its memory does not count them."
-        if usual and not row.trials:
-            yield f"`{name}` took no part in the search."
-        elif len(row.trials) != usual:
+        if row.trials and len(row.trials) != usual:
             yield f"`{name}`: its search had {count(len(row.trials), 'trial')}, where most had {usual}."
+    if joint := [name for name, row in rows.items() if any(run.joint for run in row.runs)]:
+        yield (
+            f"All tasks at once: {_codes(joint)}. With one task, only micro accuracy can be compared; the difference is one of "
+            "micro accuracies."
+        )
+    if usual and (unsearched := [name for name, row in rows.items() if not row.trials]):
+        yield f"Without a search: {_codes(unsearched)}."
+
+
+def _codes(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _code_notes(rows: Mapping[str, RowRuns]) -> Iterable[str]:
@@ -71,7 +77,7 @@ def _difference_notes(gains: Mapping[str, Difference]) -> Iterable[str]:
     for name, gain in gains.items():
         by_units.setdefault(gain.units, []).append(name)
     for units, names in sorted(by_units.items(), reverse=True):
-        of = "" if len(by_units) == 1 else f" ({', '.join(f'`{name}`' for name in names)})"
+        of = "" if len(by_units) == 1 else f" ({_codes(names)})"
         several = any(gains[name].pairs > units for name in names)
         more = "class orders" if any(gains[name].by_order for name in names) else "seeds"
         if units == 1:
