@@ -93,8 +93,10 @@ def continued(
     )
     model: Any = module
     before, model.generation_config = model.generation_config, settings
-    # A table of positions has no entry for a later token.
-    within = [] if positions is None else [model.register_forward_pre_hook(_Within(positions), with_kwargs=True)]
+    # The newest tokens of several prompts are not contiguous. PyTorch would then copy the weight of the head for each of them.
+    hooks = [model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))]
+    if positions is not None:  # a table of positions has no entry for a later token
+        hooks.append(model.register_forward_pre_hook(_Within(positions), with_kwargs=True))
     ending = StoppingCriteriaList()
     if each is not None:
         ending.append(lambda ids_bk, _, **__: each(ids_bk[:, -1]))
@@ -104,7 +106,7 @@ def continued(
         )
     finally:
         model.generation_config = before
-        for hook in within:
+        for hook in hooks:
             hook.remove()
     return found
 

@@ -1,6 +1,7 @@
 """Attention in plain matrix products, for bf16 backbones on a CPU.
 
-PyTorch's fused attention is slow to differentiate there: half of a training step at 17 to 65 tokens.
+PyTorch's fused attention is slow to differentiate there: half of a training step at 17 to 65 tokens. Without gradients it is
+the faster one, and stays.
 
 Shape letters: b batch, n queries, t tokens, h heads, e width of a head, g groups of heads, m queries of a group.
 """
@@ -61,7 +62,8 @@ def attention(
     transformers' own ("eager") converts the scores to float32 for a softmax that computes in float32 anyway. In bf16 these
     are four more passes over them, which pay for short rows only.
     """
-    if key_bhte.shape[2] > FUSED:  # the softmaxes of all blocks would be kept
+    differentiated = any(each.requires_grad for each in (query_bhne, key_bhte, value_bhte))
+    if not differentiated or key_bhte.shape[2] > FUSED:
         shared = query_bhne.shape[1] != key_bhte.shape[1]
         mixed_bhne = F.scaled_dot_product_attention(
             query_bhne, key_bhte, value_bhte, mask_b1nt, scale=scaling, enable_gqa=shared

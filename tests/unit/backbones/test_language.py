@@ -163,6 +163,19 @@ def test_generation_with_a_cache_is_greedy_as_in_transformers(name: str, folder:
 
 
 @every_family
+def test_generation_gives_the_head_what_pytorch_multiplies_without_copies(name: str, folder: Path):
+    """For inputs (b, 1, d) with gaps PyTorch copies the weight of the head b times."""
+    backbone = load(str(folder))
+    given: list[bool] = []
+    head = backbone.module.get_output_embeddings()
+    head.register_forward_hook(lambda _, args, __: given.append(args[0].is_contiguous()))
+    found = backbone.generate(IDS, torch.ones_like(IDS), most=3, stop=[backbone.vocabulary - 1], pad=0)
+    assert given == [True] * (found.shape[1] - IDS.shape[1])
+    assert len(given) > 1
+    assert len(head._forward_pre_hooks) == 0
+
+
+@every_family
 def test_no_dropout_in_training_mode(name: str, folder: Path):
     backbone = load(str(folder))
     expected = logits(backbone, ones(IDS))

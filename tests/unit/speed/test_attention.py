@@ -82,11 +82,15 @@ def test_heads_that_share_keys_and_masks_of_what_each_token_sees_are_those_of_th
     inputs = {"input_ids": ids_bt, "attention_mask": mask}
     with torch.no_grad():
         plain_btd = backbone.hidden(inputs)
-        undo = use_plain_attention(backbone.module)
+    undo = use_plain_attention(backbone.module)
+    for differentiated in (False, True):
+        backbone.module.requires_grad_(differentiated)
         found_btd = backbone.hidden(inputs)
-        undo()
+        assert found_btd.requires_grad is differentiated
+        torch.testing.assert_close(found_btd[real_bt], plain_btd[real_bt], rtol=1e-4, atol=1e-5)
+    undo()
+    with torch.no_grad():
         again_btd = backbone.hidden(inputs)
-    torch.testing.assert_close(found_btd[real_bt], plain_btd[real_bt], rtol=1e-4, atol=1e-5)
     assert torch.equal(again_btd, plain_btd)
 
 
@@ -102,9 +106,11 @@ def test_queries_of_a_group_attend_to_the_keys_of_their_group(shared: int):
         query, key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1), seen, scale=0.3
     ).transpose(1, 2)
     for mask in (seen, added):
-        found, weights = attention(nn.Identity(), query, key, value, mask, scaling=0.3)
-        assert weights is None
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        for needed in (False, True):
+            query.requires_grad_(needed)
+            found, weights = attention(nn.Identity(), query, key, value, mask, scaling=0.3)
+            assert weights is None
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["none", "additive", "boolean"])
@@ -125,8 +131,9 @@ def test_long_inputs_have_the_same_attention_without_a_kept_softmax(kind: str, m
     torch.testing.assert_close(computed(), short, atol=1e-5, rtol=1e-5)
 
 
-def test_images_and_texts_of_common_lengths_do_not_take_the_fused_attention(monkeypatch: pytest.MonkeyPatch):
+def test_the_fused_attention_is_not_differentiated_at_common_lengths(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", None)  # it is not called
     for length in (197, 512):
         query, key, value = (noise((1, 2, length, 8), part) for part in "qkv")
+        query.requires_grad_()
         attention(nn.Identity(), query, key, value, None, scaling=0.3)
