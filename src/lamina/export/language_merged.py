@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lamina.backbones import copy_files
-from lamina.backbones.files import Header, locate, read_headers, weight_files
+from lamina.backbones.files import Header, all_finite, locate, read_headers, weight_files
 from lamina.errors import ModelError
 from lamina.export.language_adapter import note_precision
 from lamina.export.language_files import (
@@ -78,7 +78,7 @@ def _write(opened: OpenedLanguage, folder: Path, paths: list[str]) -> dict[str, 
         key = _stored_name(headers, f"{stored.path}.weight", backbone.language.body, opened)
         with learner.folded():
             weight_oi = learner.layers[path].effective().to(TYPES[headers[key].dtype])
-        if not bool(weight_oi.isfinite().all()):
+        if not all_finite(weight_oi):
             raise ModelError(
                 f"the weight {key} is larger than {headers[key].dtype} can hold, in which the base is stored, so nothing was "
                 f"written. {OTHERWISE}"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lamina.backbones import content_hash, load
 from lamina.backbones.families import FAMILIES
+from lamina.backbones.files import all_finite
 from lamina.errors import BackboneError
 
 
@@ -235,6 +236,19 @@ def test_weights_that_are_not_finite_are_named(vit_folder: Path, value: float):
         match=r"model\.safetensors: encoder\.layer\.1\.output\.dense\.weight holds values that are not finite",
     ):
         load(str(vit_folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("size", [1, 7, 32, 33, 1000, 40_000])
+def test_one_number_that_is_not_finite_is_found_anywhere(size: int, value: float, dtype: torch.dtype):
+    assert all_finite(torch.zeros(0, dtype=dtype))
+    for position in {0, size // 2, size - 1}:
+        numbers = noise((size,), "numbers").to(dtype)
+        assert all_finite(numbers)
+        numbers[position] = value
+        assert not all_finite(numbers)
+        assert not all_finite(numbers.reshape(1, -1).T)
 
 
 @pytest.mark.parametrize("name", ["layer(norm", "(a+)+$", "a b", ""])
