@@ -58,6 +58,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL, TEXTS = ROOT / "runs" / "smollm2", ROOT.parent / "shared" / "data" / "text14"
 RECORD = ROOT / "docs" / "results" / "records" / "language-speed.json"
 DOMAINS, TEMPLATE = ("agnews", "boolq"), "{text}\nOptions: {options}\nAnswer:"
+RANKED = {"boolq": 2, "agnews": 4, "dbpedia": 14}
+"""Domains whose options are ranked, with the number of options."""
 RANK, BATCH, LONGEST, WRITTEN, VOCABULARY = 8, 8, 128, 32, 49152
 LONG = (4, 512, 256)
 """Sequences, tokens, and tokens of the completion in the synthetic batch."""
@@ -90,7 +92,7 @@ def instructions(folder: Path = MODEL, texts: Path = TEXTS, count: int = 400) ->
     """Returns labelled texts as instructions, of which `count` training rows of every domain used here are tokenised."""
     source = data.as_instructions(data.open_source(texts), TEMPLATE)
     of_domain = [np.flatnonzero((source.domains_n == source.domain_names.index(name)) & (source.splits_n == 0))
-                 for name in DOMAINS]  # fmt: skip
+                 for name in dict.fromkeys((*DOMAINS, *RANKED))]  # fmt: skip
     used = np.concatenate([rows_n[:: max(1, len(rows_n) // count)][:count] for rows_n in of_domain])
     return data.load_instructions(source, folder, max_length=LONGEST, used=used)
 
@@ -111,10 +113,12 @@ def by_length(examples: Examples, size: int, count: int) -> list[Any]:
     return [groups[k] for k in wanted]
 
 
-def batches(labelled: LabelledData, each: int, *, questions: bool = False) -> list[Batch]:
+def batches(
+    labelled: LabelledData, each: int, domains: Sequence[str] = DOMAINS, *, questions: bool = False
+) -> list[Batch]:
     """Returns `each` batches of every domain."""
     found = []
-    for domain in DOMAINS:
+    for domain in domains:
         examples = examples_of(labelled, domain)
         make = partial(as_questions, examples) if questions else examples.batch
         found += [make(positions) for positions in by_length(examples, BATCH, each)]
@@ -203,8 +207,8 @@ def check_agreement(found: Mapping[str, float], name: str, precision: str, batch
     assert found["gradients"] <= GRADIENTS[precision], f"{name}, {precision}: gradients differ, {found}"
 
 
-def ranking(precision: str, given: Sequence[Batch], rounds: int) -> dict[str, Any]:
-    """Returns what ranking the options of questions takes."""
+def ranking(precision: str, given: Mapping[str, Sequence[Batch]], rounds: int) -> dict[str, Any]:
+    """Returns what ranking the options of the questions of every domain takes."""
     with closing(Lamina(MODEL, PRECISIONS[precision], RANK)) as ours, folded(ours):
         theirs = Peft(MODEL, PRECISIONS[precision], RANK)
         theirs.take(ours.learner)
@@ -216,12 +220,14 @@ def ranking(precision: str, given: Sequence[Batch], rounds: int) -> dict[str, An
         }
         distances = {}
         for name, way in ways.items():
-            pairs = [(way(batch), ours.learner.option_scores(batch)) for batch in given[:: max(1, len(given) // 2)]]
+            pairs = [(way(batch), ours.learner.option_scores(batch)) for batch, *_ in given.values()]
             assert all(torch.equal(a.isfinite(), b.isfinite()) for a, b in pairs)
             distances[name] = max(float((a - b)[b.isfinite()].abs().mean()) for a, b in pairs)
             assert distances[name] <= SCORES[precision], f"{name}, {precision}: scores differ by {distances[name]}"
-        times = turns(ways, given, rounds)
-    return {"distances": distances, "steps": summary(times, [len(batch) for batch in given])}
+        steps = {
+            domain: summary(turns(ways, own, rounds), [len(batch) for batch in own]) for domain, own in given.items()
+        }
+    return {"distances": distances, "steps": steps}
 
 
 def generation(precision: str, given: Sequence[Batch], rounds: int, pad: int) -> dict[str, Any]:
@@ -297,7 +303,7 @@ def measure(quick: bool, precision: str, threads: int) -> dict[str, Any]:
     labelled = instructions()
     each, rounds = (1, 1) if quick else (3, 5)
     short, long = batches(labelled, each), [long_batch(*LONG, VOCABULARY)]
-    asked = batches(labelled, each, questions=True)
+    asked = {domain: batches(labelled, each, (domain,), questions=True) for domain in RANKED}
     pad = labelled.table.pad_id  # type: ignore[attr-defined]
     found: dict[str, Any] = {
         "machine": machine(),
@@ -311,7 +317,7 @@ def measure(quick: bool, precision: str, threads: int) -> dict[str, Any]:
             "training": partial(training, precision, short, rounds),
             "training, long completions": partial(training, precision, long, 1 if quick else 4),
             "ranking": partial(ranking, precision, asked, rounds),
-            "generation": partial(generation, precision, asked[::each], rounds, pad),
+            "generation": partial(generation, precision, [asked[domain][0] for domain in DOMAINS], rounds, pad),
         }
         for name, work in works.items():
             parts[name] = work()
@@ -363,10 +369,12 @@ def finding(found: Mapping[str, Any]) -> str:
     for precision, parts in found["precisions"].items():
         steps, ranks = parts["training"]["steps"], parts["ranking"]["steps"]
         fastest = min((name for name in steps if name.startswith("PEFT")), key=lambda name: steps[name]["relative"])
-        apart = ranks["transformers, a sequence per option"]["relative"]
+        apart = [f"{of['transformers, a sequence per option']['relative']:.1f}" for of in ranks.values()]
+        written = parts["generation"]["steps"]["PEFT, merged"]["relative"]
         told.append(
-            f"in {precision} a training step of the fastest PEFT loop ({fastest}) takes {steps[fastest]['relative']:.2f} times "
-            f"as long as lamina's, and ranking a sequence per option {apart:.2f} times as long"
+            f"in {precision} the fastest PEFT loop ({fastest}) takes {steps[fastest]['relative']:.2f} times as long as lamina "
+            f"for a training step, merged weights {written:.2f} times for generation, and a sequence per option "
+            f"{' / '.join(apart)} times for ranking {' / '.join(map(str, RANKED.values()))} options"
         )
     text = "; ".join(told)
     return f"**{text[:1].upper()}{text[1:]}.**"
@@ -374,14 +382,21 @@ def finding(found: Mapping[str, Any]) -> str:
 
 def section(precision: str, parts: Mapping[str, Any]) -> str:
     rows = [f"## In {precision}"]
-    units = {"ranking": "Examples/s", "generation": "Tokens/s"}
-    titles = {"generation": f"generation of {WRITTEN} tokens, batch {BATCH}", "ranking": f"ranking, batch {BATCH}"}
-    for name in ("training", "training, long completions", "ranking", "generation"):
-        kind = "memory" + name.removeprefix("training")
-        memory = parts[kind] if name.startswith("training") else {}
-        head = f"| {titles.get(name, name).capitalize()} | {units.get(name, 'Tokens/s')} | Median, ms | Relative to lamina |"
+    ranked = {
+        f"Ranking of {RANKED[domain]} options ({domain}), batch {BATCH}": of
+        for domain, of in parts["ranking"]["steps"].items()
+    }
+    tables = {
+        "Training": parts["training"]["steps"],
+        "Training, long completions": parts["training, long completions"]["steps"],
+        **ranked,
+        f"Generation of {WRITTEN} tokens, batch {BATCH}": parts["generation"]["steps"],
+    }
+    for title, steps in tables.items():
+        memory = parts[title.replace("Training", "memory")] if title.startswith("Training") else {}
+        head = f"| {title} | {'Examples/s' if title in ranked else 'Tokens/s'} | Median, ms | Relative to lamina |"
         lines = [head + (" Peak memory, MB |" if memory else ""), "|---|---:|---:|---:|" + ("---:|" if memory else "")]
-        for contender, of in parts[name]["steps"].items():
+        for contender, of in steps.items():
             line = (
                 f"| {contender} | {of['per_second']:.1f} | {of['median_ms']:.0f} | {of['relative']:.2f} ({of['low']:.2f} to "
                 f"{of['high']:.2f}) |"

@@ -228,7 +228,10 @@ def test_the_page_shows_every_contender(language: ModuleType) -> None:
         "training": steps(*language.TRAINING)
         | {"agreement": {"PEFT": {"lamina": 2.0, "peft": 2.0, "gradients": 0.01}}},
         "training, long completions": steps(*language.TRAINING),
-        "ranking": steps(language.OURS, apart, cached) | {"distances": {apart: 0.1}},
+        "ranking": {
+            "distances": {apart: 0.1},
+            "steps": {domain: steps(language.OURS, apart, cached)["steps"] for domain in language.RANKED},
+        },
         "generation": steps(language.OURS, "PEFT, merged", "PEFT, unmerged") | {"same_tokens": {"PEFT, merged": 0.9}},
         "memory": peaks,
         "memory, long completions": peaks,
@@ -244,5 +247,8 @@ def test_the_page_shows_every_contender(language: ModuleType) -> None:
     for name in (*language.TRAINING, apart, cached, "PEFT, unmerged"):
         assert f"| {name} | 10.0 | 5 | 1.50 (1.40 to 1.60) |" in text
     assert text.count("| 900 |") == 2 * len(peaks)
+    assert text.count(f"| {apart} |") == 3
+    assert "| Ranking of 14 options (dbpedia), batch 8 | Examples/s |" in text
+    assert "a sequence per option 1.5 / 1.5 / 1.5 times for ranking 2 / 4 / 14 options" in text
     assert "\n\n2026-01-01, " in text
-    assert text.startswith("# Language models: speed and memory\n\n**In bf16 a training step of the fastest PEFT loop")
+    assert text.startswith("# Language models: speed and memory\n\n**In bf16 the fastest PEFT loop (PEFT")
