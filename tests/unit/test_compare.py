@@ -770,9 +770,11 @@ def test_language_models_have_a_table_of_their_own_and_a_busy_machine_moves_no_c
     assert (finetune.costs[0], finetune.language[-1]) == ("10", "200"), "the median of three"
     shown = dict(zip(told.language, finetune.language, strict=True))
     assert (shown["Zero-shot"], shown["Perplexity before"], shown["Perplexity after"]) == ("25.0", "8.0", "11.0")
+    assert "Forward transfer" not in told.language, "no run predicted tasks before they were learnt"
     html = table.write(told, found.out).read_text()
     for page in (table.block(told), html):
         assert all(part in page for part in (table.LANGUAGE_CAPTION, "Perplexity after", "11.0"))
+        assert "Forward transfer" not in page
 
 
 def test_a_stream_without_runs_says_so_in_a_line(tmp_path: Path):

@@ -5,7 +5,7 @@ Every figure is a function of a run's counts, or of its record's costs.
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -211,18 +211,17 @@ class Headroom:
         return f"Headroom: {_gain_text(gain)} points, {rows} in micro accuracy.{told}"
 
 
-def known_accuracies(rows: Iterable[RowRuns]) -> list[str]:
-    """Returns the accuracies that some run has: no task is inferred by a language model's outputs. All if there are no runs."""
-    known = [row for row in rows if row.runs]
-    return [key for key in ACCURACIES if not known or any(row.values(key) for row in known)]
+def known_figures(rows: Collection[RowRuns], keys: Iterable[str]) -> list[str]:
+    """Returns the keys of figures that some run has: no task is inferred by a language model's outputs, for example."""
+    return [key for key in keys if any(row.values(key) for row in rows)]
 
 
 def line_of(
     name: str, row: RowRuns, gain: Difference | None, baseline: str | None, *, shown: Sequence[str] = tuple(ACCURACIES),
-    tested: Mapping[str, float] | None = None, headroom: Headroom | None = None,
+    of_language: Sequence[str] = tuple(LANGUAGE), tested: Mapping[str, float] | None = None, headroom: Headroom | None = None,
 ) -> Line:  # fmt: skip
-    """Returns a row as it is shown. gain: over the baseline, if there is one. shown: the accuracies. tested: corrected
-    p-values of the gains, where the table shows them."""
+    """Returns a row as it is shown. gain: over the baseline, if there is one. shown: the accuracies. of_language: the figures
+    of language models. tested: corrected p-values of the gains, where the table shows them."""
     texts = [_spread_text(*row.spread(key)) for key in shown]
     if baseline:
         texts.append("baseline" if name == baseline else _gain_text(gain))
@@ -235,8 +234,8 @@ def line_of(
     texts.append(str(len(row.runs)) if len(row.runs) == row.planned else f"{len(row.runs)} of {row.planned}")
     costs = [DASH if (half := row.median(key)) is None else write(half) for key, (_, write) in COSTS.items()]
     language = [
-        DASH if (found := row.median(key) if key == TOKENS else row.spread(key)[0]) is None else write(found)
-        for key, (_, write) in LANGUAGE.items()
+        DASH if (found := row.median(key) if key == TOKENS else row.spread(key)[0]) is None else LANGUAGE[key][1](found)
+        for key in of_language
     ]
     return Line(name, texts, costs, row, gain, p, language, share)
 

@@ -24,7 +24,7 @@ from lamina.compare.rows import (
     Line,
     RowRuns,
     difference,
-    known_accuracies,
+    known_figures,
     line_of,
 )
 from lamina.compare.stats import Difference
@@ -89,7 +89,8 @@ def content(grid: Grid, rows: Mapping[Row, RowRuns], command: str, leaks: Mappin
     differences = [f"Minus {baseline}"] if baseline else []
     differences += [TEST] if tested else []
     differences += [SHARE] if grid.settings.headroom else []
-    shown = known_accuracies(rows.values())
+    shown = known_figures(rows.values(), ACCURACIES) or list(ACCURACIES)
+    of_language = known_figures(rows.values(), LANGUAGE)
     records = [run.record for runs in rows.values() for run in runs.runs]
     warned = [
         warning
@@ -107,10 +108,13 @@ def content(grid: Grid, rows: Mapping[Row, RowRuns], command: str, leaks: Mappin
         title=grid.settings.title or grid.name,
         accuracies=[*(ACCURACIES[key] for key in shown), *differences, "Runs"],
         costs=[title for title, _ in COSTS.values()],
-        language=[title for title, _ in LANGUAGE.values()] if _of_language(rows) else [],
-        sections=[_section(stream, found, grid, gains[stream], shown, tested) for stream, found in by_stream.items()],
+        language=[LANGUAGE[key][0] for key in of_language],
+        sections=[
+            _section(stream, found, grid, gains[stream], shown, of_language, tested)
+            for stream, found in by_stream.items()
+        ],
         search_note=_search_note(grid),
-        definitions=_definitions(grid, shown, language=_of_language(rows), tested=tested),
+        definitions=_definitions(grid, shown, of_language, tested=tested),
         facts=_facts(records) + guards.facts(leaks or {}, records),
         warnings=[*([grid.settings.note] if grid.settings.note else []), *warned],
         command=command,
@@ -139,8 +143,9 @@ def _corrected(gains: Gains) -> dict[str, float]:
 
 
 def _section(
-    stream: str, rows: Mapping[str, RowRuns], grid: Grid, gains: Gains, shown: Sequence[str], tested: bool
-) -> Section:
+    stream: str, rows: Mapping[str, RowRuns], grid: Grid, gains: Gains, shown: Sequence[str], of_language: Sequence[str],
+    tested: bool,
+) -> Section:  # fmt: skip
     if not any(row.runs or row.trials for row in rows.values()):
         planned = sum(row.planned for row in rows.values())
         return Section(stream, f"No run of this stream is done; {planned} are planned.", lines=[], notes=[], search=[])
@@ -148,7 +153,16 @@ def _section(
     headroom = Headroom(rooms.frozen, rooms.joint, rows) if rooms else None
     corrected = _corrected(gains) if tested else None
     lines = [
-        line_of(name, row, gains.get(name), baseline, shown=shown, tested=corrected, headroom=headroom)
+        line_of(
+            name,
+            row,
+            gains.get(name),
+            baseline,
+            shown=shown,
+            of_language=of_language,
+            tested=corrected,
+            headroom=headroom,
+        )
         for name, row in rows.items()
     ]
     runs = [run for row in rows.values() for run in row.runs]
@@ -210,11 +224,9 @@ def _search_note(grid: Grid) -> str:
     )
 
 
-def _of_language(rows: Mapping[Row, RowRuns]) -> bool:
-    return any(run.record.language is not None for row in rows.values() for run in row.runs)
-
-
-def _definitions(grid: Grid, shown: Sequence[str], *, language: bool, tested: bool) -> list[tuple[str, str]]:
+def _definitions(
+    grid: Grid, shown: Sequence[str], of_language: Sequence[str], *, tested: bool
+) -> list[tuple[str, str]]:
     found = [(ACCURACIES[key], DEFINITIONS[key]) for key in shown]
     baseline, headroom = grid.settings.baseline, grid.settings.headroom
     if baseline:
@@ -237,9 +249,7 @@ def _definitions(grid: Grid, shown: Sequence[str], *, language: bool, tested: bo
             )
         )
     found += [(COSTS[key][0], text) for key, text in COST_DEFINITIONS.items()]
-    if language:
-        found += [(title, (DEFINITIONS | LANGUAGE_DEFINITIONS)[key]) for key, (title, _) in LANGUAGE.items()]
-    return found
+    return found + [(LANGUAGE[key][0], (DEFINITIONS | LANGUAGE_DEFINITIONS)[key]) for key in of_language]
 
 
 def _facts(records: Sequence[Record]) -> list[tuple[str, str]]:
