@@ -175,12 +175,11 @@ def _file(path: Path, given: Given) -> Iterator[Line]:
     if path.suffix.lower() == ".jsonl":
         from lamina.data.json_files import read_json_lines
 
-        unused: set[str] = set()
-        for record, number in zip(*read_json_lines(path), strict=True):
-            unused |= {str(key) for key in record if key not in KEYS} if isinstance(record, dict) else set()
-            yield _record(record, f"{path} line {number}", given)
-        if unused:
+        records, numbers = read_json_lines(path)
+        if unused := {str(key) for record in records if isinstance(record, dict) for key in record} - KEYS:
             print(f"--file {path}: not used: {', '.join(sorted(unused))}", file=sys.stderr)
+        for record, number in zip(records, numbers, strict=True):
+            yield _record(record, f"{path} line {number}", given)
         return
     try:
         content = path.read_text(encoding="utf-8-sig")

@@ -217,8 +217,8 @@ def known_figures(rows: Collection[RowRuns], keys: Iterable[str]) -> list[str]:
 
 
 def line_of(
-    name: str, row: RowRuns, gain: Difference | None, baseline: str | None, *, shown: Sequence[str] = tuple(ACCURACIES),
-    of_language: Sequence[str] = tuple(LANGUAGE), tested: Mapping[str, float] | None = None, headroom: Headroom | None = None,
+    name: str, row: RowRuns, gain: Difference | None, baseline: str | None, *, shown: Sequence[str],
+    of_language: Sequence[str], tested: Mapping[str, float] | None = None, headroom: Headroom | None = None,
 ) -> Line:  # fmt: skip
     """Returns a row as it is shown. gain: over the baseline, if there is one. shown: the accuracies. of_language: the figures
     of language models. tested: corrected p-values of the gains, where the table shows them."""

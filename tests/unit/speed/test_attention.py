@@ -113,6 +113,14 @@ def test_queries_of_a_group_attend_to_the_keys_of_their_group(shared: int):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_fused_attention_is_used_without_gradients(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lamina.speed.attention._Attention", None)  # it is not used
+    query, key, value = (noise((1, 2, 9, 8), part) for part in "qkv")
+    found, _ = attention(nn.Identity(), query, key, value, None, scaling=0.3)
+    expected = scaled_dot_product_attention(query, key, value, scale=0.3)
+    assert torch.equal(found, expected.transpose(1, 2))
+
+
 @pytest.mark.parametrize("kind", ["none", "additive", "boolean"])
 def test_long_inputs_have_the_same_attention_without_a_kept_softmax(kind: str, monkeypatch: pytest.MonkeyPatch):
     query, key, value = (noise((2, heads, 12, 8), part) for heads, part in ((6, "q"), (2, "k"), (2, "v")))
