@@ -124,7 +124,7 @@ def test_a_language_model_is_the_same_without_it(t: int, folder: Path, used: dic
     plain = outcome(folder, torch.bfloat16, faster=False, t=t)
     assert used == {"attention": 0, "norms": 0}
     found = outcome(folder, torch.bfloat16, faster=True, t=t)
-    assert used == {"attention": 3 * (STEPS + 1), "norms": 7 * (STEPS + 1)}
+    assert used == {"attention": 3 * STEPS, "norms": 7 * (STEPS + 1)}  # without gradients attention is PyTorch's
     for part in exact:
         assert distance(found[part], exact[part]) <= 2 * distance(plain[part], exact[part]) + 0.005, part
     assert exact["losses"][0, 0] > exact["losses"][0, -1]
