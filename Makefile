@@ -55,7 +55,7 @@ bench: .stamps/bench      ## speed and memory against the bare backbone and agai
 	$(BIN)/python benchmarks/bench.py
 	LARGE=1 $(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/model.py
-	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/serving.py $(if $(filter-out 0,$(QUICK)),--seconds 0.5 --rounds 1 --page '')
 
 bench-language: runs/smollm2 ## tokens per second and memory of a language model against PEFT (an hour)
 	$(BIN)/python benchmarks/language.py

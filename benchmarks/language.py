@@ -51,6 +51,7 @@ from torch import Tensor
 from lamina import backbones, data
 from lamina.engine.completions import questions as as_questions
 from lamina.learner import LanguageLearner
+from lamina.runs.environment import checkout_commit
 from lamina.speed import keeping_memory
 from lamina.types import Batch, Examples, LabelledData
 
@@ -196,8 +197,8 @@ def mean_loss(contender: Any, given: Sequence[Batch]) -> float:
 
 
 def allowed(precision: str, batches: int) -> float:
-    """Returns how far two losses may be apart, relatively: of a single batch twice as far as of the mean of several."""
-    return LOSSES[precision] * (1 if batches > 1 else 2)
+    """Returns how far two losses may be apart, relatively. In bf16 one batch may be twice as far as the mean of several."""
+    return LOSSES[precision] * (2 if batches == 1 and precision == "bf16" else 1)
 
 
 def check_agreement(found: Mapping[str, float], name: str, precision: str, batches: int) -> None:
@@ -307,6 +308,7 @@ def measure(quick: bool, precision: str, threads: int) -> dict[str, Any]:
     pad = labelled.table.pad_id  # type: ignore[attr-defined]
     found: dict[str, Any] = {
         "machine": machine(),
+        "commit": checkout_commit(),
         "quick": quick,
         "batches": [[len(batch), batch.inputs["input_ids"].shape[1], tokens_of(batch)] for batch in short],
         "completion_tokens": [int(batch.inputs["completion_mask"].sum()) for batch in short],
@@ -358,7 +360,7 @@ def page(found: Mapping[str, Any]) -> str:
         f"{' and '.join(dates)}, {about['cpu']}, {about['cores']} cores, {about['threads']} threads, {about['memory_gb']} GB, "
         f"{about['system']}, no GPU; bf16 instructions: {', '.join(about['bf16_instructions']) or 'none'}. Python "
         f"{about['python']}, torch {about['torch']}, transformers {about['transformers']}, PEFT {about['peft']}, lamina "
-        f"{about['lamina']}. `OMP_WAIT_POLICY=passive`.",
+        f"{about['lamina']} (commit {found['commit']}). `OMP_WAIT_POLICY=passive`.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -443,9 +445,9 @@ def main() -> None:
 
 
 def with_others(found: dict[str, Any]) -> dict[str, Any]:
-    """Returns a measurement with those in other precisions that were recorded on the same machine."""
+    """Returns a measurement with those in other precisions that were recorded on the same machine, of the same code."""
     old = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
-    same = old.get("machine") == found["machine"]
+    same = all(old.get(key) == found[key] for key in ("machine", "commit"))
     return found | {"precisions": (old["precisions"] if same else {}) | found["precisions"]}
 
 

@@ -214,7 +214,8 @@ def page(found: dict[str, Any]) -> str:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--quick", action="store_true")
+    quick = os.environ.get("QUICK", "") not in ("", "0")
+    arguments.add_argument("--quick", action="store_true", default=quick)
     arguments.add_argument("--page", action="store_true")
     given = arguments.parse_args()
     found = json.loads(RECORD.read_text()) if given.page else measure(given.quick)

@@ -167,6 +167,12 @@ def test_what_is_wrong_is_named(
     assert "--file" in lamina.refused("predict", model, tmp_path / "lines.txt")
     said = lamina("predict", model, "--file", tmp_path / "lines.txt", "--max-new-tokens=1")
     assert "1 of 3 lines are blank and left out" in said.err
+    (tmp_path / "lines.txt").write_bytes(b"a joy\r\nA book\r\n")
+    said = lamina("predict", model, "--file", tmp_path / "lines.txt", "--json", "--max-new-tokens=1")
+    assert [json.loads(line)["prompt"] for line in said.out.strip().split("\n")] == ["a joy", "A book"]
+    (tmp_path / "more.jsonl").write_text('{"prompt": "x", "answer": "y", "id": 3}\n')
+    said = lamina("predict", model, "--file", tmp_path / "more.jsonl", "--max-new-tokens=1")
+    assert "not used: answer, id" in said.err
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a joy\na joy \xff\n")))
     assert "line 2 of standard input is not UTF-8 text" in lamina.refused("predict", model, "-")
     said = lamina("predict", model, "a joy " * 400)
@@ -181,6 +187,9 @@ def test_what_is_wrong_is_named(
         "predict", model, "--file", tmp_path / "both.jsonl"
     )
     assert "the method of" in lamina.refused("learn", model, tmp_path / "lines.txt", "--set=method.name=sora")
+    told = lamina.refused("predict", base, "x")  # a backbone has a config.json too, as a run has
+    assert "is not a model" in told
+    assert "is a run" not in told
     told = lamina.refused("create", tmp_path / "never", "--backbone", base, "--method=duallora")
     assert "method 'duallora' cannot adapt the language model" in told
     assert not (tmp_path / "never").exists()

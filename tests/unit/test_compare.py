@@ -807,9 +807,9 @@ def test_a_row_that_is_not_like_the_others_says_so(tmp_path: Path):
     told = table.block(found.content("x"))
     for note in (
         "- `inflora`: its search had 4 trials, where most had 2.",
-        "- Without a search: `prototype`.",
+        "- Not searched (settings given, or the defaults): `prototype`.",
         "- `noproj` did not learn the same examples as `finetune`",
-        "- All tasks at once: `joint`. With one task, only micro accuracy can be compared",
+        "- `joint`: all tasks at once, as one task. Only micro accuracy can be compared",
         "- `noproj` keeps 30 training examples and trains on them again. Its memory does not count them.",
         "One pair of runs has no spread, so there is no interval.",
     ):

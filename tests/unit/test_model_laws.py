@@ -316,6 +316,17 @@ def test_what_was_trained_on_is_not_measured_on(base: Path, tmp_path: Path) -> N
     assert sum(counts.total for counts in figures.classes.values()) == 6
 
 
+def test_what_is_too_little_to_hold_out_has_no_accuracy(base: Path, tmp_path: Path) -> None:
+    told = list[str]()
+    file = images(tmp_path / "few.parquet", CLASSES[:2], train=1, test=0)
+    model = small(tmp_path / "m", base, "finetune", LOOSE)
+    card = model.learn(file, name="few", tell=told.append).card
+    assert (card.tasks[0].accuracy, card.figures.accuracy) == (None, None)
+    assert "no held-out examples of 'few': its accuracy is not measured" in told
+    assert "| few |" in (readme := (model.path / "README.md").read_text())
+    assert "0.0" not in readme.split("| few |")[1].splitlines()[0]
+
+
 def test_data_with_nothing_to_train_on_is_measured(model: Model, tmp_path: Path) -> None:
     file = images(tmp_path / "held.parquet", CLASSES[:3], train=0, test=4)
     figures = model.evaluate(file).figures

@@ -176,7 +176,7 @@ def _file(path: Path, given: Given) -> Iterator[Line]:
         from lamina.data.json_files import read_json_lines
 
         records, numbers = read_json_lines(path)
-        if unused := {str(key) for record in records if isinstance(record, dict) for key in record} - KEYS:
+        if unused := {key for record in records if isinstance(record, dict) for key in record} - KEYS:
             print(f"--file {path}: not used: {', '.join(sorted(unused))}", file=sys.stderr)
         for record, number in zip(records, numbers, strict=True):
             yield _record(record, f"{path} line {number}", given)

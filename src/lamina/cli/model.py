@@ -197,7 +197,7 @@ def status(model: Where, as_json: Annotated[bool, typer.Option("--json", help="P
             (
                 task.name,
                 *((str(len(task.classes)), str(len(task.new_classes))) if own else ()),
-                _share(card.figures.accuracy if len(card.tasks) == 1 else task.accuracy),
+                _share(task.accuracy),
                 str(sum(kept.examples for kept in opened.store.kept_now(card).values())),
                 "forced" if card.forced else "imported" if card.imported_from else "passed" if card.gate else "-",
             )

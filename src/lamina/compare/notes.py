@@ -43,11 +43,11 @@ def _row_notes(rows: Mapping[str, RowRuns], baseline: str | None) -> Iterable[st
             yield f"`{name}`: its search had {count(len(row.trials), 'trial')}, where most had {usual}."
     if joint := [name for name, row in rows.items() if any(run.joint for run in row.runs)]:
         yield (
-            f"All tasks at once: {_codes(joint)}. With one task, only micro accuracy can be compared; the difference is one of "
-            "micro accuracies."
+            f"{_codes(joint)}: all tasks at once, as one task. Only micro accuracy can be compared, so the difference from the "
+            "baseline is one of micro accuracies."
         )
     if usual and (unsearched := [name for name, row in rows.items() if not row.trials]):
-        yield f"Without a search: {_codes(unsearched)}."
+        yield f"Not searched (settings given, or the defaults): {_codes(unsearched)}."
 
 
 def _codes(names: Iterable[str]) -> str:

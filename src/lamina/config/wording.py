@@ -20,7 +20,8 @@ NOUNS: Mapping[str, str] = {
 
 
 def allowed(types: Iterable[str]) -> str:
-    """Returns "allowed is a text or a list" for the types of one value's errors; nothing if some are not about its type."""
+    """Returns "allowed is a text or a list [...]" for the types of one value's errors; nothing if some are not about
+    its type."""
     listed = list(types)
     if not listed or any(one not in NOUNS for one in listed):
         return ""

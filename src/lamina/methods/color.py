@@ -119,7 +119,7 @@ class CoLoR(Method[CoLoRConfig]):
         chosen_b = nearest_task(directions_bd, [self.memory[f"centroids/{t}"] for t in tasks], self.config.distance)
         again_b = chosen_b >= (1 if self.config.identify == "first expert" else 0)
         if again_b.any():
-            part = batch if again_b.all() else batch.select(again_b)
+            part = batch if again_b.all() else batch.select(again_b)  # a whole batch has a memo, a part of it has none
             features_bd[again_b] = through_adapters(learner, part, tasks, chosen_b[again_b])
         return features_bd, chosen_b
 

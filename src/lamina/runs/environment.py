@@ -66,7 +66,7 @@ class Environment(BaseModel):
             python=platform.python_version(),
             torch=torch.__version__,
             lamina=__version__,
-            commit=_commit(),
+            commit=checkout_commit(),
             started=now(),
         )
 
@@ -102,7 +102,8 @@ def _cpu() -> str:
     return names[0] if names else platform.machine()
 
 
-def _commit() -> str | None:
+def checkout_commit() -> str | None:
+    """Returns the git description of the checkout that the code runs from; None where it was installed without one."""
     folder = Path(__file__).resolve().parents[3]
     if not (folder / ".git").exists() or shutil.which("git") is None:
         return None

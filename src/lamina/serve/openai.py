@@ -250,8 +250,8 @@ def _told(error: ValidationError, first: Any, names: list[str], kind: type[BaseM
         known = f" There are {', '.join(kind.model_fields)}" if len(names) == 1 else ""
         return f"there is no such parameter.{known}"
     if first["type"] == "too_short":
-        return f"give at least {first['ctx']['min_length']}"
-    value = json.dumps(first["input"])
+        return "it is empty"
+    value = json.dumps(first["input"], ensure_ascii=False).encode(errors="backslashreplace").decode()
     value = value if len(value) <= 80 else f"{value[:77]}..."
     if noun := wording.allowed(one["type"] for one in error.errors() if _place(one) == names):
         return f"{noun}, not {value}"

@@ -45,9 +45,9 @@ class Accelerated(Steps):
 def accelerate(learner: Learner, world: World = ALONE) -> Accelerated:
     """Make a learner faster until the result is closed. The result tells a loop how to make batches and gradients.
 
-    Adapted layers compose their weights. On a CPU, bf16 backbones also get plain attention, lean norms and fused blocks;
-    float32 backbones compute the two halves of a batch in parallel if the number of threads, as it is now, is even. Of several
-    processes each computes its part of a batch.
+    Adapted layers compose their weights. On a CPU, bf16 backbones also get lean norms, fused blocks and, where it is
+    differentiated, plain attention; float32 backbones compute the two halves of a batch in parallel if the number of threads,
+    as it is now, is even. Of several processes each computes its part of a batch.
     Raises ValueError where the learner is accelerated already.
     """
     layers = [ComposedLinear(layer) for layer in learner.layers.values()]

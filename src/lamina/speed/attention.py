@@ -32,7 +32,8 @@ def softmax(logits: Tensor) -> Tensor:
 
 
 def use_plain_attention(module: nn.Module) -> Callable[[], None]:
-    """Let a transformers model that uses PyTorch's fused attention ("sdpa") compute it in matrix products.
+    """Let a transformers model that uses PyTorch's fused attention ("sdpa") compute it in matrix products where it is
+    differentiated.
 
     Other modules, and models with an attention of their own ("eager"), stay as they are. Returns a function that undoes it.
     """

@@ -308,9 +308,13 @@ def test_the_attention_of_bf16_training_on_a_cpu_sees_the_same_tokens(name: str,
     seen = inputs["attention_mask"][:, 0].any(1) if form == "continuations" else inputs["attention_mask"].bool()
     with torch.no_grad():
         expected_btd = backbone.hidden(inputs)
-        undo = use_plain_attention(backbone.module)
-        close(backbone.hidden(inputs)[seen], expected_btd[seen])
-        undo()
+    undo = use_plain_attention(backbone.module)
+    backbone.module.requires_grad_(True)
+    found_btd = backbone.hidden(inputs)
+    assert found_btd.requires_grad  # without gradients PyTorch's own attention would be compared with itself
+    close(found_btd[seen], expected_btd[seen])
+    undo()
+    with torch.no_grad():
         assert torch.equal(backbone.hidden(inputs), expected_btd)
 
 

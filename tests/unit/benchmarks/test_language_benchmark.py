@@ -200,17 +200,22 @@ def test_a_record_keeps_other_precisions_of_the_same_machine(
     language: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(language, "RECORD", tmp_path / "speed.json")
-    new = {"machine": {"cpu": "a"}, "precisions": {"fp32": {"date": "2026-01-02"}}}
+    new = {"machine": {"cpu": "a"}, "commit": "1", "precisions": {"fp32": {"date": "2026-01-02"}}}
     assert language.with_others(new) == new
-    old = {"machine": {"cpu": "a"}, "precisions": {"bf16": {"date": "2026-01-01"}, "fp32": {"date": "2026-01-01"}}}
+    first = {"bf16": {"date": "2026-01-01"}, "fp32": {"date": "2026-01-01"}}
+    old = {"machine": {"cpu": "a"}, "commit": "1", "precisions": first}
     language.RECORD.write_text(json.dumps(old))
     assert language.with_others(new)["precisions"] == {"bf16": {"date": "2026-01-01"}, "fp32": {"date": "2026-01-02"}}
-    other = {"machine": {"cpu": "b"}, "precisions": {"fp32": {"date": "2026-01-03"}}}
-    assert language.with_others(other) == other
+    for change in ({"machine": {"cpu": "b"}}, {"commit": "2"}):
+        assert language.with_others(new | change) == new | change
 
 
 def test_a_disagreement_is_found(language: ModuleType) -> None:
     language.check_agreement({"lamina": 2.0, "peft": 2.0001, "gradients": 0.001}, "PEFT", "fp32", 6)
+    one = {"lamina": 2.0, "peft": 2.04, "gradients": 0.1}
+    language.check_agreement(one, "PEFT", "bf16", 1)
+    with pytest.raises(AssertionError, match="PEFT, bf16: losses differ"):
+        language.check_agreement(one, "PEFT", "bf16", 6)
     for wrong in ({"peft": 2.01}, {"gradients": 0.1}):
         with pytest.raises(AssertionError, match=r"PEFT, fp32: (losses|gradients) differ"):
             language.check_agreement({"lamina": 2.0, "peft": 2.0, "gradients": 0.0} | wrong, "PEFT", "fp32", 1)
@@ -239,6 +244,7 @@ def test_the_page_shows_every_contender(language: ModuleType) -> None:
     }
     record = {
         "machine": language.machine(),
+        "commit": "abc1234",
         "batches": [[8, 64, 500]],
         "completion_tokens": [24],
         "precisions": {"bf16": parts},
