@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from functools import partial
@@ -75,7 +75,7 @@ PEFT: dict[str, dict[str, Any]] = {
     "PEFT, needed logits": {"logits": "needed"},
     "PEFT, needed logits, eager attention": {"logits": "needed", "attention": "eager"},
 }
-OURS = "lamina, accelerated"
+OURS, APART = "lamina, accelerated", "transformers, a sequence per option"
 Make = Callable[[Path, torch.dtype], Any]
 TRAINING: dict[str, Make] = {
     OURS: partial(Lamina, rank=RANK),
@@ -216,7 +216,7 @@ def ranking(precision: str, given: Mapping[str, Sequence[Batch]], rounds: int) -
         merged = theirs.merged()
         ways: dict[str, Callable[[Batch], Tensor]] = {
             OURS: partial(ranked_by_lamina, ours),
-            "transformers, a sequence per option": lambda batch: ranked_apart(merged, batch.inputs),
+            APART: lambda batch: ranked_apart(merged, batch.inputs),
             "transformers, shared past_key_values": lambda batch: ranked_by_cache(merged, batch.inputs),
         }
         distances = {}
@@ -326,9 +326,10 @@ def measure(quick: bool, precision: str, threads: int) -> dict[str, Any]:
             gc.collect()
             say(f"{precision}, {name}: {json.dumps(parts[name])}")
     compared = [name for name in TRAINING if name != "floor"]
-    parts["memory"] = in_processes("short", compared, precision, threads, 1)
-    parts["memory, long completions"] = in_processes("long", compared, precision, threads, 1)
-    parts["loading"] = in_processes("loading", [*LOADING], precision, threads, 1 if quick else 5)
+    repeats = 1 if quick else 5
+    parts["memory"] = in_processes("short", compared, precision, threads, repeats)
+    parts["memory, long completions"] = in_processes("long", compared, precision, threads, repeats)
+    parts["loading"] = in_processes("loading", [*LOADING], precision, threads, repeats)
     return found | {"precisions": {precision: parts}}
 
 
@@ -355,7 +356,7 @@ def page(found: Mapping[str, Any]) -> str:
         f"Batches of agnews and boolq (text14), padded to {shapes}, completions of {min(found['completion_tokens']) // BATCH} "
         f"to {-(-max(found['completion_tokens']) // BATCH)} tokens on average; and a synthetic one of {b} x {t} tokens, "
         f"{completion} of each sequence to be learnt. Contenders take turns batch by batch; relative times are medians over "
-        "pairs of turns (quartiles). Peak memory is that of a process of its own, imports included.",
+        "pairs of turns (quartiles). Peak memory is that of a process of its own, imports included: the median of five.",
         *(section(precision, parts) for precision, parts in found["precisions"].items()),
         f"{' and '.join(dates)}, {about['cpu']}, {about['cores']} cores, {about['threads']} threads, {about['memory_gb']} GB, "
         f"{about['system']}, no GPU; bf16 instructions: {', '.join(about['bf16_instructions']) or 'none'}. Python "
@@ -366,20 +367,45 @@ def page(found: Mapping[str, Any]) -> str:
 
 
 def finding(found: Mapping[str, Any]) -> str:
-    """Returns the page's first sentence."""
-    told = []
-    for precision, parts in found["precisions"].items():
-        steps, ranks = parts["training"]["steps"], parts["ranking"]["steps"]
-        fastest = min((name for name in steps if name.startswith("PEFT")), key=lambda name: steps[name]["relative"])
-        apart = [f"{of['transformers, a sequence per option']['relative']:.1f}" for of in ranks.values()]
-        written = parts["generation"]["steps"]["PEFT, merged"]["relative"]
-        told.append(
-            f"in {precision} the fastest PEFT loop ({fastest}) takes {steps[fastest]['relative']:.2f} times as long as lamina "
-            f"for a training step, merged weights {written:.2f} times for generation, and a sequence per option "
-            f"{' / '.join(apart)} times for ranking {' / '.join(map(str, RANKED.values()))} options"
-        )
-    text = "; ".join(told)
-    return f"**{text[:1].upper()}{text[1:]}.**"
+    """Returns the page's first sentences and its first table: times relative to lamina's."""
+    of = found["precisions"]
+
+    def row(title: str, value: Callable[[Mapping[str, Any]], str]) -> str:
+        return f"| {title} | " + " | ".join(value(parts) for parts in of.values()) + " |"
+
+    def fastest(parts: Mapping[str, Any], part: str) -> tuple[float, str]:
+        steps = parts[part]["steps"]
+        return min((steps[name]["relative"], name) for name in steps if name.startswith("PEFT"))
+
+    def listed(values: Iterable[float]) -> str:
+        return " and ".join(f"{value:.2f}" for value in values)
+
+    rows = [
+        f"| Time relative to lamina (above 1: lamina is faster) | {' | '.join(of)} |",
+        "|---|" + "---:|" * len(of),
+        row("Training, PEFT", lambda parts: f"{parts['training']['steps']['PEFT']['relative']:.2f}"),
+        *(
+            row(f"{part}, fastest PEFT loop", lambda parts, key=key: "{:.2f} ({})".format(*fastest(parts, key)))
+            for part, key in (("Training", "training"), ("Long completions", "training, long completions"))
+        ),
+        *(
+            row(
+                f"Ranking of {count} options, a sequence per option",
+                lambda parts, key=key: f"{parts['ranking']['steps'][key][APART]['relative']:.1f}",
+            )
+            for key, count in RANKED.items()
+        ),
+        row(
+            "Generation, merged weights",
+            lambda parts: f"{parts['generation']['steps']['PEFT, merged']['relative']:.2f}",
+        ),
+    ]
+    return (
+        f"**For a training step in {' and '.join(of)}, the fastest PEFT loop takes "
+        f"{listed(fastest(parts, 'training')[0] for parts in of.values())} times as long as lamina, and PEFT with the defaults "
+        f"of transformers {listed(parts['training']['steps']['PEFT']['relative'] for parts in of.values())} times.**\n\n"
+        + "\n".join(rows)
+    )
 
 
 def section(precision: str, parts: Mapping[str, Any]) -> str:

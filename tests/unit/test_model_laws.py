@@ -320,7 +320,7 @@ def test_what_is_too_little_to_hold_out_has_no_accuracy(base: Path, tmp_path: Pa
     told = list[str]()
     file = images(tmp_path / "few.parquet", CLASSES[:2], train=1, test=0)
     model = small(tmp_path / "m", base, "finetune", LOOSE)
-    card = model.learn(file, name="few", tell=told.append).card
+    card = model.learn(file, name="few", watch=lambda _, event: told.append(event.note or "")).card
     assert (card.tasks[0].accuracy, card.figures.accuracy) == (None, None)
     assert "no held-out examples of 'few': its accuracy is not measured" in told
     assert "| few |" in (readme := (model.path / "README.md").read_text())

@@ -131,7 +131,7 @@ def test_a_stop_text_ends_a_completion_and_is_no_part_of_it(serve: Client) -> No
         ({"logprobs": True}, 400, "invalid_value", "logprobs", "not supported"),
         ({"max_tokens": 0}, 400, "invalid_value", "max_tokens", "greater"),
         ({"max_tokens": 10_000}, 400, "invalid_value", "max_tokens", "--max-new-tokens"),
-        ({"messages": []}, 400, "invalid_value", "messages", "at least 1"),
+        ({"messages": []}, 400, "invalid_value", "messages", "it is empty"),
         ({"messages": [{"role": "system", "content": "Be brief."}]}, 400, "invalid_value", "messages", "user"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "invalid_value", "messages.0.role", "developer"),
         ({"messages": [{"role": "user", "content": "joy " * 400}]}, 400, "context_length_exceeded", "messages", "256"),
