@@ -326,10 +326,9 @@ def measure(quick: bool, precision: str, threads: int) -> dict[str, Any]:
             gc.collect()
             say(f"{precision}, {name}: {json.dumps(parts[name])}")
     compared = [name for name in TRAINING if name != "floor"]
-    repeats = 1 if quick else 5
-    parts["memory"] = in_processes("short", compared, precision, threads, repeats)
-    parts["memory, long completions"] = in_processes("long", compared, precision, threads, repeats)
-    parts["loading"] = in_processes("loading", [*LOADING], precision, threads, repeats)
+    parts["memory"] = in_processes("short", compared, precision, threads, 1 if quick else 3)
+    parts["memory, long completions"] = in_processes("long", compared, precision, threads, 1 if quick else 3)
+    parts["loading"] = in_processes("loading", [*LOADING], precision, threads, 1 if quick else 5)
     return found | {"precisions": {precision: parts}}
 
 
@@ -356,7 +355,7 @@ def page(found: Mapping[str, Any]) -> str:
         f"Batches of agnews and boolq (text14), padded to {shapes}, completions of {min(found['completion_tokens']) // BATCH} "
         f"to {-(-max(found['completion_tokens']) // BATCH)} tokens on average; and a synthetic one of {b} x {t} tokens, "
         f"{completion} of each sequence to be learnt. Contenders take turns batch by batch; relative times are medians over "
-        "pairs of turns (quartiles). Peak memory is that of a process of its own, imports included: the median of five.",
+        "pairs of turns (quartiles). Peak memory is that of a process of its own, imports included: the median of three.",
         *(section(precision, parts) for precision, parts in found["precisions"].items()),
         f"{' and '.join(dates)}, {about['cpu']}, {about['cores']} cores, {about['threads']} threads, {about['memory_gb']} GB, "
         f"{about['system']}, no GPU; bf16 instructions: {', '.join(about['bf16_instructions']) or 'none'}. Python "

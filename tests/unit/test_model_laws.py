@@ -12,7 +12,7 @@ import pytest
 from tests.models import CLASSES, SMALL, backbone, images, small
 
 from lamina import runs
-from lamina.errors import ConfigError, LaminaError, ModelError
+from lamina.errors import ConfigError, DataError, LaminaError, ModelError
 from lamina.model import GateRefused, Model, Predictor, store
 
 LOOSE = {"gate.task_drop": None, "gate.negative_flips": None}
@@ -316,15 +316,11 @@ def test_what_was_trained_on_is_not_measured_on(base: Path, tmp_path: Path) -> N
     assert sum(counts.total for counts in figures.classes.values()) == 6
 
 
-def test_what_is_too_little_to_hold_out_has_no_accuracy(base: Path, tmp_path: Path) -> None:
-    told = list[str]()
+def test_a_task_needs_examples_to_measure(base: Path, tmp_path: Path) -> None:
+    """So every learnt task has an accuracy."""
     file = images(tmp_path / "few.parquet", CLASSES[:2], train=1, test=0)
-    model = small(tmp_path / "m", base, "finetune", LOOSE)
-    card = model.learn(file, name="few", watch=lambda _, event: told.append(event.note or "")).card
-    assert (card.tasks[0].accuracy, card.figures.accuracy) == (None, None)
-    assert "no held-out examples of 'few': its accuracy is not measured" in told
-    assert "| few |" in (readme := (model.path / "README.md").read_text())
-    assert "0.0" not in readme.split("| few |")[1].splitlines()[0]
+    with pytest.raises(DataError, match="task 'few' of 'few' has no test example"):
+        small(tmp_path / "m", base, "finetune", LOOSE).learn(file, name="few")
 
 
 def test_data_with_nothing_to_train_on_is_measured(model: Model, tmp_path: Path) -> None:

@@ -196,10 +196,7 @@ class _Learning:
                 temperature = temperature_of(loop.learner, loop.consolidation, task, config.evaluation.batch_size)
             new = self._outcomes(loop, task.test, temperature)
             gate = self._judge(loop, before, new, temperature)
-        measured = f"accuracy on {len(task.test)} held-out examples of {task.name!r}: {new.accuracy:.1%}"
-        self.tell(
-            measured if len(task.test) else f"no held-out examples of {task.name!r}: its accuracy is not measured"
-        )
+        self.tell(f"accuracy on {len(task.test)} held-out examples of {task.name!r}: {new.accuracy:.1%}")
         if gate is not None and not gate.accepted and not self.request.force:
             write_checked(store.path / WORK / "gate.json", gate.model_dump(mode="json"))
             store.note("refused", task=task.name, problems=list(gate.problems), version=facts.version)
@@ -432,7 +429,7 @@ class _Learning:
                     new_classes=self.new_classes,
                     domains=self._domains(setup, task),
                     examples={split: len(task.split(split)) for split in SPLITS},
-                    accuracy=new.accuracy if len(task.test) else None,
+                    accuracy=new.accuracy,
                 ),
             ),
             class_names=self.all_names,
