@@ -372,9 +372,16 @@ def finding(found: Mapping[str, Any]) -> str:
     def row(title: str, value: Callable[[Mapping[str, Any]], str]) -> str:
         return f"| {title} | " + " | ".join(value(parts) for parts in of.values()) + " |"
 
-    def fastest(parts: Mapping[str, Any], part: str) -> tuple[float, str]:
+    def fastest(part: str, parts: Mapping[str, Any]) -> tuple[float, str]:
         steps = parts[part]["steps"]
         return min((steps[name]["relative"], name) for name in steps if name.startswith("PEFT"))
+
+    def named(part: str, parts: Mapping[str, Any]) -> str:
+        relative, name = fastest(part, parts)
+        return f"{relative:.2f} ({name})"
+
+    def ranked(domain: str, parts: Mapping[str, Any]) -> str:
+        return f"{parts['ranking']['steps'][domain][APART]['relative']:.1f}"
 
     def listed(values: Iterable[float]) -> str:
         return " and ".join(f"{value:.2f}" for value in values)
@@ -383,16 +390,11 @@ def finding(found: Mapping[str, Any]) -> str:
         f"| Time relative to lamina (above 1: lamina is faster) | {' | '.join(of)} |",
         "|---|" + "---:|" * len(of),
         row("Training, PEFT", lambda parts: f"{parts['training']['steps']['PEFT']['relative']:.2f}"),
+        row("Training, fastest PEFT loop", partial(named, "training")),
+        row("Long completions, fastest PEFT loop", partial(named, "training, long completions")),
         *(
-            row(f"{part}, fastest PEFT loop", lambda parts, key=key: "{:.2f} ({})".format(*fastest(parts, key)))
-            for part, key in (("Training", "training"), ("Long completions", "training, long completions"))
-        ),
-        *(
-            row(
-                f"Ranking of {count} options, a sequence per option",
-                lambda parts, key=key: f"{parts['ranking']['steps'][key][APART]['relative']:.1f}",
-            )
-            for key, count in RANKED.items()
+            row(f"Ranking of {count} options, a sequence per option", partial(ranked, domain))
+            for domain, count in RANKED.items()
         ),
         row(
             "Generation, merged weights",
@@ -401,7 +403,7 @@ def finding(found: Mapping[str, Any]) -> str:
     ]
     return (
         f"**For a training step in {' and '.join(of)}, the fastest PEFT loop takes "
-        f"{listed(fastest(parts, 'training')[0] for parts in of.values())} times as long as lamina, and PEFT with the defaults "
+        f"{listed(fastest('training', parts)[0] for parts in of.values())} times as long as lamina, and PEFT with the defaults "
         f"of transformers {listed(parts['training']['steps']['PEFT']['relative'] for parts in of.values())} times.**\n\n"
         + "\n".join(rows)
     )
