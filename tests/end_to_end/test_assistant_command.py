@@ -176,8 +176,16 @@ def test_what_is_wrong_is_named(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a joy\na joy \xff\n")))
     assert "line 2 of standard input is not UTF-8 text" in lamina.refused("predict", model, "-")
     said = lamina("predict", model, "a joy " * 400)
-    assert said.code == 1
+    assert said.code == 2  # none could be read
     assert "256" in said.out + said.err
+    (tmp_path / "some.jsonl").write_text(
+        f'{{"prompt": "a joy", "options": ["c", "d"]}}\n{{"prompt": "{"joy " * 400}"}}\n'
+    )
+    said = lamina("predict", model, "--file", tmp_path / "some.jsonl", "--options=yes,no")
+    assert said.code == 1
+    assert "1 of 2 rows have options of their own, in place of --options" in said.err
+    assert "1 of 2 prompts could not be read" in said.err
+    assert "(cut after 1 tokens" in lamina("predict", model, "a joy", "--max-new-tokens=1").err
     assert "--options has the single option 'yes'" in lamina.refused("predict", model, "x", "--options=yes")
     assert "max_new_tokens is 9999; allowed are 1 to 256" in lamina.refused(
         "predict", model, "x", "--max-new-tokens=9999"
@@ -187,9 +195,10 @@ def test_what_is_wrong_is_named(
         "predict", model, "--file", tmp_path / "both.jsonl"
     )
     assert "the method of" in lamina.refused("learn", model, tmp_path / "lines.txt", "--set=method.name=sora")
-    told = lamina.refused("predict", base, "x")  # a backbone has a config.json too, as a run has
-    assert "is not a model" in told
-    assert "is a run" not in told
+    assert "is a backbone, not a model: `lamina create MODEL" in lamina.refused("predict", base, "x")
+    assert "is a lamina model, not a backbone" in lamina.refused(
+        "run", "--backbone", model, "--data", tmp_path / "both.jsonl"
+    )
     told = lamina.refused("create", tmp_path / "never", "--backbone", base, "--method=duallora")
     assert "method 'duallora' cannot adapt the language model" in told
     assert not (tmp_path / "never").exists()

@@ -200,6 +200,7 @@ def test_a_folder_of_images_from_data_to_report(lamina: Command, tmp_path: Path)
     again = lamina("resume", "run")
     assert again.code == 0
     assert again.out == said.out
+    assert "run was finished already; nothing was done." in again.err
     assert {path: path.stat().st_mtime_ns for path in before} == before, "a finished run is not touched"
 
     other = lamina("run", "--data", "photos", "--tasks", 2, "--method", "finetune", "--out", "other", *QUICK)

@@ -21,6 +21,7 @@ from tests.languages import OPTIONS, records, save_language
 from tests.models import FEW
 from tests.tiny import raw_bert
 
+from lamina.engine.loop import Interrupted
 from lamina.record import Record, read
 
 FIXED = ("--set=precision=fp32", "--set=threads=1", "--set=evaluation.max_new_tokens=5")
@@ -48,6 +49,24 @@ def _nothing_left_at_work() -> Iterator[None]:
 
 
 # -- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_before_anything_is_saved_says_so(
+    lamina: Command, model: Path, instructions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its first task the model is measured on all of them, which is not saved task by task."""
+    with monkeypatch.context() as patch:
+        patch.setattr("lamina.engine.measure.Measure.before", interrupted)
+        said = lamina(
+            "run", "--data", instructions, "--backbone", model, "--method", "finetune", "--out", "run", *FIXED
+        )
+    assert said.code == 130
+    assert "stopped before anything was saved. Begin again with: lamina resume run" in said.err
+    assert lamina("resume", "run").code == 0
+
+
+def interrupted(*_: object) -> None:
+    raise Interrupted
 
 
 def test_a_run_on_a_file_of_instructions(lamina: Command, tmp_path: Path, model: Path, instructions: Path) -> None:
@@ -90,6 +109,8 @@ def test_a_run_on_a_file_of_instructions(lamina: Command, tmp_path: Path, model:
         assert f"{record.matrix.accuracy_ij[-1, number]:.1%}" in line
     (tmp_path / "run" / "results.json").unlink()
     assert lamina("resume", "run").code == 0
+    told = lamina.refused("run", "--data", instructions, "--backbone", model, "--tasks", 5)
+    assert "--tasks 5: it splits classes, and with stream.scenario = 'domain' a task is a domain" in told
     again = read(tmp_path / "run")
     assert (again.matrix.as_dict(), again.language) == (record.matrix.as_dict(), record.language)
 

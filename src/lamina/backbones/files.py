@@ -95,6 +95,8 @@ def weight_files(where: Location) -> list[Path]:
         return [folder / "model.safetensors"]
     if index.exists():
         return _shards(index)
+    if (folder / "model.json").is_file():
+        raise BackboneError(f"{folder} is a lamina model, not a backbone. `lamina learn {folder} DATA` teaches it more")
     found = sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
         return found

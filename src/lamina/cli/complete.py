@@ -47,7 +47,7 @@ class Line:
 
 
 def complete(opened: "Model", given: Given) -> None:
-    """Print the completion of each prompt. Exits with code 1 where some could not be read."""
+    """Print the completion of each prompt. Exits with code 1 where some could not be read, and with 2 where none could."""
     from lamina.data.instruction_rows import check_options
 
     if given.options:
@@ -83,7 +83,7 @@ def complete(opened: "Model", given: Given) -> None:
             _print(line, one, given, alone=alone, streamed=streamed)
     if bad:
         print(f"{bad} of {len(lines)} prompts could not be read", file=sys.stderr)
-        raise typer.Exit(1)
+        raise typer.Exit(2 if bad == len(lines) else 1)
 
 
 def _print(line: Line, found: "Completion", given: Given, *, alone: bool, streamed: bool) -> None:
@@ -102,6 +102,11 @@ def _print(line: Line, found: "Completion", given: Given, *, alone: bool, stream
         print("" if streamed else found.text, flush=True)
         if not found.text and found.ended == "stop":
             print("(no text: the completion ended at once)", file=sys.stderr)
+        elif found.ended == "length" and alone:
+            print(
+                f"(cut after {found.tokens} tokens: --max-new-tokens, or the last position of the model)",
+                file=sys.stderr,
+            )
     if not alone:
         print()
 
@@ -178,6 +183,12 @@ def _file(path: Path, given: Given) -> Iterator[Line]:
         records, numbers = read_json_lines(path)
         if unused := {key for record in records if isinstance(record, dict) for key in record} - KEYS:
             print(f"--file {path}: not used: {', '.join(sorted(unused))}", file=sys.stderr)
+        own = sum(isinstance(record, dict) and bool(record.get("options")) for record in records)
+        if own and given.options:
+            print(
+                f"--file {path}: {own} of {len(records)} rows have options of their own, in place of --options",
+                file=sys.stderr,
+            )
         for record, number in zip(records, numbers, strict=True):
             yield _record(record, f"{path} line {number}", given)
         return

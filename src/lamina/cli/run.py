@@ -11,7 +11,7 @@ import typer
 
 from lamina.cli.progress import Watcher, speaks
 from lamina.cli.tables import print_evaluation, print_summary, print_table
-from lamina.errors import RunError
+from lamina.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from lamina.config import RunConfig
@@ -121,12 +121,21 @@ def run(
     overrides = [(key, value) for key, value in flags.items() if value is not None]
     overrides += [configuration.parse_override(text) for text in settings or []]
     config = runs.load_config(file, overrides)
+    if tasks is not None and config.stream.scenario in ("domain", "mixed"):
+        raise ConfigError(
+            f"--tasks {tasks}: it splits classes, and with stream.scenario = {config.stream.scenario!r} a task is "
+            + (
+                "a domain. Choose some with --set stream.domains=[...]"
+                if config.stream.scenario == "domain"
+                else "named in stream.plan"
+            )
+        )
     if print_config:
         print(configuration.to_yaml(config), end="")
         return
     where = out or default_directory(config)
     with Watcher(config.name) as watch:
-        record = stoppable(_resume(where), lambda: runs.create(config, where, watch))
+        record = stoppable(_resume(where), lambda: runs.create(config, where, watch), where)
     leave()
     if speaks():
         print_summary(record, where)
@@ -144,9 +153,12 @@ def resume(
     from lamina.engine.world import leave
 
     with Watcher(directory.resolve().name) as watch:
-        record = stoppable(_resume(directory), lambda: runs.resume(directory, watch, jobs, data))
+        finished = (directory / "results.json").is_file()
+        record = stoppable(_resume(directory), lambda: runs.resume(directory, watch, jobs, data), directory)
     leave()
     if speaks():
+        if finished:
+            print(f"{directory} was finished already; nothing was done.", file=sys.stderr)
         print_summary(record, directory)
 
 
@@ -223,13 +235,22 @@ def _resume(where: Path) -> str:
     return f"lamina resume {shlex.quote(str(where))}"
 
 
-def stoppable(again: str, work: Callable[[], T]) -> T:
-    """Returns the result of some work. If it is asked to stop, says which command continues it and exits with code 130."""
+def stoppable(again: str, work: Callable[[], T], run: Path | None = None) -> T:
+    """Returns the result of some work. If it is asked to stop, says which command continues it and exits with code 130.
+
+    run: its directory, if it is a run: before its first checkpoint nothing is saved.
+    """
     from lamina.engine.loop import Interrupted
 
     try:
         return work()
     except Interrupted:
         if speaks():
-            print(f"stopped; all progress is saved. Continue with: {again}", file=sys.stderr)
+            saved = run is None or any(run.glob("checkpoints/*"))
+            told = (
+                "stopped; all progress is saved. Continue with"
+                if saved
+                else "stopped before anything was saved. Begin again with"
+            )
+            print(f"{told}: {again}", file=sys.stderr)
         sys.exit(130)

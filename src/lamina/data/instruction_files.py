@@ -77,10 +77,10 @@ class Found:
         return Records(self.name(file), self.document(file), lines=self.lines.get(file))
 
     def first(self, file: Path) -> Mapping[str, Any]:
-        """The first row of a file; empty where it holds none."""
+        """The first row of a file; empty where it holds none. What it lacks is taken from the rows after it."""
         document = self.document(file)
-        row = document[0] if isinstance(document, list) and document else None
-        return row if isinstance(row, Mapping) else {}
+        rows = [row for row in document[:100] if isinstance(row, Mapping)] if isinstance(document, list) else []
+        return {key: value for row in reversed(rows) for key, value in row.items()}
 
 
 @dataclass(frozen=True)

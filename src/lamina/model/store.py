@@ -70,6 +70,10 @@ class Store:
                 raise ModelError(
                     f"{self.path} is a run, not a model. Make a model of it: `lamina create MODEL --from-run {self.path}`."
                 )
+            if (self.path / "config.json").is_file() and any(self.path.glob("*.safetensors")):
+                raise ModelError(
+                    f"{self.path} is a backbone, not a model: `lamina create MODEL --backbone {self.path}`."
+                )
             raise ModelError(f"{self.path} is not a model: {lacks}. `lamina create {self.path}` makes one.")
         try:
             content = read_checked(file)

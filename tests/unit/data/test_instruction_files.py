@@ -330,3 +330,9 @@ def test_super_natural_instructions(tmp_path: Path) -> None:
         put(tmp_path / "tasks" / "task001_words.json", {**task(), **change})
         with pytest.raises(DataError, match=told):
             open_source(tmp_path)
+
+
+def test_a_first_row_without_a_completion_is_named(tmp_path: Path) -> None:
+    put(tmp_path / "a.jsonl", lines([{"prompt": "a"}, {"prompt": "b", "completion": "c"}]))
+    with pytest.raises(DataError, match=r"a.jsonl:1 has no completion"):
+        open_source(tmp_path / "a.jsonl")
