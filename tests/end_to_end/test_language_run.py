@@ -23,6 +23,7 @@ from tests.tiny import raw_bert
 
 from lamina.engine.loop import Interrupted
 from lamina.record import Record, read
+from lamina.record import write as write_record
 
 FIXED = ("--set=precision=fp32", "--set=threads=1", "--set=evaluation.max_new_tokens=5")
 
@@ -101,6 +102,13 @@ def test_a_run_on_a_file_of_instructions(lamina: Command, tmp_path: Path, model:
     assert {answer.end for answer in language.predictions if answer.task != "note"} <= options
     assert "positive" in page
     assert not re.search(r"\bnan\b", said.out + page), "what is not measured is a dash"
+    silent = tuple(one.model_copy(update={"before": "", "learnt": "", "end": ""}) for one in language.predictions)
+    shutil.copytree("run", "silent")
+    write_record(
+        record.model_copy(update={"language": language.model_copy(update={"predictions": silent})}), Path("silent")
+    )
+    assert lamina("report", "silent", "--out", "silent.html").code == 0
+    assert Path("silent.html").read_text(encoding="utf-8").count("<td>(no text)</td>") == 3 * len(silent)
 
     said = lamina("evaluate", "run")
     assert said.code == 0, said.err
