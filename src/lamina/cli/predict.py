@@ -73,7 +73,8 @@ def predict(
     """Print class, probability, and the task that the class was learnt in. A language model completes prompts, greedily, or
     ranks options.
 
-    An input that cannot be read is named in its place. Exit code 0: all predicted. 1: some could not be read. 2: an error.
+    An input that cannot be read is named in its place. Exit code 0: all predicted. 1: some could not be read. 2: none could,
+    or an error.
 
     Examples:
 
@@ -119,7 +120,7 @@ def predict(
         raise DataError("there is nothing to predict. Give files, a folder, --text, or `-` for standard input.")
     if bad:
         print(f"{bad} of {len(names)} inputs could not be read", file=sys.stderr)
-        raise typer.Exit(1)
+        raise typer.Exit(2 if bad == len(names) else 1)
 
 
 def _images(files: list[str], texts: list[str]) -> Iterator[tuple[str, Any]]:

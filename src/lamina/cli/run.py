@@ -151,9 +151,10 @@ def resume(
     """Continue a run from its last checkpoint. On the same CPU, the result is the same as without the interruption."""
     from lamina import runs
     from lamina.engine.world import leave
+    from lamina.runs.directory import finished as find_finished
 
     with Watcher(directory.resolve().name) as watch:
-        finished = (directory / "results.json").is_file()
+        finished = find_finished(directory) is not None
         record = stoppable(_resume(directory), lambda: runs.resume(directory, watch, jobs, data), directory)
     leave()
     if speaks():

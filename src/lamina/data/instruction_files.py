@@ -77,7 +77,7 @@ class Found:
         return Records(self.name(file), self.document(file), lines=self.lines.get(file))
 
     def first(self, file: Path) -> Mapping[str, Any]:
-        """The first row of a file; empty where it holds none. What it lacks is taken from the rows after it."""
+        """The first row of a file; empty where it holds none. What it lacks is taken from the next hundred rows."""
         document = self.document(file)
         rows = [row for row in document[:100] if isinstance(row, Mapping)] if isinstance(document, list) else []
         return {key: value for row in reversed(rows) for key, value in row.items()}

@@ -99,7 +99,7 @@ def result(run: Record, planned: int) -> str:
     verb, kind = ("predicts", "test examples") if run.language else ("classifies", kind)
     so_far = f"So far, after {learnt} of" if learnt < planned else "After"
     text = f"{so_far} {count(planned, 'task')}, it {verb} {percent(micro)} of {kind} correctly{also}."
-    if run.language:
+    if run.language and not math.isnan(found.zero_shot_accuracy):
         text += f" Before the stream, the mean over tasks was {percent(found.zero_shot_accuracy)}."
     lost = round(100 * found.forgetting, 1)
     if learnt == 1:
