@@ -113,6 +113,7 @@ def test_predicts_files_folders_and_standard_input(
     assert len(rows) == 4
     assert "broken.jpg" in rows[1]
     assert "1 of 3 inputs could not be read" in said.err
+    assert lamina("predict", model, tmp_path / "new" / "broken.jpg").code == 2
     for given in (one.read_bytes(), f"{one}\n".encode()):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
         said = lamina("predict", model, "-")
