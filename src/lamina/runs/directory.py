@@ -124,6 +124,8 @@ def read_record(out: Path) -> Record:
 
 def finished(out: Path) -> Record | None:
     """Returns the record of a finished run; None where there is none or a damaged one, which can be made anew."""
+    if not (out / record.FILE).is_file():
+        return None
     try:
         read_checked(out / record.FILE)
     except RunError:
