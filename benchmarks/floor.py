@@ -38,9 +38,16 @@ class Floor:
             use_plain_attention(backbone.module)
             for path in backbone.stages[1:] if backbone.fusible and fused else ():
                 fuse(backbone.module.get_submodule(path))
+        self.tokens = 0
+        """Of an image, once a step was made."""
+        self.shapes = [
+            backbone.module.get_parameter(f"{site.path}.weight").shape
+            for site in backbone.sites
+            if site.role in targets
+        ]
         for site in backbone.sites:
             if site.block == 0 and site.role in targets:
-                backbone.module.get_submodule(site.path).register_forward_hook(_differentiate)
+                backbone.module.get_submodule(site.path).register_forward_hook(self._differentiate)
         self.ways: dict[str, Callable[[Tensor], object]] = {"whole": self.step}
         if torch.get_num_threads() % 2 == 0:
             workers = Workers()
@@ -50,15 +57,26 @@ class Floor:
         features_bd = self.backbone.features({"pixel_values": pixels_bchw.to(self.dtype)})
         features_bd.sum().backward()  # type: ignore[no-untyped-call]
 
+    def _differentiate(self, _: nn.Module, __: object, output: Tensor) -> Tensor:
+        self.tokens = output.shape[-2]
+        return output.requires_grad_()
+
+    def products(self, images: int) -> float:
+        """Returns the seconds per image of the gradient of every adapted weight: a product of gradients and inputs. An adapter
+        cannot be trained for less, unless its rank is so small that the thin products of its factors cost less."""
+        n = images * self.tokens
+        pairs = {shape: [torch.randn(n, d).to(self.dtype) for d in shape] for shape in self.shapes}
+        started = time.perf_counter()
+        for shape in self.shapes:
+            grad_no, x_ni = pairs[shape]
+            grad_no.T @ x_ni
+        return (time.perf_counter() - started) / images
+
     def seconds_per_image(self, pixels_bchw: Tensor, steps: int, way: str = "whole") -> float:
         started = time.perf_counter()
         for _ in range(steps):
             self.ways[way](pixels_bchw)
         return (time.perf_counter() - started) / (steps * len(pixels_bchw))
-
-
-def _differentiate(_: nn.Module, __: object, output: Tensor) -> Tensor:
-    return output.requires_grad_()
 
 
 def quartiles(values: Sequence[float]) -> list[float]:

@@ -80,7 +80,8 @@ def decode(config: RunConfig) -> None:
 
 def measure(config: RunConfig, out: Path) -> dict[str, Any]:
     """Returns the seconds of every phase, and the total as a multiple of the floor for the same number of training images. The
-    floor is the faster one of whole and split batches."""
+    floor is the faster one of whole and split batches. `regime_ratio` is the total as a multiple of the floor and the products
+    that the gradients of the adapted weights take."""
     name = precision.resolve(config.precision, backbones.load(config.backbone.name).width)
     floor = Floor(backbones.load(config.backbone.name, image_size=PIXELS), TARGETS, precision.DTYPES[name])
     pixels_bchw = torch.randn(BATCH, 3, PIXELS, PIXELS)
@@ -89,11 +90,13 @@ def measure(config: RunConfig, out: Path) -> dict[str, Any]:
         floor.seconds_per_image(pixels_bchw, 2, way)
         samples[way] = [[] for _ in range(config.stream.tasks)]
     ways, aside = cycle(floor.ways), [0.0] * config.stream.tasks
+    products: list[float] = []
 
     def watch(_: Any, event: Any) -> None:
         if event.phase == "train" and not event.seconds and event.done % FLOOR_EVERY == 0:
             started, way = time.perf_counter(), next(ways)
             samples[way][event.task].append(floor.seconds_per_image(pixels_bchw, 1, way))
+            products.append(floor.products(BATCH))
             aside[event.task] += time.perf_counter() - started
         if event.phase == "evaluate" and event.seconds:
             say(f"run: {event.task + 1} tasks done")
@@ -117,7 +120,9 @@ def measure(config: RunConfig, out: Path) -> dict[str, Any]:
         "images": sum(images),
         "floor_ms_per_image": ms[fastest],
         "floor_ways_ms_per_image": ms,
+        "products_ms_per_image": [round(1000 * x, 3) for x in quartiles(products)],
         "floor_ratio": round(total / sum(floors), 3),
+        "regime_ratio": round(total / (sum(floors) + statistics.median(products) * sum(images)), 3),
         "training_over_floor": round(sum(steps) / sum(floors), 3),
         "tasks_over_floor": [round(x, 3) for x in quartiles([a / b for a, b in zip(steps, floors, strict=True)])],
         "outside_steps": round(1 - seconds["train"] / total, 4),
