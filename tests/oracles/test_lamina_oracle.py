@@ -20,7 +20,7 @@ from lamina.maths import classifiers
 from lamina.maths.calibration import left_out_scores
 from lamina.maths.class_statistics import of_features
 from lamina.maths.ranpac import RATIOS
-from lamina.methods.lamina import Lamina, LaminaConfig, factors
+from lamina.methods.lamina import TAUS, Lamina, LaminaConfig, factors
 from lamina.types import Batch, Examples
 
 
@@ -82,6 +82,21 @@ def by_ridge(loop: Loop, train_nd: Tensor, output_n: Tensor, frozen_bd: Tensor) 
     return (phi_bm @ nearest / kept["temperature"]).log_softmax(1)
 
 
+def by_discriminant(train_nd: Tensor, output_n: Tensor, counts: list[int], frozen_bd: Tensor, blocks: int) -> Tensor:
+    """log softmax of the discriminant of all outputs, at the temperature that is best for the examples of every task, each left
+    out of what is known when its task ends. counts: outputs of every task."""
+    losses_t, outputs = torch.zeros(len(TAUS)).double(), 0
+    for count in counts:
+        known_n, new_n = output_n < outputs + count, (output_n >= outputs) & (output_n < outputs + count)
+        outputs += count
+        statistics = of_features(train_nd[known_n], output_n[known_n], outputs, blocks=blocks)
+        left_nj, n = left_out_scores(statistics, train_nd[new_n], output_n[new_n]), int(new_n.sum())
+        smooth_nj = torch.eye(outputs).double()[output_n[new_n]] * (1 - 1 / (n + 1)) + 1 / (n + 1) / outputs
+        losses_t -= torch.stack([(smooth_nj * (left_nj / tau).log_softmax(1)).sum() for tau in TAUS])
+    scores_bj = classifiers.lda(of_features(train_nd, output_n, outputs, blocks=blocks)).scores(frozen_bd)
+    return (scores_bj / TAUS[int(losses_t.argmin())]).log_softmax(1)
+
+
 def tempered(features_nd: Tensor, labels_n: Tensor, classes: int, blocks: int) -> Callable[[Tensor], Tensor]:
     """The discriminant of a task over its temperature, the best of many for examples that are left out."""
     statistics = of_features(features_nd, labels_n, classes, blocks=blocks)
@@ -120,7 +135,9 @@ def test_scores_are_the_task_times_what_is_within_it(scenario: str, layers: int,
     with learner.folded():
         found_bj = method.predict(learner, batch)
         aware = [method.predict_task_aware(learner, batch, task.name) for task in stream]
-    frozen_bj = by_ridge(loop, train_nd, output_n, features(loop, batch, None))
+    bare_bd = features(loop, batch, None)
+    frozen_bj = by_ridge(loop, train_nd, output_n, bare_bd)
+    frozen_bj = (frozen_bj + by_discriminant(train_nd, output_n, counts, bare_bd, layers)) / 2
     chosen: set[int] = set()
     for b in range(len(batch)):
         log_j = frozen_bj[b].log_softmax(0)
@@ -172,3 +189,20 @@ def test_what_is_learnt_later_changes_no_adapter(tmp_path: Path):
     assert all(torch.equal(later[key], value) for key, value in then.items())
     before, after = (one.method.part("sums")["cross_mj"] for one in (first, loop))
     assert torch.equal(after[:, : before.shape[1]], before)
+
+
+def test_a_model_without_statistics_goes_on_with_random_features_alone(tmp_path: Path):
+    """One that an earlier lamina began."""
+    loop = run(tmp_path, "class", 2)
+    learner, method, task = loop.learner, loop.method, loop.stream[2]
+    batch = whole(loop.stream[0].test)
+    method.memory = {key: part for key, part in method.memory.items() if not key.startswith(("statistics/", "frozen/"))}
+    with learner.folded():
+        found_bj = method.scores(learner, batch)
+        ridge = method.part("ridge")
+        scaled_bd = (features(loop, batch, None).float() - ridge["centre_d"]) / ridge["scale_d"]
+        phi_bm = (scaled_bd @ ridge["projection_md"].T).relu().double()
+    torch.testing.assert_close(found_bj, (phi_bm @ ridge["weight_mj"] / ridge["temperature"]).log_softmax(1))
+    nd, n = torch.randn(6, 2 * learner.backbone.width), torch.arange(6) % len(task.classes)
+    method.add_statistics(learner, nd, n, len(task.classes))
+    assert not method.part("statistics")

@@ -210,7 +210,7 @@ def _write(folder: Path, layout: Layout, factors: Mapping[str, Factors], base: s
 
 def posterior_tensors(method: Lamina) -> dict[str, Tensor]:
     """Returns what infers the task, and the discriminants within the tasks."""
-    return {key: value for key, value in method.memory.items() if not key.startswith("sums/")}
+    return {key: value for key, value in method.memory.items() if not key.startswith(("sums/", "statistics/"))}
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

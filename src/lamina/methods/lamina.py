@@ -2,29 +2,34 @@
 
     p(j | x) = p(t | x) p(j | t, x)                     j an output of task t
 
-    q(j | x)      softmax over all outputs of r(f(x)) / τ,   f: features of the backbone alone
+    q(j | x)      softmax over all outputs of ½ (log softmax r(f(x)) / τ + log softmax l(f(x)) / τ')
+                  f: features of the backbone alone
     p(t | x)      sum of q(j | x) over the outputs j of t
     p(j | t, x)   for the most probable task: softmax over its outputs of ⅓ (log s_t + log h_t + log q(j | x) / p(t | x))
                   for the others:             q(j | x) / p(t | x)
     r, τ          least squares on random features of f, and its temperature (`calibrated` in `maths/ranpac.py`)
+    l, τ'         the linear discriminant of all outputs on f, and its temperature
     s_t, h_t      softmax of the linear discriminant of t, and of the outputs of the head that were trained with its adapter,
                   both on f_t, the features through that adapter
 
-Of a language model only the adapters and p(t | x) are used: f is the mean hidden state of the prompt, r has one output for a
-task, and the most probable task's adapter writes the completion.
+Of a language model only the adapters and p(t | x) are used: f is the mean hidden state of the prompt, r alone makes q and has
+one output for a task, and the most probable task's adapter writes the completion.
 
-Later tasks change only r and τ, which are fitted to sums over all tasks. So no feature drifts, and a task loses accuracy only
-where its inputs are assigned to another task. Tasks may be trained side by side. Their order matters only to what the first one
-fixes (the random features, the units of f), and to the number of outputs when a task is left out to choose λ and τ.
+Later tasks change only r, l and their temperatures, which are fitted to sums over all tasks. So no feature drifts, and a task
+loses accuracy only where its inputs are assigned to another task. Tasks may be trained side by side. Their order matters only
+to what the first one fixes (the random features, the units of f), and to how many outputs there are when a task is left out.
 
 The factors are those of Kim et al., *A Theoretical Study on Solving Continual Learning* (NeurIPS 2022, arXiv 2211.02633):
 class-incremental learning needs prediction within a task and the inference of the task, and these suffice. An adapter for
-every task, selected per input, is CoLoR's (`methods/color.py`). Ours: q, instead of the nearest centroid; its conditional for
-the tasks not selected, so that the choice of a task is not final; the mean of the three conditionals.
+every task, selected per input, is CoLoR's (`methods/color.py`). Ours: q, instead of the nearest centroid, from two classifiers
+that err on different inputs: with few examples per class l finds the task more often than r, with many r the class; q's
+conditional for the tasks not selected, so that the choice of a task is not final; the mean of the three conditionals.
 
     here                     shape       what
     ridge/...                            r: the projection, its solution and τ; centre and scale of f in the first task
     sums/...                             of the random features of f: G (m, m), C (m, j)
+    frozen/...               (j, d)      l / τ'
+    statistics/...                       of f: means (j, d), scatter (d, d); cross-entropies at every τ'
     adapted/<task>/...       (c, d)      s_t
 
 Shape letters: b batch, n examples, d width (of several blocks side by side), j outputs of the head, c outputs of a task,
@@ -45,7 +50,7 @@ from lamina.errors import TrainingError
 from lamina.learner import Learner, local_labels
 from lamina.maths import classifiers, ranpac
 from lamina.maths.calibration import left_out_scores
-from lamina.maths.class_statistics import Statistics, of_features
+from lamina.maths.class_statistics import Statistics, concatenated, of_features
 from lamina.maths.classifiers import LinearClassifier
 from lamina.methods.base import Departure, Method, MethodConfig, Needs, Paper, Pass, Refusal, under
 from lamina.methods.routed import adapters_of, bare_features, through_adapters
@@ -54,6 +59,8 @@ from lamina.types import Batch, Task
 
 SMALLEST = 1e-6
 """Least standard deviation of a feature."""
+TAUS = tuple(10 ** (power / 16) for power in range(48, -17, -1))
+"""The τ' that are tried, the largest first: from 1000 to 0.1. Scores of l are log posteriors, which are overconfident."""
 ALONE = "every adapter is trained alone, and selected per input"
 
 
@@ -76,17 +83,18 @@ class Lamina(Method[LaminaConfig]):
         venue="NeurIPS 2022; this library, 2026",
         link="https://arxiv.org/abs/2211.02633",
         departures=(
-            Departure("random features of the frozen backbone infer the task", "ours"),
+            Departure("two classifiers on the frozen backbone infer the task: random features, a discriminant", "ours"),
             Departure("within the selected task three classifiers count equally", "ours"),
         ),
     )
     needs = Needs(
-        per_task="an adapter, two vectors per class",
-        storage="One adapter of rank r per adapted layer and task. Two classifier outputs and two vectors of random features "
-        "per class and task; one Gram matrix of the random features (67 MB), and their projection.",
+        per_task="an adapter, a few vectors per class",
+        storage="One adapter of rank r per adapted layer and task. Three classifier outputs, a mean and two vectors of random "
+        "features per class and task; one Gram matrix of the random features (67 MB), and their projection; one scatter matrix "
+        "of the features.",
         prediction="linear",
         extra="A prediction takes two passes. After every task: one pass over its data with its adapter and one without, and "
-        "four linear systems in as many unknowns as there are random features.",
+        "four linear systems in as many unknowns as there are random features, and one in as many as there are features.",
     )
     config_type = LaminaConfig
     refuses = (
@@ -124,7 +132,23 @@ class Lamina(Method[LaminaConfig]):
             blocks = learner.backbone.blocks_of(self.config.layers)
             of_task = of_features(torch.cat(adapted), output_n, len(task.classes), blocks=blocks)
             self.keep(learner, f"adapted/{task.name}", discriminant(of_task, torch.cat(adapted), output_n).tensors())
+        if not learner.generates:
+            self.add_statistics(learner, torch.cat(frozen), output_n, self.columns(learner, task.name))
         self.add_random_features(learner, torch.cat(frozen), output_n, self.columns(learner, task.name))
+
+    def add_statistics(self, learner: Learner, features_nd: Tensor, output_n: Tensor, outputs: int) -> None:
+        """Add a task's examples to the statistics of all, and find l and τ'. output_n: among the task's outputs."""
+        blocks, kept = learner.backbone.blocks_of(self.config.layers), self.part("statistics")
+        if not kept and self.learnt(learner):
+            return  # a model of an earlier lamina, which kept none
+        statistics, losses_t = of_features(features_nd, output_n, outputs, blocks=blocks), None
+        if kept:
+            old = Statistics.of_tensors({name: part.cpu() for name, part in kept.items()}, blocks)
+            output_n, losses_t = output_n + len(old.counts_j), kept["losses_t"].cpu()
+            statistics = concatenated(old, statistics)
+        found, losses_t = discriminant_of_all(statistics, features_nd, output_n, losses_t)
+        self.keep(learner, "statistics", statistics.tensors() | {"losses_t": losses_t})
+        self.keep(learner, "frozen", found.tensors())
 
     def add_random_features(self, learner: Learner, features_nd: Tensor, output_n: Tensor, outputs: int) -> None:
         """Add the random features of a task's examples to the sums, and solve for r. output_n: among the task's outputs."""
@@ -186,11 +210,13 @@ class Lamina(Method[LaminaConfig]):
         return log_bt, padded(within_bj, learner)
 
     def scores(self, learner: Learner, batch: Batch) -> Tensor:
-        """Returns r(f(x)) / τ, float64, (b, outputs of the tasks that have ended)."""
-        ridge = self.part("ridge")
-        scaled_bd = (self.features(learner, batch) - ridge["centre_d"]) / ridge["scale_d"]
-        phi_bm = ranpac.random_features(scaled_bd, ridge["projection_md"])
-        return phi_bm.double() @ ridge["weight_mj"] / ridge["temperature"]
+        """Returns log q up to a constant per example, float64, (b, outputs of the tasks that have ended)."""
+        ridge, features_bd = self.part("ridge"), self.features(learner, batch)
+        phi_bm = ranpac.random_features((features_bd - ridge["centre_d"]) / ridge["scale_d"], ridge["projection_md"])
+        log_bj = (phi_bm.double() @ ridge["weight_mj"] / ridge["temperature"]).log_softmax(1)
+        if "frozen/weight_jd" in self.memory:
+            log_bj = (log_bj + self.classifier("frozen").scores(features_bd).log_softmax(1)) / 2
+        return log_bj
 
     def refined(self, learner: Learner, batch: Batch, chosen_b: Tensor, within_bj: Tensor) -> Tensor:
         """Returns log p(j | t, x), (b, j) float64, for the chosen task by its adapter. within_bj: of the backbone alone."""
@@ -235,14 +261,15 @@ class Lamina(Method[LaminaConfig]):
         return LinearClassifier(self.memory[f"{name}/weight_jd"], self.memory[f"{name}/bias_j"])
 
     def memory_bound(self, learner: Learner) -> int:
+        m, calibration = self.config.random_features, 8 * (1 + len(ranpac.RATIOS) * len(ranpac.TAUS))
         if learner.generates:
-            outputs, blocks = len(learner.head.tasks), 1
+            outputs, width = len(learner.head.tasks), learner.backbone.width
+            discriminants = 0
         else:
-            outputs, blocks = len(learner.outputs), learner.backbone.blocks_of(self.config.layers)
-        width = blocks * learner.backbone.width
-        m = self.config.random_features
-        calibration = 8 * (1 + len(ranpac.RATIOS) * len(ranpac.TAUS))
-        return 4 * m**2 + 16 * m * outputs + 4 * (m + 2) * width + calibration + 8 * outputs * (width + 1)
+            outputs = len(learner.outputs)
+            width = learner.backbone.blocks_of(self.config.layers) * learner.backbone.width
+            discriminants = 8 * outputs * (3 * width + 3) + 8 * width**2 + 8 * len(TAUS)
+        return 4 * m**2 + 16 * m * outputs + 4 * (m + 2) * width + calibration + discriminants
 
 
 def discriminant(statistics: Statistics, features_nd: Tensor, output_n: Tensor) -> LinearClassifier:
@@ -256,6 +283,29 @@ def discriminant(statistics: Statistics, features_nd: Tensor, output_n: Tensor) 
     left_nj = left_out_scores(statistics, features_nd[taken_n], output_n[taken_n])
     tau = classifiers.temperature(left_nj, output_n[taken_n], smoothing=1 / (len(taken_n) + 1))
     return LinearClassifier(found.weight_jd / tau, found.bias_j / tau)
+
+
+def discriminant_of_all(
+    statistics: Statistics, features_nd: Tensor, output_n: Tensor, losses_t: Tensor | None = None
+) -> tuple[LinearClassifier, Tensor]:
+    """Returns the linear discriminant of all outputs, divided by the τ' with the smallest cross-entropy over all tasks, whose
+    examples are left out when their task is the newest; and these cross-entropies at every τ' of `TAUS`, float64.
+
+    features_nd, output_n: of the newest examples, which are in the statistics; their positions among all outputs. At most
+    `LEFT_OUT` evenly spaced ones are left out. losses_t: of the tasks before, if there are any.
+    """
+    found, taken_n = classifiers.lda(statistics), (statistics.counts_j[output_n] > 1).nonzero()[:, 0]
+    losses_t = torch.zeros(len(TAUS), dtype=torch.float64) if losses_t is None else losses_t.clone()
+    if len(taken_n):
+        taken_n = taken_n[torch.linspace(0, len(taken_n) - 1, min(ranpac.LEFT_OUT, len(taken_n))).long()]
+        left_nj, smoothing = (
+            left_out_scores(statistics, features_nd[taken_n], output_n[taken_n]),
+            1 / (len(taken_n) + 1),
+        )
+        for t, tau in enumerate(TAUS):
+            losses_t[t] += F.cross_entropy(left_nj / tau, output_n[taken_n], reduction="sum", label_smoothing=smoothing)
+    tau = TAUS[int(losses_t.argmin())]
+    return LinearClassifier(found.weight_jd / tau, found.bias_j / tau), losses_t
 
 
 def factors(scores_bj: Tensor, task_j: Tensor, tasks: int) -> tuple[Tensor, Tensor]:
