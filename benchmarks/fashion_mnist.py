@@ -38,12 +38,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path, help="folder to write to")
     target = parser.parse_args().target
-    target.mkdir(parents=True, exist_ok=True)
+    tables = {}
     for split, name, count in PARTS:
         images = numbers(FOLDER / f"{name}-images-idx3-ubyte.gz", 16).reshape(count, 28, 28)
         labels = [CLASSES[label] for label in numbers(FOLDER / f"{name}-labels-idx1-ubyte.gz", 8)]
-        table = {"image": [png(pixels_hw) for pixels_hw in images], "label": labels, "split": [split] * count}
-        pq.write_table(pa.table(table), target / f"{split}.parquet")
+        columns = {"image": [png(pixels_hw) for pixels_hw in images], "label": labels, "split": [split] * count}
+        tables[split] = pa.table(columns)
+    target.mkdir(parents=True, exist_ok=True)
+    for split, table in tables.items():
+        pq.write_table(table, target / f"{split}.parquet")
 
 
 if __name__ == "__main__":

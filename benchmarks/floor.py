@@ -7,7 +7,8 @@ A floor step is a forward and a backward of the gradients of inputs, from the fe
 that would be adapted: no adapter, no head, no optimiser, and batches that are ready. A method that trains these layers cannot
 take less, unless it stores activations. Steps with the whole batch and with a split batch (`lamina/speed/split_batch.py`)
 alternate. As in a run of lamina, freed memory is kept and bf16 blocks are fused (`lamina/speed/fused_block.py`); with PyTorch
-alone the floor would be higher. The last line is JSON: milliseconds per image, median and quartiles.
+alone the floor would be higher. The last line is JSON: milliseconds per image, median and quartiles. What training adapters of
+a high rank adds is timed by `Floor.products`, for `run.py`.
 """
 
 import argparse
@@ -62,8 +63,8 @@ class Floor:
         return output.requires_grad_()
 
     def products(self, images: int) -> float:
-        """Returns the seconds per image of the gradient of every adapted weight: a product of gradients and inputs. An adapter
-        cannot be trained for less, unless its rank is so small that the thin products of its factors cost less."""
+        """Returns the seconds per image of one product of gradients and inputs for every adapted weight: its gradient, from
+        which those of the factors follow. With a small rank, thin products with the factors take fewer operations."""
         n = images * self.tokens
         pairs = {shape: [torch.randn(n, d).to(self.dtype) for d in shape] for shape in self.shapes}
         started = time.perf_counter()

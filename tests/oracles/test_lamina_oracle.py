@@ -18,19 +18,19 @@ from lamina.engine.loop import Loop
 from lamina.learner import Learner
 from lamina.maths import classifiers
 from lamina.maths.calibration import left_out_scores
-from lamina.maths.class_statistics import of_features
+from lamina.maths.class_statistics import concatenated, of_features
 from lamina.maths.ranpac import RATIOS
-from lamina.methods.lamina import TAUS, Lamina, LaminaConfig, factors
+from lamina.methods.lamina import TAUS, Lamina, LaminaConfig, discriminant_of_all, factors
 from lamina.types import Batch, Examples
 
 
-def run(folder: Path, scenario: str, layers: int) -> Loop:
+def run(folder: Path, scenario: str, layers: int, per_class: int = 6) -> Loop:
     data = tiny_images(144, 6, 3)
     plan = class_plan(data, 3) if scenario == "class" else domain_plan(data)
     loop = Loop(
         learner=Learner(tiny_vit(blocks=2), ("q", "v")),
         method=Lamina(LaminaConfig(rank=3, layers=layers, random_features=24), None),
-        stream=make_stream(data, plan, scenario, per_class=6),
+        stream=make_stream(data, plan, scenario, per_class=per_class),
         training=TRAINING,
         evaluation=EVALUATION,
         seed=0,
@@ -196,13 +196,44 @@ def test_a_model_without_statistics_goes_on_with_random_features_alone(tmp_path:
     loop = run(tmp_path, "class", 2)
     learner, method, task = loop.learner, loop.method, loop.stream[2]
     batch = whole(loop.stream[0].test)
-    method.memory = {key: part for key, part in method.memory.items() if not key.startswith(("statistics/", "frozen/"))}
+    method.memory = {key: part for key, part in method.memory.items() if not key.startswith("statistics/")}
+    found = torch.randn(6, 2 * learner.backbone.width), torch.arange(6) % len(task.classes)
+    method.add_statistics(learner, *found, len(task.classes))
+    assert not method.part("statistics")
+    assert not method.part("frozen")
     with learner.folded():
         found_bj = method.scores(learner, batch)
         ridge = method.part("ridge")
         scaled_bd = (features(loop, batch, None).float() - ridge["centre_d"]) / ridge["scale_d"]
         phi_bm = (scaled_bd @ ridge["projection_md"].T).relu().double()
     torch.testing.assert_close(found_bj, (phi_bm @ ridge["weight_mj"] / ridge["temperature"]).log_softmax(1))
-    nd, n = torch.randn(6, 2 * learner.backbone.width), torch.arange(6) % len(task.classes)
-    method.add_statistics(learner, nd, n, len(task.classes))
-    assert not method.part("statistics")
+
+
+def test_with_one_example_per_class_random_features_decide_alone(tmp_path: Path):
+    loop = run(tmp_path, "domain", 2, per_class=1)
+    assert not loop.method.part("frozen")
+    assert loop.method.part("statistics")["counts_j"].tolist() == [1] * len(loop.learner.outputs)
+    with loop.learner.folded():
+        scores_bj = loop.method.scores(loop.learner, whole(loop.stream[0].test))
+    assert scores_bj.isfinite().all()
+    assert scores_bj.min() > -1e3
+
+
+def test_examples_that_are_nearly_the_same_do_not_choose_the_temperature_of_later_tasks():
+    draws = torch.Generator().manual_seed(0)
+    means_jd = torch.randn(8, 24, generator=draws)
+
+    def drawn(outputs: range, spread: float) -> tuple[Tensor, Tensor]:
+        label_n = torch.tensor(outputs).repeat_interleave(800)
+        return means_jd[label_n] + spread * torch.randn(len(label_n), 24, generator=draws), label_n
+
+    first, then = drawn(range(4), 1e-9), drawn(range(4, 8), 1.0)
+    alone_nd, alone_n = then[0], then[1] - 4
+    _, usual_t = discriminant_of_all(of_features(alone_nd, alone_n, 4), alone_nd, alone_n)
+    statistics = of_features(first[0], first[1], 4)
+    _, losses_t = discriminant_of_all(statistics, *first)
+    both = concatenated(statistics, of_features(alone_nd, alone_n, 4))
+    found, losses_t = discriminant_of_all(both, *then, losses_t)
+    assert 0.2 < TAUS[int(losses_t.argmin())] / TAUS[int(usual_t.argmin())] < 5
+    assert (found.scores(then[0]).argmax(1) == then[1]).double().mean() > 0.9
+    assert found.scores(then[0]).log_softmax(1).min() > -1e3

@@ -22,8 +22,8 @@ to what the first one fixes (the random features, the units of f), and to how ma
 The factors are those of Kim et al., *A Theoretical Study on Solving Continual Learning* (NeurIPS 2022, arXiv 2211.02633):
 class-incremental learning needs prediction within a task and the inference of the task, and these suffice. An adapter for
 every task, selected per input, is CoLoR's (`methods/color.py`). Ours: q, instead of the nearest centroid, from two classifiers
-that err on different inputs: with few examples per class l finds the task more often than r, with many r the class; q's
-conditional for the tasks not selected, so that the choice of a task is not final; the mean of the three conditionals.
+that err on different inputs; its conditional for the tasks not selected, so that the choice of a task is not final; the mean of
+the three conditionals.
 
     here                     shape       what
     ridge/...                            r: the projection, its solution and τ; centre and scale of f in the first task
@@ -36,6 +36,7 @@ Shape letters: b batch, n examples, d width (of several blocks side by side), j 
 t tasks, m random features.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -59,8 +60,9 @@ from lamina.types import Batch, Task
 
 SMALLEST = 1e-6
 """Least standard deviation of a feature."""
-TAUS = tuple(10 ** (power / 16) for power in range(48, -17, -1))
-"""The τ' that are tried, the largest first: from 1000 to 0.1. Scores of l are log posteriors, which are overconfident."""
+TAUS = tuple(10 ** (power / 16) for power in range(80, -17, -1))
+"""The τ' that are tried, the largest first: from 100,000 to 0.1. Scores of l are log posteriors, which are overconfident: the
+wider the features, the more."""
 ALONE = "every adapter is trained alone, and selected per input"
 
 
@@ -71,7 +73,7 @@ class LaminaConfig(MethodConfig):
     layers: int = Field(4, ge=1)
     """How many of the last blocks give features (all if there are fewer). Of a language model it is the last one."""
     random_features: int = Field(4096, ge=1)
-    """M: number of random features that infer the task. Their Gram matrix takes 4 M² bytes."""
+    """M: number of random features that, with a discriminant, infer the task. Their Gram matrix takes 4 M² bytes."""
 
 
 class Lamina(Method[LaminaConfig]):
@@ -91,10 +93,11 @@ class Lamina(Method[LaminaConfig]):
         per_task="an adapter, a few vectors per class",
         storage="One adapter of rank r per adapted layer and task. Three classifier outputs, a mean and two vectors of random "
         "features per class and task; one Gram matrix of the random features (67 MB), and their projection; one scatter matrix "
-        "of the features.",
+        "of the features (5 MB at width 768, 75 MB at 3,072).",
         prediction="linear",
         extra="A prediction takes two passes. After every task: one pass over its data with its adapter and one without, and "
-        "four linear systems in as many unknowns as there are random features, and one in as many as there are features.",
+        "four linear systems in as many unknowns as there are random features, and two eigendecompositions and two inverses of "
+        "matrices as wide as the features.",
     )
     config_type = LaminaConfig
     refuses = (
@@ -137,18 +140,25 @@ class Lamina(Method[LaminaConfig]):
         self.add_random_features(learner, torch.cat(frozen), output_n, self.columns(learner, task.name))
 
     def add_statistics(self, learner: Learner, features_nd: Tensor, output_n: Tensor, outputs: int) -> None:
-        """Add a task's examples to the statistics of all, and find l and τ'. output_n: among the task's outputs."""
+        """Add a task's examples to the statistics of all, and find l and τ'. output_n: among the task's outputs.
+
+        Without the statistics of earlier tasks, of a model that an earlier lamina trained, there is no l from then on.
+        """
         blocks, kept = learner.backbone.blocks_of(self.config.layers), self.part("statistics")
-        if not kept and self.learnt(learner):
-            return  # a model of an earlier lamina, which kept none
+        before = self.memory["sums/cross_mj"].shape[1] if "sums/cross_mj" in self.memory else 0
+        if before != (len(kept["counts_j"]) if kept else 0):
+            self.memory = {k: v for k, v in self.memory.items() if not k.startswith(("statistics/", "frozen/"))}
+            return
         statistics, losses_t = of_features(features_nd, output_n, outputs, blocks=blocks), None
         if kept:
             old = Statistics.of_tensors({name: part.cpu() for name, part in kept.items()}, blocks)
-            output_n, losses_t = output_n + len(old.counts_j), kept["losses_t"].cpu()
-            statistics = concatenated(old, statistics)
-        found, losses_t = discriminant_of_all(statistics, features_nd, output_n, losses_t)
+            statistics, losses_t = concatenated(old, statistics), kept["losses_t"].cpu()
+        found, losses_t = discriminant_of_all(statistics, features_nd, output_n + before, losses_t)
         self.keep(learner, "statistics", statistics.tensors() | {"losses_t": losses_t})
-        self.keep(learner, "frozen", found.tensors())
+        if statistics.counts_j.sum() > len(
+            statistics.counts_j
+        ):  # else nothing says how far examples of one output lie apart
+            self.keep(learner, "frozen", found.tensors())
 
     def add_random_features(self, learner: Learner, features_nd: Tensor, output_n: Tensor, outputs: int) -> None:
         """Add the random features of a task's examples to the sums, and solve for r. output_n: among the task's outputs."""
@@ -263,8 +273,7 @@ class Lamina(Method[LaminaConfig]):
     def memory_bound(self, learner: Learner) -> int:
         m, calibration = self.config.random_features, 8 * (1 + len(ranpac.RATIOS) * len(ranpac.TAUS))
         if learner.generates:
-            outputs, width = len(learner.head.tasks), learner.backbone.width
-            discriminants = 0
+            outputs, width, discriminants = len(learner.head.tasks), learner.backbone.width, 0
         else:
             outputs = len(learner.outputs)
             width = learner.backbone.blocks_of(self.config.layers) * learner.backbone.width
@@ -275,13 +284,11 @@ class Lamina(Method[LaminaConfig]):
 def discriminant(statistics: Statistics, features_nd: Tensor, output_n: Tensor) -> LinearClassifier:
     """Returns the linear discriminant of a task, divided by the temperature of its scores of examples that are left out. Where
     no output has two examples, all scores are zero: nothing says how far examples of one output lie apart."""
-    found, many_n = classifiers.lda(statistics), statistics.counts_j[output_n] > 1
-    if not many_n.any():
+    found = classifiers.lda(statistics)
+    left_nj, output_n, smoothing = left_out(statistics, features_nd, output_n)
+    if not len(left_nj):
         return LinearClassifier(torch.zeros_like(found.weight_jd), torch.zeros_like(found.bias_j))
-    taken_n = many_n.nonzero()[:, 0]
-    taken_n = taken_n[torch.linspace(0, len(taken_n) - 1, min(ranpac.LEFT_OUT, len(taken_n))).long()]
-    left_nj = left_out_scores(statistics, features_nd[taken_n], output_n[taken_n])
-    tau = classifiers.temperature(left_nj, output_n[taken_n], smoothing=1 / (len(taken_n) + 1))
+    tau = classifiers.temperature(left_nj, output_n, smoothing=smoothing)
     return LinearClassifier(found.weight_jd / tau, found.bias_j / tau)
 
 
@@ -291,21 +298,30 @@ def discriminant_of_all(
     """Returns the linear discriminant of all outputs, divided by the τ' with the smallest cross-entropy over all tasks, whose
     examples are left out when their task is the newest; and these cross-entropies at every τ' of `TAUS`, float64.
 
-    features_nd, output_n: of the newest examples, which are in the statistics; their positions among all outputs. At most
-    `LEFT_OUT` evenly spaced ones are left out. losses_t: of the tasks before, if there are any.
+    features_nd, output_n: of the newest examples, which are in the statistics; their positions among all outputs. losses_t: of
+    the tasks before, if there are any. Of a task, no τ' counts as worse than a guess: with examples that are nearly the same,
+    cross-entropies of wrong scores would otherwise outweigh all other tasks.
     """
-    found, taken_n = classifiers.lda(statistics), (statistics.counts_j[output_n] > 1).nonzero()[:, 0]
+    found = classifiers.lda(statistics)
     losses_t = torch.zeros(len(TAUS), dtype=torch.float64) if losses_t is None else losses_t.clone()
-    if len(taken_n):
-        taken_n = taken_n[torch.linspace(0, len(taken_n) - 1, min(ranpac.LEFT_OUT, len(taken_n))).long()]
-        left_nj, smoothing = (
-            left_out_scores(statistics, features_nd[taken_n], output_n[taken_n]),
-            1 / (len(taken_n) + 1),
-        )
-        for t, tau in enumerate(TAUS):
-            losses_t[t] += F.cross_entropy(left_nj / tau, output_n[taken_n], reduction="sum", label_smoothing=smoothing)
+    left_nj, output_n, smoothing = left_out(statistics, features_nd, output_n)
+    guess = len(left_nj) * math.log(len(statistics.counts_j))
+    for t, tau in enumerate(TAUS if len(left_nj) else ()):
+        loss = F.cross_entropy(left_nj / tau, output_n, reduction="sum", label_smoothing=smoothing)
+        losses_t[t] += loss.clamp_max(guess)
     tau = TAUS[int(losses_t.argmin())]
     return LinearClassifier(found.weight_jd / tau, found.bias_j / tau), losses_t
+
+
+def left_out(statistics: Statistics, features_nd: Tensor, output_n: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Returns scores (n, j) of at most `LEFT_OUT` evenly spaced examples, each left out of the statistics; their outputs; and
+    the share of every target that is spread over all outputs. Examples alone in their output are not among them."""
+    taken_n = (statistics.counts_j[output_n] > 1).nonzero()[:, 0]
+    taken_n = taken_n[torch.linspace(0, len(taken_n) - 1, min(ranpac.LEFT_OUT, len(taken_n))).long()]
+    if not len(taken_n):
+        return torch.zeros(0, len(statistics.counts_j), dtype=torch.float64), taken_n, 1.0
+    left_nj = left_out_scores(statistics, features_nd[taken_n], output_n[taken_n])
+    return left_nj, output_n[taken_n], 1 / (len(taken_n) + 1)
 
 
 def factors(scores_bj: Tensor, task_j: Tensor, tasks: int) -> tuple[Tensor, Tensor]:
