@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: demo test test-slow test-cluster test-trackers lint wheel bench bench-language growth results results-compare language tables clean
+.PHONY: demo test test-slow test-cluster test-trackers lint wheel bench bench-language growth headroom results results-compare language tables clean
 
 demo: .stamps/demo        ## learn five tasks of handwritten digits four ways and write a report
 	$(BIN)/lamina demo
@@ -71,6 +71,12 @@ results: runs/minilm      ## the tables of docs/results and of the README (needs
 	    --page docs/results/$$grid.md || exit; \
 	done
 	$(BIN)/python benchmarks/summary.py
+
+headroom: runs/minilm runs/fashion-mnist ## the tables where training has something to gain (needs the data of `results`, and Debian's dataset-fashion-mnist; takes days; resumes)
+	for grid in headroom headroom-text14 headroom-images; do \
+	  $(BIN)/lamina compare benchmarks/grids/$$grid.yaml $(KEEP) --records docs/results/records/$$grid.jsonl \
+	    --page docs/results/$$grid.md || exit; \
+	done
 
 language: runs/smollm2  ## the table of text tasks for a language model (needs text14 in ../shared/data; takes a day; resumes)
 	for grid in text14 text14-order4; do \
