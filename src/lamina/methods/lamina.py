@@ -155,9 +155,7 @@ class Lamina(Method[LaminaConfig]):
             statistics, losses_t = concatenated(old, statistics), kept["losses_t"].cpu()
         found, losses_t = discriminant_of_all(statistics, features_nd, output_n + before, losses_t)
         self.keep(learner, "statistics", statistics.tensors() | {"losses_t": losses_t})
-        if statistics.counts_j.sum() > len(
-            statistics.counts_j
-        ):  # else nothing says how far examples of one output lie apart
+        if int(statistics.counts_j.max()) > 1:  # else nothing says how far examples of one output lie apart
             self.keep(learner, "frozen", found.tensors())
 
     def add_random_features(self, learner: Learner, features_nd: Tensor, output_n: Tensor, outputs: int) -> None:
